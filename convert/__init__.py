@@ -1,0 +1,1 @@
+"""Conversion between PyTorch LLaVA checkpoints and ours (installed as ``pdrop_jax.convert``)."""

@@ -1,0 +1,1 @@
+"""PyramidDrop for LLaVA in JAX."""

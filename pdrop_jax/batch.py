@@ -1,0 +1,40 @@
+"""Batch: everything ragged, settled on the host into arrays of static shape."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from pdrop_jax.schedule import Bucket
+
+Array = jax.Array | np.ndarray
+
+IGNORE = -100  # label of a position that is not a target
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Batch:
+    """What the host hands to a jitted function. Rows are left-aligned, padding is on the right.
+
+    B rows, S = bucket.slots sequence slots, C crops, Q query rows.
+
+    Attributes:
+      token_ids: (B, S) int32, text ids; 0 at image slots and padding.
+      feature_index: (B, S) int32, which vector of the row's feature pool stands here; -1 for text and padding.
+      image_id: (B, S) int32, 0 for text and padding, m for a token of the row's m-th image.
+      length: (B,) int32, valid slots.
+      crops: (B, C, h, w, 3) float32, normalised pixels; unused crops are zero. C may be 0.
+      query_rows: (B, Q) int32, slots whose attention ranks the image tokens; -1 is unused.
+      labels: (B, S) int32 next-token targets, IGNORE where there is none; None outside training.
+      bucket: static; S and the length of every later buffer follow from it.
+    """
+
+    token_ids: Array
+    feature_index: Array
+    image_id: Array
+    length: Array
+    crops: Array
+    query_rows: Array
+    labels: Array | None = None
+    bucket: Bucket = dataclasses.field(default=Bucket(0), metadata={"static": True})

@@ -1,0 +1,40 @@
+"""The ``pdrop`` command: one thin module for each subcommand, imported when it is called."""
+
+import importlib
+import sys
+import warnings
+
+from pdrop_jax.errors import UserError
+
+COMMANDS = {
+    "generate": "answer questions about pictures",
+    "convert": "make a checkpoint of ours out of a PyTorch one",
+    "export": "write a checkpoint that transformers or the original LLaVA loads",
+    "check": "replay recorded reference vectors",
+}
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on stderr and exit code 2."""
+    import tyro
+
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        wrong = name not in ("-h", "--help")
+        out = sys.stderr if wrong else sys.stdout
+        if wrong:
+            print(f"pdrop: no command {name!r}", file=out)
+        print("usage: pdrop COMMAND …   (pdrop COMMAND --help)", file=out)
+        for command, purpose in COMMANDS.items():
+            print(f"  {command:10}{purpose}", file=out)
+        sys.exit(2 if wrong else 0)
+    warnings.filterwarnings("ignore", category=UserWarning, module="tyro")
+    command = importlib.import_module(f"pdrop_jax.cli.{name}")
+    try:
+        sys.exit(tyro.cli(command.run, prog=f"pdrop {name}", args=sys.argv[2:]))
+    except UserError as error:
+        print(f"pdrop {name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"pdrop {name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,274 @@
+"""What a model is: three frozen dataclasses, read from either kind of config.json, saved as JSON with the schedule."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.schedule import DropSchedule
+
+FORMAT = "pdrop-jax-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer. The defaults are ViT-L/14 at 336 pixels, LLaVA-1.5's tower."""
+
+    image_size: int = 336  # pixels
+    patch_size: int = 14  # pixels
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_layers: int = 24
+    num_heads: int = 16
+    norm_eps: float = 1e-5
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_hf(cls, data: dict[str, Any]) -> "VisionConfig":
+        """From a ``clip_vision_model`` config; keys that are left out have transformers' CLIPVisionConfig defaults."""
+        kind = data.get("model_type", "clip_vision_model")
+        if kind not in ("clip_vision_model", "clip"):
+            raise UserError(f"vision model_type {kind!r} is not supported: clip_vision_model is")
+        if kind == "clip":
+            data = data["vision_config"]
+        return cls(
+            image_size=data.get("image_size", 224),
+            patch_size=data.get("patch_size", 32),
+            hidden_size=data.get("hidden_size", 768),
+            intermediate_size=data.get("intermediate_size", 3072),
+            num_layers=data.get("num_hidden_layers", 12),
+            num_heads=data.get("num_attention_heads", 12),
+            norm_eps=data.get("layer_norm_eps", 1e-5),
+            activation=_one_of("hidden_act", data.get("hidden_act", "quick_gelu"), ("quick_gelu", "gelu")),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        return {
+            "model_type": "clip_vision_model",
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "layer_norm_eps": self.norm_eps,
+            "hidden_act": self.activation,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies, as in transformers: ``linear`` or ``llama3``."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+    @classmethod
+    def from_hf(cls, data: dict[str, Any] | None) -> "RopeScaling | None":
+        kind = (data or {}).get("rope_type", (data or {}).get("type", "default"))
+        if data is None or kind == "default":
+            return None
+        return cls(
+            kind=_one_of("rope scaling", kind, ("linear", "llama3")),
+            factor=float(data["factor"]),
+            low_freq_factor=float(data.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(data.get("high_freq_factor", 4.0)),
+            original_max_length=int(data.get("original_max_position_embeddings", 8192)),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        if self.kind == "linear":
+            return {"rope_type": "linear", "factor": self.factor}
+        return {
+            "rope_type": "llama3",
+            "factor": self.factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_position_embeddings": self.original_max_length,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """A LLaMA-family decoder. The defaults are LLaMA-2-7B, the language model of LLaVA-1.5-7B."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False  # bias of the attention's output projection
+    max_length: int = 4096  # positions
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads: not a multiple"
+            )
+
+    @classmethod
+    def from_hf(cls, data: dict[str, Any]) -> "TextConfig":
+        """From a LLaMA-family config; keys that are left out have transformers' LlamaConfig defaults."""
+        _one_of("hidden_act", data.get("hidden_act", "silu"), ("silu",))
+        if data.get("mlp_bias"):
+            raise UserError("mlp_bias is not supported: LLaMA-family models of LLaVA have none")
+        num_heads = data.get("num_attention_heads", 32)
+        hidden_size = data.get("hidden_size", 4096)
+        rope = data.get("rope_parameters") or {}
+        return cls(
+            vocab_size=data.get("vocab_size", 32000),
+            hidden_size=hidden_size,
+            intermediate_size=data.get("intermediate_size", 11008),
+            num_layers=data.get("num_hidden_layers", 32),
+            num_heads=num_heads,
+            num_kv_heads=data.get("num_key_value_heads") or num_heads,
+            head_dim=data.get("head_dim") or hidden_size // num_heads,
+            rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 10000.0))),
+            rope_scaling=RopeScaling.from_hf(rope or data.get("rope_scaling")),
+            norm_eps=data.get("rms_norm_eps", 1e-6),
+            tie_embeddings=data.get("tie_word_embeddings", False),
+            qkv_bias=data.get("attention_bias", False),
+            output_bias=data.get("attention_bias", False),
+            max_length=data.get("max_position_embeddings", 2048),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        if self.qkv_bias != self.output_bias:
+            raise UserError("a LLaMA config has one attention_bias: q/k/v bias without output bias cannot be exported")
+        return {
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling else None,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": self.qkv_bias,
+            "max_position_embeddings": self.max_length,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """A LLaVA model with its drop schedule. The defaults are LLaVA-1.5-7B with the paper's schedule."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    schedule: DropSchedule = DropSchedule()
+    projector_layers: int = 2  # 1 is ``linear``, n is ``mlp{n}x_gelu``
+    select_layer: int = -2  # hidden state of the vision tower that is projected; -1 is its last layer's output
+    keep_class_token: bool = False  # False is the feature selection "patch" (Hugging Face: "default")
+    image_aspect: Literal["square", "pad"] = "square"
+    template: str = "vicuna_v1"
+    image_token_id: int | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
+    bos_token_id: int = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vision_layers <= self.vision.num_layers:
+            raise UserError(
+                f"select_layer {self.select_layer} names no hidden state of a vision tower of "
+                f"{self.vision.num_layers} layers"
+            )
+        self.schedule.check(self.text.num_layers)
+
+    @property
+    def vision_layers(self) -> int:
+        """Layers of the vision tower that have to run."""
+        if self.select_layer < 0:
+            return self.vision.num_layers + 1 + self.select_layer
+        return self.select_layer
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one crop."""
+        return self.vision.num_patches + self.keep_class_token
+
+    @classmethod
+    def llava_1_5_7b(cls) -> "LlavaConfig":
+        return cls(image_aspect="pad")
+
+    @classmethod
+    def llava_1_5_13b(cls) -> "LlavaConfig":
+        text = TextConfig(
+            hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128
+        )
+        return cls(text=text, image_aspect="pad")
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["schedule"] = self.schedule.to_json()
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "LlavaConfig":
+        if data.get("format") != FORMAT:
+            raise UserError(
+                f"config.json has format {data.get('format')!r}, expected {FORMAT!r}: a PyTorch checkpoint must be "
+                "converted first, pdrop convert SRC OUT"
+            )
+        data = {key: value for key, value in data.items() if key != "format"}
+        text = dict(data["text"])
+        if text["rope_scaling"]:
+            text["rope_scaling"] = RopeScaling(**text["rope_scaling"])
+        return cls(
+            **{
+                **data,
+                "vision": VisionConfig(**data["vision"]),
+                "text": TextConfig(**text),
+                "schedule": DropSchedule.from_json(data["schedule"]),
+                "eos_token_ids": tuple(data["eos_token_ids"]),
+            }
+        )
+
+    def save(self, folder: pathlib.Path) -> None:
+        (folder / "config.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> "LlavaConfig":
+        """Raises UserError if ``folder`` holds no config.json of ours."""
+        return cls.from_json(read_json(pathlib.Path(folder) / "config.json"))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in ``path``; UserError if it is missing or is none."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, expected a JSON object")
+    return data
+
+
+def _one_of(what: str, value: Any, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise UserError(f"{what} {value!r} is not supported: {' or '.join(known)} is")
+    return value
