@@ -15,14 +15,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pdrop_jax.config import TextConfig, VisionConfig
+from pdrop_jax.model.attention import Implementation, attention
 
 M = TypeVar("M", bound=nnx.Module)
 Params = dict[str, Any]  # nested dict of arrays
 Rope = tuple[jax.Array, jax.Array]  # cos, sin: (B, T, H/2) float32
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q BTNH, k BTKH, v BTKH -> BTNH
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
 linear = functools.partial(nnx.Linear, use_bias=False)
 layer_norm = functools.partial(nnx.LayerNorm, use_fast_variance=False)
+
+
+class RMSNorm(nnx.RMSNorm):
+    def __init__(self, D: int, eps: float, *, rngs: nnx.Rngs):
+        super().__init__(D, epsilon=eps, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -49,20 +55,21 @@ class GatedMLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """A LLaMA decoder layer. (B, T, D) -> (B, T, D); ``attend`` decides what the queries see."""
+    """A LLaMA decoder layer. (B, T, D) -> (B, T, D); ``attend`` decides what the queries see and keeps the cache."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.attention_norm = nnx.RMSNorm(D, epsilon=config.norm_eps, rngs=rngs)
+        self.attention_norm = RMSNorm(D, config.norm_eps, rngs=rngs)
         self.attention = Attention(D, N, K, H, qkv_bias=config.qkv_bias, output_bias=config.output_bias, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(D, epsilon=config.norm_eps, rngs=rngs)
+        self.mlp_norm = RMSNorm(D, config.norm_eps, rngs=rngs)
         self.mlp = GatedMLP(D, config.intermediate_size, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
         h = self.attention_norm(x)
         q, k = rotate(self.attention.q(h), rope), rotate(self.attention.k(h), rope)
-        x = x + self.attention.o(attend(q, k, self.attention.v(h)))
-        return x + self.mlp(self.mlp_norm(x))
+        out, cache = attend(q, k, self.attention.v(h))
+        x = x + self.attention.o(out)
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class VisionMLP(nnx.Module):
@@ -87,9 +94,10 @@ class VisionLayer(nnx.Module):
         self.mlp_norm = layer_norm(D, epsilon=config.norm_eps, rngs=rngs)
         self.mlp = VisionMLP(D, config.intermediate_size, config.activation, rngs=rngs)
 
-    def __call__(self, x: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, implementation: Implementation) -> jax.Array:
         h = self.attention_norm(x)
-        x = x + self.attention.o(attend(self.attention.q(h), self.attention.k(h), self.attention.v(h)))
+        q, k, v = self.attention.q(h), self.attention.k(h), self.attention.v(h)
+        x = x + self.attention.o(attention(q, k, v, causal=False, implementation=implementation))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -147,6 +155,18 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     cos, sin = (table[:, :, None] for table in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def scan_layers(body: Callable, carry: Any, layers: Params | list[Params]) -> tuple[Any, Any]:
+    """``body(carry, params, n) -> (carry, y)`` over a stack of layers by ``lax.scan``, or over a list by a loop."""
+    if not isinstance(layers, list):
+        L = jax.tree.leaves(layers)[0].shape[0]
+        return jax.lax.scan(lambda carry, layer: body(carry, *layer), carry, (layers, jnp.arange(L)))
+    ys = []
+    for n, params in enumerate(layers):
+        carry, y = body(carry, params, n)
+        ys.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys) if ys else None
 
 
 @functools.cache

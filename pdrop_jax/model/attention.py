@@ -1,0 +1,113 @@
+"""The one attention call of the model.
+
+Implementations: ``xla`` is the reference and serves everything; ``cudnn`` is NVIDIA's flash attention; ``splash`` is
+the Pallas flash attention for TPU. ``auto`` takes the platform's own where it can serve and xla otherwise. A forced
+implementation that cannot serve raises.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["auto", "xla", "cudnn", "splash"]
+
+SPLASH_ALIGN = 128  # sequence lengths must be multiples of it
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    length: jax.Array | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Scaled dot-product attention with the softmax in float32; query heads share key-value heads if N > K.
+
+    Args:
+      q: (B, T, N, H).
+      k: (B, S, K, H), already rotated, as is q.
+      v: (B, S, K, H).
+      causal: query t sees keys 0..t; T must equal S.
+      length: (B,) int32, keys from ``length[b]`` on are not seen; None is S.
+      implementation: see the module.
+
+    Returns:
+      (B, T, N, H), dtype of q. Rows of padding queries are finite and meaningless.
+
+    Raises:
+      ValueError: the forced implementation cannot serve this call.
+    """
+    chosen = _choose(q, k, causal) if implementation == "auto" else implementation
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
+    if chosen == "splash":
+        return _splash(q, k, v, causal, length)
+    if chosen == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"cudnn attention needs bfloat16 or float16, got {q.dtype}: use implementation='xla'")
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=length, query_seq_lengths=None, implementation=chosen
+    )
+
+
+def aligned(implementation: Implementation) -> int:
+    """What buffer lengths are rounded up to a multiple of, so that the implementation can serve every stage."""
+    splash = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
+    return SPLASH_ALIGN if splash else 1
+
+
+def _choose(q: jax.Array, k: jax.Array, causal: bool) -> Literal["xla", "cudnn", "splash"]:
+    platform = jax.default_backend()
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] > 1 and q.shape[-1] % 8 == 0:
+        return "cudnn"
+    if platform == "tpu" and not _splash_objection(q, k, causal):
+        return "splash"
+    return "xla"
+
+
+def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
+    if not causal:
+        return "splash attention serves causal attention only"
+    if q.shape[1] % SPLASH_ALIGN:
+        return f"splash attention needs a length that is a multiple of {SPLASH_ALIGN}, got {q.shape[1]}"
+    return ""
+
+
+@functools.cache
+def _splash_kernel(num_heads: int, length: int, interpret: bool):  # noqa: ANN202 - the kernel type is private to jax
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = max(size for size in (512, 256, 128) if length % size == 0)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(num_heads)])
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, length: jax.Array | None, interpret: bool = False
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    if objection := _splash_objection(q, k, causal):
+        raise ValueError(f"{objection}: use implementation='xla'")
+    S = q.shape[1]
+    length = jnp.full(q.shape[:1], S, jnp.int32) if length is None else length
+    valid = (jnp.arange(S) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own
+    kernel = _splash_kernel(q.shape[2], S, interpret)
+    heads_first = [x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)]  # the kernel does not scale
+    out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(*heads_first, valid)
+    return out.swapaxes(1, 2).astype(q.dtype)

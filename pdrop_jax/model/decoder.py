@@ -1,0 +1,147 @@
+"""The decoder: a stage is a run over its layers, a stage boundary is a drop.
+
+The three ways through it share the layers and differ in what the queries see: ``run_stages`` over whole buffers, with
+or without caches (prefill, training), and ``run_token`` for one new token of each row (decode).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.model.attention import Implementation, attention
+from pdrop_jax.model.buffer import TokenBuffer, compact
+from pdrop_jax.model.cache import StageCache, write_prompt, write_token
+from pdrop_jax.model.layers import DecoderLayer, Params, bind, rope_tables, scan_layers
+from pdrop_jax.model.ranking import choose, image_scores
+from pdrop_jax.schedule import DropSchedule, Stage
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Drop:
+    """What happened at one stage boundary; all (B, S) over the buffer before the drop.
+
+    Attributes:
+      scores: float32, see ``ranking.image_scores``.
+      keep: bool.
+      image_id: int32, 0 for text and padding.
+      index: int32, slot before the first drop.
+    """
+
+    scores: jax.Array
+    keep: jax.Array
+    image_id: jax.Array
+    index: jax.Array
+
+
+def positions_of(schedule: DropSchedule, buffer: TokenBuffer) -> jax.Array:
+    """(B, S) int32: renumbered after each drop, or the original slots (``DropSchedule.positions``)."""
+    if schedule.positions == "original":
+        return buffer.index
+    return jnp.broadcast_to(jnp.arange(buffer.slots), buffer.index.shape)
+
+
+def drop(config: LlavaConfig, stage: Stage, next_layer: Params, buffer: TokenBuffer, max_count: int):  # noqa: ANN201
+    """One stage boundary: score, choose, compact. Returns (buffer of ``stage``, Drop)."""
+    scores = image_scores(config.text, next_layer, buffer, positions_of(config.schedule, buffer))
+    keep = choose(buffer, scores, stage.ratio, max_count)
+    return compact(buffer, keep, stage.slots), Drop(scores, keep, buffer.image_id, buffer.index)
+
+
+def run_stages(
+    config: LlavaConfig,
+    stages: Params,
+    plan: Sequence[Stage],
+    buffer: TokenBuffer,
+    image_sizes: Sequence[int],
+    caches: Sequence[StageCache] = (),
+    *,
+    implementation: Implementation = "auto",
+    keep_hidden: bool = False,
+) -> tuple[TokenBuffer, tuple[StageCache, ...], tuple[jax.Array, ...], tuple[Drop, ...], list[Any]]:
+    """Runs all layers over ``buffer``, dropping at each boundary.
+
+    Args:
+      stages: parameters, one entry for each stage of ``plan``.
+      image_sizes: largest token count of each image of a row; empty means that nothing can be dropped.
+      caches: one for each stage, filled on the way; or none.
+      keep_hidden: also return each stage's layer inputs (L_s, B, S_s, D).
+
+    Returns:
+      (last buffer, caches, valid length (B,) of each stage, drops, layer inputs of each stage).
+    """
+    drops, filled, lengths, hidden = [], [], [], []
+    for s, stage in enumerate(plan):
+        layers = stages[str(s)]
+        if s and image_sizes:
+            buffer, dropped = drop(config, stage, _first(layers), buffer, max(image_sizes))
+            drops.append(dropped)
+        rope = rope_tables(config.text, positions_of(config.schedule, buffer))
+        length = buffer.length
+
+        def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
+            x, cache = carry
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
+                out = attention(q, k, v, causal=True, length=length, implementation=implementation)
+                return out, cache and write_prompt(cache, n, k, v)
+
+            layer = bind(DecoderLayer, config.text, params=params)
+            return layer(x, rope, attend), x if keep_hidden else None
+
+        carry = (buffer.hidden, caches[s] if caches else None)
+        (x, cache), inputs = scan_layers(body, carry, layers)
+        buffer = dataclasses.replace(buffer, hidden=x)
+        filled.append(cache)
+        lengths.append(length)
+        hidden.append(inputs)
+    return buffer, tuple(filled), tuple(lengths), tuple(drops), hidden
+
+
+def run_token(
+    config: LlavaConfig,
+    stages: Params,
+    x: jax.Array,
+    caches: Sequence[StageCache],
+    lengths: Sequence[jax.Array],
+    step: jax.Array,
+) -> tuple[jax.Array, tuple[StageCache, ...]]:
+    """One new token of each row through all layers; nothing is dropped.
+
+    Args:
+      x: (B, 1, D), embeddings of the tokens.
+      lengths: valid length (B,) of each stage after the prefill.
+      step: () int32, tokens decoded before this one. The token stands in slot ``lengths[s] + step`` of stage s.
+
+    Returns:
+      ((B, 1, D), caches).
+    """
+    filled = []
+    for s, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+        slot = length + step  # (B,)
+        position = slot if config.schedule.positions == "dense" else lengths[0] + step
+        rope = rope_tables(config.text, position[:, None])
+
+        def body(carry: Any, params: Params, n: Any, rope: Any = rope, slot: jax.Array = slot) -> tuple[Any, None]:
+            x, cache = carry
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache]:
+                written = write_token(cache, n, k, v, slot)
+                out = attention(
+                    q, written.k[n], written.v[n], causal=False, length=slot + 1, implementation="xla"
+                )  # a single query is a matrix-vector product: no flash kernel helps
+                return out, written
+
+            return bind(DecoderLayer, config.text, params=params)(x, rope, attend), None
+
+        (x, cache), _ = scan_layers(body, (x, cache), stages[str(s)])
+        filled.append(cache)
+    return x, tuple(filled)
+
+
+def _first(layers: Params | list[Params]) -> Params:
+    return layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)

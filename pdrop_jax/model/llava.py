@@ -1,0 +1,150 @@
+"""The whole model as pure functions: pixels and ids -> embeddings -> stages -> logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.model.attention import Implementation, aligned
+from pdrop_jax.model.buffer import TokenBuffer
+from pdrop_jax.model.cache import StageCache, init_caches
+from pdrop_jax.model.decoder import Drop, run_stages, run_token
+from pdrop_jax.model.layers import Params, RMSNorm, bind
+from pdrop_jax.model.vision import image_features
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Output:
+    """Result of ``forward``.
+
+    Attributes:
+      logits: (B, S_last, V) float32, over the last stage's buffer; meaningless on padding.
+      buffer: the last stage's tokens; ``hidden`` is after the final norm.
+      drops: one for each stage boundary.
+      hidden: each stage's layer inputs (L_s, B, S_s, D), if asked for.
+    """
+
+    logits: jax.Array
+    buffer: TokenBuffer
+    drops: tuple[Drop, ...]
+    hidden: list[jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DecodeState:
+    """What a decode step needs of the prefill.
+
+    Attributes:
+      caches: one for each stage.
+      lengths: (B,) int32 for each stage, its valid slots after the prefill.
+    """
+
+    caches: tuple[StageCache, ...]
+    lengths: tuple[jax.Array, ...]
+
+
+def embed(
+    config: LlavaConfig, params: Params, batch: Batch, slots: int, implementation: Implementation = "auto"
+) -> TokenBuffer:
+    """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
+    table = params["embed"]["embedding"]
+    hidden = table[batch.token_ids]  # (B, S, D)
+    index = jnp.asarray(batch.feature_index)
+    if batch.crops.shape[1]:
+        features = image_features(config, params, jnp.asarray(batch.crops), implementation)
+        picked = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+        hidden = jnp.where((index >= 0)[..., None], picked, hidden)
+    B, S = index.shape
+    image_id = jnp.asarray(batch.image_id)
+    image_count = (image_id[:, None] == jnp.arange(len(batch.bucket.images) + 1)[:, None]).sum(-1)  # (B, M + 1)
+
+    def pad(x: jax.Array, value: int = 0) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, slots - S)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+
+    return TokenBuffer(
+        hidden=pad(hidden),
+        image_id=pad(image_id),
+        index=jnp.broadcast_to(jnp.arange(slots), (B, slots)),
+        length=jnp.asarray(batch.length),
+        query_rows=jnp.asarray(batch.query_rows),
+        image_count=image_count,
+        labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), -100),
+    )
+
+
+def logits_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Normed hidden states (B, T, D) -> (B, T, V) float32."""
+    if config.text.tie_embeddings:
+        kernel, spec = params["embed"]["embedding"], "BTD,VD->BTV"
+    else:
+        kernel, spec = params["head"]["kernel"], "BTD,DV->BTV"
+    return jnp.einsum(spec, x, kernel, preferred_element_type=jnp.float32)
+
+
+def final_norm(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
+    return bind(RMSNorm, config.text.hidden_size, config.text.norm_eps, params=params["norm"])(x)
+
+
+def forward(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    implementation: Implementation = "auto",
+    keep_hidden: bool = False,
+) -> Output:
+    """All logits of the last stage, without caches."""
+    plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
+    buffer = embed(config, params, batch, plan[0].slots, implementation)
+    buffer, _, _, drops, hidden = run_stages(
+        config,
+        params["stages"],
+        plan,
+        buffer,
+        batch.bucket.images,
+        implementation=implementation,
+        keep_hidden=keep_hidden,
+    )
+    x = final_norm(config, params, buffer.hidden)
+    return Output(logits_of(config, params, x), dataclasses.replace(buffer, hidden=x), drops, hidden)
+
+
+def prefill(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    new_slots: int,
+    *,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, DecodeState, tuple[Drop, ...]]:
+    """Runs the prompts and fills the caches.
+
+    Args:
+      new_slots: cache slots for tokens to come.
+
+    Returns:
+      (logits (B, V) float32 after the last prompt token, state for ``decode_step``, drops).
+    """
+    plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
+    buffer = embed(config, params, batch, plan[0].slots, implementation)
+    caches = init_caches(config.text, plan, buffer.hidden.shape[0], new_slots, buffer.hidden.dtype)
+    buffer, caches, lengths, drops, _ = run_stages(
+        config, params["stages"], plan, buffer, batch.bucket.images, caches, implementation=implementation
+    )
+    last = jnp.take_along_axis(buffer.hidden, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, D)
+    logits = logits_of(config, params, final_norm(config, params, last))
+    return logits[:, 0], DecodeState(caches, lengths), drops
+
+
+def decode_step(
+    config: LlavaConfig, params: Params, tokens: jax.Array, state: DecodeState, step: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+    """Logits (B, V) float32 after ``tokens`` (B,) int32, the (step + 1)-th new token of each row."""
+    x = params["embed"]["embedding"][tokens][:, None]
+    x, caches = run_token(config, params["stages"], x, state.caches, state.lengths, step)
+    logits = logits_of(config, params, final_norm(config, params, x))
+    return logits[:, 0], dataclasses.replace(state, caches=caches)

@@ -1,0 +1,65 @@
+"""PyramidDrop's choice of image tokens: how much the question attends to each, and which stay.
+
+Paper, section 3.2. The official code scores with the layer *after* the boundary, and so does this.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.config import TextConfig
+from pdrop_jax.model.buffer import TokenBuffer
+from pdrop_jax.model.layers import DecoderLayer, Params, bind, rope_tables, rotate
+from pdrop_jax.schedule import keep_table
+
+
+def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, positions: jax.Array) -> jax.Array:
+    """Attention that the query rows pay to every slot in the layer after the boundary.
+
+    The next layer's norm, q and k projections and rope on the current hidden states, softmax over all causal keys in
+    float32, mean over heads, mean over the row's query rows. Keys need a projection, values do not, and queries only
+    at the query rows. No gradient flows through.
+
+    Args:
+      next_layer: parameters of the first layer behind the boundary.
+      positions: (B, S) int32, of the current tokens.
+
+    Returns:
+      (B, S) float32.
+    """
+    layer = bind(DecoderLayer, config, params=next_layer)
+    h = layer.attention_norm(jax.lax.stop_gradient(buffer.hidden))
+    rows = jnp.maximum(buffer.query_rows, 0)  # (B, Q)
+    h_rows = jnp.take_along_axis(h, rows[..., None], axis=1)
+    q = rotate(layer.attention.q(h_rows), rope_tables(config, jnp.take_along_axis(positions, rows, axis=1)))
+    k = rotate(layer.attention.k(h), rope_tables(config, positions))
+    B, Q, N, H = q.shape
+    q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
+    logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32) / H**0.5
+    causal = jnp.arange(buffer.slots) <= rows[..., None]  # (B, Q, S)
+    probs = jax.nn.softmax(jnp.where(causal[:, None, None], logits, -jnp.inf), axis=-1)
+    used = (buffer.query_rows >= 0).astype(jnp.float32)  # (B, Q)
+    by_row = probs.mean((1, 2)) * used[..., None]  # (B, Q, S)
+    return jax.lax.stop_gradient(by_row.sum(1) / jnp.maximum(used.sum(1), 1)[:, None])
+
+
+def choose(buffer: TokenBuffer, scores: jax.Array, ratio: float, max_count: int) -> jax.Array:
+    """Which slots stay: all text, and of each image its best ``int(count * ratio)`` tokens, ties to the lower slot.
+
+    Args:
+      scores: (B, S) float32.
+      ratio: share of the image's original tokens.
+      max_count: the largest number of tokens an image of the bucket can have.
+
+    Returns:
+      (B, S) bool, False on padding.
+    """
+    order = jnp.lexsort((-scores, buffer.image_id), axis=-1)  # by image, best first; stable
+    place = jnp.argsort(order, axis=-1)  # where each slot stands in that order
+    M = buffer.image_count.shape[1] - 1
+    present = (buffer.image_id[:, None, :] == jnp.arange(M + 1)[:, None]).sum(-1)  # (B, M + 1)
+    first = jnp.cumsum(present, axis=1) - present
+    rank = place - jnp.take_along_axis(first, buffer.image_id, axis=1)  # within the slot's own image
+    counts = jnp.array(keep_table(max_count, ratio), jnp.int32)[jnp.minimum(buffer.image_count, max_count)]
+    kept_image = rank < jnp.take_along_axis(counts, buffer.image_id, axis=1)
+    valid = jnp.arange(buffer.slots) < buffer.length[:, None]
+    return valid & ((buffer.image_id == 0) | kept_image)
