@@ -1,1 +1,50 @@
-"""PyramidDrop for LLaVA in JAX."""
+"""PyramidDrop for LLaVA in JAX: drop the image tokens that the question attends to least, stage by stage.
+
+Example::
+
+    import pdrop_jax
+
+    model = pdrop_jax.load("llava-1.5-7b")
+    pdrop_jax.generate(model, ["What is on the table?"], ["kitchen.jpg"]).texts
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pdrop_jax.batch import Batch as Batch
+    from pdrop_jax.config import LlavaConfig as LlavaConfig
+    from pdrop_jax.config import TextConfig as TextConfig
+    from pdrop_jax.config import VisionConfig as VisionConfig
+    from pdrop_jax.errors import UserError as UserError
+    from pdrop_jax.generate import Generation as Generation
+    from pdrop_jax.generate import Model as Model
+    from pdrop_jax.generate import generate as generate
+    from pdrop_jax.generate import load as load
+    from pdrop_jax.inputs.processor import Processor as Processor
+    from pdrop_jax.schedule import Bucket as Bucket
+    from pdrop_jax.schedule import DropSchedule as DropSchedule
+
+_HOME = {
+    "Batch": "batch",
+    "Bucket": "schedule",
+    "DropSchedule": "schedule",
+    "Generation": "generate",
+    "LlavaConfig": "config",
+    "Model": "generate",
+    "Processor": "inputs.processor",
+    "TextConfig": "config",
+    "UserError": "errors",
+    "VisionConfig": "config",
+    "generate": "generate",
+    "load": "generate",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the command line answers --help without waiting for jax and transformers.
+    if name not in _HOME:
+        raise AttributeError(f"module 'pdrop_jax' has no attribute {name!r}")
+    module = importlib.import_module(f"pdrop_jax.{_HOME[name]}")
+    return getattr(module, name)

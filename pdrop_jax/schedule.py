@@ -4,6 +4,7 @@ The schedule fixes every shape of the model, so a plan made here is all that tra
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -66,14 +67,12 @@ class DropSchedule:
                 f"{len(self.layers)} drop layers {list(self.layers)} but {len(self.ratios)} ratios "
                 f"{list(self.ratios)}: give one ratio for each layer"
             )
-        if any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)) or any(n < 0 for n in self.layers):
+        if any(b <= a for a, b in itertools.pairwise(self.layers)) or any(n < 0 for n in self.layers):
             raise UserError(f"drop layers must ascend from 0 on, got {list(self.layers)}")
         if not all(0.0 <= ratio <= 1.0 for ratio in self.ratios):
             raise UserError(f"keep ratios must lie in 0..1, got {list(self.ratios)}")
-        if any(b > a for a, b in zip(self.ratios, self.ratios[1:], strict=False)):
-            raise UserError(
-                f"keep ratios are shares of the original tokens and must not rise, got {list(self.ratios)}"
-            )
+        if any(b > a for a, b in itertools.pairwise(self.ratios)):
+            raise UserError(f"keep ratios are shares of the original tokens and must not rise, got {list(self.ratios)}")
         if self.positions not in ("dense", "original"):
             raise UserError(f"positions must be 'dense' or 'original', got {self.positions!r}")
 
@@ -94,7 +93,7 @@ class DropSchedule:
         """(start, stop) of each stage; a drop at layer 0 makes the first stage empty."""
         self.check(num_layers)
         edges = (0, *self.layers, num_layers)
-        return tuple(zip(edges, edges[1:], strict=False))
+        return tuple(itertools.pairwise(edges))
 
     def plan(self, num_layers: int, bucket: Bucket, align: int = 1) -> tuple[Stage, ...]:
         """The stages of a decoder of ``num_layers`` layers for ``bucket``.

@@ -29,9 +29,9 @@ def main() -> None:
             print(f"  {command:10}{purpose}", file=out)
         sys.exit(2 if wrong else 0)
     warnings.filterwarnings("ignore", category=UserWarning, module="tyro")
-    command = importlib.import_module(f"pdrop_jax.cli.{name}")
+    module = importlib.import_module(f"pdrop_jax.cli.{name}")
     try:
-        sys.exit(tyro.cli(command.run, prog=f"pdrop {name}", args=sys.argv[2:]))
+        sys.exit(tyro.cli(module.run, prog=f"pdrop {name}", args=sys.argv[2:]))
     except UserError as error:
         print(f"pdrop {name}: {error}", file=sys.stderr)
         sys.exit(2)

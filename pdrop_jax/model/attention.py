@@ -6,7 +6,7 @@ implementation that cannot serve raises.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
 
 
 @functools.cache
-def _splash_kernel(num_heads: int, length: int, interpret: bool):  # noqa: ANN202 - the kernel type is private to jax
+def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:  # jax keeps the type private
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -108,6 +108,6 @@ def _splash(
     length = jnp.full(q.shape[:1], S, jnp.int32) if length is None else length
     valid = (jnp.arange(S) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own
     kernel = _splash_kernel(q.shape[2], S, interpret)
-    heads_first = [x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)]  # the kernel does not scale
-    out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(*heads_first, valid)
-    return out.swapaxes(1, 2).astype(q.dtype)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # the kernel does not scale
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(valid, valid))
+    return out.swapaxes(1, 2)

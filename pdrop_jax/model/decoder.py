@@ -45,7 +45,9 @@ def positions_of(schedule: DropSchedule, buffer: TokenBuffer) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(buffer.slots), buffer.index.shape)
 
 
-def drop(config: LlavaConfig, stage: Stage, next_layer: Params, buffer: TokenBuffer, max_count: int):  # noqa: ANN201
+def drop(
+    config: LlavaConfig, stage: Stage, next_layer: Params, buffer: TokenBuffer, max_count: int
+) -> tuple[TokenBuffer, Drop]:
     """One stage boundary: score, choose, compact. Returns (buffer of ``stage``, Drop)."""
     scores = image_scores(config.text, next_layer, buffer, positions_of(config.schedule, buffer))
     keep = choose(buffer, scores, stage.ratio, max_count)

@@ -170,7 +170,7 @@ def scan_layers(body: Callable, carry: Any, layers: Params | list[Params]) -> tu
 
 
 @functools.cache
-def _split(cls: type[nnx.Module], args: tuple) -> tuple[nnx.GraphDef, Params]:
+def _split(cls: Callable[..., nnx.Module], args: tuple) -> tuple[nnx.GraphDef, Params]:
     graph, state = nnx.split(nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 

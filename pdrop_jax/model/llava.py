@@ -23,12 +23,14 @@ class Output:
     Attributes:
       logits: (B, S_last, V) float32, over the last stage's buffer; meaningless on padding.
       buffer: the last stage's tokens; ``hidden`` is after the final norm.
+      lengths: (B,) int32 for each stage, its valid slots.
       drops: one for each stage boundary.
       hidden: each stage's layer inputs (L_s, B, S_s, D), if asked for.
     """
 
     logits: jax.Array
     buffer: TokenBuffer
+    lengths: tuple[jax.Array, ...]
     drops: tuple[Drop, ...]
     hidden: list[jax.Array]
 
@@ -100,7 +102,7 @@ def forward(
     """All logits of the last stage, without caches."""
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
     buffer = embed(config, params, batch, plan[0].slots, implementation)
-    buffer, _, _, drops, hidden = run_stages(
+    buffer, _, lengths, drops, hidden = run_stages(
         config,
         params["stages"],
         plan,
@@ -110,7 +112,7 @@ def forward(
         keep_hidden=keep_hidden,
     )
     x = final_norm(config, params, buffer.hidden)
-    return Output(logits_of(config, params, x), dataclasses.replace(buffer, hidden=x), drops, hidden)
+    return Output(logits_of(config, params, x), dataclasses.replace(buffer, hidden=x), lengths, drops, hidden)
 
 
 def prefill(

@@ -15,6 +15,7 @@ Stacks are scanned. On a CPU the scan copies each layer's weights out of the sta
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -119,17 +120,21 @@ def _concatenate(xs: tuple) -> Any:
 
 
 def unstack(params: Params) -> Params:
-    """Every stack as a list of layers, each leaf an array of its own. Consumes ``params``: stacks are freed as it goes."""
+    """Every stack as a list of layers, each leaf an array of its own.
+
+    Consumes ``params``: each stack is taken out of it as it is split, so that one leaf at a time stands twice in
+    memory and not the whole model.
+    """
 
     def split(stack: Params) -> list[Params]:
-        leaves, tree = jax.tree.flatten(stack)
-        stack.clear()
-        columns = []
-        while leaves:
-            leaf = leaves.pop(0)
-            columns.append([jnp.array(layer) for layer in leaf])
-        return [jax.tree.unflatten(tree, row) for row in zip(*columns, strict=True)]
+        columns = {key: split(x) if isinstance(x, dict) else list(jnp.asarray(x)) for key, x in _drain(stack)}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    stages = {key: split(dict(stack)) for key, stack in params["stages"].items()}
-    return {**params, "vision": {**params["vision"], "layers": split(dict(params["vision"]["layers"]))}, "stages": stages}
+    params["vision"]["layers"] = split(params["vision"]["layers"])
+    params["stages"] = {key: split(stack) for key, stack in _drain(params["stages"])}
+    return params
 
+
+def _drain(tree: Params) -> Iterator[tuple[str, Any]]:
+    while tree:
+        yield tree.popitem()

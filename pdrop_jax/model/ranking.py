@@ -32,7 +32,7 @@ def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, po
     h_rows = jnp.take_along_axis(h, rows[..., None], axis=1)
     q = rotate(layer.attention.q(h_rows), rope_tables(config, jnp.take_along_axis(positions, rows, axis=1)))
     k = rotate(layer.attention.k(h), rope_tables(config, positions))
-    B, Q, N, H = q.shape
+    B, Q, _, H = q.shape
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
     logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32) / H**0.5
     causal = jnp.arange(buffer.slots) <= rows[..., None]  # (B, Q, S)

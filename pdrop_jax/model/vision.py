@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation

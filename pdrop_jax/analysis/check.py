@@ -1,0 +1,181 @@
+"""Replays reference vectors recorded from the official PyTorch code and says how far we are from them.
+
+Serves any folder of the format described in tests/golden/README.md, on whatever accelerator jax finds.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdrop_jax.analysis.check_inputs import image_preprocess, prompts
+from pdrop_jax.analysis.report import Figures, Row, error
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.generate import kept_tokens
+from pdrop_jax.inputs import processor as inputs
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from pdrop_jax.model.layers import Params
+from pdrop_jax.model.llava import decode_step, forward, prefill
+from pdrop_jax.schedule import Bucket, DropSchedule
+
+Arrays = Mapping[str, np.ndarray]
+LoadReference = Callable[[pathlib.Path, DropSchedule], tuple[LlavaConfig, Params]]
+
+_forward = jax.jit(forward, static_argnames=("config", "implementation", "keep_hidden"))
+_prefill = jax.jit(prefill, static_argnames=("config", "new_slots", "implementation"))
+_decode_step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("state",))
+
+
+def check(folder: pathlib.Path, load_reference: LoadReference, cases: Sequence[str] = ()) -> list[Row]:
+    """Replays the cases of ``folder``.
+
+    Args:
+      load_reference: (checkpoint folder, schedule) -> config and float32 parameters.
+      cases: names; all that can be replayed if empty.
+
+    Raises:
+      UserError: the folder holds no case, or none of a given name.
+    """
+    known = {path.stem: path for path in sorted(folder.glob("*.json")) if kind_of(path) in KINDS}
+    if not known:
+        raise UserError(f"{folder} holds no reference vectors that can be replayed: expected NAME.json with NAME.npz")
+    if missing := [case for case in cases if case not in known]:
+        raise UserError(f"{folder} has no case {', '.join(missing)}: it has {', '.join(known)}")
+    rows = []
+    with jax.default_matmul_precision("highest"):  # the vectors are float32; a TPU's default is bfloat16 passes
+        for case in cases or known:
+            info = json.loads(known[case].read_text())
+            arrays = folder / f"{case}.npz"
+            rows.append(
+                KINDS[info["kind"]](folder, info, dict(np.load(arrays)) if arrays.exists() else {}, load_reference)
+            )
+    return rows
+
+
+def kind_of(path: pathlib.Path) -> str | None:
+    info = json.loads(path.read_text())
+    return info.get("kind") if isinstance(info, dict) else None
+
+
+def _prefill_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
+    config, params = load(folder / info["model_dir"], _schedule(info))
+    batch = reference_batch(config, arrays)
+    found = [_compare_forward(config, params, batch, arrays)]
+    if "vanilla_logits" in arrays:
+        dense = load(folder / info["model_dir"], DropSchedule.none())
+        found.append(_compare_forward(*dense, batch, {"logits": arrays["vanilla_logits"]}))
+    return Row.worst(info["case"], found)
+
+
+def _decode_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
+    config, params = load(folder / info["model_dir"], _schedule(info))
+    batch = reference_batch(config, arrays)
+    found = [_compare_forward(config, params, batch, arrays), _compare_decode(config, params, batch, arrays)]
+    return Row.worst(info["case"], found)
+
+
+def _schedules_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
+    found = []
+    for schedule in info["schedules"]:
+        drops = DropSchedule(tuple(schedule["layer_list"]), tuple(schedule["ratios"]))
+        config, params = load(folder / info["model_dir"], drops)
+        batch, own = reference_batch(config, arrays), _with_prefix(arrays, f"sched{schedule['index']}_")
+        found += [_compare_forward(config, params, batch, own), _compare_decode(config, params, batch, own)]
+    return Row.worst(info["case"], found)
+
+
+def _vanilla_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
+    config, params = load(folder / info["model_dir"], DropSchedule.none())
+    found = []
+    for name, source in (("single", "prefill_single"), ("decode", "decode_greedy"), ("ragged", "prefill_batch_ragged")):
+        batch = reference_batch(config, dict(np.load(folder / f"{source}.npz")))
+        own = _with_prefix(arrays, f"{name}_")
+        found.append(_compare_forward(config, params, batch, own))
+        if "tokens" in own:
+            found.append(_compare_decode(config, params, batch, own))
+    return Row.worst(info["case"], found)
+
+
+def _with_prefix(arrays: Arrays, prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+KINDS: dict[str, Callable[[pathlib.Path, Any, Arrays, LoadReference], Row]] = {
+    "prefill_eval": _prefill_case,
+    "decode_eval": _decode_case,
+    "prefill_eval_schedules": _schedules_case,
+    "vanilla_llava": _vanilla_case,
+    "image_preprocess": image_preprocess,
+    "prompts": prompts,
+}
+
+
+def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
+    """The batch of a case's ``input_ids`` (B, S, image placeholder -200) and ``images`` (B, 3, h, w)."""
+    mask = arrays.get("attention_mask", np.ones_like(arrays["input_ids"])).astype(bool)
+    rows = []
+    for b, (ids, valid) in enumerate(zip(arrays["input_ids"], mask, strict=True)):
+        has_image = IMAGE_PLACEHOLDER in ids[valid]
+        crops = [arrays["images"][b].transpose(1, 2, 0)] if has_image else []
+        rows.append(inputs.Row(ids[valid].tolist(), crops))
+    text = max(sum(i != IMAGE_PLACEHOLDER for i in row.ids) for row in rows)
+    images = max(len(row.crops) for row in rows)
+    return inputs.assemble(rows, config, Bucket(text, (config.image_tokens,) * images))
+
+
+def _schedule(info: Any) -> DropSchedule:
+    return DropSchedule(
+        tuple(info["layer_list"]), tuple(info.get("image_token_ratio_list_with_leading_1", [1.0, 0.5, 0.25, 0.125])[1:])
+    )
+
+
+def _compare_forward(config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays) -> Figures:
+    """Logits, final norm, each layer's input, and what was dropped: whatever of these ``arrays`` has."""
+    output = _forward(config, params, batch, keep_hidden=True)
+    last = output.lengths[-1]
+    found: Figures = {}
+    if "logits" in arrays:
+        found["logits"] = _valid_error(output.logits, arrays["logits"], last)
+    hidden = []
+    if "hs_final_norm" in arrays:
+        hidden.append(_valid_error(output.buffer.hidden, arrays["hs_final_norm"], last))
+    plan = config.schedule.plan(config.text.num_layers, batch.bucket)
+    for stage, layer_inputs, length in zip(plan, output.hidden, output.lengths, strict=True):
+        for n in range(stage.num_layers):
+            if (name := f"hs_in_layer{stage.start + n}") in arrays:
+                hidden.append(_valid_error(layer_inputs[n], arrays[name], length))
+    if hidden:
+        found["hidden"] = max(hidden)
+    kept = kept_tokens(batch, jax.device_get(output.drops))
+    scores, equal = [], []
+    for s, dropped in enumerate(output.drops):
+        for b in range(len(kept)):
+            if f"s{s}_scores_b{b}" in arrays:
+                is_image = np.asarray(dropped.image_id[b]) > 0
+                scores.append(error(np.asarray(dropped.scores[b])[is_image], arrays[f"s{s}_scores_b{b}"]))
+                equal.append(kept[b][s][0] == arrays[f"s{s}_kept_b{b}"].tolist())
+    if scores:
+        found |= {"scores": max(scores), "kept": all(equal)}
+    return found
+
+
+def _compare_decode(config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays) -> Figures:
+    """Greedy decoding of one row through the caches: the logits of each step and the tokens."""
+    logits, state, _ = _prefill(config, params, batch, len(arrays["tokens"]))
+    errors, tokens = [], []
+    for step, expected in enumerate(arrays["step_logits"]):
+        errors.append(error(logits[0], expected))
+        tokens.append(int(jnp.argmax(logits[0])))
+        logits, state = _decode_step(config, params, jnp.array(tokens[-1:]), state, jnp.int32(step))
+    return {"logits": max(errors), "tokens": tokens == arrays["tokens"].tolist()}
+
+
+def _valid_error(ours: jax.Array, theirs: np.ndarray, length: jax.Array) -> float:
+    """Largest difference over the valid slots of each row; the reference pads to another length than ours."""
+    return max(error(ours[b, :n], theirs[b, :n]) for b, n in enumerate(np.asarray(length)))

@@ -1,0 +1,26 @@
+"""``pdrop check``: replay recorded reference vectors."""
+
+import pathlib
+from typing import Annotated
+
+import tyro
+
+
+def run(
+    folder: tyro.conf.Positional[pathlib.Path],
+    case: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME …]")] = (),
+) -> int:
+    """Print the largest error of each case against the recorded vectors; exit 1 if one is out of tolerance.
+
+    Args:
+      folder: reference vectors, in the format of tests/golden/README.md.
+      case: only these cases.
+    """
+    from pdrop_jax.analysis.check import check
+    from pdrop_jax.analysis.report import TOLERANCE, table
+    from pdrop_jax.convert.convert import load_original
+
+    rows = check(folder, load_original, case)
+    print(table(rows))
+    print("tolerances: " + ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items()) + ", the rest exact")
+    return 0 if all(row.ok for row in rows) else 1

@@ -1,0 +1,102 @@
+"""``pdrop generate``: answer questions about pictures."""
+
+import json
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pdrop_jax.cli.options import Layers, Ratios, progress, schedule_of
+from pdrop_jax.errors import UserError
+
+
+def run(
+    model: pathlib.Path,
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT …]")],
+    image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
+    layers: Layers = None,
+    ratios: Ratios = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto",
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Answer one question, or several as one batch.
+
+    Args:
+      model: a converted checkpoint.
+      prompt: one question, or a batch of them.
+      image: all pictures of the question; with several questions one picture for all or one for each.
+      layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
+      ratios: share of the image tokens kept at each drop.
+      max_new_tokens: length of an answer.
+      temperature: 0 is greedy.
+      top_k: draw from this many best tokens, 0 is all.
+      top_p: draw from the best tokens up to this probability mass.
+      seed: of the drawing.
+      dtype: of the computation, without it the checkpoint's own.
+      attention: implementation.
+      json_output: print one JSON object instead of text.
+    """
+    from pdrop_jax.generate import generate, load
+
+    images = _images_of(prompt, image)
+    with progress("loading"):
+        loaded = load(model, schedule_of(layers, ratios), dtype)
+    live = sys.stdout.isatty() and not json_output and len(prompt) == 1
+    with progress("compiling and answering"):
+        answer = generate(
+            loaded,
+            prompt,
+            images,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            implementation=attention,
+            stream=_print_piece if live else None,
+        )
+    if json_output:
+        print(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False))
+    elif live:
+        print()
+    else:
+        print(*answer.texts, sep="\n")
+
+
+def _images_of(prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> list[Any]:
+    if len(prompts) == 1:
+        return [list(images)]
+    if len(images) in (0, 1):
+        return [list(images)] * len(prompts)
+    if len(images) != len(prompts):
+        raise UserError(
+            f"{len(prompts)} prompts but {len(images)} pictures: give none, one for all, or one for each prompt"
+        )
+    return [[path] for path in images]
+
+
+def _print_piece(row: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _as_json(answer: Any, config: Any) -> dict[str, Any]:
+    """One object for the call; ``rows`` holds one for each prompt, in order."""
+    rows = zip(answer.texts, answer.token_ids, answer.stage_lengths, answer.kept, strict=True)
+    return {
+        "rows": [
+            {"text": text, "token_ids": ids, "stage_lengths": lengths, "kept": kept}
+            for text, ids, lengths, kept in rows
+        ],
+        "schedule": config.schedule.to_json(),
+        "compile_seconds": answer.compile_seconds,
+        "prefill_seconds": answer.prefill_seconds,
+        "decode_seconds": answer.decode_seconds,
+        "cache_bytes": answer.cache_bytes,
+    }

@@ -1,0 +1,42 @@
+"""What several subcommands share: the schedule's options and progress on a terminal."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import tyro
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.schedule import DropSchedule
+
+Layers = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="N [N …]|none")]
+Ratios = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="R [R …]")]
+
+
+def schedule_of(layers: tuple[str, ...] | None, ratios: tuple[float, ...] | None) -> DropSchedule | None:
+    """The schedule of ``--layers`` and ``--ratios``; None when neither is given, dense for ``--layers none``."""
+    if layers is None and ratios is None:
+        return None
+    if layers == ("none",) and ratios is None:
+        return DropSchedule.none()
+    if layers is None or ratios is None:
+        raise UserError("--layers and --ratios belong together: give both, neither, or --layers none")
+    try:
+        return DropSchedule(tuple(int(layer) for layer in layers), ratios)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--layers takes whole numbers, got {' '.join(layers)}") from None
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Says what is going on, on a terminal only."""
+    began = time.perf_counter()
+    if sys.stderr.isatty():
+        print(f"{what} …", file=sys.stderr, flush=True)
+    yield
+    if sys.stderr.isatty():
+        print(f"{what}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,327 @@
+"""Answers: a jitted prefill, a jitted decode loop, and the host code around them.
+
+The two jitted functions are ``start`` (prompts -> state with the first new token) and ``decode`` (a
+``lax.while_loop`` that donates its state). Both compile once for a bucket, a batch size and a capacity.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from pdrop_jax import checkpoint
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.model.attention import Implementation
+from pdrop_jax.model.cache import cache_bytes
+from pdrop_jax.model.decoder import Drop
+from pdrop_jax.model.layers import Params
+from pdrop_jax.model.llava import DecodeState, decode_step, prefill
+from pdrop_jax.model.params import unstack
+from pdrop_jax.schedule import DropSchedule
+
+CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
+STREAM_EVERY = 4  # tokens between two calls of a stream
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Sampling:
+    """How a token is drawn. Scalars are traced: other values do not recompile.
+
+    Attributes:
+      temperature: () float32; not used when greedy.
+      top_k: () int32, number of best tokens drawn from; 0 is all.
+      top_p: () float32, the best tokens up to this probability mass are drawn from; 1 is all.
+      greedy: static.
+    """
+
+    temperature: ArrayLike
+    top_k: ArrayLike
+    top_p: ArrayLike
+    greedy: bool = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    """The carry of the decode loop. B rows, C = capacity.
+
+    Attributes:
+      tokens: (B, C) int32, new tokens; 0 after a row's stop token.
+      step: () int32, how many of them there are.
+      done: (B,) bool, rows that drew a stop token.
+      key: PRNG key of the call.
+      model: caches and lengths.
+    """
+
+    tokens: jax.Array
+    step: jax.Array
+    done: jax.Array
+    key: jax.Array
+    model: DecodeState
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws (B,) int32 from logits (B, V): temperature, then top-k, then top-p, as transformers orders them."""
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best, ids = jax.lax.top_k(logits / sampling.temperature, logits.shape[-1])
+    rank = jnp.arange(best.shape[-1])
+    best = jnp.where((sampling.top_k == 0) | (rank < sampling.top_k), best, -jnp.inf)
+    probs = jax.nn.softmax(best, axis=-1)
+    mass_before = jnp.cumsum(probs, axis=-1) - probs
+    best = jnp.where((mass_before < sampling.top_p) | (rank == 0), best, -jnp.inf)
+    drawn = jax.random.categorical(key, best, axis=-1)
+    return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def _append(state: State, logits: jax.Array, sampling: Sampling, stop_ids: jax.Array) -> State:
+    token = sample(logits, jax.random.fold_in(state.key, state.step), sampling)
+    token = jnp.where(state.done, 0, token)
+    done = state.done | (token[:, None] == stop_ids).any(1)
+    tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
+    return dataclasses.replace(state, tokens=tokens, step=state.step + 1, done=done)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"))
+def start(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+    *,
+    capacity: int,
+    implementation: Implementation = "auto",
+) -> tuple[State, tuple[Drop, ...]]:
+    """Prefill and the first new token of each row.
+
+    Args:
+      stop_ids: (n,) int32.
+      capacity: slots for new tokens.
+    """
+    logits, model, drops = prefill(config, params, batch, capacity, implementation=implementation)
+    B = logits.shape[0]
+    state = State(jnp.zeros((B, capacity), jnp.int32), jnp.int32(0), jnp.zeros(B, bool), key, model)
+    return _append(state, logits, sampling, stop_ids), drops
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def decode(
+    config: LlavaConfig,
+    params: Params,
+    state: State,
+    until: jax.Array,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+) -> State:
+    """Decodes until every row is done or has ``until`` () int32 new tokens. Consumes ``state``."""
+
+    def more(state: State) -> jax.Array:
+        return (state.step < until) & ~state.done.all()
+
+    def one(state: State) -> State:
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
+        logits, model = decode_step(config, params, last, state.model, state.step - 1)
+        return _append(dataclasses.replace(state, model=model), logits, sampling, stop_ids)
+
+    return jax.lax.while_loop(more, one, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint."""
+
+    config: LlavaConfig
+    params: Params
+    processor: Processor
+
+
+def load(folder: str | pathlib.Path, schedule: DropSchedule | None = None, dtype: Any = None) -> Model:
+    """Loads a converted checkpoint.
+
+    Args:
+      schedule: None is the checkpoint's own.
+      dtype: of parameters and activations, float32 or bfloat16; None is the checkpoint's own.
+
+    Raises:
+      UserError: the folder is no checkpoint, it is damaged, or the schedule does not fit the decoder.
+    """
+    config, params = checkpoint.load(pathlib.Path(folder), schedule=schedule, dtype=dtype)
+    processor = Processor.load(pathlib.Path(folder), config)
+    if jax.default_backend() == "cpu":
+        params = unstack(params)
+    return Model(config, params, processor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Answers of a batch and what they took.
+
+    Attributes:
+      texts: one answer for each row.
+      token_ids: new tokens of each row, without the stop token.
+      stage_lengths: [row][stage], valid tokens that the stage saw of the prompt.
+      kept: [row][stage boundary][image], indices of the image tokens that stayed, counted within the image.
+      compile_seconds: 0 when the shapes were seen before.
+      prefill_seconds: up to the first new token.
+      decode_seconds: all tokens after the first.
+      cache_bytes: size of the KV caches of the whole batch.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    stage_lengths: list[list[int]]
+    kept: list[list[list[list[int]]]]
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    images: Sequence[Any] | None = None,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    implementation: Implementation = "auto",
+    stream: Callable[[int, str], None] | None = None,
+) -> Generation:
+    """Answers ``prompts`` about ``images``.
+
+    Args:
+      prompts: B questions.
+      images: for each row None, a picture or several (path, PIL image or uint8 array).
+      temperature: 0 is greedy.
+      top_k: draw from this many best tokens; 0 is all.
+      top_p: draw from the best tokens up to this probability mass.
+      stream: called with (row, new text) while the answers grow.
+
+    Raises:
+      UserError: unreadable picture, image tags and pictures do not match, prompt too long, bad sampling values.
+    """
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            "need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{max_new_tokens}, {temperature}, {top_k}, {top_p}"
+        )
+    batch = model.processor(prompts, images, max_new_tokens=max_new_tokens)
+    return generate_batch(
+        model,
+        batch,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(np.float32(temperature or 1), np.int32(top_k), np.float32(top_p), temperature == 0),
+        seed=seed,
+        implementation=implementation,
+        stream=stream,
+    )
+
+
+def generate_batch(
+    model: Model,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    implementation: Implementation = "auto",
+    stream: Callable[[int, str], None] | None = None,
+) -> Generation:
+    """``generate`` from a prepared batch."""
+    config, params, processor = model.config, model.params, model.processor
+    stop_ids = np.array(processor.stop_ids, np.int32)
+    capacity = -(-max_new_tokens // CAPACITY_STEP) * CAPACITY_STEP
+    timer = _Timer()
+    state, drops = timer.call(
+        start,
+        config,
+        params,
+        batch,
+        jax.random.key(seed),
+        sampling,
+        stop_ids,
+        capacity=capacity,
+        implementation=implementation,
+    )
+    prefill_seconds = timer.lap()
+    size = cache_bytes(state.model.caches)
+    lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
+    streams = [processor.stream() for _ in lengths] if stream else []
+    sent = 0
+    while True:
+        step, done, tokens = jax.device_get((state.step, state.done.all(), state.tokens))
+        over = bool(done) or step >= max_new_tokens
+        for row, text in enumerate(streams):
+            new = _until_stop(tokens[row, :step], stop_ids)[sent:]
+            piece = "".join(map(text.put, new)) + (text.end() if over else "")
+            if piece and stream:
+                stream(row, piece)
+        sent = int(step)
+        if over:
+            break
+        until = min(step + STREAM_EVERY, max_new_tokens) if stream else max_new_tokens
+        state = timer.call(decode, config, params, state, np.int32(until), sampling, stop_ids)
+    decode_seconds = timer.lap()
+    token_ids = [_until_stop(row[:sent], stop_ids) for row in tokens]
+    return Generation(
+        texts=[processor.decode(ids) for ids in token_ids],
+        token_ids=token_ids,
+        stage_lengths=lengths.tolist(),
+        kept=kept_tokens(batch, jax.device_get(drops)),
+        compile_seconds=timer.compile_seconds,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        cache_bytes=size,
+    )
+
+
+def kept_tokens(batch: Batch, drops: Sequence[Drop]) -> list[list[list[list[int]]]]:
+    """[row][stage boundary][image] -> indices within the image of the tokens that stayed."""
+    rows = []
+    for row, image_id in enumerate(np.asarray(batch.image_id)):
+        firsts = {int(m): int(np.argmax(image_id == m)) for m in np.unique(image_id) if m}
+        stays = [[d.index[row][d.keep[row] & (d.image_id[row] == m)] - at for m, at in firsts.items()] for d in drops]
+        rows.append([[kept.tolist() for kept in images] for images in stays])
+    return rows
+
+
+def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
+    stops = np.flatnonzero(np.isin(ids, stop_ids))
+    return ids[: stops[0] if len(stops) else None].tolist()
+
+
+class _Timer:
+    """Seconds of jitted calls, with compilation apart."""
+
+    def __init__(self) -> None:
+        self.compile_seconds = 0.0
+        self._seconds = 0.0
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        function.lower(*args, **kwargs).compile()  # the call below finds the executable in jit's own cache
+        compiled = time.perf_counter()
+        result = jax.block_until_ready(function(*args, **kwargs))
+        self.compile_seconds += compiled - began
+        self._seconds += time.perf_counter() - compiled
+        return result
+
+    def lap(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

@@ -1,0 +1,152 @@
+"""Prompt templates: turns of a conversation -> text -> token ids with a placeholder for each picture."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from pdrop_jax.errors import UserError
+
+IMAGE_TAG = "<image>"
+IMAGE_PLACEHOLDER = -200  # stands for a whole picture in a row of token ids
+
+Turn = tuple[str, str | None]  # question and answer; None is the answer that the model is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The strings around questions and answers.
+
+    A conversation is ``first_question + q + asked``, then ``answer + a + answered``, and for every later turn the
+    same with ``question`` in place of ``first_question``, which holds the system prompt as well.
+    """
+
+    first_question: str
+    question: str
+    asked: str
+    answer: str
+    answered: str
+    end_token: str | None = None  # the token by which the model ends its turn
+    max_turns: int | None = None
+
+
+TEMPLATES = {
+    "vicuna_v1": Template(
+        first_question=(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: "
+        ),
+        question="USER: ",
+        asked=" ASSISTANT:",
+        answer=" ",
+        answered="</s>",
+        end_token="</s>",
+    ),
+    "llava_llama_2": Template(
+        first_question=(
+            "[INST] <<SYS>>\nYou are a helpful language and vision assistant. "
+            "You are able to understand the visual content that the user provides, "
+            "and assist the user with a variety of tasks using natural language.\n<</SYS>>\n\n"
+        ),
+        question="<s>[INST] ",
+        asked=" [/INST]",
+        answer=" ",
+        answered=" </s>",
+        end_token="</s>",
+    ),
+    "mistral_instruct": Template(
+        first_question="[INST] ",
+        question="[INST] ",
+        asked=" [/INST]",
+        answer=" ",
+        answered=" </s>",
+        end_token="</s>",
+    ),
+    "plain": Template(first_question="", question="", asked="\n", answer="", answered="\n", max_turns=1),
+    "chatml_direct": Template(
+        first_question="<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n",
+        question="<|im_start|>user\n",
+        asked="<|im_end|><|im_start|>assistant\n",
+        answer="",
+        answered="<|im_end|>",
+        end_token="<|im_end|>",
+    ),
+}
+
+
+def template_named(name: str) -> Template:
+    """Raises UserError for a name that is not in ``TEMPLATES``."""
+    if name not in TEMPLATES:
+        raise UserError(f"template {name!r} is not known: choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def render(turns: Sequence[Turn], template: str) -> str:
+    """The text of a conversation, byte for byte as LLaVA's own templates give it.
+
+    Args:
+      turns: questions and answers. An answer of None, allowed in the last turn, leaves the text at the point where the
+        model goes on.
+      template: a name in ``TEMPLATES``.
+
+    Raises:
+      UserError: no turn, more turns than the template can hold, an answer that is missing before the last turn.
+    """
+    parts = template_named(template)
+    if not turns:
+        raise UserError("a conversation needs at least one question, got none")
+    if parts.max_turns is not None and len(turns) > parts.max_turns:
+        raise UserError(
+            f"template {template!r} holds {parts.max_turns} turn, got {len(turns)}: choose another template"
+        )
+    text = ""
+    for number, (question, answer) in enumerate(turns, 1):
+        text += (parts.first_question if number == 1 else parts.question) + question + parts.asked
+        if answer is not None:
+            text += parts.answer + answer + parts.answered
+        elif number < len(turns):
+            raise UserError(f"turn {number} of {len(turns)} has no answer: only the last one may lack it")
+    return text
+
+
+def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
+    """``turns`` with exactly one ``<image>`` tag per picture; without any tag they go in front of the first question.
+
+    Raises:
+      UserError: there are tags, but not as many as pictures.
+    """
+    tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
+    if tags == num_images:
+        return turns
+    if tags:
+        raise UserError(
+            f"the prompt has {_plural(tags, '<image> tag')} but {_plural(num_images, 'picture')}: "
+            "give one picture for each tag, or no tag at all"
+        )
+    (question, answer), *rest = turns
+    return [(f"{IMAGE_TAG}\n" * num_images + question, answer), *rest]
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of ``text``, with IMAGE_PLACEHOLDER at each ``<image>`` tag.
+
+    The text is split at the tags and every chunk is tokenized by itself, as LLaVA was trained, so even a tokenizer
+    that knows ``<image>`` as a token never produces it. A BOS that the tokenizer puts in front of each chunk is kept
+    once, at the start, also if the text itself starts with it.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+    """
+    chunks = [tokenizer(chunk, verbose=False)["input_ids"] for chunk in text.split(IMAGE_TAG)]
+    bos = [tokenizer.bos_token_id]
+    if chunks[0][:1] != bos:
+        bos = []
+    ids = bos + chunks[0][len(bos) :]
+    if bos and ids[1:2] == bos:
+        ids = ids[1:]
+    for chunk in chunks[1:]:
+        ids += [IMAGE_PLACEHOLDER, *chunk[len(bos) :]]
+    return ids
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,164 @@
+"""Pictures: whatever Pillow can read -> RGB -> the normalised crop that the vision tower takes."""
+
+import os
+import pathlib
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from pdrop_jax.config import VisionConfig, read_json
+from pdrop_jax.errors import UserError
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+
+MAX_ASPECT = 64  # long edge over short edge that is still resized whole before the centre crop
+STRIP = 256  # rows that are padded and resized at a time
+
+
+def load_image_processor(folder: pathlib.Path, vision: VisionConfig) -> CLIPImageProcessorPil:
+    """The image processor described in ``folder``, or CLIP's own at the tower's size if the folder describes none.
+
+    Raises:
+      UserError: the description cannot be read, is not of CLIP's kind (resize the short edge, cut out the centre), or
+        its crops are not of the tower's size.
+    """
+    if not _describes_images(folder):
+        size = vision.image_size
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    try:
+        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"the image processor in {folder} cannot be read: {_one_line(error)}") from None
+    if not (processor.do_resize and processor.do_center_crop and processor.size.shortest_edge):
+        raise UserError(f"the image processor in {folder} is not supported: expected CLIP's, with size.shortest_edge")
+    crop = (processor.crop_size.height, processor.crop_size.width)
+    if crop != (vision.image_size, vision.image_size):
+        raise UserError(
+            f"the image processor in {folder} makes crops of {crop[1]}x{crop[0]} pixels, but the vision tower takes "
+            f"{vision.image_size}x{vision.image_size}: copy the preprocessor_config.json of this model"
+        )
+    return processor
+
+
+def _describes_images(folder: pathlib.Path) -> bool:
+    if (folder / "preprocessor_config.json").exists():
+        return True
+    # transformers 5 saves a LLaVA processor as one file, with the image processor as one of its entries.
+    merged = folder / "processor_config.json"
+    return merged.exists() and "image_processor" in read_json(merged)
+
+
+def open_image(picture: Picture) -> Image.Image:
+    """``picture`` as an upright RGB image of 8 bits a channel.
+
+    Transparency is dropped as in LLaVA's own code, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
+
+    Args:
+      picture: a path, a Pillow image, or a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
+
+    Raises:
+      UserError: no such file, not a picture, truncated, larger than Pillow's limit for untrusted pictures, an array of
+        another shape or dtype.
+    """
+    name = str(picture) if isinstance(picture, str | os.PathLike) else "the picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(picture, np.ndarray):
+                return _to_rgb(_from_array(picture))
+            if isinstance(picture, Image.Image):
+                return _to_rgb(picture)
+            with Image.open(picture) as image:
+                return _to_rgb(image)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no such file") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{name}: has more than {Image.MAX_IMAGE_PIXELS} pixels, make it smaller") from None
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        raise UserError(f"{name}: cannot be read as a picture: {_one_line(error)}") from None
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise UserError(
+            f"an array of {array.dtype} {array.shape} is no picture: expected uint8 (h, w), (h, w, 1), (h, w, 3) or "
+            "(h, w, 4)"
+        )
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise UserError(f"has {image.width}x{image.height} pixels")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _grey_to_8_bits(image)
+    if image.mode == "F":
+        raise UserError("has floating-point pixels of unknown range: save it with 8 or 16 bits a channel")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # Pillow warns about a palette with transparency that goes straight to RGB
+    return image.convert("RGB")
+
+
+def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips at 255, so nearly every 16-bit picture would come out white.
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise UserError(f"has grey values {grey.min()}..{grey.max()}: save it with 8 or 16 bits a channel")
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+
+
+def to_crop(image: Image.Image, processor: CLIPImageProcessorPil, aspect: Literal["square", "pad"]) -> np.ndarray:
+    """The model's input for a whole picture.
+
+    Args:
+      image: RGB.
+      aspect: "square" resizes the short edge and cuts out the centre; "pad" first makes the picture square with bars
+        of the mean colour.
+
+    Returns:
+      (h, w, 3) float32, normalised.
+    """
+    image = _pad_and_resize(image, processor) if aspect == "pad" else _trim(image)
+    pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32)
+
+
+def _trim(image: Image.Image) -> Image.Image:
+    """Cut both ends of a picture of extreme aspect, which the centre crop would throw away after resizing them.
+
+    20000x10 pixels would become 672000x336. Whole squares are cut, so what is left meets the crop's pixel grid to
+    within a hundredth of a pixel. Pictures up to MAX_ASPECT are not touched.
+    """
+    short, long = sorted(image.size)
+    cut = max(0, (long // short - MAX_ASPECT + 1) // 2) * short
+    left, top = (cut, 0) if image.width == long else (0, cut)
+    return image.crop((left, top, image.width - left, image.height - top)) if cut else image
+
+
+def _pad_and_resize(image: Image.Image, processor: CLIPImageProcessorPil) -> Image.Image:
+    """The picture in the middle of a square of the mean colour, resized to the processor's short edge.
+
+    Pillow resizes along rows first, then along columns, so rows can be padded and shortened strip by strip. The pixels
+    are those of the whole square, but 20000x10 pixels never become 20000x20000.
+    """
+    size, side = processor.size.shortest_edge, max(image.size)
+    background = tuple(int(mean * 255) for mean in processor.image_mean)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow = Image.new("RGB", (size, side), background)
+    for y in range(0, image.height, STRIP):
+        rows = min(STRIP, image.height - y)
+        strip = Image.new("RGB", (side, rows), background)
+        strip.paste(image.crop((0, y, image.width, y + rows)), (left, 0))
+        narrow.paste(strip.resize((size, rows), processor.resample), (0, top + y))
+    return narrow.resize((size, size), processor.resample)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,278 @@
+"""Processor: prompts and pictures -> Batch, token ids -> text."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs import images as pictures
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, Turn, place_images, render, token_ids
+from pdrop_jax.inputs.images import Picture
+from pdrop_jax.schedule import Bucket
+
+MIN_TEXT_SLOTS = 32
+
+Prompt = str | Sequence[Turn]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a batch before it is laid out.
+
+    Attributes:
+      ids: token ids; IMAGE_PLACEHOLDER stands for a whole image.
+      crops: (h, w, 3) float32 for each placeholder, in order.
+    """
+
+    ids: Sequence[int]
+    crops: Sequence[np.ndarray] = ()
+
+
+def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int = 0) -> Bucket:
+    """The smallest bucket that holds every row.
+
+    Text slots are 32, 64, 128, ... up to the model's positions, images 0, 1, 2, 4, ...: few shapes to compile.
+
+    Raises:
+      UserError: a row with its images and the new tokens needs more positions than the model has.
+    """
+    most_text = most_images = 0
+    for number, row in enumerate(rows, 1):
+        images = sum(i == IMAGE_PLACEHOLDER for i in row.ids)
+        text = len(row.ids) - images
+        needed = text + images * config.image_tokens + max_new_tokens
+        if needed > config.text.max_length:
+            raise UserError(
+                f"prompt {number} needs {needed} positions ({text} text tokens + {images} x {config.image_tokens} "
+                f"image tokens + {max_new_tokens} new tokens) but the model has {config.text.max_length}: "
+                "shorten the prompt, give fewer pictures or ask for fewer new tokens"
+            )
+        most_text, most_images = max(most_text, text), max(most_images, images)
+    slots = min(max(_power_of_two(most_text), MIN_TEXT_SLOTS), config.text.max_length)
+    return Bucket(slots, (config.image_tokens,) * _power_of_two(most_images))
+
+
+def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket) -> Batch:
+    """Lay out rows as the arrays of a Batch: B = len(rows), C = len(bucket.images), Q = 1, labels None.
+
+    The m-th image of a row takes that row's crop m. The query row is the last slot of the prompt. B is not rounded up:
+    a caller who varies it pays one compilation for each B.
+
+    Raises:
+      UserError: no rows, an empty row, a row that does not fit, placeholders and crops that differ in number, crops of
+        another size than the vision tower's, an id outside the vocabulary.
+    """
+    if not rows:
+        raise UserError("a batch needs at least one prompt, got none")
+    B, S, C, size = len(rows), bucket.slots, len(bucket.images), config.vision.image_size
+    token_ids = np.zeros((B, S), np.int32)
+    feature_index = np.full((B, S), -1, np.int32)
+    image_id = np.zeros((B, S), np.int32)
+    length = np.zeros(B, np.int32)
+    crops = np.zeros((B, C, size, size, 3), np.float32)
+    for b, row in enumerate(rows):
+        _check_row(b + 1, row, config, bucket)
+        ids, features, images = expand(row.ids, config.image_tokens)
+        n = length[b] = len(ids)
+        token_ids[b, :n], feature_index[b, :n], image_id[b, :n] = ids, features, images
+        for c, crop in enumerate(row.crops):
+            crops[b, c] = crop
+    return Batch(token_ids, feature_index, image_id, length, crops, query_rows=length[:, None] - 1, bucket=bucket)
+
+
+def expand(ids: Sequence[int], image_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give each placeholder the slots of its image.
+
+    For ``[1, 7, -200, 8]`` and 3 image tokens::
+
+      token_ids      1  7  0  0  0  8
+      feature_index -1 -1  0  1  2 -1
+      image_id       0  0  1  1  1  0
+
+    Returns:
+      token_ids, feature_index and image_id of one row, int32, as long as the row gets.
+    """
+    row = np.asarray(ids, np.int32)
+    is_image = row == IMAGE_PLACEHOLDER
+    slots = np.where(is_image, image_tokens, 1)
+    in_image = np.repeat(is_image, slots)
+    token_ids = np.where(in_image, 0, np.repeat(row, slots))
+    image_id = np.where(in_image, np.repeat(np.cumsum(is_image), slots), 0)
+    feature_index = np.where(in_image, np.cumsum(in_image) - 1, -1)
+    return token_ids.astype(np.int32), feature_index.astype(np.int32), image_id.astype(np.int32)
+
+
+def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> None:
+    ids, size, vocab_size = np.asarray(row.ids), config.vision.image_size, config.text.vocab_size
+    placeholders = int((ids == IMAGE_PLACEHOLDER).sum())
+    text = ids[ids != IMAGE_PLACEHOLDER]
+    if not len(ids):
+        raise UserError(f"prompt {number} has no tokens")
+    if placeholders != len(row.crops):
+        raise UserError(f"prompt {number} has {placeholders} image placeholders but {len(row.crops)} pictures")
+    if len(text) > bucket.text or placeholders > len(bucket.images):
+        raise UserError(
+            f"prompt {number} has {len(text)} text tokens and {placeholders} images, but its bucket holds "
+            f"{bucket.text} and {len(bucket.images)}"
+        )
+    if len(text) and not 0 <= text.min() <= text.max() < vocab_size:
+        raise UserError(
+            f"prompt {number} has token ids {text.min()}..{text.max()} but the model knows 0..{vocab_size - 1}: "
+            "the tokenizer belongs to another model"
+        )
+    for crop in row.crops:
+        if crop.shape != (size, size, 3):
+            raise UserError(f"prompt {number} has a crop of shape {crop.shape}, the vision tower takes {size, size, 3}")
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Turns prompts and pictures into a Batch, and token ids into text.
+
+    Attributes:
+      tokenizer: a transformers tokenizer.
+      image_processor: a transformers CLIPImageProcessorPil.
+    """
+
+    config: LlavaConfig
+    tokenizer: Any
+    image_processor: Any
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, config: LlavaConfig) -> "Processor":
+        """Read the tokenizer and the image processor beside a checkpoint; nothing is ever downloaded.
+
+        Raises:
+          UserError: there is no tokenizer or it cannot be read; see also ``images.load_image_processor``.
+        """
+        folder = pathlib.Path(folder)
+        return cls(config, _load_tokenizer(folder), pictures.load_image_processor(folder, config.vision))
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Picture | Sequence[Picture] | None] | None = None,
+        *,
+        template: str | None = None,
+        max_new_tokens: int = 0,
+    ) -> Batch:
+        """The batch of ``prompts``, one row each.
+
+        Args:
+          prompts: questions, or conversations as lists of (question, answer) whose last answer may be None.
+          images: for each prompt None, a picture or a list of pictures; see ``images.open_image`` for what is one.
+          template: a name in ``conversation.TEMPLATES``; the checkpoint's own if None.
+          max_new_tokens: positions to leave for the answer; only checked, the batch has no slots for them.
+
+        Raises:
+          UserError: lists of different length, tags and pictures that differ in number, a picture that cannot be read,
+            a prompt that is too long.
+        """
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list of questions, got one string: put it in a list")
+        if images is None:
+            images = [None] * len(prompts)
+        if isinstance(images, Picture) or len(images) != len(prompts):
+            count = 1 if isinstance(images, Picture) else len(images)
+            raise UserError(
+                f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a list "
+                "or None"
+            )
+        rows = [self._row(prompt, _as_list(entry), template) for prompt, entry in zip(prompts, images, strict=True)]
+        return assemble(rows, self.config, choose_bucket(rows, self.config, max_new_tokens))
+
+    def _row(self, prompt: Prompt, images: Sequence[Picture], template: str | None) -> Row:
+        turns = [(prompt, None)] if isinstance(prompt, str) else prompt
+        text = render(place_images(turns, len(images)), template or self.config.template)
+        crops = [
+            pictures.to_crop(pictures.open_image(image), self.image_processor, self.config.image_aspect)
+            for image in images
+        ]
+        return Row(token_ids(self.tokenizer, text), crops)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the model's EOS and whichever turn-ending tokens its tokenizer has, ascending."""
+        vocab = self.tokenizer.get_vocab()
+        ends = {vocab[t.end_token] for t in TEMPLATES.values() if t.end_token in vocab}
+        return tuple(sorted(ends.union(self.config.eos_token_ids)))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of an answer: special tokens left out, white space at both ends stripped."""
+        text: str = self.tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.strip()
+
+    def stream(self) -> "TextStream":
+        """A fresh decoder for one answer that arrives token by token."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Text of an answer that arrives token by token; the pieces joined are exactly ``processor.decode(ids)``.
+
+    The text so far is decoded again at every token, for a piece alone loses its leading space, and is held back while
+    a later token could still change it. Of the decoders that exist, tokenizers' DecodeStream raises on bytes that are
+    no UTF-8 and transformers' TextStreamer drops the space after a line break.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor = processor
+        added = processor.tokenizer.added_tokens_decoder
+        self._special = {i for i, token in added.items() if token.special}
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def put(self, token_id: int) -> str:
+        """The text that is settled now that ``token_id`` has come; may be empty."""
+        if token_id in self._special:
+            return ""
+        self._ids.append(int(token_id))
+        piece = self._processor.tokenizer.convert_ids_to_tokens(self._ids[-1]) or ""  # None: a padded vocabulary
+        is_byte = len(piece) == 6 and piece.startswith("<0x")
+        return "" if is_byte else self._rest(final=False)
+
+    def end(self) -> str:
+        """The text still held back."""
+        return self._rest(final=True)
+
+    def _rest(self, final: bool) -> str:
+        text = self._processor.decode(self._ids)
+        if text.endswith("\ufffd") and not final:
+            return ""
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+
+def _load_tokenizer(folder: pathlib.Path) -> Any:
+    # Without these files transformers may hand back an empty tokenizer, or one without BOS, and say nothing.
+    serialized, sentencepiece, settings = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+    names = {path.name for path in folder.glob("tokenizer*")}
+    if serialized not in names and not {sentencepiece, settings} <= names:
+        raise UserError(
+            f"{folder} holds no tokenizer: copy {serialized}, or {sentencepiece} with {settings}, "
+            "from the original checkpoint into it"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+        reason = " ".join(str(error).split())
+        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from None
+
+
+def _as_list(entry: Picture | Sequence[Picture] | None) -> Sequence[Picture]:
+    if entry is None:
+        return []
+    return [entry] if isinstance(entry, Picture) else entry
