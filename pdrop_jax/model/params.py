@@ -15,6 +15,7 @@ Stacks are scanned. On a CPU the scan copies each layer's weights out of the sta
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ def init_params(config: LlavaConfig, seed: int = 0, dtype: Any = jnp.float32) ->
 
     def init(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path_name(path)
-        key = jax.random.fold_in(jax.random.key(seed), _stable_hash(name))
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         kind = name.rsplit(".", 1)[-1]
         if kind == "scale":
             return jnp.ones(leaf.shape, leaf.dtype)
@@ -75,13 +76,6 @@ def _fan_in(name: str, shape: tuple[int, ...]) -> int:
     shape = shape[1:] if name.startswith(("stages.", "vision.layers.")) else shape
     outputs = 2 if name.endswith((".q.kernel", ".k.kernel", ".v.kernel")) else 1
     return math.prod(shape[:-outputs])
-
-
-def _stable_hash(name: str) -> int:
-    value = 0
-    for byte in name.encode():
-        value = (value * 131 + byte) % 2**31
-    return value
 
 
 def path_name(path: tuple) -> str:
@@ -101,22 +95,22 @@ def restage(params: Params, config: LlavaConfig, schedule: DropSchedule) -> Para
     """
     L = config.text.num_layers
     old, new = config.schedule.layer_ranges(L), schedule.layer_ranges(L)
+    stacks = [params["stages"][str(s)] for s in range(len(old))]
 
     def stack_of(start: int, stop: int) -> Params:
         if (start, stop) in old:
-            return params["stages"][str(old.index((start, stop)))]
-        parts = [
-            jax.tree.map(lambda x: x[max(start, a) - a : min(stop, b) - a], params["stages"][str(s)])  # noqa: B023
-            for s, (a, b) in enumerate(old)
-            if max(start, a) < min(stop, b) or (start == stop and s == 0)
-        ]
-        return jax.tree.map(lambda *xs: xs[0] if len(xs) == 1 else _concatenate(xs), *parts)
+            return stacks[old.index((start, stop))]
+
+        def cut(*leaves: Any) -> Any:
+            parts = [
+                x[max(start - a, 0) : stop - a] for x, (a, b) in zip(leaves, old, strict=True) if a < stop and start < b
+            ]
+            numpy = isinstance(leaves[0], np.ndarray)
+            return parts[0] if len(parts) == 1 else (np if numpy else jnp).concatenate(parts or [leaves[0][:0]])
+
+        return jax.tree.map(cut, *stacks)
 
     return {**params, "stages": {str(s): stack_of(*edges) for s, edges in enumerate(new)}}
-
-
-def _concatenate(xs: tuple) -> Any:
-    return np.concatenate(xs) if isinstance(xs[0], np.ndarray) else jnp.concatenate(xs)
 
 
 def unstack(params: Params) -> Params:
