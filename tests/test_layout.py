@@ -1,0 +1,129 @@
+"""The house rules: imports run one way, no circles, no torch, no module that outgrew its room."""
+
+import ast
+import graphlib
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+ROOMS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop_jax.convert"}  # folder -> package
+
+# What each room may import besides itself. A room is the longest listed prefix of a module's name.
+BASE = {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.config", "pdrop_jax.batch"}
+MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
+LIBRARY = MODEL | {"pdrop_jax.inputs", "pdrop_jax.generate", "pdrop_jax.checkpoint"}
+APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
+MAY_IMPORT = {
+    "pdrop_jax": LIBRARY,
+    "pdrop_jax.errors": set(),
+    "pdrop_jax.schedule": {"pdrop_jax.errors"},
+    "pdrop_jax.config": {"pdrop_jax.errors", "pdrop_jax.schedule"},
+    "pdrop_jax.batch": {"pdrop_jax.schedule"},
+    "pdrop_jax.sharding": BASE,
+    "pdrop_jax.model": MODEL,
+    "pdrop_jax.inputs": BASE,
+    "pdrop_jax.checkpoint": MODEL,
+    "pdrop_jax.generate": LIBRARY,
+    "pdrop_jax.analysis": LIBRARY,
+    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis"},
+    "pdrop_jax.convert": LIBRARY | {"pdrop_jax.analysis"},
+    "pdrop_jax.cli": LIBRARY | APPLICATIONS,
+}
+
+
+def modules():
+    """Dotted name -> file of every module of the installed package."""
+    found = {}
+    for folder, package in ROOMS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def statements(node, top_level):
+    """Every statement below ``node`` that runs; with ``top_level`` only those that run on import."""
+    for child in ast.iter_child_nodes(node):
+        inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if is_type_checking(child) or (inside and top_level):
+            continue
+        yield child
+        yield from statements(child, top_level)
+
+
+def imports(name, top_level):
+    """Names that module ``name`` imports; ``from a import b`` gives ``a.b``."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in statements(ast.parse(path.read_text()), top_level):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *([node.module] if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def own_module(name):
+    """The module of ours that an imported name lives in, or None."""
+    prefixes = itertools.accumulate(name.split("."), "{}.{}".format)
+    return max((prefix for prefix in prefixes if prefix in MODULES), key=len, default=None)
+
+
+def room(module):
+    return max((r for r in MAY_IMPORT if module == r or module.startswith(r + ".")), key=len)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    used = {room(module) for module in map(own_module, imports(name, top_level=False)) if module}
+    assert used - {room(name)} <= MAY_IMPORT[room(name)]
+
+
+def test_every_room_is_named_here():
+    top = {name for name in MODULES if name.count(".") == 1}
+    assert top <= set(MAY_IMPORT)
+
+
+def test_imports_have_no_circle():
+    graph = {name: {own_module(used) for used in imports(name, top_level=True)} - {None} for name in MODULES}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert set(order) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_torch_is_never_imported_with_a_module(name):
+    assert not {used.split(".")[0] for used in imports(name, top_level=True)} & {"torch", "torchvision"}
+
+
+def test_the_model_imports_no_transformers():
+    used = {u.split(".")[0] for name in MODULES if room(name) == "pdrop_jax.model" for u in imports(name, False)}
+    assert "transformers" not in used
+
+
+def test_inputs_make_no_jax_calls():
+    used = {u.split(".")[0] for name in MODULES if room(name) == "pdrop_jax.inputs" for u in imports(name, False)}
+    assert "jax" not in used
+
+
+@pytest.mark.parametrize("module", ["pdrop_jax.generate", "pdrop_jax.cli", "pdrop_jax.convert"])
+def test_the_library_imports_where_torch_is_not_installed(module):
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_outgrows_its_room(name):
+    assert len(MODULES[name].read_text().splitlines()) <= 500
