@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any, Literal
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
 FORMAT = "pdrop-jax-1"
+KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ class TextConfig:
     @classmethod
     def from_hf(cls, data: dict[str, Any]) -> "TextConfig":
         """From a LLaMA-family config; keys that are left out have transformers' LlamaConfig defaults."""
+        _one_of("language model_type", data.get("model_type", "llama"), ("llama", "llava_llama"))
         _one_of("hidden_act", data.get("hidden_act", "silu"), ("silu",))
         if data.get("mlp_bias"):
             raise UserError("mlp_bias is not supported: LLaMA-family models of LLaVA have none")
@@ -220,6 +223,43 @@ class LlavaConfig:
         )
         return cls(text=text, image_aspect="pad")
 
+    @classmethod
+    def from_hf(
+        cls,
+        data: dict[str, Any],
+        *,
+        vision: VisionConfig | None = None,
+        generation: dict[str, Any] | None = None,
+        preprocessor: dict[str, Any] | None = None,
+        schedule: DropSchedule | None = None,
+    ) -> "LlavaConfig":
+        """From the config.json of a PyTorch checkpoint.
+
+        Args:
+          data: ``llava_llama`` (the original LLaVA code's) or ``llava`` (Hugging Face's).
+          vision: the tower of a ``llava_llama`` model, whose own config only names it; may be left out for LLaVA-1.5's.
+          generation: generation_config.json, whose end tokens win.
+          preprocessor: preprocessor_config.json; a Hugging Face model says only there whether pictures are padded.
+          schedule: without one the paper's if the decoder has layers enough, otherwise nothing is dropped.
+
+        Raises:
+          UserError: something that is not supported, such as the tiled pictures of LLaVA-NeXT.
+        """
+        kind = _one_of("model_type", data.get("model_type"), ("llava_llama", "llava"))
+        fields = _llava_llama(data, vision) if kind == "llava_llama" else _llava(data, preprocessor or {})
+        text_data = data if kind == "llava_llama" else data.get("text_config") or {}
+        text = fields["text"]
+        bos = _first(text_data.get("bos_token_id"), 1)
+        eos = _first((generation or {}).get("eos_token_id"), text_data.get("eos_token_id"), 2)
+        if schedule is None:
+            schedule = DropSchedule() if text.num_layers > DropSchedule().layers[-1] else DropSchedule.none()
+        return cls(
+            **fields,
+            schedule=schedule,
+            bos_token_id=bos,
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        )
+
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["schedule"] = self.schedule.to_json()
@@ -266,6 +306,64 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, expected a JSON object")
     return data
+
+
+def _llava_llama(data: dict[str, Any], vision: VisionConfig | None) -> dict[str, Any]:
+    """Fields of an original LLaVA model; keys that are left out have that code's defaults."""
+    for key in ("mm_vision_select_layer", "mm_hidden_size"):
+        if key not in data:
+            raise UserError(f"config.json has no {key}: it is no complete llava_llama config")
+    if data.get("mm_use_im_start_end"):
+        raise UserError("mm_use_im_start_end is not supported: a picture stands between no marks in LLaVA-1.5")
+    _one_of("mm_patch_merge_type", data.get("mm_patch_merge_type", "flat"), ("flat",))
+    aspect = _one_of("image_aspect_ratio", data.get("image_aspect_ratio") or "square", ("square", "pad"))
+    feature = data.get("mm_vision_select_feature", "patch")
+    kind = data.get("mm_projector_type", "linear")
+    layers = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if kind != "linear" and not layers:
+        raise UserError(f"mm_projector_type {kind!r} is not supported: linear or mlp2x_gelu (any number of layers) is")
+    tower = str(data.get("mm_vision_tower"))
+    if vision is None and not tower.endswith(KNOWN_TOWER.rpartition("/")[2]):
+        raise UserError(f"the config of vision tower {tower!r} is not at hand: pass its folder, --vision DIR")
+    vision = vision or VisionConfig()
+    if data["mm_hidden_size"] != vision.hidden_size:
+        raise UserError(
+            f"mm_hidden_size is {data['mm_hidden_size']} but the vision tower has hidden_size {vision.hidden_size}"
+        )
+    return {
+        "vision": vision,
+        "text": TextConfig.from_hf(data),
+        "projector_layers": int(layers[1]) if layers else 1,
+        "select_layer": data["mm_vision_select_layer"],
+        "keep_class_token": _one_of("mm_vision_select_feature", feature, ("patch", "cls_patch")) == "cls_patch",
+        "image_aspect": aspect,
+    }
+
+
+def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a Hugging Face model; keys that are left out have transformers' LlavaConfig defaults."""
+    _one_of("projector_hidden_act", data.get("projector_hidden_act", "gelu"), ("gelu",))
+    if not data.get("multimodal_projector_bias", True):
+        raise UserError("multimodal_projector_bias false is not supported: LLaVA's projector has a bias")
+    select_layer = data.get("vision_feature_layer", -2)
+    if not isinstance(select_layer, int):
+        raise UserError(f"vision_feature_layer {select_layer} is not supported: one layer is")
+    strategy = data.get("vision_feature_select_strategy", "default")
+    text = dict(data.get("text_config") or {})
+    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or data.get("tie_word_embeddings"))
+    vision = data.get("vision_config")
+    return {
+        "vision": VisionConfig.from_hf(vision) if vision else VisionConfig(),
+        "text": TextConfig.from_hf(text),
+        "select_layer": select_layer,
+        "keep_class_token": _one_of("vision_feature_select_strategy", strategy, ("default", "full")) == "full",
+        "image_aspect": "pad" if preprocessor.get("do_pad") else "square",
+        "image_token_id": data.get("image_token_index", data.get("image_token_id", 32000)),
+    }
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 def _one_of(what: str, value: Any, known: tuple[str, ...]) -> Any:

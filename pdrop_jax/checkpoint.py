@@ -1,0 +1,255 @@
+"""Checkpoints on disk: a folder with config.json, the arrays, and the files of the tokenizer.
+
+::
+
+    config.json             LlavaConfig with its drop schedule
+    params/                 the parameter tree, written by orbax
+    unused.safetensors      tensors of the PyTorch model that never run, kept so that it can be exported whole
+    tokenizer.json, …       what the processor reads, see ``COMPANIONS``
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import v1 as ocp
+
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.layers import Params
+from pdrop_jax.model.params import abstract_params, restage
+from pdrop_jax.schedule import DropSchedule
+
+PARAMS = "params"
+UNUSED = "unused.safetensors"
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+GROUP_BYTES = 256 * 2**20  # small arrays are written together, each write costs some milliseconds
+MOST_NAMES = 20  # of an error message
+CHUNK_BYTES = 16 * 2**20  # orbax writes and compresses chunk by chunk; with whole arrays its buffers are as large
+
+
+def save(
+    folder: str | os.PathLike, config: LlavaConfig, params: Params, companions: str | os.PathLike | None = None
+) -> None:
+    """Writes a checkpoint. ``folder`` appears when all of it is written.
+
+    Args:
+      params: stacked by the stages of ``config.schedule``, as ``abstract_params`` describes.
+      companions: another checkpoint, whose tokenizer files and unused tensors come along.
+
+    Raises:
+      UserError: ``folder`` exists, or ``params`` does not fit ``config``.
+      OSError: the disk is full or may not be written; nothing is left behind.
+    """
+    arrays = flatten_dict(params, sep=".")
+    check_shapes(_shapes(config), _nonempty_shapes(arrays), "the parameters do not fit the config")
+    with new_folder(folder) as new:
+        save_arrays(new, arrays.items())
+        config.save(new)
+        if companions is not None:
+            copy_files(pathlib.Path(companions), new, (*COMPANIONS, UNUSED))
+
+
+def load(
+    folder: str | os.PathLike, *, schedule: DropSchedule | None = None, dtype: Any = None
+) -> tuple[LlavaConfig, Params]:
+    """Reads a checkpoint onto the default device.
+
+    Args:
+      schedule: moves the stage boundaries to these; None keeps the checkpoint's own.
+      dtype: of the arrays; None keeps each array's own.
+
+    Returns:
+      The config, with ``schedule`` if one is given, and the parameters stacked by its stages.
+
+    Raises:
+      UserError: ``folder`` is no checkpoint or a damaged one, its arrays do not fit its config, or the schedule does
+        not fit the decoder.
+    """
+    folder = pathlib.Path(folder)
+    config = LlavaConfig.load(folder)
+    result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
+    targets = abstract_arrays(folder, config, dtype)
+    # Moving a stage boundary copies arrays; done for one decoder array at a time that is not the whole model twice.
+    whole = result.schedule.layers == config.schedule.layers
+    parts = [list(targets)] if whole else _by_array(targets)
+    arrays: dict[str, jax.Array] = {}
+    for names in parts:
+        part = restore(folder, {name: targets[name] for name in names})
+        if "stages" in part:
+            part = restage(part, config, result.schedule)
+        arrays |= flatten_dict(part, sep=".")
+    return result, unflatten_dict(arrays, sep=".")
+
+
+def abstract_arrays(folder: pathlib.Path, config: LlavaConfig, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The target of ``restore`` for every array of ``config``: shape, dtype and sharding by path.
+
+    Raises:
+      UserError: the arrays in ``folder`` cannot be read or are not those of ``config``.
+    """
+    with _reading(folder):
+        tree = ocp.metadata(folder.absolute() / PARAMS).metadata
+        if tree is None:
+            raise ValueError("its array metadata cannot be read")
+    stored = flatten_dict(tree, sep=".")
+    check_shapes(_shapes(config), _nonempty_shapes(stored), f"the arrays in {folder} do not fit its config.json")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        own = stored.get(name, stored["embed.embedding"]).dtype
+        return jax.ShapeDtypeStruct(shape, dtype or own, sharding=sharding)
+
+    return {name: target(name, x.shape) for name, x in flatten_dict(abstract_params(config), sep=".").items()}
+
+
+def restore(folder: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """The arrays of ``targets``, any selection of a checkpoint's, as a nested dict.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    stored = {name: x for name, x in targets.items() if 0 not in x.shape}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with _reading(folder), context:
+        tree = ocp.load(folder.absolute() / PARAMS, unflatten_dict(stored, sep=".")) if stored else {}
+    arrays = flatten_dict(tree, sep=".")
+    # An empty stage, before a drop at layer 0, is not stored.
+    return unflatten_dict({name: arrays.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in targets.items()}, sep=".")
+
+
+def save_arrays(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
+    """Writes (path, array) pairs as the parameter tree of ``folder``, one after the other as they come.
+
+    Memory held beyond the arrays that the caller keeps: the largest of them and twice ``GROUP_BYTES``.
+
+    Raises:
+      OSError: the disk is full or may not be written.
+    """
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    group: dict[str, Any] = {}
+    with context, _writing(folder):
+        for name, x in arrays:
+            if 0 not in x.shape:
+                group[name] = x
+            del x  # or it would live on while the next one is made
+            if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
+                _save_group(folder, group)
+        _save_group(folder, group)
+        ocp.partial.finalize(folder.absolute() / PARAMS)
+
+
+def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> None:
+    if group:
+        ocp.partial.save(folder.absolute() / PARAMS, unflatten_dict(group, sep="."))
+        group.clear()
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to write into that gets its name ``folder`` at the end, or vanishes if anything is raised.
+
+    A killed process leaves ``folder`` + ".unfinished", which the next run removes.
+
+    Raises:
+      UserError: ``folder`` exists.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists():
+        raise UserError(f"{folder} exists: remove it or choose another folder")
+    new = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def copy_files(source: pathlib.Path, target: pathlib.Path, patterns: Iterable[str]) -> None:
+    """Copies the files of ``source`` that match; those that ``target`` has already are kept."""
+    for path in itertools.chain.from_iterable(source.glob(pattern) for pattern in patterns):
+        if path.is_file() and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raises one UserError that names every array that is missing, unexpected or of another shape."""
+    missing = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
+    unexpected = [f"unexpected: {name} {list(found[name])}" for name in found if name not in expected]
+    wrong = [
+        f"wrong shape: {name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    lines = [*missing, *wrong, *unexpected]
+    if lines:
+        counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape"
+        more = [f"… and {len(lines) - MOST_NAMES} more"] if len(lines) > MOST_NAMES else []
+        raise UserError("\n  ".join([f"{what}: {counts}", *lines[:MOST_NAMES], *more]))
+
+
+def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    return _nonempty_shapes(flatten_dict(abstract_params(config), sep="."))
+
+
+def _nonempty_shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in arrays.items() if 0 not in x.shape}
+
+
+def _by_array(names: Iterable[str]) -> list[list[str]]:
+    """Groups names: each decoder array with all its stages, everything else together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        array = name.split(".", 2)[2] if name.startswith("stages.") else ""
+        groups.setdefault(array, []).append(name)
+    return list(groups.values())
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    logging.disable(logging.CRITICAL)  # orbax logs at length what is raised anyway
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"the arrays in {folder} cannot be read, convert again or restore a copy: {reason}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:  # how tensorstore reports what the operating system refused
+        raise OSError(f"{folder} cannot be written: {str(error).partition(chr(10))[0]}") from None
+    finally:
+        logging.disable(logging.NOTSET)
