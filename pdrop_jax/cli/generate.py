@@ -87,13 +87,12 @@ def _print_piece(row: int, text: str) -> None:
 
 
 def _as_json(answer: Any, config: Any) -> dict[str, Any]:
-    """One object for the call; ``rows`` holds one for each prompt, in order."""
-    rows = zip(answer.texts, answer.token_ids, answer.stage_lengths, answer.kept, strict=True)
+    """One object for the call. With one prompt it holds the answer itself, with several a list ``rows`` of them."""
+    fields = zip(answer.texts, answer.token_ids, answer.stage_lengths, answer.kept, strict=True)
+    names = ("text", "token_ids", "stage_lengths", "kept")
+    rows = [dict(zip(names, row, strict=True)) for row in fields]
     return {
-        "rows": [
-            {"text": text, "token_ids": ids, "stage_lengths": lengths, "kept": kept}
-            for text, ids, lengths, kept in rows
-        ],
+        **(rows[0] if len(rows) == 1 else {"rows": rows}),
         "schedule": config.schedule.to_json(),
         "compile_seconds": answer.compile_seconds,
         "prefill_seconds": answer.prefill_seconds,

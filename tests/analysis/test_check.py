@@ -1,0 +1,61 @@
+"""The recorded vectors of the official code, case by case, and that the check notices what is off."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from pdrop_jax.analysis.check import check
+from pdrop_jax.analysis.report import Row, error
+from pdrop_jax.convert.convert import load_original
+from pdrop_jax.errors import UserError
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+CASES = {
+    "prefill_single": {"hidden", "scores", "logits", "kept"},
+    "prefill_batch_ragged": {"hidden", "scores", "logits", "kept"},
+    "decode_greedy": {"scores", "logits", "kept", "tokens"},
+    "decode_text_only": {"logits", "tokens"},
+    "gqa_prefill_single": {"hidden", "scores", "logits", "kept"},
+    "gqa_decode_greedy": {"scores", "logits", "kept", "tokens"},
+    "schedules": {"scores", "logits", "kept", "tokens"},
+    "vanilla": {"hidden", "logits", "tokens"},
+    "image_preprocess": {"pixels"},
+    "prompts": {"text"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case):
+    (row,) = check(GOLDEN, load_original, [case])
+    compared = {name for name in CASES[case] if getattr(row, name) is not None}
+    assert compared == CASES[case]
+    assert row.ok, row
+
+
+def test_a_shift_beyond_the_tolerance_fails():
+    assert Row("x", logits=9e-5, kept=True).ok
+    assert not Row("x", logits=1.1e-4, kept=True).ok
+    assert not Row("x", logits=9e-5, kept=False).ok
+    assert not Row("x", scores=float("nan")).ok
+    assert not Row("x").ok
+
+
+def test_the_worst_figure_counts():
+    row = Row.worst("x", [{"logits": 1.0, "kept": True}, {"logits": 2.0, "kept": False}, {"scores": 0.5}])
+    assert row == Row("x", logits=2.0, kept=False, scores=0.5)
+
+
+def test_nothing_is_compared_by_broadcasting():
+    assert error(np.zeros(1), np.zeros((3, 1))) == float("inf")
+    assert error(np.array([np.nan]), np.zeros(1)) == float("inf")
+
+
+def test_a_folder_without_vectors(tmp_path):
+    with pytest.raises(UserError, match="no reference vectors"):
+        check(tmp_path, load_original)
+
+
+def test_an_unknown_case():
+    with pytest.raises(UserError, match="no case prefil"):
+        check(GOLDEN, load_original, ["prefil"])
