@@ -1,8 +1,15 @@
 """Prompt templates: turns of a conversation -> text -> token ids with a placeholder for each picture."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import generate_merges
 
 from pdrop_jax.errors import UserError
 
@@ -126,6 +133,37 @@ def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
     return [(f"{IMAGE_TAG}\n" * num_images + question, answer), *rest]
 
 
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """The transformers tokenizer beside a checkpoint; nothing is ever downloaded.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    serialized, sentencepiece, settings = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+    found = {path.name for path in folder.glob("tokenizer*")}
+    # Without these files transformers may hand back an empty tokenizer, or one without BOS, and say nothing.
+    if serialized not in found and not {sentencepiece, settings} <= found:
+        raise UserError(
+            f"{folder} holds no tokenizer: copy {serialized}, or {sentencepiece} with {settings}, "
+            "from the original checkpoint into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if serialized not in found:
+            _order_merges_by_score(tokenizer, folder / sentencepiece)
+    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+        raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from None
+    return tokenizer
+
+
+def _order_merges_by_score(tokenizer: Any, model_file: pathlib.Path) -> None:
+    # transformers orders them by id, and so joins runs of spaces first, which LLaMA's model scores last of all.
+    model = SentencePieceProcessor(model_file=str(model_file))
+    scores = {model.id_to_piece(i): model.get_score(i) for i in range(len(model))}
+    vocab = {piece: i for i, piece in enumerate(scores)}
+    tokenizer.backend_tokenizer.model = BPE(vocab, generate_merges(vocab, scores), fuse_unk=True, byte_fallback=True)
+
+
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of ``text``, with IMAGE_PLACEHOLDER at each ``<image>`` tag.
 
@@ -136,7 +174,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     Args:
       tokenizer: a transformers tokenizer.
     """
-    chunks = [tokenizer(chunk, verbose=False)["input_ids"] for chunk in text.split(IMAGE_TAG)]
+    chunks = [_chunk_ids(tokenizer, chunk) for chunk in text.split(IMAGE_TAG)]
     bos = [tokenizer.bos_token_id]
     if chunks[0][:1] != bos:
         bos = []
@@ -145,6 +183,15 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
         ids = ids[1:]
     for chunk in chunks[1:]:
         ids += [IMAGE_PLACEHOLDER, *chunk[len(bos) :]]
+    return ids
+
+
+def _chunk_ids(tokenizer: Any, chunk: str) -> list[int]:
+    # sentencepiece puts a space in front of any text; its rebuild in transformers skips that if there is one already.
+    rebuild = tokenizer.backend_tokenizer.pre_tokenizer
+    if chunk.startswith((" ", "▁")) and isinstance(rebuild, Metaspace) and rebuild.prepend_scheme != "never":
+        chunk = " " + chunk
+    ids: list[int] = tokenizer(chunk, verbose=False)["input_ids"]
     return ids
 
 

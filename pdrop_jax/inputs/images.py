@@ -25,12 +25,13 @@ def load_image_processor(folder: pathlib.Path, vision: VisionConfig) -> CLIPImag
       UserError: the description cannot be read, is not of CLIP's kind (resize the short edge, cut out the centre), or
         its crops are not of the tower's size.
     """
-    if not _describes_images(folder):
+    settings = _read_settings(folder)
+    if settings is None:
         size = vision.image_size
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     try:
-        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+        processor = CLIPImageProcessorPil.from_dict(settings)
+    except (ValueError, TypeError) as error:
         raise UserError(f"the image processor in {folder} cannot be read: {_one_line(error)}") from None
     if not (processor.do_resize and processor.do_center_crop and processor.size.shortest_edge):
         raise UserError(f"the image processor in {folder} is not supported: expected CLIP's, with size.shortest_edge")
@@ -43,12 +44,12 @@ def load_image_processor(folder: pathlib.Path, vision: VisionConfig) -> CLIPImag
     return processor
 
 
-def _describes_images(folder: pathlib.Path) -> bool:
+def _read_settings(folder: pathlib.Path) -> dict[str, Any] | None:
     if (folder / "preprocessor_config.json").exists():
-        return True
+        return read_json(folder / "preprocessor_config.json")
     # transformers 5 saves a LLaVA processor as one file, with the image processor as one of its entries.
     merged = folder / "processor_config.json"
-    return merged.exists() and "image_processor" in read_json(merged)
+    return read_json(merged).get("image_processor") if merged.exists() else None
 
 
 def open_image(picture: Picture) -> Image.Image:
@@ -66,6 +67,7 @@ def open_image(picture: Picture) -> Image.Image:
     name = str(picture) if isinstance(picture, str | os.PathLike) else "the picture"
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # metadata that Pillow finds odd is no concern of ours
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(picture, np.ndarray):
                 return _to_rgb(_from_array(picture))
@@ -101,8 +103,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _grey_to_8_bits(image)
     if image.mode == "F":
         raise UserError("has floating-point pixels of unknown range: save it with 8 or 16 bits a channel")
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # Pillow warns about a palette with transparency that goes straight to RGB
     return image.convert("RGB")
 
 

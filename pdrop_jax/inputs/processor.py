@@ -7,14 +7,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs import images as pictures
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, Turn, place_images, render, token_ids
-from pdrop_jax.inputs.images import Picture
+from pdrop_jax.inputs.conversation import (
+    IMAGE_PLACEHOLDER,
+    TEMPLATES,
+    Turn,
+    load_tokenizer,
+    place_images,
+    render,
+    token_ids,
+)
+from pdrop_jax.inputs.images import Picture, load_image_processor, open_image, to_crop
 from pdrop_jax.schedule import Bucket
 
 MIN_TEXT_SLOTS = 32
@@ -157,7 +163,7 @@ class Processor:
           UserError: there is no tokenizer or it cannot be read; see also ``images.load_image_processor``.
         """
         folder = pathlib.Path(folder)
-        return cls(config, _load_tokenizer(folder), pictures.load_image_processor(folder, config.vision))
+        return cls(config, load_tokenizer(folder), load_image_processor(folder, config.vision))
 
     def __call__(
         self,
@@ -195,10 +201,7 @@ class Processor:
     def _row(self, prompt: Prompt, images: Sequence[Picture], template: str | None) -> Row:
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         text = render(place_images(turns, len(images)), template or self.config.template)
-        crops = [
-            pictures.to_crop(pictures.open_image(image), self.image_processor, self.config.image_aspect)
-            for image in images
-        ]
+        crops = [to_crop(open_image(image), self.image_processor, self.config.image_aspect) for image in images]
         return Row(token_ids(self.tokenizer, text), crops)
 
     @property
@@ -237,10 +240,10 @@ class TextStream:
 
     def put(self, token_id: int) -> str:
         """The text that is settled now that ``token_id`` has come; may be empty."""
-        if token_id in self._special:
+        piece = self._processor.tokenizer.convert_ids_to_tokens(int(token_id))
+        if token_id in self._special or piece is None:  # an embedding beyond the vocabulary has no piece
             return ""
         self._ids.append(int(token_id))
-        piece = self._processor.tokenizer.convert_ids_to_tokens(self._ids[-1]) or ""  # None: a padded vocabulary
         is_byte = len(piece) == 6 and piece.startswith("<0x")
         return "" if is_byte else self._rest(final=False)
 
@@ -254,22 +257,6 @@ class TextStream:
             return ""
         new, self._shown = text[self._shown :], len(text)
         return new
-
-
-def _load_tokenizer(folder: pathlib.Path) -> Any:
-    # Without these files transformers may hand back an empty tokenizer, or one without BOS, and say nothing.
-    serialized, sentencepiece, settings = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-    names = {path.name for path in folder.glob("tokenizer*")}
-    if serialized not in names and not {sentencepiece, settings} <= names:
-        raise UserError(
-            f"{folder} holds no tokenizer: copy {serialized}, or {sentencepiece} with {settings}, "
-            "from the original checkpoint into it"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
-        reason = " ".join(str(error).split())
-        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from None
 
 
 def _as_list(entry: Picture | Sequence[Picture] | None) -> Sequence[Picture]:

@@ -3,16 +3,20 @@ import pathlib
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, load_tokenizer, place_images, render, token_ids
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text())
 MASKS = json.loads((GOLDEN / "preprocess_masks.json").read_text())
-ROLES = {"human": 0, "gpt": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,12 @@ def recorded_tokenizer(request, tmp_path_factory):
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **tokens}))
-    return request.param, AutoTokenizer.from_pretrained(folder)
+    return request.param, load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model():
+    return SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer/tokenizer.model"))
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
@@ -92,18 +101,37 @@ def test_ids_match_the_recorded_ones(recorded_tokenizer):
     arrays = np.load(GOLDEN / "preprocess_masks.npz")
     compared = 0
     for sample in MASKS["samples"]:
-        turns = [(ROLES[turn["from"]], turn["value"]) for turn in sample["conversations"]]
         # "plain" preprocessing drops the question, which is a matter of training.
         if sample["legacy"] != legacy or sample["template"] == "plain":
             continue
-        if turns[0][0] == 1:  # official: a conversation that begins with an answer loses it
-            turns = turns[1:]
-        texts = [text.replace("<image>", "").strip() if "<image>" in text else text for _, text in turns]
-        texts = ["<image>\n" + t if "<image>" in s else t for t, (_, s) in zip(texts, turns, strict=True)]
-        text = render(list(zip(texts[::2], texts[1::2], strict=True)), sample["template"])
+        text = render(_official_turns(sample["conversations"]), sample["template"])
         assert token_ids(tokenizer, text) == arrays[f"{sample['key']}.input_ids"].tolist(), sample["key"]
         compared += 1
     assert compared == 12
+
+
+def test_ids_with_placeholders_match_the_recorded_ones(recorded_tokenizer):
+    legacy, tokenizer = recorded_tokenizer
+    arrays = np.load(GOLDEN / "preprocess_masks.npz")
+    for name, text in MASKS["tokenizer_image_token_texts"].items():
+        recorded = arrays[f"tokenizer_image_token.{name}.legacy{int(legacy)}"]
+        assert token_ids(tokenizer, text) == recorded.tolist(), name
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=" abet\n\té你▁.", max_size=12) | st.text(max_size=8))
+def test_ids_of_any_text_are_sentencepieces(recorded_tokenizer, sentencepiece_model, text):
+    _, tokenizer = recorded_tokenizer
+    assert token_ids(tokenizer, text) == [1, *sentencepiece_model.encode(text)]
+
+
+def _official_turns(conversation):
+    """The official preprocessing puts the tag first and drops an answer that comes before any question."""
+    texts = [turn["value"] for turn in conversation]
+    if conversation[0]["from"] == "gpt":
+        texts = texts[1:]
+    texts = ["<image>\n" + text.replace("<image>", "").strip() if "<image>" in text else text for text in texts]
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def test_bos_is_kept_once(tiny_tokenizer):
@@ -124,18 +152,12 @@ def test_written_bos_is_not_doubled(tiny_tokenizer):
 
 
 def test_tokenizer_without_bos(tiny_tokenizer):
-    class NoBos:
-        bos_token_id = None
-
-        def __call__(self, text, verbose):
-            return tiny_tokenizer(text, add_special_tokens=False)
-
-    assert token_ids(NoBos(), "a<image>b") == [
-        *NoBos()("a", verbose=False)["input_ids"],
-        IMAGE_PLACEHOLDER,
-        *NoBos()("b", verbose=False)["input_ids"],
-    ]
-    assert token_ids(NoBos(), "<image>") == [IMAGE_PLACEHOLDER]
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing("$A")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    a, b = (tiny_tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab")
+    assert token_ids(tokenizer, "a<image>b") == [*a, IMAGE_PLACEHOLDER, *b]
+    assert token_ids(tokenizer, "<image>") == [IMAGE_PLACEHOLDER]
 
 
 def test_image_token_of_the_vocabulary_is_never_produced():

@@ -1,0 +1,278 @@
+import dataclasses
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs import Processor, Row, assemble, choose_bucket
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.images import to_crop
+from pdrop_jax.schedule import Bucket, DropSchedule
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOKENIZER = ROOT / "examples/tiny_tokenizer"
+CONFIG = LlavaConfig(
+    vision=VisionConfig(image_size=28, patch_size=14),
+    text=TextConfig(vocab_size=320, num_layers=4, max_length=256),
+    schedule=DropSchedule.none(),
+    template="plain",
+)
+RED, BLUE = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 30), "blue")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor.load(TOKENIZER, CONFIG)
+
+
+def crop(value=1.0):
+    return np.full((28, 28, 3), value, np.float32)
+
+
+def test_ragged_batch(processor):
+    batch = processor(
+        ["Look", "no picture", "<image> and <image>?"],
+        [RED, None, [RED, BLUE]],
+    )
+    assert batch.bucket == Bucket(32, (4, 4))
+    assert batch.token_ids.shape == batch.feature_index.shape == batch.image_id.shape == (3, 40)
+    assert batch.crops.shape == (3, 2, 28, 28, 3)
+    assert {a.dtype for a in (batch.token_ids, batch.feature_index, batch.image_id, batch.length)} == {
+        np.dtype("int32")
+    }
+    assert batch.crops.dtype == np.float32
+    assert batch.labels is None
+    np.testing.assert_array_equal(batch.query_rows[:, 0], batch.length - 1)
+    # "plain" is tag, line break, question, line break: <s> image ▁ \n L o o k \n
+    np.testing.assert_array_equal(batch.image_id[0, :7], [0, 1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(batch.feature_index[0, :7], [-1, 0, 1, 2, 3, -1, -1])
+    assert batch.token_ids[0, batch.length[0] - 1] == 13
+    assert not batch.image_id[1].any()
+    assert (batch.feature_index[1] == -1).all()
+    np.testing.assert_array_equal(batch.feature_index[2][batch.image_id[2] == 2], [4, 5, 6, 7])
+    np.testing.assert_array_equal(batch.crops[0, 0], to_crop(RED, processor.image_processor, "square"))
+    np.testing.assert_array_equal(batch.crops[2, 0], batch.crops[0, 0])
+    assert (batch.crops[2, 1, ..., 2] > batch.crops[2, 1, ..., 0]).all()
+    assert not batch.crops[0, 1].any()
+    assert not batch.crops[1].any()
+
+
+def test_text_only_batch_has_no_crops(processor):
+    batch = processor(["hi", "hello"])
+    assert batch.bucket == Bucket(32)
+    assert batch.crops.shape == (2, 0, 28, 28, 3)
+
+
+def test_conversation_and_template(processor):
+    text = "[INST] a [/INST] b </s>[INST] c [/INST]"
+    batch = processor([[("a", "b"), ("c", None)]], template="mistral_instruct")
+    assert batch.token_ids[0, : batch.length[0]].tolist() == processor.tokenizer(text)["input_ids"]
+
+
+def test_pad_comes_from_the_config():
+    batch = Processor.load(TOKENIZER, dataclasses.replace(CONFIG, image_aspect="pad"))(["a"], [RED])
+    assert not np.array_equal(batch.crops, Processor.load(TOKENIZER, CONFIG)(["a"], [RED]).crops)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "bucket"),
+    [
+        (1, 0, Bucket(32)),
+        (32, 1, Bucket(32, (4,))),
+        (33, 2, Bucket(64, (4, 4))),
+        (65, 3, Bucket(128, (4,) * 4)),
+        (129, 5, Bucket(200, (4,) * 8)),
+    ],
+)
+def test_buckets(text, images, bucket):
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, max_length=200))
+    row = Row([1] * text + [IMAGE_PLACEHOLDER] * images, [crop()] * images)
+    assert choose_bucket([Row([1]), row], config) == bucket
+    assert assemble([row], config, bucket).length == text + 4 * images
+
+
+def test_prompt_that_does_not_fit(processor):
+    row = Row([1] * 240 + [IMAGE_PLACEHOLDER] * 2)
+    assert choose_bucket([row], CONFIG, max_new_tokens=8).text == 256
+    message = (
+        r"^prompt 2 needs 257 positions \(240 text tokens \+ 2 x 4 image tokens \+ 9 new tokens\) but the model has 256"
+    )
+    with pytest.raises(UserError, match=message):
+        choose_bucket([Row([1]), row], CONFIG, max_new_tokens=9)
+    with pytest.raises(UserError, match=r"prompt 1 needs \d+ positions \(\d+ text tokens"):
+        processor(["word " * 400])
+    with pytest.raises(UserError, match=r"\+ 300 new tokens\) but the model has 256"):
+        processor(["a"], max_new_tokens=300)
+
+
+def test_placeholders_become_slots():
+    rows = [Row([1, 7, IMAGE_PLACEHOLDER, 8], [crop(2)]), Row([5])]
+    batch = assemble(rows, CONFIG, Bucket(4, (4,)))
+    assert batch.token_ids.tolist() == [[1, 7, 0, 0, 0, 0, 8, 0], [5, 0, 0, 0, 0, 0, 0, 0]]
+    assert batch.feature_index.tolist() == [[-1, -1, 0, 1, 2, 3, -1, -1], [-1] * 8]
+    assert batch.image_id.tolist() == [[0, 0, 1, 1, 1, 1, 0, 0], [0] * 8]
+    assert batch.length.tolist() == [7, 1]
+    assert batch.query_rows.tolist() == [[6], [0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.one_of(st.just(IMAGE_PLACEHOLDER), st.integers(0, 319)), min_size=1, max_size=20), min_size=1)
+)
+def test_assembled_rows_say_what_went_in(all_ids):
+    rows = [Row(ids, [crop(k + 1) for k in range(ids.count(IMAGE_PLACEHOLDER))]) for ids in all_ids]
+    batch = assemble(rows, CONFIG, choose_bucket(rows, CONFIG))
+    for b, ids in enumerate(all_ids):
+        expected = []
+        image = 0
+        for i in ids:
+            if i == IMAGE_PLACEHOLDER:
+                image += 1
+                expected += [(0, 4 * (image - 1) + k, image) for k in range(4)]
+            else:
+                expected.append((i, -1, 0))
+        n = batch.length[b]
+        arrays = (batch.token_ids[b], batch.feature_index[b], batch.image_id[b])
+        assert list(zip(*(a[:n].tolist() for a in arrays), strict=True)) == expected
+        assert [set(a[n:].tolist()) - {pad} for a, pad in zip(arrays, (0, -1, 0), strict=True)] == [set()] * 3
+        means = batch.crops[b].mean((1, 2, 3)).tolist()
+        assert means == [k + 1 if k < image else 0 for k in range(len(means))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "at least one prompt"),
+        ([Row([])], "prompt 1 has no tokens"),
+        ([Row([1]), Row([IMAGE_PLACEHOLDER])], "prompt 2 has 1 image placeholders but 0 pictures"),
+        ([Row([1] * 5)], "prompt 1 has 5 text tokens and 0 images, but its bucket holds 4 and 1"),
+        ([Row([IMAGE_PLACEHOLDER] * 2, [crop()] * 2)], "0 text tokens and 2 images, but its bucket holds 4 and 1"),
+        ([Row([1, 320])], r"token ids 1\.\.320 but the model knows 0\.\.319: the tokenizer belongs to another model"),
+        ([Row([-1])], r"token ids -1\.\.-1 but"),
+        ([Row([IMAGE_PLACEHOLDER], [np.zeros((3, 28, 28))])], r"crop of shape \(3, 28, 28\), .* takes \(28, 28, 3\)"),
+    ],
+)
+def test_rows_that_cannot_be_assembled(rows, message):
+    with pytest.raises(UserError, match=message):
+        assemble(rows, CONFIG, Bucket(4, (4,)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "message"),
+    [
+        ("hi", None, "got one string: put it in a list"),
+        ([], None, "at least one prompt"),
+        (["a", "b"], [None], "2 prompts but 1 entries of pictures"),
+        (["a"], RED, "1 prompts but 1 entries of pictures"),
+        (["a", "b"], "xy", "2 prompts but 1 entries of pictures"),
+        (["<image><image>"], [RED], "the prompt has 2 <image> tags but 1 picture"),
+        (["<image>"], None, "the prompt has 1 <image> tag but 0 pictures"),
+        (["a"], ["/absent.png"], "^/absent.png: there is no such file"),
+    ],
+)
+def test_bad_calls(processor, prompts, images, message):
+    with pytest.raises(UserError, match=message) as error:
+        processor(prompts, images)
+    assert "\n" not in str(error.value)
+
+
+def test_one_picture_needs_a_list(processor):
+    with pytest.raises(UserError, match="give one for each prompt, a picture, a list or None"):
+        processor(["a"], RED)
+
+
+def test_folder_without_tokenizer(tmp_path):
+    for name in (None, "tokenizer_config.json"):  # transformers alone makes an empty tokenizer out of the latter
+        if name:
+            shutil.copy(TOKENIZER / name, tmp_path)
+        with pytest.raises(
+            UserError, match=r"holds no tokenizer: copy tokenizer\.json, or tokenizer\.model with"
+        ) as error:
+            Processor.load(tmp_path, CONFIG)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "no json", "{}", '{"version": "1.0"}'])
+def test_damaged_tokenizer(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be read") as error:
+        Processor.load(tmp_path, CONFIG)
+    assert "\n" not in str(error.value)
+
+
+def test_stop_ids(processor):
+    assert processor.stop_ids == (2,)
+    other = dataclasses.replace(CONFIG, eos_token_ids=(7, 5))
+    assert Processor(other, processor.tokenizer, None).stop_ids == (2, 5, 7)
+    chatml = Processor.load(TOKENIZER, CONFIG)
+    chatml.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert chatml.stop_ids == (2, 320)
+
+
+def test_decode(processor):
+    ids = processor.tokenizer(" What is it ? é", add_special_tokens=False)["input_ids"]
+    assert processor.decode([1, *ids, 2]) == "What is it ? é"
+    assert processor.decode(np.array(ids, np.int32)) == "What is it ? é"
+    assert processor.decode([]) == ""
+
+
+def streamed(processor, ids):
+    stream = processor.stream()
+    return [stream.put(i) for i in ids] + [stream.end()]
+
+
+def test_stream_keeps_spaces_and_whole_characters(processor):
+    text = "What is\n in  the picture? 你好 👩‍👧, é."
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = streamed(processor, ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(bool(piece) for piece in pieces) > 10
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 330), max_size=30))
+def test_stream_of_any_ids_is_the_decoded_text(processor, ids):
+    assert "".join(streamed(processor, ids)) == processor.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A tokenizer of GPT-2's kind: bytes as letters, no BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return Processor(CONFIG, PreTrainedTokenizerFast(tokenizer_object=tokenizer), None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.text(max_size=12).map(lambda s: s.encode()), st.binary(max_size=12)))
+def test_stream_of_byte_level_tokens(byte_level, data):
+    order = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_to_char = _gpt2_bytes()
+    ids = [order.index(byte_to_char[byte]) for byte in data]
+    assert "".join(streamed(byte_level, ids)) == byte_level.decode(ids) == data.decode(errors="replace").strip()
+
+
+def _gpt2_bytes():
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + k) for k, byte in enumerate(rest)}
+
+
+def test_tiny_tokenizer_is_of_llamas_kind(processor):
+    tokenizer = processor.tokenizer
+    assert len(tokenizer) == 320
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, 258]) == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    text = "What colour is the 9th café?\nRed."
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
