@@ -122,7 +122,7 @@ def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
       UserError: there are tags, but not as many as pictures.
     """
     tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
-    if tags == num_images:
+    if tags == num_images or not turns:
         return turns
     if tags:
         raise UserError(

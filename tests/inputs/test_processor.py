@@ -175,6 +175,7 @@ def test_rows_that_cannot_be_assembled(rows, message):
         (["a", "b"], "xy", "2 prompts but 1 entries of pictures"),
         (["<image><image>"], [RED], "the prompt has 2 <image> tags but 1 picture"),
         (["<image>"], None, "the prompt has 1 <image> tag but 0 pictures"),
+        ([[]], [RED], "at least one question"),
         (["a"], ["/absent.png"], "^/absent.png: there is no such file"),
     ],
 )
