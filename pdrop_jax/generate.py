@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pdrop_jax import checkpoint
 from pdrop_jax.batch import Batch
+from pdrop_jax.checkpoint import load as load_checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
@@ -158,7 +158,7 @@ def load(folder: str | pathlib.Path, schedule: DropSchedule | None = None, dtype
     Raises:
       UserError: the folder is no checkpoint, it is damaged, or the schedule does not fit the decoder.
     """
-    config, params = checkpoint.load(pathlib.Path(folder), schedule=schedule, dtype=dtype)
+    config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype)
     processor = Processor.load(pathlib.Path(folder), config)
     if jax.default_backend() == "cpu":
         params = unstack(params)

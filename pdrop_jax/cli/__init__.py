@@ -1,6 +1,7 @@
 """The ``pdrop`` command: one thin module for each subcommand, imported when it is called."""
 
 import importlib
+import os
 import sys
 import warnings
 
@@ -16,6 +17,8 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2."""
+    # Said before transformers is imported: without torch it would advise to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
 
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
