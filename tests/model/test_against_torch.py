@@ -1,0 +1,310 @@
+"""Every block and the whole dense model beside transformers' torch classes, on tiny random weights in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tiny import CROP, IMAGE_TOKENS, VOCAB, assert_close, forward, make_batch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig as HFLlavaConfig
+from transformers.models.llama import modeling_llama as hf
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.model.attention import attention
+from pdrop_jax.model.layers import DecoderLayer, GatedMLP, Projector, RMSNorm, bind, rope_tables, rotate
+from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.vision import vision_features
+from pdrop_jax.schedule import Bucket, DropSchedule
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+TEXTS = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": {"num_key_value_heads": 2},
+    "mqa": {"num_key_value_heads": 1},
+    "bias": {"attention_bias": True},
+    "head_dim": {"head_dim": 16},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "linear": {"rope_parameters": LINEAR},
+    "llama3": {"rope_parameters": LLAMA3},
+}
+
+
+def texts(*names):
+    return pytest.mark.parametrize("text", [TEXTS[name] for name in names], ids=names)
+
+
+def llama_config(**changes):
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        rms_norm_eps=1e-5,
+        **changes,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def clip_config(**changes):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return CLIPVisionConfig(image_size=CROP, patch_size=4, **sizes, **changes)
+
+
+def randomised(module):
+    """``module`` with every parameter random, norms and biases too."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        scale = 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.data = around + scale * torch.randn(parameter.shape, generator=generator)
+    return module.eval().requires_grad_(False)
+
+
+def random(*shape):
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+def weights(module):
+    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+def linear(w, name):
+    """A torch linear layer as kernel (in, out) and, if there is one, bias."""
+    bias = {"bias": w[f"{name}.bias"]} if f"{name}.bias" in w else {}
+    return {"kernel": w[f"{name}.weight"].T, **bias}
+
+
+def norm(w, name):
+    return {"scale": w[f"{name}.weight"], "bias": w[f"{name}.bias"]}
+
+
+def attention_params(w, prefix, output, H):
+    def heads(x):
+        return x.reshape(*x.shape[:-1], -1, H)
+
+    projections = {name: jax.tree.map(heads, linear(w, f"{prefix}.{name}_proj")) for name in "qkv"}
+    o = linear(w, f"{prefix}.{output}")
+    return {**projections, "o": {**o, "kernel": o["kernel"].reshape(-1, H, o["kernel"].shape[-1])}}
+
+
+def mlp_params(w, prefix=""):
+    return {name: linear(w, f"{prefix}{name}_proj") for name in ("gate", "up", "down")}
+
+
+def decoder_layer_params(w, H, prefix=""):
+    return {
+        "attention_norm": {"scale": w[f"{prefix}input_layernorm.weight"]},
+        "attention": attention_params(w, f"{prefix}self_attn", "o_proj", H),
+        "mlp_norm": {"scale": w[f"{prefix}post_attention_layernorm.weight"]},
+        "mlp": mlp_params(w, f"{prefix}mlp."),
+    }
+
+
+def vision_params(w, config, num_layers, prefix=""):
+    def layer(n):
+        at = f"{prefix}encoder.layers.{n}"
+        return {
+            "attention_norm": norm(w, f"{at}.layer_norm1"),
+            "attention": attention_params(w, f"{at}.self_attn", "out_proj", config.head_dim),
+            "mlp_norm": norm(w, f"{at}.layer_norm2"),
+            "mlp": {"up": linear(w, f"{at}.mlp.fc1"), "down": linear(w, f"{at}.mlp.fc2")},
+        }
+
+    embeddings = f"{prefix}embeddings"
+    return {
+        "embed": {
+            "patch": {"kernel": w[f"{embeddings}.patch_embedding.weight"].transpose(2, 3, 1, 0)},
+            "class_token": w[f"{embeddings}.class_embedding"],
+            "position": w[f"{embeddings}.position_embedding.weight"],
+            "norm": norm(w, f"{prefix}pre_layrnorm"),
+        },
+        "layers": stack([layer(n) for n in range(num_layers)]),
+    }
+
+
+def projector_params(w, prefix=""):
+    return {f"linear_{n}": linear(w, f"{prefix}linear_{n + 1}") for n in range(2)}
+
+
+def stack(layers):
+    return jax.tree.map(lambda *xs: np.stack(xs), *layers)
+
+
+def llava_params(w, config):
+    """The state dict of a LlavaForConditionalGeneration as our tree, without stage boundaries."""
+    text = "model.language_model."
+    H, L = config.text.head_dim, config.text.num_layers
+    head = {} if config.text.tie_embeddings else {"head": linear(w, "lm_head")}
+    return {
+        "vision": vision_params(w, config.vision, config.vision_layers, "model.vision_tower."),
+        "projector": projector_params(w, "model.multi_modal_projector."),
+        "embed": {"embedding": w[f"{text}embed_tokens.weight"]},
+        "stages": {"0": stack([decoder_layer_params(w, H, f"{text}layers.{n}.") for n in range(L)])},
+        "norm": {"scale": w[f"{text}norm.weight"]},
+        **head,
+    }
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: x.shape, tree)
+
+
+def test_rms_norm():
+    module = randomised(hf.LlamaRMSNorm(32, eps=1e-2))
+    x = random(2, 5, 32)
+    ours = bind(RMSNorm, 32, 1e-2, params={"scale": weights(module)["weight"]})(x)
+    assert_close(ours, module(torch.tensor(x)), atol=1e-5)
+
+
+@texts(*TEXTS)
+def test_rope_tables(text):
+    config = llama_config(**text)
+    positions = np.arange(200)[None]
+    cos, sin = hf.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+    ours = rope_tables(TextConfig.from_hf(config.to_dict()), positions)
+    assert_close(jnp.concatenate([ours[0], ours[0]], -1), cos)
+    assert_close(jnp.concatenate([ours[1], ours[1]], -1), sin)
+
+
+def test_rotate():
+    config = llama_config()
+    positions, q, k = np.array([[0, 1, 2, 7, 40]]), random(1, 5, 4, 8), random(1, 5, 4, 8)[::-1]
+    tables = hf.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+    theirs = hf.apply_rotary_pos_emb(torch.tensor(q), torch.tensor(k.copy()), *tables, unsqueeze_dim=2)
+    rope = rope_tables(TextConfig.from_hf(config.to_dict()), positions)
+    assert_close(rotate(q, rope), theirs[0], atol=1e-5)
+    assert_close(rotate(k, rope), theirs[1], atol=1e-5)
+
+
+def attend(q, k, v):
+    return attention(q, k, v, causal=True, implementation="xla"), None
+
+
+def decoder_layer(text):
+    """A torch decoder layer as a function of x, its config, and ours of the same weights."""
+    config = llama_config(**text)
+    module = randomised(hf.LlamaDecoderLayer(config, 0))
+    ours = TextConfig.from_hf(config.to_dict())
+    return module, ours, decoder_layer_params(weights(module), ours.head_dim)
+
+
+def run_both(module, ours, params, x):
+    positions = np.arange(x.shape[1])[None]
+    tables = hf.LlamaRotaryEmbedding(module.self_attn.config)(torch.tensor(x), torch.tensor(positions))
+    theirs = module(torch.tensor(x), position_embeddings=tables)
+    layer = jax.jit(
+        lambda params, x: bind(DecoderLayer, ours, params=params)(x, rope_tables(ours, positions), attend)[0]
+    )
+    return layer(params, x), theirs
+
+
+@texts("mha", "gqa", "mqa", "bias", "head_dim")
+def test_attention(text):
+    module, ours, params = decoder_layer(text)
+    module.mlp.down_proj.weight.zero_()  # leaves x + attention(norm(x))
+    params["mlp"]["down"]["kernel"] = np.zeros_like(params["mlp"]["down"]["kernel"])
+    assert_close(*run_both(module, ours, params, random(2, 9, 32)), atol=1e-5)
+
+
+def test_mlp():
+    module = randomised(hf.LlamaMLP(llama_config()))
+    x = random(2, 5, 32)
+    assert_close(bind(GatedMLP, 32, 48, params=mlp_params(weights(module)))(x), module(torch.tensor(x)), atol=1e-5)
+
+
+@texts("mha", "gqa", "llama3")
+def test_decoder_layer(text):
+    assert_close(*run_both(*decoder_layer(text), random(2, 9, 32)), atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("select_layer", [-1, -2, 1])
+def test_clip_tower(activation, select_layer):
+    hf_config = clip_config(hidden_act=activation)
+    module = randomised(CLIPVisionModel(hf_config))
+    pixels = random(2, CROP, CROP, 3)
+    theirs = module(torch.tensor(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[select_layer]
+
+    vision = VisionConfig.from_hf(hf_config.to_dict())
+    config = LlavaConfig(vision, schedule=DropSchedule.none(), select_layer=select_layer)
+    params = vision_params(weights(module), vision, config.vision_layers)
+    ours = jax.jit(vision_features, static_argnums=0)(config, params, pixels)
+    assert_close(ours, theirs)
+
+
+def test_projector_mlp2x_gelu():
+    module = randomised(
+        LlavaMultiModalProjector(HFLlavaConfig(vision_config=clip_config(), text_config=llama_config()))
+    )
+    x = random(2, 5, 16)
+    ours = bind(Projector, 16, 32, 2, params=projector_params(weights(module)))(x)
+    assert_close(ours, module(torch.tensor(x)), atol=1e-5)
+
+
+def test_projector_linear():
+    module = randomised(torch.nn.Linear(16, 32))
+    x = random(2, 5, 16)
+    params = {"linear_0": {"kernel": weights(module)["weight"].T, "bias": weights(module)["bias"]}}
+    assert_close(bind(Projector, 16, 32, 1, params=params)(x), module(torch.tensor(x)), atol=1e-5)
+
+
+def hf_inputs(batch, image_token):
+    """Our batch as keyword arguments of a LlavaForConditionalGeneration: pictures in the order of their tokens."""
+    ids = np.where(batch.image_id > 0, image_token, batch.token_ids)
+    mask = np.arange(batch.bucket.slots) < batch.length[:, None]
+    used = [batch.crops[b, m] for b, row in enumerate(batch.image_id) for m in range(row.max())]
+    pixels = np.stack(used).transpose(0, 3, 1, 2)
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.long),
+        "attention_mask": torch.tensor(mask, dtype=torch.long),
+        "pixel_values": torch.tensor(pixels),
+    }
+
+
+WHOLE = {
+    "mha": ({}, "default"),
+    "gqa_bias": ({"num_key_value_heads": 2, "attention_bias": True}, "default"),
+    "head_dim_llama3": ({"head_dim": 16, "rope_parameters": LLAMA3}, "default"),
+    "tied": ({"tie_word_embeddings": True}, "default"),
+    "class_token": ({}, "full"),
+}
+
+
+@pytest.mark.parametrize(("text", "strategy"), WHOLE.values(), ids=WHOLE)
+def test_whole_model(text, strategy):
+    n = IMAGE_TOKENS + (strategy == "full")  # with the class token
+    hf_config = HFLlavaConfig(
+        vision_config=clip_config(),
+        text_config=llama_config(**text),
+        image_token_index=VOCAB - 1,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+    module = randomised(LlavaForConditionalGeneration(hf_config))
+    config = LlavaConfig(
+        VisionConfig.from_hf(hf_config.vision_config.to_dict()),
+        TextConfig.from_hf(hf_config.text_config.to_dict()),
+        DropSchedule.none(),
+        keep_class_token=strategy == "full",
+    )
+    params = llava_params(weights(module), config)
+    assert shapes(params) == shapes(abstract_params(config))
+
+    rows = [[1, 5, -n, 6, -n, 7, 8], [1, -n, 9], [1, 3, 4, 10]]
+    batch = make_batch(rows, Bucket(6, (n, n)), image_tokens=n)
+    theirs = module(**hf_inputs(batch, VOCAB - 1)).logits
+    ours = forward(config, params, batch).logits
+    for b, length in enumerate(batch.length):
+        assert_close(ours[b, :length], theirs[b, :length])

@@ -1,0 +1,89 @@
+"""Tiny models and hand-built batches for the tests of the model."""
+
+import functools
+
+import jax
+import numpy as np
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.model import llava
+from pdrop_jax.model.params import init_params, path_name
+from pdrop_jax.schedule import DropSchedule
+
+VOCAB = 64
+CROP = 16  # pixels
+IMAGE_TOKENS = 16  # of one crop: 4 x 4 patches of 4 pixels
+
+VISION = VisionConfig(CROP, 4, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
+MHA = TextConfig(VOCAB, 32, 48, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=8, max_length=128)
+GQA = TextConfig(
+    VOCAB,
+    32,
+    48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    qkv_bias=True,
+    output_bias=True,
+    max_length=99,
+)
+TWO_DROPS = DropSchedule((1, 2), (0.6, 0.3))
+
+forward = jax.jit(llava.forward, static_argnames=("config", "implementation", "keep_hidden"))
+prefill = jax.jit(llava.prefill, static_argnames=("config", "new_slots", "implementation"))
+decode_step = jax.jit(llava.decode_step, static_argnames=("config",))
+
+
+def llava_config(text=MHA, schedule=TWO_DROPS):
+    return LlavaConfig(VISION, text, schedule)
+
+
+@functools.cache
+def params_of(config, dtype=np.float32):
+    """Random parameters, norms and biases too, so that a forgotten one shows."""
+    rng = np.random.default_rng(0)
+
+    def shake(path, leaf):
+        if path_name(path).endswith((".scale", ".bias")):
+            leaf = leaf + 0.2 * rng.standard_normal(leaf.shape)
+        return leaf.astype(dtype)
+
+    return jax.tree.map_with_path(shake, init_params(config))
+
+
+def make_batch(rows, bucket, query_rows=None, labels=None, image_tokens=IMAGE_TOKENS):
+    """A Batch from rows of token ids, where -n stands for an image of n tokens.
+
+    The pictures are random; a row's m-th image takes the first n of the ``image_tokens`` features of its m-th crop.
+    The query row is the last slot of each row if none is given.
+    """
+    B, S = len(rows), bucket.slots
+    token_ids, image_id = np.zeros((2, B, S), np.int32)
+    feature_index = np.full((B, S), -1, np.int32)
+    length = np.zeros(B, np.int32)
+    for b, row in enumerate(rows):
+        at = image = 0
+        for item in row:
+            if item >= 0:
+                token_ids[b, at] = item
+                at += 1
+                continue
+            feature_index[b, at : at - item] = image * image_tokens + np.arange(-item)
+            image += 1
+            image_id[b, at : at - item] = image
+            at -= item
+        length[b] = at
+    crops = np.random.default_rng(0).standard_normal((B, len(bucket.images), CROP, CROP, 3)).astype(np.float32)
+    query_rows = length[:, None] - 1 if query_rows is None else np.asarray(query_rows, np.int32)
+    return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket)
+
+
+def row_of(batch, b):
+    """Row ``b`` as a batch of its own, in the same bucket."""
+    return jax.tree.map(lambda x: x[b : b + 1], batch)
+
+
+def assert_close(ours, theirs, atol=1e-4):
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=atol, rtol=0)
