@@ -31,17 +31,16 @@ from pdrop_jax.schedule import DropSchedule
 
 PARAMS = "params"
 UNUSED = "unused.safetensors"
-COMPANIONS = (
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
 )
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
+COMPANIONS = TOKENIZER + PROCESSOR
 GROUP_BYTES = 256 * 2**20  # small arrays are written together, each write costs some milliseconds
 MOST_NAMES = 20  # of an error message
 CHUNK_BYTES = 16 * 2**20  # orbax writes and compresses chunk by chunk; with whole arrays its buffers are as large
@@ -101,8 +100,14 @@ def load(
     return result, unflatten_dict(arrays, sep=".")
 
 
-def abstract_arrays(folder: pathlib.Path, config: LlavaConfig, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_arrays(
+    folder: pathlib.Path, config: LlavaConfig, dtype: Any = None, device: jax.Device | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The target of ``restore`` for every array of ``config``: shape, dtype and sharding by path.
+
+    Args:
+      dtype: None is each array's own.
+      device: None is the default one.
 
     Raises:
       UserError: the arrays in ``folder`` cannot be read or are not those of ``config``.
@@ -113,7 +118,7 @@ def abstract_arrays(folder: pathlib.Path, config: LlavaConfig, dtype: Any = None
             raise ValueError("its array metadata cannot be read")
     stored = flatten_dict(tree, sep=".")
     check_shapes(_shapes(config), _nonempty_shapes(stored), f"the arrays in {folder} do not fit its config.json")
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
 
     def target(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         own = stored.get(name, stored["embed.embedding"]).dtype

@@ -1,0 +1,215 @@
+"""Which PyTorch tensor is which array of ours: one table of names for each format, read in both directions.
+
+A decoder or vision layer's arrays are stacked over layers here and single tensors there, so a row's PyTorch name
+holds ``{n}``, the layer. PyTorch's linear layers store (out, in), ours (in, out) with heads as an axis of their own.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.model.params import abstract_params
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How one array of ours and one PyTorch tensor hold the same numbers.
+
+    Attributes:
+      shape: shape of ours -> shape of PyTorch's.
+      to_ours: PyTorch's array, shape of ours -> ours.
+      to_torch: inverse of ``to_ours``, from our array alone.
+    """
+
+    shape: Callable[[Shape], Shape]
+    to_ours: Callable[[np.ndarray, Shape], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _linear(inputs: int) -> Transform:
+    """(*in, *out) with ``inputs`` input axes <-> (out, in)."""
+
+    def matrix(shape: Shape) -> Shape:
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+    return Transform(matrix, lambda x, shape: x.T.reshape(shape), lambda x: x.reshape(matrix(x.shape)[::-1]).T)
+
+
+FLAT = Transform(lambda shape: (math.prod(shape),), lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
+SAME = Transform(lambda shape: shape, lambda x, shape: x, lambda x: x)
+LINEAR = _linear(1)  # (D, F) or (D, N, H)
+MERGE = _linear(2)  # (N, H, D)
+CONV = Transform(  # (P, P, 3, D) <-> (D, 3, P, P)
+    lambda shape: (shape[3], shape[2], shape[0], shape[1]),
+    lambda x, shape: x.transpose(2, 3, 1, 0),
+    lambda x: x.transpose(3, 2, 0, 1),
+)
+
+Table = dict[str, tuple[str, Transform]]  # our path -> PyTorch name, transform
+
+
+def _norm(ours: str, theirs: str) -> Table:
+    return {f"{ours}.scale": (f"{theirs}.weight", SAME), f"{ours}.bias": (f"{theirs}.bias", SAME)}
+
+
+def _dense(ours: str, theirs: str, transform: Transform = LINEAR) -> Table:
+    return {f"{ours}.kernel": (f"{theirs}.weight", transform), f"{ours}.bias": (f"{theirs}.bias", FLAT)}
+
+
+VISION: Table = {
+    "embed.patch.kernel": ("embeddings.patch_embedding.weight", CONV),
+    "embed.class_token": ("embeddings.class_embedding", SAME),
+    "embed.position": ("embeddings.position_embedding.weight", SAME),
+    **_norm("embed.norm", "pre_layrnorm"),
+    **_norm("layers.attention_norm", "encoder.layers.{n}.layer_norm1"),
+    **_dense("layers.attention.q", "encoder.layers.{n}.self_attn.q_proj"),
+    **_dense("layers.attention.k", "encoder.layers.{n}.self_attn.k_proj"),
+    **_dense("layers.attention.v", "encoder.layers.{n}.self_attn.v_proj"),
+    **_dense("layers.attention.o", "encoder.layers.{n}.self_attn.out_proj", MERGE),
+    **_norm("layers.mlp_norm", "encoder.layers.{n}.layer_norm2"),
+    **_dense("layers.mlp.up", "encoder.layers.{n}.mlp.fc1"),
+    **_dense("layers.mlp.down", "encoder.layers.{n}.mlp.fc2"),
+}
+DECODER: Table = {
+    "embed.embedding": ("embed_tokens.weight", SAME),
+    **_norm("stages.attention_norm", "layers.{n}.input_layernorm"),
+    **_dense("stages.attention.q", "layers.{n}.self_attn.q_proj"),
+    **_dense("stages.attention.k", "layers.{n}.self_attn.k_proj"),
+    **_dense("stages.attention.v", "layers.{n}.self_attn.v_proj"),
+    **_dense("stages.attention.o", "layers.{n}.self_attn.o_proj", MERGE),
+    **_norm("stages.mlp_norm", "layers.{n}.post_attention_layernorm"),
+    **_dense("stages.mlp.gate", "layers.{n}.mlp.gate_proj"),
+    **_dense("stages.mlp.up", "layers.{n}.mlp.up_proj"),
+    **_dense("stages.mlp.down", "layers.{n}.mlp.down_proj"),
+    **_norm("norm", "norm"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """The prefixes in which the formats differ. ``projector`` holds ``{i}``, the layer's name."""
+
+    vision: str
+    decoder: str = ""
+    head: str = ""
+    projector: str = ""
+    projector_index: Callable[[int], int] = lambda n: n + 1
+
+    def table(self, projector_layers: int) -> Table:
+        rows = {f"vision.{ours}": (self.vision + theirs, transform) for ours, (theirs, transform) in VISION.items()}
+        if not self.decoder:
+            return rows
+        rows |= {ours: (self.decoder + theirs, transform) for ours, (theirs, transform) in DECODER.items()}
+        for n in range(projector_layers):
+            rows |= _dense(f"projector.linear_{n}", self.projector.format(i=self.projector_index(n)))
+        return rows | {"head.kernel": (self.head, LINEAR)}
+
+
+_ORIGINAL = Naming(
+    vision="model.vision_tower.vision_tower.vision_model.",
+    decoder="model.",
+    head="lm_head.weight",
+    projector="model.mm_projector.{i}",
+    projector_index=lambda n: 2 * n,  # the odd ones are activations
+)
+_HF = Naming(
+    vision="vision_tower.vision_model.",
+    decoder="language_model.model.",
+    head="language_model.lm_head.weight",
+    projector="multi_modal_projector.linear_{i}",
+)
+_HF_MODULES = Naming(
+    vision="model.vision_tower.vision_model.",
+    decoder="model.language_model.",
+    head="lm_head.weight",
+    projector="model.multi_modal_projector.linear_{i}",
+)
+NAMINGS = {
+    "original": _ORIGINAL,
+    "original-linear": dataclasses.replace(_ORIGINAL, projector="model.mm_projector"),
+    "hf": _HF,  # as transformers 4 saves, and as the checkpoints on the hub are
+    "hf-5": dataclasses.replace(_HF, vision="vision_tower."),  # as transformers 5 saves
+    "hf-modules": _HF_MODULES,  # names of the modules since transformers 4.52
+    "hf-5-modules": dataclasses.replace(_HF_MODULES, vision="model.vision_tower."),
+}
+TOWERS = {"clip": Naming("vision_model."), "clip-5": Naming("")}  # a vision tower in a folder of its own
+
+# Present in some checkpoints, part of no model that runs: rotary tables, position ids, the text half of a full CLIP.
+IGNORED = re.compile(
+    r"(.*\.rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids|text_model\..*"
+    r"|logit_scale|text_projection\.weight|visual_projection\.weight)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of ours and the PyTorch tensors it is made of.
+
+    Attributes:
+      path: ``stages.0.mlp.up.kernel``.
+      shape: of ours, with the layers in front if it is a stack.
+      names: one PyTorch name, or one for each layer of a stack.
+      stacked: whether it is a stack.
+    """
+
+    path: str
+    shape: Shape
+    names: tuple[str, ...]
+    stacked: bool
+    transform: Transform
+
+    @property
+    def part_shape(self) -> Shape:
+        """Shape of ours that one PyTorch tensor fills."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    def torch_shapes(self) -> dict[str, Shape]:
+        return dict.fromkeys(self.names, self.transform.shape(self.part_shape))
+
+
+def leaves(config: LlavaConfig, naming: Naming) -> list[Leaf]:
+    """Every array of a ``config`` model that ``naming`` has a row for."""
+    table = naming.table(config.projector_layers)
+    ranges = config.schedule.layer_ranges(config.text.num_layers)
+    result = []
+    for path, leaf in flatten_dict(abstract_params(config), sep=".").items():
+        row, layers = path, None
+        if path.startswith("vision.layers."):
+            layers = range(config.vision_layers)
+        elif path.startswith("stages."):
+            _, stage, array = path.split(".", 2)
+            row, layers = f"stages.{array}", range(*ranges[int(stage)])
+        if row in table:
+            name, transform = table[row]
+            names = (name,) if layers is None else tuple(name.format(n=n) for n in layers)
+            result.append(Leaf(path, leaf.shape, names, layers is not None, transform))
+    return result
+
+
+def torch_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
+    """Name -> shape of every PyTorch tensor that ``leaves`` reads."""
+    return {name: shape for leaf in leaves(config, naming) for name, shape in leaf.torch_shapes().items()}
+
+
+def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
+    """Name -> shape of the tower's tensors that never run: layers after the selected one, and the last norm."""
+    whole = dataclasses.replace(config, select_layer=-1)
+    tower = Naming(naming.vision)
+    run = torch_shapes(config, tower)
+    norm = dict.fromkeys(
+        (f"{naming.vision}post_layernorm.{kind}" for kind in ("weight", "bias")), (config.vision.hidden_size,)
+    )
+    return {name: shape for name, shape in torch_shapes(whole, tower).items() if name not in run} | norm
+
+
+def closest(config: LlavaConfig, names: Iterable[str], namings: dict[str, Naming]) -> str:
+    """Which of ``namings`` most of ``names`` belong to."""
+    found = set(names)
+    return max(namings, key=lambda key: len(found & torch_shapes(config, namings[key]).keys()))
