@@ -8,7 +8,8 @@ import numpy as np
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.model import llava
-from pdrop_jax.model.params import init_params, path_name
+from pdrop_jax.model.buffer import TokenBuffer
+from pdrop_jax.model.params import abstract_params, path_name
 from pdrop_jax.schedule import DropSchedule
 
 VOCAB = 64
@@ -45,12 +46,11 @@ def params_of(config, dtype=np.float32):
     """Random parameters, norms and biases too, so that a forgotten one shows."""
     rng = np.random.default_rng(0)
 
-    def shake(path, leaf):
-        if path_name(path).endswith((".scale", ".bias")):
-            leaf = leaf + 0.2 * rng.standard_normal(leaf.shape)
-        return leaf.astype(dtype)
+    def draw(path, leaf):
+        around = 1.0 if path_name(path).endswith(".scale") else 0.0
+        return (around + 0.2 * rng.standard_normal(leaf.shape)).astype(dtype)
 
-    return jax.tree.map_with_path(shake, init_params(config))
+    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 def make_batch(rows, bucket, query_rows=None, labels=None, image_tokens=IMAGE_TOKENS):
@@ -87,3 +87,18 @@ def row_of(batch, b):
 
 def assert_close(ours, theirs, atol=1e-4):
     np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=atol, rtol=0)
+
+
+def make_buffer(batch, D=4, seed=0):
+    """The batch's tokens before the first drop, with random hidden states."""
+    B, S = batch.image_id.shape
+    numbers = np.arange(len(batch.bucket.images) + 1)
+    return TokenBuffer(
+        hidden=np.random.default_rng(seed).standard_normal((B, S, D)).astype(np.float32),
+        image_id=batch.image_id,
+        index=np.tile(np.arange(S, dtype=np.int32), (B, 1)),
+        length=batch.length,
+        query_rows=batch.query_rows,
+        image_count=(batch.image_id[:, None] == numbers[:, None]).sum(-1).astype(np.int32),
+        labels=batch.labels,
+    )
