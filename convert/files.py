@@ -6,7 +6,7 @@ import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,8 @@ from pdrop_jax.errors import UserError
 
 from .names import Shape
 
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 # The weights of a folder, best first. A file may be split; then its index lists the parts.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -3,22 +3,20 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from ml_dtypes import bfloat16
+from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import FORMAT, LlavaConfig, VisionConfig, read_json
 from pdrop_jax.errors import UserError
+from pdrop_jax.model.layers import Params
 from pdrop_jax.schedule import DropSchedule
 
-from .files import FLOATS, Tensors, read_folder, write_safetensors
+from .files import DTYPES, FLOATS, DType, Tensors, read_folder, write_safetensors
 from .names import IGNORED, NAMINGS, TOWERS, Leaf, Naming, closest, leaves, torch_shapes, unrun_shapes
-
-DType = Literal["float32", "bfloat16"]
-DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +91,15 @@ def convert(
         )
 
 
+def read(
+    source: pathlib.Path, schedule: DropSchedule | None = None, dtype: DType = "float32"
+) -> tuple[LlavaConfig, Params]:
+    """The model of a PyTorch checkpoint, in memory and not on disk. Raises UserError as ``convert`` does."""
+    opened = open_source(source, schedule=schedule)
+    arrays = _stacks(leaves(opened.config, opened.naming), opened.tensors, dtype)
+    return opened.config, unflatten_dict(dict(arrays), sep=".")
+
+
 def open_source(
     folder: pathlib.Path, vision: pathlib.Path | None = None, schedule: DropSchedule | None = None
 ) -> Source:
@@ -113,7 +120,7 @@ def open_source(
         data,
         vision=VisionConfig.from_hf(read_json(tower / "config.json")) if tower else None,
         generation=_optional_json(folder / "generation_config.json"),
-        preprocessor=_optional_json(folder / "preprocessor_config.json"),
+        preprocessor=_image_processor(folder),
         schedule=schedule,
     )
     tensors = read_folder(folder)
@@ -130,6 +137,11 @@ def open_source(
 def _find_tower(folder: pathlib.Path, name: str | None) -> pathlib.Path | None:
     places = [folder / name, folder.absolute().parent / name] if name else []
     return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:
+    own = _optional_json(folder / "preprocessor_config.json")
+    return own or (_optional_json(folder / "processor_config.json") or {}).get("image_processor")
 
 
 def _optional_json(path: pathlib.Path) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ def run(
     schedule = summary.config.schedule
     drops = ", ".join(f"{ratio:g} after {n}" for n, ratio in zip(schedule.layers, schedule.ratios, strict=True))
     print(
-        f"{out}: {summary.tensors} tensors, {summary.bytes / 1e9:.2f} GB, {summary.dtype}; "
+        f"{out}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}; "
         f"image tokens kept: {drops or 'all, dense'}"
     )
     if not summary.has_tokenizer:

@@ -1,0 +1,103 @@
+"""Our logits beside PyTorch's, on one picture and one prompt that never change."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from pdrop_jax import checkpoint
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.processor import Row, assemble
+from pdrop_jax.model.llava import forward
+from pdrop_jax.schedule import Bucket, DropSchedule
+
+from .exporter import hf_config
+from .files import DTYPES
+from .importer import open_source
+from .names import NAMINGS, leaves, unrun_shapes
+
+TEXT_TOKENS = 12
+
+
+def compare(source: pathlib.Path, model: pathlib.Path, *, vision: pathlib.Path | None = None) -> tuple[float, float]:
+    """Largest difference of the logits of ``source`` in PyTorch and of ``model`` here, and the largest logit.
+
+    Both are dense and compute in the dtype of ``model``; one after the other is in memory.
+
+    Raises:
+      UserError: torch is not installed, or transformers has no class for the model.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise UserError("--check needs torch: pip install 'pdrop-jax[torch]'") from None
+    config = LlavaConfig.load(model)
+    dtype = checkpoint.abstract_arrays(model, config)["embed.embedding"].dtype.name
+    row = fixed_row(config)
+    theirs = torch_logits(source, config, row, dtype, vision)
+    ours = our_logits(model, row)
+    return float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+
+
+def fixed_row(config: LlavaConfig) -> Row:
+    """A prompt of ids spread over the vocabulary with the picture as its third token, and a picture of waves."""
+    V, size = config.text.vocab_size, config.vision.image_size
+    ids = [config.bos_token_id, *((np.arange(1, TEXT_TOKENS) * 7919) % (V - 1)).tolist()]  # never V - 1
+    t = np.linspace(0, 12, size, dtype=np.float32)
+    picture = np.stack([np.sin(t[:, None] * a + t * b) for a, b in ((1, 0), (0, 1), (1, 1))], axis=-1)
+    return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (picture,))
+
+
+def our_logits(model: pathlib.Path, row: Row) -> np.ndarray:
+    """(S, V) float32 of the dense model."""
+    config, params = checkpoint.load(model, schedule=DropSchedule.none())
+    batch = assemble([row], config, Bucket(TEXT_TOKENS, (config.image_tokens,)))
+    run = jax.jit(lambda params, batch: forward(config, params, batch, implementation="xla").logits)
+    return np.asarray(run(params, batch)[0])
+
+
+def torch_logits(
+    source: pathlib.Path, config: LlavaConfig, row: Row, dtype: str, vision: pathlib.Path | None
+) -> np.ndarray:
+    """(S, V) float32 of transformers' model with the tensors of ``source``."""
+    import torch
+    from transformers import LlavaConfig as HFConfig
+    from transformers import LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    # Any id will do for the picture as long as the prompt has no other use for it.
+    placeholder = config.text.vocab_size - 1
+    data = hf_config(config, dtype) | {"image_token_index": placeholder}
+    model = LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=HFConfig.from_dict(data),
+        state_dict=_torch_state(source, vision, dtype),
+        dtype=getattr(torch, dtype),
+    )
+    ids = [n for i in row.ids for n in ([placeholder] * config.image_tokens if i == IMAGE_PLACEHOLDER else [i])]
+    pixels = torch.from_numpy(row.crops[0].transpose(2, 0, 1)[None].copy()).to(getattr(torch, dtype))
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].float().numpy()
+
+
+def _torch_state(source: pathlib.Path, vision: pathlib.Path | None, dtype: str) -> dict[str, Any]:
+    """The tensors of ``source`` under transformers' names."""
+    import torch
+
+    opened = open_source(source, vision)
+    config, naming = opened.config, NAMINGS["hf"]
+    theirs = [name for leaf in leaves(config, opened.naming) for name in leaf.names]
+    ours = [name for leaf in leaves(config, naming) for name in leaf.names]
+    names = dict(zip(theirs, ours, strict=True))
+    names |= dict(zip(unrun_shapes(config, opened.naming), unrun_shapes(config, naming), strict=True))
+
+    def tensor(x: np.ndarray) -> torch.Tensor:
+        x = np.ascontiguousarray(x.astype(DTYPES[dtype]))
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if dtype == "bfloat16" else torch.from_numpy(x)
+
+    return {names[name]: tensor(x.read()) for name, x in opened.tensors.items()}

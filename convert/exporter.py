@@ -1,0 +1,245 @@
+"""Ours -> a checkpoint that transformers or the original LLaVA code loads, one shard at a time."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from tqdm import tqdm
+
+from pdrop_jax import checkpoint
+from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, VisionConfig, read_json
+from pdrop_jax.errors import UserError
+
+from .files import DTYPES, DType, open_safetensors, write_safetensors
+from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
+
+Format = Literal["hf", "original"]
+SHARD_BYTES = 2**30
+TOWER_FOLDER = "clip_tower"
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What an export wrote."""
+
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DType | None = None) -> Summary:
+    """Writes checkpoint ``model`` as PyTorch checkpoint ``out``: config.json, safetensors, tokenizer files.
+
+    Peak memory is that of one shard (1 GiB, or one stack of ours if that is larger) twice.
+
+    Args:
+      format: "hf" is transformers' LlavaForConditionalGeneration, under the names that version 4 saves and 4 and 5
+        load; "original" the original LLaVA code's, with the vision tower inside.
+      dtype: None is that of the checkpoint.
+
+    Raises:
+      UserError: ``out`` exists, ``model`` is no checkpoint or lacks what the format needs; nothing is written.
+      OSError: the disk is full or may not be written; nothing is left behind.
+    """
+    config = LlavaConfig.load(model)
+    dtype = dtype or checkpoint.abstract_arrays(model, config)["embed.embedding"].dtype.name
+    linear = format == "original" and config.projector_layers == 1
+    naming = NAMINGS["original-linear" if linear else format]
+    theirs = with_image_token(config) if format == "hf" else config
+    data = hf_config(theirs, dtype) if format == "hf" else original_config(theirs, dtype)
+    unrun = _unrun_tensors(model, config, naming, dtype)
+    with checkpoint.new_folder(out) as new:
+        (new / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+        checkpoint.copy_files(model, new, checkpoint.COMPANIONS)
+        if format == "original" and config.vision != VisionConfig():
+            _write_tower(model, new / TOWER_FOLDER, config, dtype, unrun)
+        if format == "hf" and config.image_token_id is None:
+            _complete_processor(new, theirs)
+        return _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
+
+
+def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
+    """config.json of transformers' LlavaForConditionalGeneration.
+
+    Raises:
+      UserError: the model has no ``image_token_id``, or something that class cannot express.
+    """
+    if config.projector_layers != 2:
+        raise UserError(
+            f"transformers' LLaVA has a projector of 2 layers, this model's has {config.projector_layers}: "
+            "use --format original"
+        )
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": dtype,
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.image_tokens,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
+        "tie_word_embeddings": config.text.tie_embeddings,
+        "text_config": config.text.to_hf() | _special_tokens(config) | {"torch_dtype": dtype},
+        "vision_config": config.vision.to_hf() | {"torch_dtype": dtype},
+    }
+
+
+def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
+    """config.json of the original LLaVA code."""
+    linear = config.projector_layers == 1
+    return {
+        **config.text.to_hf(),
+        **_special_tokens(config),
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": dtype,
+        "image_aspect_ratio": config.image_aspect,
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_type": "linear" if linear else f"mlp{config.projector_layers}x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_tower": KNOWN_TOWER if config.vision == VisionConfig() else TOWER_FOLDER,
+        "unfreeze_mm_vision_tower": True,  # or that code reads the tower by its name and not from the checkpoint
+        "use_mm_proj": True,
+    }
+
+
+def _special_tokens(config: LlavaConfig) -> dict[str, Any]:
+    eos = config.eos_token_ids
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else list(eos)}
+
+
+def with_image_token(config: LlavaConfig) -> LlavaConfig:
+    """``config`` with an id for "<image>": transformers needs one, the original LLaVA's vocabulary has none.
+
+    The vocabulary grows to the next multiple of 64, as that of the checkpoints on the hub.
+    """
+    if config.image_token_id is not None:
+        return config
+    V = config.text.vocab_size
+    text = dataclasses.replace(config.text, vocab_size=(V // 64 + 1) * 64)
+    return dataclasses.replace(config, text=text, image_token_id=V)
+
+
+def _write_tensors(
+    model: pathlib.Path,
+    out: pathlib.Path,
+    config: LlavaConfig,
+    vocab_size: int,
+    naming: Naming,
+    dtype: str,
+    unrun: dict[str, np.ndarray],
+) -> Summary:
+    """Shards of whole arrays of ours; ``unrun`` goes with the last. An index is written if there are several."""
+    shards = list(_shards(leaves(config, naming), np.dtype(DTYPES[dtype]).itemsize))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(tqdm(shards, unit="shard", disable=None), 1):
+        tensors = _torch_tensors(model, config, shard, dtype)
+        for leaf in shard:
+            if leaf.path in ("embed.embedding", "head.kernel"):
+                tensors |= {name: _grow(tensors[name], vocab_size) for name in leaf.names}
+        if number == len(shards):
+            tensors |= unrun
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(out / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(x.nbytes for x in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return Summary(dtype, len(weight_map), total)
+
+
+def _shards(arrays: Iterable[Leaf], itemsize: int) -> Iterator[list[Leaf]]:
+    """Runs of arrays of at most SHARD_BYTES; an array larger than that has a shard of its own."""
+    shard: list[Leaf] = []
+    size = 0
+    for leaf in arrays:
+        nbytes = math.prod(leaf.shape) * itemsize
+        if shard and size + nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(leaf)
+        size += nbytes
+    yield shard
+
+
+def _torch_tensors(model: pathlib.Path, config: LlavaConfig, arrays: list[Leaf], dtype: str) -> dict[str, np.ndarray]:
+    targets = checkpoint.abstract_arrays(model, config, DTYPES[dtype], jax.devices("cpu")[0])
+    found = flatten_dict(checkpoint.restore(model, {leaf.path: targets[leaf.path] for leaf in arrays}), sep=".")
+    tensors: dict[str, np.ndarray] = {}
+    for leaf in arrays:
+        x = np.asarray(found.pop(leaf.path))
+        parts = x if leaf.stacked else [x]
+        tensors |= {
+            name: np.ascontiguousarray(leaf.transform.to_torch(part))
+            for name, part in zip(leaf.names, parts, strict=True)
+        }
+    return tensors
+
+
+def _grow(x: np.ndarray, rows: int) -> np.ndarray:
+    """(V, D) with copies of row 0, the unknown token, up to ``rows`` rows: never the likeliest next token."""
+    return np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
+
+
+def _unrun_tensors(model: pathlib.Path, config: LlavaConfig, naming: Naming, dtype: str) -> dict[str, np.ndarray]:
+    """The tensors that never run here but that a PyTorch model is built with. UserError if one is missing."""
+    path = model / checkpoint.UNUSED
+    tensors = open_safetensors(path) if path.exists() else {}
+    found = {naming.vision + name: x for name, x in tensors.items()}
+    checkpoint.check_shapes(
+        unrun_shapes(config, naming),
+        {name: x.shape for name, x in found.items()},
+        f"{path} does not hold what PyTorch's vision tower has beyond ours; copy it from the converted checkpoint",
+    )
+    return {name: x.read().astype(DTYPES[dtype]) for name, x in found.items()}
+
+
+def _write_tower(
+    model: pathlib.Path, out: pathlib.Path, config: LlavaConfig, dtype: str, unrun: dict[str, np.ndarray]
+) -> None:
+    """A folder that transformers' CLIPVisionModel loads, for the original code to read the tower's config from."""
+    out.mkdir()
+    tower = TOWERS["clip"]
+    tensors = _torch_tensors(model, config, leaves(config, tower), dtype)
+    prefix = NAMINGS["original"].vision
+    tensors |= {tower.vision + name.removeprefix(prefix): x for name, x in unrun.items()}
+    write_safetensors(out / "model.safetensors", tensors)
+    data = {"architectures": ["CLIPVisionModel"], "torch_dtype": dtype} | config.vision.to_hf()
+    (out / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+    checkpoint.copy_files(model, out, ["preprocessor_config.json"])
+
+
+def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
+    """What transformers' processor needs to know and the original's files do not say: padding, and "<image>"."""
+    path = folder / "preprocessor_config.json"
+    if config.image_aspect == "pad" and path.exists():
+        settings = read_json(path) | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    settings = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,  # the class token
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
+    }
+    (folder / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):
+        from transformers import AddedToken, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False))
+        if tokenizer.convert_tokens_to_ids("<image>") == config.image_token_id:
+            tokenizer.save_pretrained(folder)
