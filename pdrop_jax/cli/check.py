@@ -18,9 +18,9 @@ def run(
     """
     from pdrop_jax.analysis.check import check
     from pdrop_jax.analysis.report import TOLERANCE, table
-    from pdrop_jax.convert.convert import load_original
+    from pdrop_jax.convert.importer import read
 
-    rows = check(folder, load_original, case)
+    rows = check(folder, read, case)
     print(table(rows))
     print("tolerances: " + ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items()) + ", the rest exact")
     return 0 if all(row.ok for row in rows) else 1

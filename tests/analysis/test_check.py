@@ -7,7 +7,7 @@ import pytest
 
 from pdrop_jax.analysis.check import check
 from pdrop_jax.analysis.report import Row, error
-from pdrop_jax.convert.convert import load_original
+from pdrop_jax.convert.importer import read
 from pdrop_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case):
-    (row,) = check(GOLDEN, load_original, [case])
+    (row,) = check(GOLDEN, read, [case])
     compared = {name for name in CASES[case] if getattr(row, name) is not None}
     assert compared == CASES[case]
     assert row.ok, row
@@ -53,9 +53,9 @@ def test_nothing_is_compared_by_broadcasting():
 
 def test_a_folder_without_vectors(tmp_path):
     with pytest.raises(UserError, match="no reference vectors"):
-        check(tmp_path, load_original)
+        check(tmp_path, read)
 
 
 def test_an_unknown_case():
     with pytest.raises(UserError, match="no case prefil"):
-        check(GOLDEN, load_original, ["prefil"])
+        check(GOLDEN, read, ["prefil"])

@@ -1,50 +1,88 @@
-"""The ``pdrop`` command as a user types it: real processes, exit codes, what is printed where."""
+"""The ``pdrop`` command as a user types it: exit codes, what is printed where."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pdrop_jax.cli import main
+from pdrop_jax.convert.importer import convert
+from pdrop_jax.schedule import DropSchedule
+
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 PHOTO = GOLDEN / "img_astronaut_square_small.png"
-SCHEDULE = ("--layers", "2", "4", "6", "--ratios", "0.5", "0.25", "0.125")
+TOKENIZER = ROOT / "examples" / "tiny_tokenizer"
 
 
-def pdrop(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from pdrop_jax.cli import main; main()", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+@dataclasses.dataclass
+class Result:
+    code: int
+    stdout: str
+    stderr: str
 
 
-def fails(*args: object) -> str:
-    """The one line that a user's mistake prints; exit code 2, nothing on stdout, no traceback."""
-    result = pdrop(*args)
-    assert result.returncode == 2, result.stderr
-    assert result.stdout == ""
-    (line,) = result.stderr.strip().splitlines()
-    return line
+@pytest.fixture
+def pdrop(monkeypatch, capfd) -> Callable[..., Result]:
+    """Runs the command in this process, which has compiled the model already; see also ``test_a_real_process``."""
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["pdrop", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Result(int(end.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fails(pdrop) -> Callable[..., str]:
+    """Runs the command and gives the one line that a user's mistake prints: exit code 2, nothing on stdout."""
+
+    def run(*args: object) -> str:
+        result = pdrop(*args)
+        assert result.code == 2, result
+        assert result.stdout == ""
+        (line,) = result.stderr.strip().splitlines()
+        return line
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("cli") / "model"
-    result = pdrop(
-        "convert", GOLDEN / "model_mha", folder, "--tokenizer", ROOT / "examples" / "tiny_tokenizer", *SCHEDULE
-    )
-    assert result.returncode == 0, result.stderr
+    schedule = DropSchedule((2, 4, 6), (0.5, 0.25, 0.125))
+    convert(GOLDEN / "model_mha", folder, tokenizer=TOKENIZER, schedule=schedule)
     return folder
 
 
-def test_json_tells_what_was_kept(model):
+def test_a_real_process_converts_and_answers(tmp_path):
+    def real(*args: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", "from pdrop_jax.cli import main; main()", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+
+    model = tmp_path / "model"
+    schedule = ("--layers", 2, 4, 6, "--ratios", 0.5, 0.25, 0.125)
+    converted = real("convert", GOLDEN / "model_mha", model, "--tokenizer", TOKENIZER, *schedule)
+    assert "0.5 after 2, 0.25 after 4, 0.125 after 6" in converted.stdout
+    answered = real("generate", "--model", model, "--image", PHOTO, "--prompt", "Hi", "--max-new-tokens", 4, "--json")
+    assert (converted.stderr, answered.stderr) == ("", "")  # a pipe gets no progress
+    assert len(json.loads(answered.stdout)["kept"]) == 3
+
+
+def test_json_tells_what_was_kept(pdrop, model):
     result = pdrop(
         "generate", "--model", model, "--image", PHOTO, "--prompt", "Who is it?", "--max-new-tokens", 8, "--json"
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # a pipe gets no progress
+    assert result.code == 0, result.stderr
     answer = json.loads(result.stdout)
     text = answer["stage_lengths"][0] - 16
     assert answer["stage_lengths"] == [text + kept for kept in (16, 8, 4, 2)]
@@ -56,7 +94,7 @@ def test_json_tells_what_was_kept(model):
     assert answer["schedule"] == {"layers": [2, 4, 6], "ratios": [0.5, 0.25, 0.125], "positions": "dense"}
 
 
-def test_a_batch_answers_as_each_question_alone(model):
+def test_a_batch_answers_as_each_question_alone(pdrop, model):
     questions = ("Who is it?", "What is the colour of the suit that she wears?")
     common = ("generate", "--model", model, "--image", PHOTO, "--max-new-tokens", 6, "--json", "--prompt")
     together = json.loads(pdrop(*common, *questions).stdout)["rows"]
@@ -65,7 +103,7 @@ def test_a_batch_answers_as_each_question_alone(model):
     assert [row["kept"] for row in together] == [answer["kept"] for answer in alone]
 
 
-def test_another_schedule_than_the_checkpoints_own(model):
+def test_another_schedule_than_the_checkpoints_own(pdrop, model):
     result = pdrop(
         "generate", "--model", model, "--image", PHOTO, "--prompt", "Hi", "--layers", 3, "--ratios", 0, "--json"
     )
@@ -92,34 +130,34 @@ def test_another_schedule_than_the_checkpoints_own(model):
         (("--prompt", "word " * 3000), "positions"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(model, args, words):
+def test_mistakes_are_one_line_and_exit_2(fails, model, args, words):
     args = args if "--prompt" in args else (*args, "--prompt", "Who is it?")
     assert words in fails("generate", "--model", model, *args)
 
 
-def test_a_folder_that_is_no_checkpoint(tmp_path):
+def test_a_folder_that_is_no_checkpoint(fails, tmp_path):
     assert "no checkpoint" in fails("generate", "--model", tmp_path, "--prompt", "Hi")
 
 
-def test_a_pytorch_checkpoint_is_to_be_converted_first():
+def test_a_pytorch_checkpoint_is_to_be_converted_first(fails):
     assert "pdrop convert" in fails("generate", "--model", GOLDEN / "model_mha", "--prompt", "Hi")
 
 
-def test_unreadable_and_odd_pictures(model, tmp_path):
+def test_unreadable_and_odd_pictures(pdrop, fails, model, tmp_path):
     truncated = tmp_path / "half.jpg"
     Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(truncated)
     truncated.write_bytes(truncated.read_bytes()[:300])
     assert "half.jpg" in fails("generate", "--model", model, "--prompt", "Hi", "--image", truncated)
     for number, (mode, size) in enumerate([("L", (1, 1)), ("CMYK", (40, 30)), ("P", (9, 9)), ("RGBA", (20000, 10))]):
         odd = tmp_path / f"{number}.tif"
-        Image.new(mode, size, 1 if mode in "LP" else None or 0).save(odd)
+        Image.new(mode, size).save(odd)
         result = pdrop("generate", "--model", model, "--prompt", "Hi", "--image", odd, "--max-new-tokens", 1)
-        assert result.returncode == 0, result.stderr
+        assert result.code == 0, result.stderr
 
 
-def test_unknown_commands_list_the_known_ones():
+def test_unknown_commands_list_the_known_ones(pdrop):
     result = pdrop("trian")
-    assert result.returncode == 2
+    assert result.code == 2
     assert "generate" in result.stderr
 
 
@@ -132,12 +170,11 @@ def test_help_needs_neither_jax_nor_transformers():
     assert result.stdout.strip().endswith("0 False False")
 
 
-def test_check_passes_on_the_recorded_vectors_and_fails_on_changed_ones(tmp_path):
+def test_check_passes_on_the_recorded_vectors_and_fails_on_changed_ones(pdrop, tmp_path):
     result = pdrop("check", GOLDEN, "--case", "prompts", "image_preprocess")
-    assert result.returncode == 0, result.stdout
-    for name in ("prompts.json",):
-        recorded = (GOLDEN / name).read_text()
-        (tmp_path / name).write_text(recorded.replace("curious user", "curious reader"))
+    assert result.code == 0, result.stdout
+    recorded = (GOLDEN / "prompts.json").read_text()
+    (tmp_path / "prompts.json").write_text(recorded.replace("curious user", "curious reader"))
     result = pdrop("check", tmp_path)
-    assert result.returncode == 1
+    assert result.code == 1
     assert "FAIL" in result.stdout
