@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from pdrop_jax.config import TextConfig as TextConfig
     from pdrop_jax.config import VisionConfig as VisionConfig
     from pdrop_jax.errors import UserError as UserError
-    from pdrop_jax.generate import Generation as Generation
-    from pdrop_jax.generate import Model as Model
-    from pdrop_jax.generate import generate as generate
-    from pdrop_jax.generate import load as load
+    from pdrop_jax.generation import Generation as Generation
+    from pdrop_jax.generation import Model as Model
+    from pdrop_jax.generation import generate as generate
+    from pdrop_jax.generation import load as load
     from pdrop_jax.inputs.processor import Processor as Processor
     from pdrop_jax.schedule import Bucket as Bucket
     from pdrop_jax.schedule import DropSchedule as DropSchedule
@@ -29,15 +29,15 @@ _HOME = {
     "Batch": "batch",
     "Bucket": "schedule",
     "DropSchedule": "schedule",
-    "Generation": "generate",
+    "Generation": "generation",
     "LlavaConfig": "config",
-    "Model": "generate",
+    "Model": "generation",
     "Processor": "inputs.processor",
     "TextConfig": "config",
     "UserError": "errors",
     "VisionConfig": "config",
-    "generate": "generate",
-    "load": "generate",
+    "generate": "generation",
+    "load": "generation",
 }
 __all__ = list(_HOME)
 

@@ -15,7 +15,7 @@ ROOMS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop
 # What each room may import besides itself. A room is the longest listed prefix of a module's name.
 BASE = {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.config", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
-LIBRARY = MODEL | {"pdrop_jax.inputs", "pdrop_jax.generate", "pdrop_jax.checkpoint"}
+LIBRARY = MODEL | {"pdrop_jax.inputs", "pdrop_jax.generation", "pdrop_jax.checkpoint"}
 APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
     "pdrop_jax": LIBRARY,
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pdrop_jax.model": MODEL,
     "pdrop_jax.inputs": BASE,
     "pdrop_jax.checkpoint": MODEL,
-    "pdrop_jax.generate": LIBRARY,
+    "pdrop_jax.generation": LIBRARY,
     "pdrop_jax.analysis": LIBRARY,
     "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis"},
     "pdrop_jax.convert": LIBRARY | {"pdrop_jax.analysis"},
@@ -117,7 +117,7 @@ def test_inputs_make_no_jax_calls():
     assert "jax" not in used
 
 
-@pytest.mark.parametrize("module", ["pdrop_jax.generate", "pdrop_jax.cli", "pdrop_jax.convert"])
+@pytest.mark.parametrize("module", ["pdrop_jax.generation", "pdrop_jax.cli", "pdrop_jax.convert"])
 def test_the_library_imports_where_torch_is_not_installed(module):
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

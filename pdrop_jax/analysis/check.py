@@ -17,7 +17,7 @@ from pdrop_jax.analysis.report import Figures, Row, error
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generate import kept_tokens
+from pdrop_jax.generation import kept_tokens
 from pdrop_jax.inputs import processor as inputs
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from pdrop_jax.model.decoder import Drop

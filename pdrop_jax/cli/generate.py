@@ -43,7 +43,7 @@ def run(
       attention: implementation.
       json_output: print one JSON object instead of text.
     """
-    from pdrop_jax.generate import generate, load
+    from pdrop_jax.generation import generate, load
 
     images = _images_of(prompt, image)
     with progress("loading"):
