@@ -1,0 +1,105 @@
+"""The one attention call: its reference, the TPU kernel beside it, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_close
+
+from pdrop_jax.model import attention as module
+from pdrop_jax.model.attention import SPLASH_ALIGN, aligned, attention
+
+HEADS = pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+
+
+def qkv(N, K, T=6, S=6, H=8, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.standard_normal((2, n, heads, H)), dtype) for n, heads in ((T, N), (S, K), (S, K)))
+
+
+def plain_attention(q, k, v, causal, length):
+    """In double precision; query head n reads key-value head n // G."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    logits = np.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(q.shape[-1])
+    seen = np.arange(k.shape[1]) < np.reshape(length, (-1, 1, 1, 1))
+    if causal:
+        seen = seen & np.tri(q.shape[1], k.shape[1], dtype=bool)
+    weights = np.where(seen, np.exp(logits), 0)
+    return np.einsum("BNTS,BSNH->BTNH", weights / weights.sum(-1, keepdims=True), v)
+
+
+@HEADS
+@pytest.mark.parametrize("causal", [True, False])
+def test_xla_is_attention_over_the_valid_keys(N, K, causal):
+    q, k, v = qkv(N, K)
+    length = np.array([6, 3], np.int32)
+    ours = attention(q, k, v, causal=causal, length=length, implementation="xla")
+    expected = plain_attention(q, k, v, causal, length)
+    assert_close(ours[0], expected[0], atol=1e-6)
+    assert_close(ours[1, :3], expected[1, :3], atol=1e-6)
+    assert np.isfinite(ours).all()
+
+
+@HEADS
+def test_a_single_query_sees_every_valid_key(N, K):
+    q, k, v = qkv(N, K, T=1)
+    length = np.array([4, 6], np.int32)
+    ours = attention(q, k, v, causal=False, length=length, implementation="xla")
+    assert_close(ours, plain_attention(q, k, v, False, length), atol=1e-6)
+
+
+def test_without_lengths_every_key_is_valid():
+    q, k, v = qkv(4, 4)
+    ours = attention(q, k, v, causal=False, implementation="xla")
+    assert_close(ours, plain_attention(q, k, v, False, [6, 6]), atol=1e-6)
+
+
+def test_the_softmax_of_bfloat16_is_float32():
+    q, k, v = qkv(2, 2, T=512, S=512, dtype=jnp.bfloat16)  # 512 weights summed in bfloat16 would be far off
+    ours = attention(q, k, v, causal=False, implementation="xla")
+    assert ours.dtype == jnp.bfloat16
+    assert_close(ours.astype(jnp.float32), plain_attention(q, k, v, False, [512, 512]), atol=2**-8)
+
+
+@HEADS
+def test_the_tpu_kernel_agrees_with_xla(N, K):
+    q, k, v = qkv(N, K, T=256, S=256, H=128)
+    length = jnp.array([256, 100])
+    ours = module._splash(q, k, v, causal=True, length=length, interpret=True)
+    expected = attention(q, k, v, causal=True, length=length, implementation="xla")
+    assert_close(ours[0], expected[0], atol=1e-5)
+    assert_close(ours[1, :100], expected[1, :100], atol=1e-5)
+    assert np.isfinite(ours).all()
+
+
+def test_causal_attention_of_a_chunk_is_refused():
+    with pytest.raises(ValueError, match="as many queries as keys, got 1 and 6"):
+        attention(*qkv(4, 4, T=1), causal=True)
+
+
+def test_forced_splash_refuses_a_length_that_is_no_multiple_of_128():
+    with pytest.raises(ValueError, match="a multiple of 128, got 100"):
+        attention(*qkv(2, 2, T=100, S=100), causal=True, implementation="splash")
+
+
+def test_forced_splash_refuses_full_attention():
+    with pytest.raises(ValueError, match="causal attention only"):
+        attention(*qkv(2, 2, T=128, S=128), causal=False, implementation="splash")
+
+
+def test_forced_splash_refuses_a_cpu():
+    with pytest.raises(ValueError, match="CPU"):
+        attention(*qkv(2, 2, T=128, S=128), causal=True, implementation="splash")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_forced_cudnn_refuses_float32_and_a_cpu(dtype):
+    with pytest.raises(ValueError, match=r"(?i)cudnn"):
+        attention(*qkv(2, 2, dtype=dtype), causal=True, implementation="cudnn")
+
+
+@pytest.mark.parametrize(("implementation", "multiple"), [("splash", SPLASH_ALIGN), ("auto", 1), ("xla", 1)])
+def test_buffers_are_aligned_only_for_the_tpu_kernel(implementation, multiple):
+    assert jax.default_backend() == "cpu"
+    assert aligned(implementation) == multiple
