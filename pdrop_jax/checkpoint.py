@@ -4,6 +4,7 @@
 
     config.json             LlavaConfig with its drop schedule
     params/                 the parameter tree, written by orbax
+    sizes.json              bytes of each file in it, so that one cut short is named before orbax stumbles over it
     unused.safetensors      tensors of the PyTorch model that never run, kept so that it can be exported whole
     tokenizer.json, …       what the processor reads, see ``COMPANIONS``
 """
@@ -11,6 +12,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import os
 import pathlib
@@ -23,13 +25,14 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, read_json
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.schedule import DropSchedule
 
 PARAMS = "params"
+SIZES = "sizes.json"
 UNUSED = "unused.safetensors"
 TOKENIZER = (
     "tokenizer*",
@@ -112,6 +115,13 @@ def abstract_arrays(
     Raises:
       UserError: the arrays in ``folder`` cannot be read or are not those of ``config``.
     """
+    stored_sizes, sizes = read_json(folder / SIZES), _sizes(folder)
+    damaged = [name for name, size in stored_sizes.items() if sizes.get(name) != size]
+    if damaged:
+        raise UserError(
+            f"{folder} is damaged: {len(damaged)} of {len(stored_sizes)} files are missing or of another size, "
+            f"{damaged[0]} is one; copy or convert it again"
+        )
     with _reading(folder):
         tree = ocp.metadata(folder.absolute() / PARAMS).metadata
         if tree is None:
@@ -164,6 +174,12 @@ def save_arrays(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None
                 _save_group(folder, group)
         _save_group(folder, group)
         ocp.partial.finalize(folder.absolute() / PARAMS)
+    (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""How much memory and time does converting a LLaVA-1.5-7B take?
+
+Writes a bfloat16 checkpoint of that shape, converts it, exports it again, and prints one JSON object. Memory is
+anonymous memory (RssAnon) sampled every 5 ms, above what the process has after its imports: pages of the mapped source
+files are the operating system's to take back. Needs 45 GB of disk, removed at the end.
+
+    python benchmarks/convert_7b.py --folder /tmp/convert_7b
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from pdrop_jax import checkpoint
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.exporter import export, hf_config, with_image_token
+from pdrop_jax.convert.files import read_folder, write_safetensors
+from pdrop_jax.convert.importer import convert
+from pdrop_jax.convert.names import NAMINGS, torch_shapes, unrun_shapes
+from pdrop_jax.schedule import DropSchedule
+
+SHARD_BYTES = 2e9
+
+
+def write_source(folder: pathlib.Path, config: LlavaConfig) -> int:
+    """A checkpoint in Hugging Face's names: normal numbers of 0.02, one block of them rolled anew for each tensor."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(config, "bfloat16")))
+    block = (np.random.default_rng(0).standard_normal(2**24) * 0.02).astype(ml_dtypes.bfloat16)
+    shapes = torch_shapes(config, NAMINGS["hf"]) | unrun_shapes(config, NAMINGS["hf"])
+    shard: dict[str, np.ndarray] = {}
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def flush() -> None:
+        file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+        write_safetensors(folder / file, shard)
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for number, (name, shape) in enumerate(shapes.items()):
+        shard[name] = np.resize(np.roll(block, 7919 * number), shape)
+        total += shard[name].nbytes
+        if sum(x.nbytes for x in shard.values()) > SHARD_BYTES:
+            flush()
+    flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+def status(field: str) -> float:
+    """A line of /proc/self/status in GB."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
+
+
+@contextlib.contextmanager
+def measured(figures: dict[str, float]) -> Iterator[None]:
+    """Puts seconds and the peak of anonymous memory above the present into ``figures``."""
+    before, peak, done = status("RssAnon"), [0.0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], status("RssAnon"))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        figures["seconds"] = round(time.perf_counter() - start, 1)
+        done.set()
+        sampler.join()
+        figures["peak_anonymous_gb"] = round(peak[0] - before, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="new folder to work in")
+    parser.add_argument("--dense", action="store_true", help="no drop schedule: stacks of all 32 layers")
+    parser.add_argument("--export", action="store_true", help="export again and compare every tensor bit by bit")
+    args = parser.parse_args()
+    config = with_image_token(LlavaConfig.llava_1_5_7b())
+    schedule = DropSchedule.none() if args.dense else DropSchedule()
+    try:
+        source_bytes = write_source(args.folder / "source", config)
+        figures: dict[str, object] = {"source_gb": round(source_bytes / 1e9, 2), "dense": args.dense}
+        conversion: dict[str, float] = {}
+        with measured(conversion):
+            summary = convert(args.folder / "source", args.folder / "ours", schedule=schedule)
+        largest = max(
+            np.prod(x.shape) * 2 for x in checkpoint.abstract_arrays(args.folder / "ours", summary.config).values()
+        )
+        conversion["limit_gb"] = round((2 * largest + 2**30) / 1e9, 2)
+        conversion["written_gb"] = round(summary.bytes / 1e9, 2)
+        figures["convert"] = conversion
+        if args.export:
+            exported: dict[str, float] = {}
+            with measured(exported):
+                export(args.folder / "ours", args.folder / "again", "hf")
+            source, again = read_folder(args.folder / "source"), read_folder(args.folder / "again")
+            same = [
+                np.array_equal(x.read().view(np.uint16), again[name].read().view(np.uint16))
+                for name, x in source.items()
+            ]
+            exported["bit_exact"] = source.keys() == again.keys() and all(same)
+            figures["export"] = exported
+        print(json.dumps(figures))
+    finally:
+        shutil.rmtree(args.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Checkpoints: saved and loaded whole, moved between schedules, damaged ones refused."""
+
+import dataclasses
+import json
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from pdrop_jax import checkpoint
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.params import abstract_params, init_params, restage
+from pdrop_jax.schedule import DropSchedule
+
+CONFIG = LlavaConfig(
+    vision=VisionConfig(28, 14, 32, 64, 3, 4),
+    text=TextConfig(99, 32, 48, 6, 4, 2, 16),
+    schedule=DropSchedule((2, 4), (0.5, 0.25)),
+)
+SCHEDULES = [
+    DropSchedule.none(),
+    DropSchedule((2, 4), (0.5, 0.25)),
+    DropSchedule((0,), (0.3,)),
+    DropSchedule((0, 4, 5), (0.5, 0.2, 0.0)),
+    DropSchedule((3,), (0.5,), "original"),
+]
+
+
+def assert_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.leaves(jax.tree.map(lambda x: (x.shape, x.dtype), found)) == jax.tree.leaves(
+        jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG)
+
+
+@pytest.fixture
+def saved(params, tmp_path):
+    checkpoint.save(tmp_path / "saved", CONFIG, params)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_saved_is_loaded(dtype, params, tmp_path):
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    checkpoint.save(tmp_path / "out", CONFIG, params)
+    config, loaded = checkpoint.load(tmp_path / "out")
+    assert config == CONFIG
+    assert_equal(loaded, params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
+
+
+def test_numpy_arrays_can_be_saved(params, tmp_path):
+    checkpoint.save(tmp_path / "out", CONFIG, jax.tree.map(np.asarray, params))
+    assert_equal(checkpoint.load(tmp_path / "out")[1], params)
+
+
+@pytest.mark.parametrize("old", SCHEDULES)
+@pytest.mark.parametrize("new", SCHEDULES)
+def test_another_schedule_moves_the_stage_boundaries(old, new, params, tmp_path):
+    config = dataclasses.replace(CONFIG, schedule=old)
+    checkpoint.save(tmp_path / "out", config, restage(params, CONFIG, old))
+    moved, loaded = checkpoint.load(tmp_path / "out", schedule=new)
+    assert moved == dataclasses.replace(CONFIG, schedule=new)
+    assert_equal(loaded, restage(params, CONFIG, new))
+    shapes = jax.tree.map(lambda x: x.shape, abstract_params(moved))
+    assert jax.tree.map(lambda x: x.shape, loaded) == shapes
+
+
+def test_the_dtype_may_be_chosen(saved, params):
+    _, loaded = checkpoint.load(saved, schedule=DropSchedule((0,), (0.5,)), dtype=jnp.bfloat16)
+    expected = restage(params, CONFIG, DropSchedule((0,), (0.5,)))
+    assert_equal(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected))
+
+
+def test_a_tied_model_has_no_head(tmp_path):
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, tie_embeddings=True))
+    params = init_params(config)
+    checkpoint.save(tmp_path / "out", config, params)
+    assert "head" not in params
+    assert_equal(checkpoint.load(tmp_path / "out")[1], params)
+
+
+def test_companions_travel_along(saved, params, tmp_path):
+    names = ("tokenizer.json", "preprocessor_config.json", "unused.safetensors", "notes.txt")
+    for name in names:
+        (saved / name).write_text(name)
+    checkpoint.save(tmp_path / "out", CONFIG, params, companions=saved)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"config.json", "params", "sizes.json", *names} - {"notes.txt"}
+
+
+def test_an_existing_folder_is_kept(saved, params):
+    with pytest.raises(UserError, match="saved exists: remove it or choose another folder"):
+        checkpoint.save(saved, CONFIG, params)
+    assert_equal(checkpoint.load(saved)[1], params)
+
+
+def test_parameters_of_another_config_are_not_saved(params, tmp_path):
+    text = dataclasses.replace(CONFIG.text, qkv_bias=True, vocab_size=100)
+    with pytest.raises(UserError, match="9 missing, 0 unexpected, 2 of another shape") as caught:
+        checkpoint.save(tmp_path / "out", dataclasses.replace(CONFIG, text=text), params)
+    assert "missing: stages.2.attention.v.bias [2, 2, 16]" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_nothing(params, tmp_path, monkeypatch):
+    def full(*_args):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand details")
+
+    monkeypatch.setattr(ocp.partial, "finalize", full)
+    with pytest.raises(OSError, match=r"No space left on device$"):
+        checkpoint.save(tmp_path / "out", CONFIG, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_array_is_gone_when_the_next_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1)
+    last = []
+
+    def array(n):
+        assert not any(reference() is not None for reference in last)
+        x = np.full((2, 3), n, np.float32)
+        last[:] = [weakref.ref(x)]
+        return x
+
+    checkpoint.save_arrays(tmp_path, ((f"stages.{n}.scale", array(n)) for n in range(4)))
+    found = ocp.load(tmp_path / "params")
+    assert [x["scale"][0, 0] for x in found["stages"].values()] == [0, 1, 2, 3]
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"is no checkpoint: it has no config\.json"):
+        checkpoint.load(tmp_path)
+    CONFIG.save(tmp_path)
+    with pytest.raises(UserError, match=r"it has no sizes\.json"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["manifest.ocdbt", "_METADATA", "d/*"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut short"])
+def test_damaged_files_are_named(damage, pattern, saved):
+    file = next(path for path in (saved / "params" / "state").glob(pattern) if path.is_file())
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 0 if damage == "empty" else -1])
+    message = f"is damaged: 1 of [0-9]+ files are missing or of another size, {file.relative_to(saved)} is one"
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(saved)
+
+
+def test_what_orbax_cannot_read_is_one_line(saved, capfd):
+    metadata = saved / "params" / "state" / "_METADATA"
+    metadata.write_bytes(b"x" * metadata.stat().st_size)
+    with pytest.raises(UserError, match=r"the arrays in .* cannot be read, convert again") as caught:
+        checkpoint.load(saved)
+    assert "\n" not in str(caught.value)
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 100}, r"wrong shape: embed.embedding is \[99, 32\], expected \[100, 32\]"),
+        ({"tie_embeddings": True}, r"1 unexpected.*\n  unexpected: head.kernel"),
+        ({"qkv_bias": True}, "missing: stages.0.attention.q.bias"),
+    ],
+)
+def test_a_config_of_another_model(change, message, saved):
+    data = json.loads((saved / "config.json").read_text())
+    data["text"] |= change
+    (saved / "config.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(saved)
+
+
+def test_a_schedule_that_does_not_fit(saved):
+    with pytest.raises(UserError, match="drop after layer 6 in a decoder of 6 layers"):
+        checkpoint.load(saved, schedule=DropSchedule((6,), (0.5,)))
