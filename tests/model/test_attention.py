@@ -62,6 +62,17 @@ def test_the_softmax_of_bfloat16_is_float32():
     assert_close(ours.astype(jnp.float32), plain_attention(q, k, v, False, [512, 512]), atol=2**-8)
 
 
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2)], ids=["mha", "gqa"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_auto_takes_on_this_platform_agrees_with_xla(N, K, causal):
+    q, k, v = qkv(N, K, T=300, S=300)  # no multiple of any block size
+    length = np.array([300, 130], np.int32)
+    ours, expected = (attention(q, k, v, causal=causal, length=length, implementation=i) for i in ("auto", "xla"))
+    assert_close(ours[0], expected[0], atol=1e-6)
+    assert_close(ours[1, :130], expected[1, :130], atol=1e-6)
+    assert np.isfinite(ours).all()
+
+
 @HEADS
 def test_the_tpu_kernel_agrees_with_xla(N, K):
     q, k, v = qkv(N, K, T=256, S=256, H=128)

@@ -62,7 +62,7 @@ def test_each_stage_has_a_cache_of_its_own_length_in_the_dtype_of_the_model(dtyp
         make_batch(PROMPTS, BUCKET),
     )
     slots = [19, 6 + 4 + 3, 6 + 2 + 1]
-    shapes = [(1, 3, n + 4, GQA.num_kv_heads, GQA.head_dim) for n in slots]
-    assert [(cache.k.shape, cache.v.shape) for cache in state.caches] == [(shape, shape) for shape in shapes]
+    sizes = [1 * 3 * (n + 4) * GQA.num_kv_heads * GQA.head_dim for n in slots]
+    assert [(cache.k.size, cache.v.size) for cache in state.caches] == [(size, size) for size in sizes]
     assert {leaf.dtype for leaf in jax.tree.leaves(state.caches)} == {jnp.dtype(dtype)}
     assert logits.dtype == jnp.float32
