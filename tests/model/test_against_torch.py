@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import CROP, IMAGE_TOKENS, VOCAB, assert_close, forward, make_batch
+from tiny import CROP, IMAGE_TOKENS, VOCAB, assert_close, forward, llava_config, make_batch, params_of
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
 from transformers import LlavaConfig as HFLlavaConfig
 from transformers.models.llama import modeling_llama as hf
@@ -14,7 +14,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.model.attention import attention
 from pdrop_jax.model.layers import DecoderLayer, GatedMLP, Projector, RMSNorm, bind, rope_tables, rotate
-from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.llava import embed
+from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.model.vision import vision_features
 from pdrop_jax.schedule import Bucket, DropSchedule
 
@@ -142,18 +143,24 @@ def stack(layers):
     return jax.tree.map(lambda *xs: np.stack(xs), *layers)
 
 
+def decoder_params(w, text, prefix):
+    """The language model's part of our tree, without stage boundaries."""
+    layers = [decoder_layer_params(w, text.head_dim, f"{prefix}layers.{n}.") for n in range(text.num_layers)]
+    head = {} if text.tie_embeddings else {"head": linear(w, "lm_head")}
+    return {
+        "embed": {"embedding": w[f"{prefix}embed_tokens.weight"]},
+        "stages": {"0": stack(layers)},
+        "norm": {"scale": w[f"{prefix}norm.weight"]},
+        **head,
+    }
+
+
 def llava_params(w, config):
     """The state dict of a LlavaForConditionalGeneration as our tree, without stage boundaries."""
-    text = "model.language_model."
-    H, L = config.text.head_dim, config.text.num_layers
-    head = {} if config.text.tie_embeddings else {"head": linear(w, "lm_head")}
     return {
         "vision": vision_params(w, config.vision, config.vision_layers, "model.vision_tower."),
         "projector": projector_params(w, "model.multi_modal_projector."),
-        "embed": {"embedding": w[f"{text}embed_tokens.weight"]},
-        "stages": {"0": stack([decoder_layer_params(w, H, f"{text}layers.{n}.") for n in range(L)])},
-        "norm": {"scale": w[f"{text}norm.weight"]},
-        **head,
+        **decoder_params(w, config.text, "model.language_model."),
     }
 
 
@@ -308,3 +315,23 @@ def test_whole_model(text, strategy):
     ours = forward(config, params, batch).logits
     for b, length in enumerate(batch.length):
         assert_close(ours[b, :length], theirs[b, :length])
+
+
+@pytest.mark.parametrize("positions", ["dense", "original"])
+def test_layers_behind_a_drop_see_the_kept_tokens_at_their_positions(positions):
+    module = randomised(hf.LlamaForCausalLM(llama_config()))
+    text = TextConfig.from_hf(module.config.to_dict())
+    config = llava_config(text, DropSchedule((0,), (0.5,), positions))  # before the first layer: nothing else differs
+    decoder = decoder_params(weights(module), text, "model.")
+    params = {**params_of(config), **restage(decoder, llava_config(text, DropSchedule.none()), config.schedule)}
+
+    batch = make_batch([[1, -8, 5, 6]], Bucket(3, (8,)))
+    out = forward(config, params, batch)
+    n = int(out.buffer.length[0])
+    index = np.asarray(out.buffer.index[0, :n])
+    at = index if positions == "original" else np.arange(n)
+    first = jax.jit(embed, static_argnums=(0, 3, 4))(config, params, batch, batch.bucket.slots, "xla")
+    embedded = np.asarray(first.hidden)[:, index]
+    theirs = module(inputs_embeds=torch.tensor(embedded), position_ids=torch.tensor(at)[None]).logits
+    assert n == 3 + 4
+    assert_close(out.logits[:, :n], theirs)
