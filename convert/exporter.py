@@ -54,7 +54,8 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
     theirs = with_image_token(config) if format == "hf" else config
     data = hf_config(theirs, dtype) if format == "hf" else original_config(theirs, dtype)
     unrun = _unrun_tensors(model, config, naming, dtype)
-    with checkpoint.new_folder(out) as new:
+    nbytes = sum(math.prod(leaf.shape) for leaf in leaves(config, naming)) * np.dtype(DTYPES[dtype]).itemsize
+    with checkpoint.new_folder(out, nbytes) as new:
         (new / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         checkpoint.copy_files(model, new, checkpoint.COMPANIONS)
         if format == "original" and config.vision != VisionConfig():

@@ -1,6 +1,7 @@
 """PyTorch checkpoint -> ours, one array at a time."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -77,7 +78,8 @@ def convert(
     if dtype is None:
         embedding = next(leaf.names[0] for leaf in arrays if leaf.path == "embed.embedding")
         dtype = "float32" if tensors[embedding].dtype == "float32" else "bfloat16"
-    with checkpoint.new_folder(out) as new:
+    itemsize = np.dtype(DTYPES[dtype]).itemsize
+    with checkpoint.new_folder(out, sum(math.prod(x.shape) for x in tensors.values()) * itemsize) as new:
         _copy_companions(opened, tokenizer, new)
         checkpoint.save_arrays(new, _stacks(arrays, tensors, dtype))
         _write_unrun(opened, new / checkpoint.UNUSED, dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.model.params import abstract_params, init_params, restage
+from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(
@@ -38,9 +39,14 @@ def assert_equal(found, expected):
     )
 
 
+def random_params(config):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), abstract_params(config))
+
+
 @pytest.fixture(scope="module")
 def params():
-    return init_params(CONFIG)
+    return random_params(CONFIG)
 
 
 @pytest.fixture
@@ -84,7 +90,7 @@ def test_the_dtype_may_be_chosen(saved, params):
 
 def test_a_tied_model_has_no_head(tmp_path):
     config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, tie_embeddings=True))
-    params = init_params(config)
+    params = random_params(config)
     checkpoint.save(tmp_path / "out", config, params)
     assert "head" not in params
     assert_equal(checkpoint.load(tmp_path / "out")[1], params)
@@ -110,6 +116,13 @@ def test_parameters_of_another_config_are_not_saved(params, tmp_path):
     with pytest.raises(UserError, match="9 missing, 0 unexpected, 2 of another shape") as caught:
         checkpoint.save(tmp_path / "out", dataclasses.replace(CONFIG, text=text), params)
     assert "missing: stages.2.attention.v.bias [2, 2, 16]" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_space_is_told_beforehand(params, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    with pytest.raises(UserError, match=r"out needs 0\.4 MB, but the disk has 0\.1 MB free"):
+        checkpoint.save(tmp_path / "out", CONFIG, params)
     assert not list(tmp_path.iterdir())
 
 

@@ -109,7 +109,7 @@ def test_a_pickle_that_wants_to_run_code(how, hf, tmp_path):
     if how == "torch":
         torch.save(data, hf / "pytorch_model.bin")
     else:
-        (hf / "pytorch_model.bin").write_bytes(pickle.dumps(data))
+        (hf / "pytorch_model.bin").write_bytes(pickle.dumps(data, protocol=2))
     refused(hf, tmp_path, "pytorch_model.bin is refused")
     assert not (tmp_path / "it ran").exists()
 
