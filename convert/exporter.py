@@ -20,7 +20,7 @@ from .files import DTYPES, DType, open_safetensors, write_safetensors
 from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
 
 Format = Literal["hf", "original"]
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**29
 TOWER_FOLDER = "clip_tower"
 
 
@@ -36,7 +36,7 @@ class Summary:
 def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DType | None = None) -> Summary:
     """Writes checkpoint ``model`` as PyTorch checkpoint ``out``: config.json, safetensors, tokenizer files.
 
-    Peak memory is that of one shard (1 GiB, or one stack of ours if that is larger) twice.
+    Peak memory is that of one shard (512 MiB, or one stack of ours if that is larger) twice.
 
     Args:
       format: "hf" is transformers' LlavaForConditionalGeneration, under the names that version 4 saves and 4 and 5

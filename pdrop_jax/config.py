@@ -41,7 +41,7 @@ class VisionConfig:
         if kind not in ("clip_vision_model", "clip"):
             raise UserError(f"vision model_type {kind!r} is not supported: clip_vision_model is")
         if kind == "clip":
-            data = data["vision_config"]
+            data = data.get("vision_config") or {}
         return cls(
             image_size=data.get("image_size", 224),
             patch_size=data.get("patch_size", 32),
@@ -292,7 +292,11 @@ class LlavaConfig:
     @classmethod
     def load(cls, folder: pathlib.Path) -> "LlavaConfig":
         """Raises UserError if ``folder`` holds no config.json of ours."""
-        return cls.from_json(read_json(pathlib.Path(folder) / "config.json"))
+        path = pathlib.Path(folder) / "config.json"
+        try:
+            return cls.from_json(read_json(path))
+        except (KeyError, TypeError) as error:  # a key that is missing, or one that no field has
+            raise UserError(f"{path} is damaged, copy or convert it again: {error}") from None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -197,6 +197,14 @@ def test_a_config_of_another_model(change, message, saved):
         checkpoint.load(saved)
 
 
+@pytest.mark.parametrize("change", [{"text": {}}, {"color": "blue"}, {"schedule": {"layers": [1]}}])
+def test_a_damaged_config(change, saved):
+    data = json.loads((saved / "config.json").read_text()) | change
+    (saved / "config.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"config\.json is damaged, copy or convert it again"):
+        checkpoint.load(saved)
+
+
 def test_a_schedule_that_does_not_fit(saved):
     with pytest.raises(UserError, match="drop after layer 6 in a decoder of 6 layers"):
         checkpoint.load(saved, schedule=DropSchedule((6,), (0.5,)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
-from tiny_torch import GOLDEN, VARIANTS, assert_same, edit_json, rewrite, weights
+from tiny_torch import GOLDEN, VARIANTS, as_version_4, assert_same, edit_json, rewrite, weights
 
 from pdrop_jax import checkpoint
 from pdrop_jax.convert import exporter
@@ -26,11 +26,6 @@ def load_in_torch(folder):
     model, info = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
-
-
-def as_version_4(tensors):
-    """transformers 5 saves what 4 saved but for one part of the tower's prefix."""
-    return {name.replace("vision_tower.", "vision_tower.vision_model.", 1): x for name, x in tensors.items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -46,6 +46,11 @@ def edit_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def as_version_4(tensors):
+    """transformers 5 saves what 4 saved but for one part of the tower's prefix."""
+    return {name.replace("vision_tower.", "vision_tower.vision_model.", 1): x for name, x in tensors.items()}
+
+
 def assert_same(found, expected):
     """Two dicts of arrays are equal bit by bit."""
     assert found.keys() == expected.keys()
