@@ -69,7 +69,7 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """config.json of transformers' LlavaForConditionalGeneration.
 
     Raises:
-      UserError: the model has no ``image_token_id``, or something that class cannot express.
+      UserError: the model has something that class cannot express.
     """
     if config.projector_layers != 2:
         raise UserError(
