@@ -155,6 +155,12 @@ def test_a_seed_repeats_itself_and_another_differs():
     assert drawn(temperature=1.0, seed=3) != drawn(temperature=1.0, seed=4)
 
 
+def test_every_step_and_row_draws_anew():
+    first, second = drawn(temperature=1e6)  # all but uniform: only the random numbers decide
+    assert len(set(first)) > 6
+    assert first != second
+
+
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
 def test_the_narrowest_draw_is_greedy(narrow):
     assert drawn(**{"temperature": 2.0, **narrow}) == greedy().token_ids
