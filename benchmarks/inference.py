@@ -1,0 +1,245 @@
+"""Prefill and decode, side by side: our dense model, ours with PyramidDrop, and transformers' torch LLaVA (sdpa).
+
+Random weights of LLaVA-1.5's shape; a small vision tower with the true number of patches on every side, so that the
+language model is what is timed. The contenders take turns within each repeat, and medians are printed.
+
+    python benchmarks/inference.py                  # 24 layers, D=1024, 576 image + 64 text tokens, float32
+    python benchmarks/inference.py --dtype bfloat16
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from pdrop_jax.analysis.cost import decode_macs, prefill_macs
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.generation import Sampling, decode, start
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.processor import Row, assemble
+from pdrop_jax.model.decoder import drop, positions_of
+from pdrop_jax.model.layers import rope_tables
+from pdrop_jax.model.llava import embed
+from pdrop_jax.model.params import init_params, unstack
+from pdrop_jax.schedule import Bucket, DropSchedule
+
+GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+NEVER = np.array([-1], np.int32)  # no stop token
+
+Timed = tuple[float, float]  # seconds of the prefill, seconds a decoded token
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    layers: int = 24
+    hidden: int = 1024
+    mlp: int = 2752
+    heads: int = 16
+    vocabulary: int = 32000
+    image_tokens: int = 576  # a square number
+    text_tokens: int = 64
+    batch: tuple[int, ...] = (1, 4)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    new_tokens: int = 16
+    repeats: int = 5
+    torch: bool = True
+    json: bool = False
+
+    def config(self) -> LlavaConfig:
+        side = int(self.image_tokens**0.5)
+        if side * side != self.image_tokens:
+            raise SystemExit(f"--image-tokens {self.image_tokens} is no square number")
+        return LlavaConfig(
+            vision=VisionConfig(image_size=14 * side, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2),
+            text=TextConfig(
+                vocab_size=self.vocabulary,
+                hidden_size=self.hidden,
+                intermediate_size=self.mlp,
+                num_layers=self.layers,
+                num_heads=self.heads,
+                num_kv_heads=self.heads,
+                head_dim=self.hidden // self.heads,
+            ),
+            schedule=DropSchedule.none(),
+        )
+
+
+def main(flags: Flags) -> None:
+    """Prints a table, or JSON."""
+    dense = flags.config()
+    quarters = tuple(flags.layers * n // 4 for n in (1, 2, 3))
+    pyramid = dataclasses.replace(dense, schedule=DropSchedule(quarters, (0.5, 0.25, 0.125)))
+    params = init_params(dense, dtype=flags.dtype)
+    if jax.default_backend() == "cpu":
+        params = unstack(params)
+    torch_model = make_torch(dense, flags.dtype) if flags.torch else None
+    bucket = Bucket(flags.text_tokens, (dense.image_tokens,))
+    results = []
+    for B in flags.batch:
+        batch = make_batch(dense, bucket, B)
+        contenders: dict[str, Callable[[], Timed]] = {
+            "ours, dense": lambda b=batch: time_ours(dense, params, b, flags.new_tokens),
+            "ours, PyramidDrop": lambda b=batch: time_ours(pyramid, regroup(params, pyramid), b, flags.new_tokens),
+        }
+        if torch_model is not None:
+            contenders["torch, dense"] = lambda b=batch: time_torch(torch_model, b, flags.new_tokens)
+        seconds = take_turns(contenders, flags.repeats)
+        for name, (prefill, token) in seconds.items():
+            config = pyramid if "Pyramid" in name else dense
+            results.append(
+                {
+                    "batch": B,
+                    "model": name,
+                    "prefill_seconds": prefill,
+                    "prefill_gmacs": B * prefill_macs(config, bucket).total / 1e9,
+                    "decode_ms_per_token": 1e3 * token,
+                    "decode_gmacs": B * decode_macs(config, bucket) / 1e9,
+                }
+            )
+        ranking = time_drops(pyramid, regroup(params, pyramid), batch, flags.repeats)
+        dense_prefill, drop_prefill = seconds["ours, dense"][0], seconds["ours, PyramidDrop"][0]
+        ratio = prefill_macs(dense, bucket).total / prefill_macs(pyramid, bucket).total
+        results[-2 if torch_model is not None else -1] |= {
+            "speed_up": dense_prefill / drop_prefill,
+            "mac_ratio": ratio,
+            "drop_share": ranking / drop_prefill,
+        }
+    if flags.json:
+        print(json.dumps({"machine": machine(), "flags": dataclasses.asdict(flags), "results": results}, indent=2))
+    else:
+        print_table(results)
+
+
+def make_batch(config: LlavaConfig, bucket: Bucket, B: int) -> Batch:
+    rng = np.random.default_rng(0)
+    size = config.vision.image_size
+    rows = []
+    for _ in range(B):
+        ids = rng.integers(3, config.text.vocab_size - 1, bucket.text).tolist()
+        crop = rng.standard_normal((size, size, 3), np.float32)
+        rows.append(Row([*ids[:8], IMAGE_PLACEHOLDER, *ids[8:]], [crop]))
+    return assemble(rows, config, bucket)
+
+
+def regroup(params: Any, config: LlavaConfig) -> Any:
+    """Parameters of the dense model in the stages of ``config``; on a CPU the layers are shared, not copied."""
+    (layers,) = params["stages"].values()
+    ranges = enumerate(config.schedule.layer_ranges(config.text.num_layers))
+    stages = {str(s): jax.tree.map(lambda x: x[a:b], layers, is_leaf=_is_list) for s, (a, b) in ranges}  # noqa: B023
+    return {**params, "stages": stages}
+
+
+def _is_list(x: Any) -> bool:
+    return isinstance(x, list)
+
+
+def time_ours(config: LlavaConfig, params: Any, batch: Batch, new_tokens: int) -> Timed:
+    key = jax.random.key(0)
+    began = time.perf_counter()
+    state, _ = jax.block_until_ready(start(config, params, batch, key, GREEDY, NEVER, capacity=64))
+    prefilled = time.perf_counter()
+    jax.block_until_ready(decode(config, params, state, np.int32(new_tokens), GREEDY, NEVER))
+    return prefilled - began, (time.perf_counter() - prefilled) / (new_tokens - 1)
+
+
+def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> float:
+    """Seconds of all stage boundaries: scores, choice and compaction, on buffers of the true sizes."""
+    plan = config.schedule.plan(config.text.num_layers, batch.bucket)
+    buffer = jax.jit(embed, static_argnums=(0, 3))(config, params, batch, plan[0].slots)
+    total = 0.0
+    for s, stage in enumerate(plan[1:], 1):
+        layers = params["stages"][str(s)]
+        first = layers[0] if _is_list(layers) else jax.tree.map(lambda x: x[0], layers)
+        run = jax.jit(drop, static_argnums=(0, 1, 5))
+        rope = rope_tables(config.text, positions_of(config.schedule, buffer))
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            after, _ = jax.block_until_ready(run(config, stage, first, buffer, rope, max(batch.bucket.images)))
+            times.append(time.perf_counter() - began)
+        total += statistics.median(times[1:])
+        buffer = after
+    return total
+
+
+def make_torch(config: LlavaConfig, dtype: str) -> Any:
+    """transformers' model of the same shape, its own random weights."""
+    import torch
+    from transformers import LlavaConfig as TorchConfig
+    from transformers import LlavaForConditionalGeneration
+
+    settings = TorchConfig(
+        vision_config=config.vision.to_hf(),
+        text_config=config.text.to_hf(),
+        image_token_index=config.text.vocab_size - 1,
+    )
+    settings._attn_implementation = "sdpa"
+    torch.set_default_dtype(getattr(torch, dtype))
+    model = LlavaForConditionalGeneration(settings).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def time_torch(model: Any, batch: Batch, new_tokens: int) -> Timed:
+    import torch
+
+    image_id = np.asarray(batch.image_id)
+    ids = torch.tensor(np.where(image_id > 0, model.config.image_token_index, batch.token_ids))
+    pixels = torch.tensor(np.asarray(batch.crops)[:, 0].transpose(0, 3, 1, 2)).to(model.dtype)
+    with torch.inference_mode():
+        began = time.perf_counter()
+        out = model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        return prefilled - began, (time.perf_counter() - prefilled) / (new_tokens - 1)
+
+
+def take_turns(contenders: dict[str, Callable[[], Timed]], repeats: int) -> dict[str, Timed]:
+    """Median (prefill, token) seconds of each, one uncounted round first."""
+    rounds = [{name: run() for name, run in contenders.items()} for _ in range(repeats + 1)][1:]
+    return {
+        name: (statistics.median(r[name][0] for r in rounds), statistics.median(r[name][1] for r in rounds))
+        for name in contenders
+    }
+
+
+def machine() -> dict[str, Any]:
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in machine().items()) + "\n")
+    print("| batch | model | prefill s | GMACs | decode ms/token | GMACs | speed-up of MAC ratio | drops' share |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in results:
+        speed = f"{row['speed_up']:.2f} of {row['mac_ratio']:.2f}" if "speed_up" in row else ""
+        share = f"{row['drop_share']:.1%}" if "drop_share" in row else ""
+        cells = [row["batch"], row["model"], f"{row['prefill_seconds']:.3f}", f"{row['prefill_gmacs']:.1f}"]
+        cells += [f"{row['decode_ms_per_token']:.1f}", f"{row['decode_gmacs']:.2f}", speed, share]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))

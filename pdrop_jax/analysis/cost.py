@@ -1,0 +1,76 @@
+"""Multiply-accumulates (MACs) of a model: by the paper's formula, and all of them. Pure Python."""
+
+import dataclasses
+
+from pdrop_jax.config import LlavaConfig, TextConfig
+from pdrop_jax.schedule import Bucket, DropSchedule
+
+
+def paper_macs(config: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
+    """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
+
+    Image tokens only: no text, vision tower, projector, head or ranking, full attention squares, query heads as many as
+    key-value heads, n = tokens * ratio as it comes, not truncated.
+    """
+    D, F = config.hidden_size, config.intermediate_size
+    stages = schedule.plan(config.num_layers, Bucket(0, (image_tokens,)))
+    counts = [(stage.num_layers, image_tokens * stage.ratio) for stage in stages]
+    return sum(L * (4 * n * D**2 + 2 * n**2 * D + 3 * n * D * F) for L, n in counts)
+
+
+def average_tokens(config: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
+    """Image tokens that a layer sees, averaged over layers."""
+    plan = schedule.plan(config.num_layers, Bucket(0, (image_tokens,)))
+    return sum(stage.num_layers * stage.slots for stage in plan) / config.num_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillMacs:
+    """MACs of one prompt's prefill, by part."""
+
+    vision: int
+    projector: int
+    decoder: int  # layers, text and image tokens
+    ranking: int
+    head: int  # the last token only
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.projector + self.decoder + self.ranking + self.head
+
+    @property
+    def language(self) -> int:
+        """Without the vision tower and the projector, which no drop changes."""
+        return self.decoder + self.ranking + self.head
+
+
+def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
+    """MACs of a prompt that fills ``bucket``. Attention counts full squares, as the paper does."""
+    text, vision = config.text, config.vision
+    D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
+    plan = config.schedule.plan(text.num_layers, bucket)
+    decoder = sum(stage.num_layers * _layer(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan)
+    # Keys of all tokens, one query, their products.
+    ranking = sum(stage.slots * D * K * H + D * N * H + stage.slots * N * H for stage in plan[:-1] if bucket.images)
+    V, P = vision.hidden_size, vision.patch_size
+    tokens = vision.num_patches + 1
+    VN, VH = vision.num_heads, vision.head_dim
+    tower = config.vision_layers * _layer(tokens, V, VN, VN, VH, 2 * V * vision.intermediate_size)
+    tower += vision.num_patches * 3 * P**2 * V
+    projector = config.image_tokens * (V * D + (config.projector_layers - 1) * D**2)
+    images = len(bucket.images)
+    return PrefillMacs(images * tower, images * projector, decoder, ranking, D * text.vocab_size)
+
+
+def decode_macs(config: LlavaConfig, bucket: Bucket) -> int:
+    """MACs of the first new token behind a prompt that fills ``bucket``."""
+    text = config.text
+    D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
+    weights = 2 * D * N * H + 2 * D * K * H + 3 * D * text.intermediate_size
+    plan = config.schedule.plan(text.num_layers, bucket)
+    return sum(stage.num_layers * (weights + 2 * (stage.slots + 1) * N * H) for stage in plan) + D * text.vocab_size
+
+
+def _layer(n: int, D: int, N: int, K: int, H: int, mlp: int) -> int:
+    """A transformer layer on n tokens, its MLP having ``mlp`` weights."""
+    return n * (2 * D * N * H + 2 * D * K * H + mlp) + 2 * n * n * N * H
