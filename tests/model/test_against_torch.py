@@ -177,7 +177,7 @@ def test_rms_norm():
 
 @texts(*TEXTS)
 def test_rope_tables(text):
-    config = llama_config(**text)
+    config = llama_config(**{**text, "head_dim": 64})  # 32 wavelengths: some are stretched, some blended, some not
     positions = np.arange(200)[None]
     cos, sin = hf.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
     ours = rope_tables(TextConfig.from_hf(config.to_dict()), positions)
