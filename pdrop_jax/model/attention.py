@@ -1,8 +1,8 @@
 """The one attention call of the model.
 
-Implementations: ``xla`` is the reference and serves everything; ``cudnn`` is NVIDIA's flash attention; ``splash`` is
-the Pallas flash attention for TPU. ``auto`` takes the platform's own where it can serve and xla otherwise. A forced
-implementation that cannot serve raises.
+Implementations: ``xla`` is the reference and serves everything; ``blocked`` does so too and is the faster one on a CPU;
+``cudnn`` is NVIDIA's flash attention; ``splash`` is the Pallas flash attention for TPU. ``auto`` takes the platform's
+own where it can serve and xla otherwise. A forced implementation that cannot serve raises.
 """
 
 import functools
@@ -11,8 +11,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal["auto", "xla", "cudnn", "splash"]
+Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]
 
+BLOCK = 128  # queries of one block of ``blocked``
 SPLASH_ALIGN = 128  # sequence lengths must be multiples of it
 
 
@@ -46,11 +47,36 @@ def attention(
         raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
     if chosen == "splash":
         return _splash(q, k, v, causal, length)
-    if chosen == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"cudnn attention needs bfloat16 or float16, got {q.dtype}: use implementation='xla'")
+    if chosen == "blocked":
+        return _blocked(q, k, v, causal, length)
+    if chosen == "cudnn" and (q.dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() != "gpu"):
+        raise ValueError(
+            f"cudnn attention needs bfloat16 or float16 on a GPU, got {q.dtype} on {jax.default_backend()}: "
+            "use implementation='xla'"
+        )
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, key_value_seq_lengths=length, query_seq_lengths=None, implementation=chosen
     )
+
+
+def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+    """``attention`` of one new token to a cache: a matrix-vector product for each head, no flash kernel helps.
+
+    Args:
+      q: (B, 1, N, H).
+      k: (B, K, C, H), one layer of a cache.
+      v: (B, K, C, H).
+      length: (B,) int32, valid slots, the new token's own included.
+
+    Returns:
+      (B, 1, N, H), dtype of q.
+    """
+    B, _, N, H = q.shape
+    q = q.reshape(B, k.shape[1], -1, H)  # (B, K, G, H)
+    logits = jnp.einsum("BKGH,BKCH->BKGC", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    seen = jnp.arange(k.shape[2]) < length[:, None]  # (B, C)
+    probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("BKGC,BKCH->BKGH", probs.astype(v.dtype), v).reshape(B, 1, N, H)
 
 
 def aligned(implementation: Implementation) -> int:
@@ -59,13 +85,44 @@ def aligned(implementation: Implementation) -> int:
     return SPLASH_ALIGN if splash else 1
 
 
-def _choose(q: jax.Array, k: jax.Array, causal: bool) -> Literal["xla", "cudnn", "splash"]:
+def _choose(q: jax.Array, k: jax.Array, causal: bool) -> Literal["xla", "blocked", "cudnn", "splash"]:
     platform = jax.default_backend()
+    if platform == "cpu":
+        return "blocked"
     if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] > 1 and q.shape[-1] % 8 == 0:
         return "cudnn"
     if platform == "tpu" and not _splash_objection(q, k, causal):
         return "splash"
     return "xla"
+
+
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, length: jax.Array | None) -> jax.Array:
+    """Exact softmax, a block of queries at a time, against no key behind the block's end if causal.
+
+    Half of the causal square is never computed, and a block's scores stay in the processor's cache between the
+    products.
+    """
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # (B, K, G, T, H)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, K, S, H)
+    blocks = []
+    for start in range(0, T, BLOCK):
+        rows = slice(start, min(start + BLOCK, T))
+        keys = slice(0, rows.stop if causal else S)
+        logits = jnp.einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k[:, :, keys], preferred_element_type=jnp.float32)
+        logits = jnp.where(_seen(rows, keys.stop, causal, length), logits * H**-0.5, -jnp.inf)
+        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        blocks.append(jnp.einsum("BKGTS,BKSH->BKGTH", probs, v[:, :, keys]))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _seen(rows: slice, S: int, causal: bool, length: jax.Array | None) -> jax.Array:
+    """Which of S keys the queries ``rows`` see; broadcasts to (B, K, G, T, S)."""
+    key = jnp.arange(S)
+    if causal:  # a valid query stands before all padding, so the causal mask hides it already
+        return key <= jnp.arange(rows.start, rows.stop)[:, None]
+    return jnp.ones(S, bool) if length is None else (key < length[:, None])[:, None, None, None]
 
 
 def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:

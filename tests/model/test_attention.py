@@ -7,7 +7,7 @@ import pytest
 from tiny import assert_close
 
 from pdrop_jax.model import attention as module
-from pdrop_jax.model.attention import SPLASH_ALIGN, aligned, attention
+from pdrop_jax.model.attention import BLOCK, SPLASH_ALIGN, aligned, attend_cache, attention
 
 HEADS = pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
 
@@ -71,6 +71,35 @@ def test_what_auto_takes_on_this_platform_agrees_with_xla(N, K, causal):
     assert_close(ours[0], expected[0], atol=1e-6)
     assert_close(ours[1, :130], expected[1, :130], atol=1e-6)
     assert np.isfinite(ours).all()
+
+
+@HEADS
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [5, BLOCK, 2 * BLOCK + 9])
+def test_blocked_agrees_with_xla(N, K, causal, T):
+    q, k, v = qkv(N, K, T=T, S=T)
+    length = jnp.array([T, T // 2])
+    ours = attention(q, k, v, causal=causal, length=length, implementation="blocked")
+    expected = attention(q, k, v, causal=causal, length=length, implementation="xla")
+    assert_close(ours[0], expected[0], atol=2e-6)
+    assert_close(ours[1, : T // 2], expected[1, : T // 2], atol=2e-6)
+    assert np.isfinite(ours).all()
+
+
+def test_blocked_takes_the_softmax_of_a_bfloat16_model_in_float32():
+    q, k, v = qkv(4, 2, T=BLOCK + 9, S=BLOCK + 9, dtype=jnp.bfloat16)
+    ours = attention(q, k, v, causal=True, implementation="blocked")
+    assert ours.dtype == jnp.bfloat16
+    exact = plain_attention(q, k, v, True, [BLOCK + 9] * 2)
+    assert_close(ours.astype(jnp.float32), exact, atol=2e-2)
+
+
+@HEADS
+def test_a_token_attends_to_a_cache_as_to_keys_in_a_row(N, K):
+    q, k, v = qkv(N, K, T=1)
+    length = jnp.array([4, 6])
+    ours = attend_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), length)
+    assert_close(ours, attention(q, k, v, causal=False, length=length, implementation="xla"), atol=1e-6)
 
 
 @HEADS
