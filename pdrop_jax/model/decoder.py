@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.attention import Implementation, attention
+from pdrop_jax.model.attention import Implementation, attend_cache, attention
 from pdrop_jax.model.buffer import TokenBuffer, compact
 from pdrop_jax.model.cache import StageCache, write_prompt, write_token
-from pdrop_jax.model.layers import DecoderLayer, Params, bind, rope_tables, scan_layers
+from pdrop_jax.model.layers import DecoderLayer, Params, Rope, bind, rope_at, rope_tables, scan_layers
 from pdrop_jax.model.ranking import choose, image_scores
 from pdrop_jax.schedule import DropSchedule, Stage
 
@@ -46,10 +46,10 @@ def positions_of(schedule: DropSchedule, buffer: TokenBuffer) -> jax.Array:
 
 
 def drop(
-    config: LlavaConfig, stage: Stage, next_layer: Params, buffer: TokenBuffer, max_count: int
+    config: LlavaConfig, stage: Stage, next_layer: Params, buffer: TokenBuffer, rope: Rope, max_count: int
 ) -> tuple[TokenBuffer, Drop]:
-    """One stage boundary: score, choose, compact. Returns (buffer of ``stage``, Drop)."""
-    scores = image_scores(config.text, next_layer, buffer, positions_of(config.schedule, buffer))
+    """One stage boundary: score, choose, compact. ``rope`` is the buffer's. Returns (buffer of ``stage``, Drop)."""
+    scores = image_scores(config.text, next_layer, buffer, rope)
     keep = choose(buffer, scores, stage.ratio, max_count)
     return compact(buffer, keep, stage.slots), Drop(scores, keep, buffer.image_id, buffer.index)
 
@@ -77,12 +77,14 @@ def run_stages(
       (last buffer, caches, valid length (B,) of each stage, drops, layer inputs of each stage).
     """
     drops, filled, lengths, hidden = [], [], [], []
+    tables = rope_tables(config.text, jnp.arange(buffer.slots)[None])
+    rope = rope_at(tables, positions_of(config.schedule, buffer))
     for s, stage in enumerate(plan):
         layers = stages[str(s)]
         if s and image_sizes:
-            buffer, dropped = drop(config, stage, _first(layers), buffer, max(image_sizes))
+            buffer, dropped = drop(config, stage, _first(layers), buffer, rope, max(image_sizes))
             drops.append(dropped)
-        rope = rope_tables(config.text, positions_of(config.schedule, buffer))
+            rope = rope_at(tables, positions_of(config.schedule, buffer))
         length = buffer.length
 
         def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
@@ -133,10 +135,7 @@ def run_token(
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache]:
                 written = write_token(cache, n, k, v, slot)
-                out = attention(
-                    q, written.k[n], written.v[n], causal=False, length=slot + 1, implementation="xla"
-                )  # a single query is a matrix-vector product: no flash kernel helps
-                return out, written
+                return attend_cache(q, written.k[n], written.v[n], slot + 1), written
 
             return bind(DecoderLayer, config.text, params=params)(x, rope, attend), None
 

@@ -150,6 +150,15 @@ def rope_tables(config: TextConfig, positions: jax.Array) -> Rope:
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rope_at(tables: Rope, positions: jax.Array) -> Rope:
+    """The rows of ``tables`` (1, S, H/2) at ``positions`` (B, T) int32 < S.
+
+    XLA computes a gather once, while it fuses a sine into its readers and takes it anew for every head and layer.
+    """
+    cos, sin = (table[0][positions] for table in tables)
+    return cos, sin
+
+
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotates ``x`` (B, T, N, H) by ``rope`` in float32; the halves of H are the pairs, as in Hugging Face's LLaMA."""
     cos, sin = (table[:, :, None] for table in rope)
@@ -161,6 +170,8 @@ def scan_layers(body: Callable, carry: Any, layers: Params | list[Params]) -> tu
     """``body(carry, params, n) -> (carry, y)`` over a stack of layers by ``lax.scan``, or over a list by a loop."""
     if not isinstance(layers, list):
         L = jax.tree.leaves(layers)[0].shape[0]
+        if L == 0:  # scan would still trace the body, which may not fit an empty cache
+            return carry, None
         return jax.lax.scan(lambda carry, layer: body(carry, *layer), carry, (layers, jnp.arange(L)))
     ys = []
     for n, params in enumerate(layers):

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from pdrop_jax.config import TextConfig
 from pdrop_jax.model.buffer import TokenBuffer
-from pdrop_jax.model.layers import DecoderLayer, Params, bind, rope_tables, rotate
+from pdrop_jax.model.layers import DecoderLayer, Params, Rope, bind, rotate
 from pdrop_jax.schedule import keep_table
 
 
-def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, positions: jax.Array) -> jax.Array:
+def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, rope: Rope) -> jax.Array:
     """Attention that the query rows pay to every slot in the layer after the boundary.
 
     The next layer's norm, q and k projections and rope on the current hidden states, softmax over all causal keys in
@@ -21,7 +21,7 @@ def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, po
 
     Args:
       next_layer: parameters of the first layer behind the boundary.
-      positions: (B, S) int32, of the current tokens.
+      rope: (B, S, H/2) each, at the positions of the current tokens.
 
     Returns:
       (B, S) float32.
@@ -29,9 +29,9 @@ def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, po
     layer = bind(DecoderLayer, config, params=next_layer)
     h = layer.attention_norm(jax.lax.stop_gradient(buffer.hidden))
     rows = jnp.maximum(buffer.query_rows, 0)  # (B, Q)
-    h_rows = jnp.take_along_axis(h, rows[..., None], axis=1)
-    q = rotate(layer.attention.q(h_rows), rope_tables(config, jnp.take_along_axis(positions, rows, axis=1)))
-    k = rotate(layer.attention.k(h), rope_tables(config, positions))
+    h_rows, cos, sin = (jnp.take_along_axis(x, rows[..., None], axis=1) for x in (h, *rope))
+    q = rotate(layer.attention.q(h_rows), (cos, sin))
+    k = rotate(layer.attention.k(h), rope)
     B, Q, _, H = q.shape
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
     logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32) / H**0.5

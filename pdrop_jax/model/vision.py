@@ -14,6 +14,8 @@ def vision_features(
 ) -> jax.Array:
     """(P, h, w, 3) normalised pixels -> (P, 1 + patches, D_vision), the selected hidden state with the class token."""
     x = bind(VisionEmbedding, config.vision, params=params["embed"])(pixels)
+    if implementation == "splash":  # serves causal attention only: forcing it means the decoder
+        implementation = "xla"
 
     def body(x: jax.Array, layer: Params, n: Any) -> tuple[jax.Array, None]:
         return bind(VisionLayer, config.vision, params=layer)(x, implementation), None

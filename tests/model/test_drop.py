@@ -12,6 +12,7 @@ from tiny import GQA, MHA, assert_close, llava_config, make_batch, make_buffer, 
 
 from pdrop_jax.model.buffer import compact
 from pdrop_jax.model.decoder import positions_of
+from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.ranking import choose, image_scores
 from pdrop_jax.schedule import Bucket, DropSchedule
 
@@ -187,7 +188,7 @@ def next_layer(text):
 @pytest.mark.parametrize("stride", [1, 3], ids=["dense", "original"])
 def test_scores_are_the_attention_of_the_next_layer(text, stride):
     buffer, positions = ranked_buffer(), stride * np.tile(np.arange(BUCKET.slots), (B, 1))
-    ours = image_scores(text, next_layer(text), buffer, positions)
+    ours = image_scores(text, next_layer(text), buffer, rope_tables(text, positions))
     valid = np.arange(BUCKET.slots) < buffer.length[:, None]
     expected = plain_scores(text, next_layer(text), buffer, positions)
     assert_close(np.where(valid, ours, 0), expected, atol=1e-6)
@@ -195,13 +196,15 @@ def test_scores_are_the_attention_of_the_next_layer(text, stride):
 
 def test_scores_of_a_row_add_up_to_one():
     buffer = ranked_buffer()
-    assert_close(image_scores(MHA, next_layer(MHA), buffer, buffer.index).sum(1), np.ones(B), atol=1e-6)
+    assert_close(
+        image_scores(MHA, next_layer(MHA), buffer, rope_tables(MHA, buffer.index)).sum(1), np.ones(B), atol=1e-6
+    )
 
 
 def test_scores_of_a_bfloat16_model_are_float32():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (next_layer(MHA), ranked_buffer().hidden))
     buffer = dataclasses.replace(ranked_buffer(), hidden=half[1])
-    scores = image_scores(MHA, half[0], buffer, buffer.index)
+    scores = image_scores(MHA, half[0], buffer, rope_tables(MHA, buffer.index))
     assert scores.dtype == jnp.float32
     assert_close(scores.sum(1), np.ones(B), atol=1e-6)
 
@@ -210,7 +213,7 @@ def test_no_gradient_flows_through_the_ranking():
     buffer = ranked_buffer()
 
     def total(hidden, layer):
-        scores = image_scores(MHA, layer, dataclasses.replace(buffer, hidden=hidden), buffer.index)
+        scores = image_scores(MHA, layer, dataclasses.replace(buffer, hidden=hidden), rope_tables(MHA, buffer.index))
         return (scores**2).sum()
 
     gradients = jax.grad(total, argnums=(0, 1))(buffer.hidden, next_layer(MHA))
