@@ -221,6 +221,8 @@ def generate(
             "need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
             f"{max_new_tokens}, {temperature}, {top_k}, {top_p}"
         )
+    if implementation == "splash" and jax.default_backend() != "tpu":
+        raise UserError(f"splash attention needs a TPU, this is a {jax.default_backend()}: use 'auto'")
     batch = model.processor(prompts, images, max_new_tokens=max_new_tokens)
     return generate_batch(
         model,

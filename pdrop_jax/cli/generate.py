@@ -23,7 +23,7 @@ def run(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] | None = None,
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto",
+    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answer one question, or several as one batch.

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pdrop_jax.errors import UserError
+
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]
 
 BLOCK = 128  # queries of one block of ``blocked``
@@ -40,7 +42,7 @@ def attention(
       (B, T, N, H), dtype of q. Rows of padding queries are finite and meaningless.
 
     Raises:
-      ValueError: the forced implementation cannot serve this call.
+      UserError: the forced implementation cannot serve this call.
     """
     chosen = _choose(q, k, causal) if implementation == "auto" else implementation
     if causal and q.shape[1] != k.shape[1]:
@@ -50,7 +52,7 @@ def attention(
     if chosen == "blocked":
         return _blocked(q, k, v, causal, length)
     if chosen == "cudnn" and (q.dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() != "gpu"):
-        raise ValueError(
+        raise UserError(
             f"cudnn attention needs bfloat16 or float16 on a GPU, got {q.dtype} on {jax.default_backend()}: "
             "use implementation='xla'"
         )
@@ -160,7 +162,7 @@ def _splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     if objection := _splash_objection(q, k, causal):
-        raise ValueError(f"{objection}: use implementation='xla'")
+        raise UserError(f"{objection}: use implementation='xla'")
     S = q.shape[1]
     length = jnp.full(q.shape[:1], S, jnp.int32) if length is None else length
     valid = (jnp.arange(S) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own

@@ -124,6 +124,8 @@ def test_another_schedule_than_the_checkpoints_own(pdrop, model):
         (("--layers", "two", "--ratios", 0.5), "whole numbers"),
         (("--max-new-tokens", 0), "max_new_tokens >= 1"),
         (("--top-p", 0), "top_p"),
+        (("--attention", "splash"), "needs a TPU"),
+        (("--attention", "cudnn"), "on a GPU"),
         (("--image", "nowhere.png"), "no such file"),
         (("--image", PHOTO, "--prompt", "<image> and <image>"), "2 <image> tags but 1 picture"),
         (("--prompt", "<image>\nWho?"), "1 <image> tag but 0 pictures"),
