@@ -156,6 +156,8 @@ def _write_tensors(
         write_safetensors(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(x.nbytes for x in tensors.values())
+        del tensors  # or they would live on while the next shard is read
+        checkpoint.trim_memory()
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

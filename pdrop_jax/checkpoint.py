@@ -190,9 +190,13 @@ def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> None:
     if group:
         ocp.partial.save(folder.absolute() / PARAMS, unflatten_dict(group, sep="."))
         group.clear()
-        with contextlib.suppress(OSError, AttributeError):
-            # glibc keeps the buffers that orbax's threads have freed, about as much as the array; only Linux has this.
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_memory()
+
+
+def trim_memory() -> None:
+    """Gives back what glibc keeps of the buffers that orbax's threads have freed, about as much as the last array."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc, nothing to do
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
