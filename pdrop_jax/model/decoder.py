@@ -15,7 +15,8 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, attend_cache, attention
 from pdrop_jax.model.buffer import TokenBuffer, compact
 from pdrop_jax.model.cache import StageCache, write_prompt, write_token
-from pdrop_jax.model.layers import DecoderLayer, Params, Rope, bind, rope_at, rope_tables, scan_layers
+from pdrop_jax.model.layers import Params, Rope, rope_at, rope_tables, scan_layers
+from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.model.ranking import choose, image_scores
 from pdrop_jax.schedule import DropSchedule, Stage
 
@@ -94,7 +95,7 @@ def run_stages(
                 out = attention(q, k, v, causal=True, length=length, implementation=implementation)
                 return out, cache and write_prompt(cache, n, k, v)
 
-            layer = bind(DecoderLayer, config.text, params=params)
+            layer = bind_layer(config.text, params)
             return layer(x, rope, attend), x if keep_hidden else None
 
         carry = (buffer.hidden, caches[s] if caches else None)
@@ -137,7 +138,7 @@ def run_token(
                 written = write_token(cache, n, k, v, slot)
                 return attend_cache(q, written.k[n], written.v[n], slot + 1), written
 
-            return bind(DecoderLayer, config.text, params=params)(x, rope, attend), None
+            return bind_layer(config.text, params)(x, rope, attend), None
 
         (x, cache), _ = scan_layers(body, (x, cache), stages[str(s)])
         filled.append(cache)

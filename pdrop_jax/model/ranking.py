@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from pdrop_jax.config import TextConfig
 from pdrop_jax.model.buffer import TokenBuffer
-from pdrop_jax.model.layers import DecoderLayer, Params, Rope, bind, rotate
+from pdrop_jax.model.layers import Params, Rope, rotate
+from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.schedule import keep_table
 
 
@@ -26,7 +27,7 @@ def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, ro
     Returns:
       (B, S) float32.
     """
-    layer = bind(DecoderLayer, config, params=next_layer)
+    layer = bind_layer(config, next_layer)
     h = layer.attention_norm(jax.lax.stop_gradient(buffer.hidden))
     rows = jnp.maximum(buffer.query_rows, 0)  # (B, Q)
     h_rows, cos, sin = (jnp.take_along_axis(x, rows[..., None], axis=1) for x in (h, *rope))
