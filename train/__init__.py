@@ -1,0 +1,1 @@
+"""The training application: recipes, data, steps, checkpoints that can be resumed."""
