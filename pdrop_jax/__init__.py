@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pdrop_jax.config import TextConfig as TextConfig
     from pdrop_jax.config import VisionConfig as VisionConfig
     from pdrop_jax.errors import UserError as UserError
+    from pdrop_jax.generation import DEMO as DEMO
     from pdrop_jax.generation import Generation as Generation
     from pdrop_jax.generation import Model as Model
     from pdrop_jax.generation import generate as generate
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pdrop_jax.schedule import DropSchedule as DropSchedule
 
 _HOME = {
+    "DEMO": "generation",
     "Batch": "batch",
     "Bucket": "schedule",
     "DropSchedule": "schedule",

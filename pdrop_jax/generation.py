@@ -31,6 +31,7 @@ from pdrop_jax.schedule import DropSchedule
 
 CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
 STREAM_EVERY = 4  # tokens between two calls of a stream
+DEMO = pathlib.Path(__file__).parent / "demo"  # the small trained model that comes with the package
 
 
 @jax.tree_util.register_dataclass
@@ -148,16 +149,19 @@ class Model:
     processor: Processor
 
 
-def load(folder: str | pathlib.Path, schedule: DropSchedule | None = None, dtype: Any = None) -> Model:
-    """Loads a converted checkpoint.
+def load(folder: str | pathlib.Path = DEMO, schedule: DropSchedule | None = None, dtype: Any = None) -> Model:
+    """Loads a converted or trained checkpoint.
 
     Args:
+      folder: without it the demo model.
       schedule: None is the checkpoint's own.
       dtype: of parameters and activations, float32 or bfloat16; None is the checkpoint's own.
 
     Raises:
       UserError: the folder is no checkpoint, it is damaged, or the schedule does not fit the decoder.
     """
+    if folder == DEMO and not DEMO.exists():
+        raise UserError("this installation has no demo model: name the folder of a checkpoint, --model DIR")
     config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype)
     processor = Processor.load(pathlib.Path(folder), config)
     if jax.default_backend() == "cpu":

@@ -12,8 +12,8 @@ from pdrop_jax.errors import UserError
 
 
 def run(
-    model: pathlib.Path,
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT …]")],
+    model: pathlib.Path | None = None,
     image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
     layers: Layers = None,
     ratios: Ratios = None,
@@ -24,13 +24,14 @@ def run(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    picture: pathlib.Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answer one question, or several as one batch.
 
     Args:
-      model: a converted checkpoint.
       prompt: one question, or a batch of them.
+      model: a checkpoint; without it the small demo model that comes with the package.
       image: all pictures of the question; with several questions one picture for all or one for each.
       layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
@@ -41,13 +42,17 @@ def run(
       seed: of the drawing.
       dtype: of the computation, without it the checkpoint's own.
       attention: implementation.
+      picture: file to draw the kept patches into, stage by stage; for one question.
       json_output: print one JSON object instead of text.
     """
-    from pdrop_jax.generation import generate, load
-
+    if picture:
+        _check_picture(picture, prompt, image)
     images = _images_of(prompt, image)
+
+    from pdrop_jax.generation import DEMO, generate, load
+
     with progress("loading"):
-        loaded = load(model, schedule_of(layers, ratios), dtype)
+        loaded = load(model or DEMO, schedule_of(layers, ratios), dtype)
     live = sys.stdout.isatty() and not json_output and len(prompt) == 1
     with progress("compiling and answering"):
         answer = generate(
@@ -62,12 +67,26 @@ def run(
             implementation=attention,
             stream=_print_piece if live else None,
         )
+    if picture:
+        from pdrop_jax.analysis.figures import answer_picture, save_picture
+
+        save_picture(answer_picture(image, answer.kept[0], loaded.processor), picture)
     if json_output:
         print(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False))
     elif live:
         print()
     else:
         print(*answer.texts, sep="\n")
+
+
+def _check_picture(picture: pathlib.Path, prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> None:
+    if len(prompts) != 1:
+        raise UserError(f"--picture shows what one question keeps, but there are {len(prompts)}: ask one at a time")
+    if not images:
+        raise UserError("--picture shows what is kept of a picture, but there is none: give one, --image FILE")
+    from pdrop_jax.analysis.figures import check_picture_path
+
+    check_picture_path(picture)
 
 
 def _images_of(prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> list[Any]:

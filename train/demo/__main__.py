@@ -1,0 +1,35 @@
+"""``python -m pdrop_jax.train.demo OUT``: write the demo's training set."""
+
+import pathlib
+import sys
+from typing import Annotated
+
+import tyro
+
+from pdrop_jax.errors import UserError
+
+from .dataset import write_dataset
+
+
+def run(
+    out: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="OUT")],
+    pictures: int = 40_000,
+    seed: int = 0,
+) -> None:
+    """Write grids of Fashion-MNIST photos with questions and answers, as a data set in LLaVA's format.
+
+    Args:
+      out: folder to write, with conversations.json and images/ (7 KB a picture).
+      pictures: how many, each with five questions.
+      seed: of the drawing.
+    """
+    write_dataset(out, pictures, seed)
+    print(f"{out}: {pictures} pictures")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(run, prog="python -m pdrop_jax.train.demo")
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

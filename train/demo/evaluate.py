@@ -1,0 +1,149 @@
+"""How well a model answers: ``python -m pdrop_jax.train.demo.evaluate MODEL``.
+
+Every picture is made of test photos, and gets one question of each kind as the first of its conversation. Later place
+questions, with the true answers of the earlier ones before them, are reported apart.
+"""
+
+import dataclasses
+import math
+import pathlib
+import sys
+from typing import Annotated
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.generation import Model, Sampling, generate_batch, load
+from pdrop_jax.inputs.conversation import Turn as Exchange
+from pdrop_jax.schedule import DropSchedule
+
+from .grids import KINDS, converse, draw_grid, first_question
+
+BATCH = 100
+LATER = "place, asked last"
+NEW_TOKENS = 16  # four names and their commas are at most eleven
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Answers of one kind: ``right`` of ``asked`` are the expected text, character by character."""
+
+    kind: str
+    asked: int
+    right: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the share (Wilson, 1927)."""
+        z, n, p = 1.959964, self.asked, self.share
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return centre - half, centre + half
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One question to a model.
+
+    Attributes:
+      picture: (112, 112) uint8.
+      turns: the conversation up to the question, whose answer is None.
+      answer: the expected one.
+    """
+
+    kind: str
+    picture: np.ndarray
+    turns: list[Exchange]
+    answer: str
+
+
+def draw_cases(pictures: int, seed: int = 0) -> list[Case]:
+    """The questions to ``pictures`` grids of test photos, sorted by kind."""
+    cases: dict[str, list[Case]] = {kind: [] for kind in (*KINDS, LATER)}
+    for number in range(pictures):
+        grid = draw_grid("test", seed, number)
+        rng = np.random.default_rng([seed, number, 1])
+        for kind in KINDS:
+            turn = first_question(kind, grid.labels, rng)
+            if turn:
+                cases[kind].append(Case(kind, grid.picture, [(turn.question, None)], turn.answer))
+        turns = converse(grid.labels, rng)
+        if turns[-1].kind == "place":
+            before: list[Exchange] = [(turn.question, turn.answer) for turn in turns[:-1]]
+            cases[LATER].append(Case(LATER, grid.picture, [*before, (turns[-1].question, None)], turns[-1].answer))
+    return [case for found in cases.values() for case in found]
+
+
+def evaluate(
+    model: Model | str | pathlib.Path, pictures: int = 1000, seed: int = 0, schedule: DropSchedule | None = None
+) -> list[Score]:
+    """Asks and counts.
+
+    Args:
+      model: a loaded one, or a checkpoint's folder.
+      schedule: of a model that is loaded here; None is the checkpoint's own.
+    """
+    model = model if isinstance(model, Model) else load(model, schedule)
+    cases = draw_cases(pictures, seed)
+    right = dict.fromkeys((case.kind for case in cases), 0)
+    asked = dict(right)
+    with tqdm(total=len(cases), desc="asking", unit=" questions", disable=None) as bar:
+        for kind in asked:
+            ours = [case for case in cases if case.kind == kind]
+            for start in range(0, len(ours), BATCH):
+                group = ours[start : start + BATCH]
+                answers = answer(model, group)
+                asked[kind] += len(group)
+                right[kind] += sum(text == case.answer for text, case in zip(answers, group, strict=True))
+                bar.update(len(group))
+    return [Score(kind, asked[kind], right[kind]) for kind in asked]
+
+
+def answer(model: Model, cases: list[Case]) -> list[str]:
+    """Greedy answers. A batch of fewer than BATCH is filled up, so that it compiles nothing."""
+    filled = [*cases, *[cases[-1]] * (BATCH - len(cases))]
+    batch = model.processor(
+        [case.turns for case in filled], [case.picture for case in filled], max_new_tokens=NEW_TOKENS
+    )
+    greedy = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+    return generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy).texts[: len(cases)]
+
+
+def table(scores: list[Score]) -> str:
+    """Markdown."""
+    lines = ["| question | asked | right | 95 % interval |", "|---|---|---|---|"]
+    for score in scores:
+        low, high = (f"{100 * edge:.1f}" for edge in score.interval)
+        lines.append(f"| {score.kind} | {score.asked} | {100 * score.share:.1f} % | {low} to {high} |")
+    return "\n".join(lines)
+
+
+def run(
+    model: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="MODEL")],
+    pictures: int = 1000,
+    seed: int = 0,
+    dense: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Print how many questions about test pictures a model answers exactly.
+
+    Args:
+      model: a checkpoint.
+      pictures: how many.
+      seed: of the pictures and questions.
+      dense: drop nothing, whatever the checkpoint's schedule.
+    """
+    print(table(evaluate(model, pictures, seed, DropSchedule.none() if dense else None)))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(run, prog="python -m pdrop_jax.train.demo.evaluate")
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

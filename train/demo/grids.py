@@ -1,0 +1,156 @@
+"""Grids of garments, and questions about them that only a look at the right place answers.
+
+A grid is a 4x4 picture of Fashion-MNIST photos. The garment of each place is drawn on its own, and no question of a
+conversation is about a place or a garment that an earlier answer has told: where each garment came once, a model
+learned to answer by elimination and never to look.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from .photos import GARMENTS, PIXELS, Split, photos
+
+SIDE = 4  # places in a row
+TURNS = 5  # questions a picture
+SHIFT = 2  # pixels
+
+Exchange = tuple[str, str]  # question, answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A picture and what is in it.
+
+    Attributes:
+      labels: (4, 4) int, indices into ``GARMENTS``.
+      picture: (112, 112) uint8.
+    """
+
+    labels: np.ndarray
+    picture: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    kind: str  # a key of KINDS
+    question: str
+    answer: str
+
+
+class Told:
+    """What the answers of a conversation have told so far: places, and garments."""
+
+    def __init__(self) -> None:
+        self.places = np.zeros((SIDE, SIDE), bool)
+        self.garments: set[int] = set()
+
+
+def draw_grid(split: Split, seed: int, number: int) -> Grid:
+    """The ``number``-th grid of ``seed``. Training photos are flipped and shifted by chance, test photos never."""
+    rng = np.random.default_rng([seed, number])
+    labels = rng.integers(len(GARMENTS), size=(SIDE, SIDE))
+    pool = photos(split)
+    cells = pool[labels, rng.integers(pool.shape[1], size=(SIDE, SIDE))]
+    if split == "train":
+        cells = _augment(cells, rng)
+    return Grid(labels, np.ascontiguousarray(cells.swapaxes(1, 2)).reshape(SIDE * PIXELS, SIDE * PIXELS))
+
+
+def _augment(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    padded = np.pad(cells, [(0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)])
+    moves = rng.integers(2 * SHIFT + 1, size=(SIDE, SIDE, 2))
+    flips = rng.integers(2, size=(SIDE, SIDE))
+    out = np.empty_like(cells)
+    for place in np.ndindex(SIDE, SIDE):
+        top, left = moves[place]
+        cell = padded[place][top : top + PIXELS, left : left + PIXELS]
+        out[place] = cell[:, ::-1] if flips[place] else cell
+    return out
+
+
+def ask_place(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
+    """What is in row 2, column 3? - sneaker"""
+    row, column = (int(i) for i in rng.integers(SIDE, size=2))
+    if told.places[row, column]:
+        return None
+    told.places[row, column] = True
+    return f"What is in row {row + 1}, column {column + 1}?", GARMENTS[labels[row, column]].name
+
+
+def ask_line(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
+    """What is in row 2? - bag, coat, bag, sneaker"""
+    line, by_row = int(rng.integers(SIDE)), bool(rng.integers(2))
+    index: tuple = (line,) if by_row else (slice(None), line)
+    if told.places[index].any():
+        return None
+    told.places[index] = True
+    names = ", ".join(GARMENTS[label].name for label in labels[index])
+    return f"What is in {'row' if by_row else 'column'} {line + 1}?", names
+
+
+def ask_count(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
+    """How many sneakers are there? - 2"""
+    label = int(rng.integers(len(GARMENTS)))
+    if not _new_garment(label, told):
+        return None
+    return f"How many {GARMENTS[label].nouns} are there?", str(int((labels == label).sum()))
+
+
+def ask_presence(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
+    """Is there a bag in row 1? - yes. Both answers come as often."""
+    row, present = int(rng.integers(SIDE)), bool(rng.integers(2))
+    label = int(rng.choice([g for g in range(len(GARMENTS)) if (g in labels[row]) == present]))
+    if told.places[row].any() or not _new_garment(label, told):
+        return None
+    garment = GARMENTS[label]
+    return f"Is there {garment.article} {garment.noun} in row {row + 1}?", "yes" if present else "no"
+
+
+def ask_where(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
+    """In which row is the dress? - 2. Asked of a garment that is there once."""
+    single = np.flatnonzero(np.bincount(labels.ravel(), minlength=len(GARMENTS)) == 1)
+    if not len(single):
+        return None
+    label = int(rng.choice(single))
+    row, column = (int(i[0]) for i in np.nonzero(labels == label))
+    if told.places[row, column] or not _new_garment(label, told):
+        return None
+    return f"In which row is the {GARMENTS[label].noun}?", str(row + 1)
+
+
+def _new_garment(label: int, told: Told) -> bool:
+    new = label not in told.garments
+    told.garments.add(label)
+    return new
+
+
+Ask = Callable[[np.ndarray, np.random.Generator, Told], Exchange | None]
+
+# Kinds of question, and how often each is asked in training.
+KINDS: dict[str, tuple[Ask, float]] = {
+    "place": (ask_place, 0.6),
+    "line": (ask_line, 0.15),
+    "count": (ask_count, 0.1),
+    "presence": (ask_presence, 0.08),
+    "where": (ask_where, 0.07),
+}
+
+
+def converse(labels: np.ndarray, rng: np.random.Generator, turns: int = TURNS) -> list[Turn]:
+    """``turns`` questions about a grid, with their answers."""
+    names, shares = list(KINDS), [share for _, share in KINDS.values()]
+    told, found = Told(), list[Turn]()
+    while len(found) < turns:
+        kind = names[rng.choice(len(names), p=shares)]
+        exchange = KINDS[kind][0](labels, rng, told)
+        if exchange:
+            found.append(Turn(kind, *exchange))
+    return found
+
+
+def first_question(kind: str, labels: np.ndarray, rng: np.random.Generator) -> Turn | None:
+    """A question of ``kind`` with nothing told before; None if this grid has none to ask."""
+    exchange = KINDS[kind][0](labels, rng, Told())
+    return Turn(kind, *exchange) if exchange else None

@@ -1,0 +1,62 @@
+"""The demo's tokenizer: every word of its questions is one token, whatever else is typed comes in pieces or letters."""
+
+import json
+import pathlib
+import string
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from .grids import SIDE, converse
+from .photos import GARMENTS
+
+TEMPLATE = "mistral_instruct"  # the shortest one: its marks are three tokens a turn
+SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")  # ids 0, 1, 2 as LLaMA has them
+SPACE = "▁"
+LETTERS = [SPACE, *string.ascii_letters, *string.digits, *string.punctuation]
+MOST_TOKENS = 512  # far more than there are merges to learn
+CONVERSATIONS = 500
+
+
+def learn_tokenizer() -> Tokenizer:
+    """A byte-pair tokenizer learned from the demo's questions and answers."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    # A line break or a space at an edge of a message is no token: the picture's line break would be the only one ever.
+    one_space, no_end = normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(left=False, right=True)
+    tokenizer.normalizer = normalizers.Sequence([one_space, no_end])
+    marks = pre_tokenizers.Split(Regex(r"[,.?!]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(SPACE, "always"), marks])
+    tokenizer.decoder = decoders.Metaspace(SPACE, "always")
+    special = [AddedToken(name, special=True, normalized=False) for name in SPECIAL]
+    trainer = trainers.BpeTrainer(
+        vocab_size=MOST_TOKENS, special_tokens=special, initial_alphabet=LETTERS, show_progress=False
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    bos = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [bos])
+    return tokenizer
+
+
+def _texts() -> list[str]:
+    rng = np.random.default_rng(0)
+    texts = []
+    for _ in range(CONVERSATIONS):
+        for turn in converse(rng.integers(len(GARMENTS), size=(SIDE, SIDE)), rng):
+            texts += [turn.question, turn.answer]
+    return texts
+
+
+def write_tokenizer(folder: pathlib.Path) -> int:
+    """Writes the files that transformers reads. Returns the number of tokens."""
+    tokenizer = learn_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return tokenizer.get_vocab_size()
