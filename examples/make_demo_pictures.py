@@ -22,7 +22,7 @@ FILES: dict[Split, str] = {"train": "train", "test": "t10k"}
 COUNT: dict[Split, int] = {"train": 3000, "test": 200}  # of each garment
 WEBP: dict[Split, dict[str, Any]] = {
     "train": {"quality": 60, "method": 6},
-    "test": {"lossless": True, "quality": 100, "method": 6},
+    "test": {"lossless": True},
 }
 
 

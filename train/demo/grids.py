@@ -1,8 +1,8 @@
 """Grids of garments, and questions about them that only a look at the right place answers.
 
 A grid is a 4x4 picture of Fashion-MNIST photos. The garment of each place is drawn on its own, and no question of a
-conversation is about a place or a garment that an earlier answer has told: where each garment came once, a model
-learned to answer by elimination and never to look.
+conversation is about a place or a garment that an earlier answer has told. Questions are few: asked for all 16 places,
+a model learned what is in the picture anywhere and to strike off what was told, and never to look.
 """
 
 import dataclasses
@@ -40,11 +40,12 @@ class Turn:
 
 
 class Told:
-    """What the answers of a conversation have told so far: places, and garments."""
+    """What the answers of a conversation have told so far: places, garments, and whether a whole line of places."""
 
     def __init__(self) -> None:
         self.places = np.zeros((SIDE, SIDE), bool)
         self.garments: set[int] = set()
+        self.line = False
 
 
 def draw_grid(split: Split, seed: int, number: int) -> Grid:
@@ -80,12 +81,12 @@ def ask_place(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Excha
 
 
 def ask_line(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
-    """What is in row 2? - bag, coat, bag, sneaker"""
+    """What is in row 2? - bag, coat, bag, sneaker. Once a conversation: what is left is easier to guess."""
     line, by_row = int(rng.integers(SIDE)), bool(rng.integers(2))
     index: tuple = (line,) if by_row else (slice(None), line)
-    if told.places[index].any():
+    if told.line or told.places[index].any():
         return None
-    told.places[index] = True
+    told.places[index] = told.line = True
     names = ", ".join(GARMENTS[label].name for label in labels[index])
     return f"What is in {'row' if by_row else 'column'} {line + 1}?", names
 
