@@ -55,11 +55,12 @@ def draw_grid(split: Split, seed: int, number: int) -> Grid:
     pool = photos(split)
     cells = pool[labels, rng.integers(pool.shape[1], size=(SIDE, SIDE))]
     if split == "train":
-        cells = _augment(cells, rng)
+        cells = augment(cells, rng)
     return Grid(labels, np.ascontiguousarray(cells.swapaxes(1, 2)).reshape(SIDE * PIXELS, SIDE * PIXELS))
 
 
-def _augment(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def augment(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Photos (4, 4, 28, 28), each turned round or not and shifted by up to SHIFT pixels; what is beyond is black."""
     padded = np.pad(cells, [(0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)])
     moves = rng.integers(2 * SHIFT + 1, size=(SIDE, SIDE, 2))
     flips = rng.integers(2, size=(SIDE, SIDE))
