@@ -16,13 +16,13 @@ from pdrop_jax.schedule import Bucket, DropSchedule
 
 from .exporter import hf_config
 from .files import DTYPES
-from .importer import open_source
 from .names import NAMINGS, leaves, unrun_shapes
+from .sources import Source
 
 TEXT_TOKENS = 12
 
 
-def compare(source: pathlib.Path, model: pathlib.Path, *, vision: pathlib.Path | None = None) -> tuple[float, float]:
+def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
     """Largest difference of the logits of ``source`` in PyTorch and of ``model`` here, and the largest logit.
 
     Both are dense and compute in the dtype of ``model``; one after the other is in memory.
@@ -37,7 +37,7 @@ def compare(source: pathlib.Path, model: pathlib.Path, *, vision: pathlib.Path |
     config = LlavaConfig.load(model)
     dtype = checkpoint.abstract_arrays(model, config)["embed.embedding"].dtype.name
     row = fixed_row(config)
-    theirs = torch_logits(source, config, row, dtype, vision)
+    theirs = torch_logits(source, config, row, dtype)
     ours = our_logits(model, row)
     return float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
 
@@ -59,9 +59,7 @@ def our_logits(model: pathlib.Path, row: Row) -> np.ndarray:
     return np.asarray(run(params, batch)[0])
 
 
-def torch_logits(
-    source: pathlib.Path, config: LlavaConfig, row: Row, dtype: str, vision: pathlib.Path | None
-) -> np.ndarray:
+def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> np.ndarray:
     """(S, V) float32 of transformers' model with the tensors of ``source``."""
     import torch
     from transformers import LlavaConfig as HFConfig
@@ -76,7 +74,7 @@ def torch_logits(
     model = LlavaForConditionalGeneration.from_pretrained(
         None,
         config=HFConfig.from_dict(data),
-        state_dict=_torch_state(source, vision, dtype),
+        state_dict=_torch_state(source, dtype),
         dtype=getattr(torch, dtype),
     )
     ids = [n for i in row.ids for n in ([placeholder] * config.image_tokens if i == IMAGE_PLACEHOLDER else [i])]
@@ -85,19 +83,18 @@ def torch_logits(
         return model.eval()(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].float().numpy()
 
 
-def _torch_state(source: pathlib.Path, vision: pathlib.Path | None, dtype: str) -> dict[str, Any]:
+def _torch_state(source: Source, dtype: str) -> dict[str, Any]:
     """The tensors of ``source`` under transformers' names."""
     import torch
 
-    opened = open_source(source, vision)
-    config, naming = opened.config, NAMINGS["hf"]
-    theirs = [name for leaf in leaves(config, opened.naming) for name in leaf.names]
+    config, naming = source.config, NAMINGS["hf"]
+    theirs = [name for leaf in leaves(config, source.naming) for name in leaf.names]
     ours = [name for leaf in leaves(config, naming) for name in leaf.names]
     names = dict(zip(theirs, ours, strict=True))
-    names |= dict(zip(unrun_shapes(config, opened.naming), unrun_shapes(config, naming), strict=True))
+    names |= dict(zip(unrun_shapes(config, source.naming), unrun_shapes(config, naming), strict=True))
 
     def tensor(x: np.ndarray) -> torch.Tensor:
         x = np.ascontiguousarray(x.astype(DTYPES[dtype]))
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if dtype == "bfloat16" else torch.from_numpy(x)
 
-    return {names[name]: tensor(x.read()) for name, x in opened.tensors.items()}
+    return {names[name]: tensor(x.read()) for name, x in source.tensors.items()}

@@ -12,12 +12,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from pdrop_jax import checkpoint
+from pdrop_jax import checkpoint, storage
 from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, VisionConfig, read_json
 from pdrop_jax.errors import UserError
 
 from .files import DTYPES, DType, open_safetensors, write_safetensors
 from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
+from .projector import projector_type
 
 Format = Literal["hf", "original"]
 SHARD_BYTES = 2**29
@@ -94,7 +95,6 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
 
 def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """config.json of the original LLaVA code."""
-    linear = config.projector_layers == 1
     return {
         **config.text.to_hf(),
         **_special_tokens(config),
@@ -104,7 +104,7 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "image_aspect_ratio": config.image_aspect,
         "mm_hidden_size": config.vision.hidden_size,
         "mm_patch_merge_type": "flat",
-        "mm_projector_type": "linear" if linear else f"mlp{config.projector_layers}x_gelu",
+        "mm_projector_type": projector_type(config.projector_layers),
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
@@ -157,7 +157,7 @@ def _write_tensors(
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(x.nbytes for x in tensors.values())
         del tensors  # or they would live on while the next shard is read
-        checkpoint.trim_memory()
+        storage.trim_memory()
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

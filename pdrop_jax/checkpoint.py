@@ -3,39 +3,31 @@
 ::
 
     config.json             LlavaConfig with its drop schedule
-    params/                 the parameter tree, written by orbax
-    sizes.json              bytes of each file in it, so that one cut short is named before orbax stumbles over it
+    params/, sizes.json     the parameter tree; or params.safetensors, see ``storage``
     unused.safetensors      tensors of the PyTorch model that never run, kept so that it can be exported whole
     tokenizer.json, …       what the processor reads, see ``COMPANIONS``
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import itertools
-import json
-import logging
 import os
 import pathlib
 import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from orbax.checkpoint import v1 as ocp
 
-from pdrop_jax.config import LlavaConfig, read_json
+from pdrop_jax import storage
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
+from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.schedule import DropSchedule
 
-PARAMS = "params"
-SIZES = "sizes.json"
 UNUSED = "unused.safetensors"
 TOKENIZER = (
     "tokenizer*",
@@ -47,28 +39,34 @@ TOKENIZER = (
 )
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
 COMPANIONS = TOKENIZER + PROCESSOR
-GROUP_BYTES = 256 * 2**20  # small arrays are written together, each write costs some milliseconds
 MOST_NAMES = 20  # of an error message
-CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; its buffers would otherwise be as large as the array
 
 
 def save(
-    folder: str | os.PathLike, config: LlavaConfig, params: Params, companions: str | os.PathLike | None = None
+    folder: str | os.PathLike,
+    config: LlavaConfig,
+    params: Params,
+    companions: str | os.PathLike | None = None,
+    *,
+    single_file: bool = False,
 ) -> None:
     """Writes a checkpoint. ``folder`` appears when all of it is written.
 
     Args:
       params: stacked by the stages of ``config.schedule``, as ``abstract_params`` describes.
       companions: another checkpoint, whose tokenizer files and unused tensors come along.
+      single_file: the arrays as one file, for a small model that is shipped.
 
     Raises:
-      UserError: ``folder`` exists, or ``params`` does not fit ``config``.
+      UserError: ``folder`` exists, or ``params`` does not fit ``config`` or carries LoRA adapters.
       OSError: the disk is full or may not be written; nothing is left behind.
     """
+    if has_lora(params):
+        raise UserError("the parameters carry LoRA adapters, a checkpoint holds plain ones: merge_lora them first")
     arrays = flatten_dict(params, sep=".")
     check_shapes(_shapes(config), _nonempty_shapes(arrays), "the parameters do not fit the config")
     with new_folder(folder, sum(x.nbytes for x in arrays.values())) as new:
-        save_arrays(new, arrays.items())
+        (storage.write_single_file if single_file else storage.write)(new, arrays.items())
         config.save(new)
         if companions is not None:
             copy_files(pathlib.Path(companions), new, (*COMPANIONS, UNUSED))
@@ -118,18 +116,7 @@ def abstract_arrays(
     Raises:
       UserError: the arrays in ``folder`` cannot be read or are not those of ``config``.
     """
-    stored_sizes, sizes = read_json(folder / SIZES), _sizes(folder)
-    damaged = [name for name, size in stored_sizes.items() if sizes.get(name) != size]
-    if damaged:
-        raise UserError(
-            f"{folder} is damaged: {len(damaged)} of {len(stored_sizes)} files are missing or of another size, "
-            f"{damaged[0]} is one; copy or convert it again"
-        )
-    with _reading(folder):
-        tree = ocp.metadata(folder.absolute() / PARAMS).metadata
-        if tree is None:
-            raise ValueError("its array metadata cannot be read")
-    stored = flatten_dict(tree, sep=".")
+    stored = storage.stored(folder)
     check_shapes(_shapes(config), _nonempty_shapes(stored), f"the arrays in {folder} do not fit its config.json")
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
 
@@ -146,57 +133,7 @@ def restore(folder: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -
     Raises:
       UserError: the checkpoint is damaged.
     """
-    stored = {name: x for name, x in targets.items() if 0 not in x.shape}
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with _reading(folder), context:
-        tree = ocp.load(folder.absolute() / PARAMS, unflatten_dict(stored, sep=".")) if stored else {}
-    arrays = flatten_dict(tree, sep=".")
-    # An empty stage, before a drop at layer 0, is not stored.
-    return unflatten_dict({name: arrays.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in targets.items()}, sep=".")
-
-
-def save_arrays(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
-    """Writes (path, array) pairs as the parameter tree of ``folder``, one after the other as they come.
-
-    Memory held beyond the arrays that the caller keeps: the largest of them and twice ``GROUP_BYTES``.
-
-    Raises:
-      OSError: the disk is full or may not be written.
-    """
-    context = ocp.Context()
-    context.memory.deepcopy_host_arrays = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.array.saving.use_compression = False  # spares a fifth of bfloat16 weights and makes writing half as fast
-    group: dict[str, Any] = {}
-    with context, _writing(folder):
-        for name, x in arrays:
-            if 0 not in x.shape:
-                group[name] = x
-            del x  # or it would live on while the next one is made
-            if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
-                _save_group(folder, group)
-        _save_group(folder, group)
-        ocp.partial.finalize(folder.absolute() / PARAMS)
-    (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
-
-
-def _sizes(folder: pathlib.Path) -> dict[str, int]:
-    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> None:
-    if group:
-        ocp.partial.save(folder.absolute() / PARAMS, unflatten_dict(group, sep="."))
-        group.clear()
-        trim_memory()
-
-
-def trim_memory() -> None:
-    """Gives back what glibc keeps of the buffers that orbax's threads have freed, about as much as the last array."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc, nothing to do
-        ctypes.CDLL(None).malloc_trim(0)
+    return unflatten_dict(storage.read(folder, targets), sep=".")
 
 
 @contextlib.contextmanager
@@ -267,44 +204,3 @@ def _by_array(names: Iterable[str]) -> list[list[str]]:
         array = name.split(".", 2)[2] if name.startswith("stages.") else ""
         groups.setdefault(array, []).append(name)
     return list(groups.values())
-
-
-@contextlib.contextmanager
-def _reading(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        with _quiet():
-            yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"the arrays in {folder} cannot be read, convert again or restore a copy: {reason}") from None
-
-
-@contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        with _quiet():
-            yield
-    except UserError:
-        raise
-    except ValueError as error:  # how tensorstore reports what the operating system refused
-        raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves it to us to say what went wrong.
-
-    Orbax logs at length what it raises, and closes its event loop under the reads and writes that are still on their
-    way; each of them then complains on stderr from a thread of its own.
-    """
-    hooks = sys.excepthook, sys.unraisablehook
-    sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    except (OSError, ValueError):
-        time.sleep(0.5)  # for them to arrive
-        raise
-    finally:
-        sys.excepthook, sys.unraisablehook = hooks
-        logging.disable(logging.NOTSET)

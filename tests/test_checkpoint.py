@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import weakref
 from types import SimpleNamespace
 
@@ -9,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file
 
-from pdrop_jax import checkpoint
+from pdrop_jax import checkpoint, storage
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.schedule import DropSchedule
 
@@ -55,10 +59,20 @@ def saved(params, tmp_path):
     return tmp_path / "saved"
 
 
+@pytest.fixture
+def single(params, tmp_path):
+    checkpoint.save(tmp_path / "single", CONFIG, params, single_file=True)
+    return tmp_path / "single"
+
+
+CONTAINERS = pytest.mark.parametrize("single_file", [False, True], ids=["folder", "single file"])
+
+
+@CONTAINERS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_is_saved_is_loaded(dtype, params, tmp_path):
+def test_what_is_saved_is_loaded(dtype, single_file, params, tmp_path):
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    checkpoint.save(tmp_path / "out", CONFIG, params)
+    checkpoint.save(tmp_path / "out", CONFIG, params, single_file=single_file)
     config, loaded = checkpoint.load(tmp_path / "out")
     assert config == CONFIG
     assert_equal(loaded, params)
@@ -70,11 +84,12 @@ def test_numpy_arrays_can_be_saved(params, tmp_path):
     assert_equal(checkpoint.load(tmp_path / "out")[1], params)
 
 
+@CONTAINERS
 @pytest.mark.parametrize("old", SCHEDULES)
 @pytest.mark.parametrize("new", SCHEDULES)
-def test_another_schedule_moves_the_stage_boundaries(old, new, params, tmp_path):
+def test_another_schedule_moves_the_stage_boundaries(old, new, single_file, params, tmp_path):
     config = dataclasses.replace(CONFIG, schedule=old)
-    checkpoint.save(tmp_path / "out", config, restage(params, CONFIG, old))
+    checkpoint.save(tmp_path / "out", config, restage(params, CONFIG, old), single_file=single_file)
     moved, loaded = checkpoint.load(tmp_path / "out", schedule=new)
     assert moved == dataclasses.replace(CONFIG, schedule=new)
     assert_equal(loaded, restage(params, CONFIG, new))
@@ -82,8 +97,10 @@ def test_another_schedule_moves_the_stage_boundaries(old, new, params, tmp_path)
     assert jax.tree.map(lambda x: x.shape, loaded) == shapes
 
 
-def test_the_dtype_may_be_chosen(saved, params):
-    _, loaded = checkpoint.load(saved, schedule=DropSchedule((0,), (0.5,)), dtype=jnp.bfloat16)
+@CONTAINERS
+def test_the_dtype_may_be_chosen(single_file, params, tmp_path):
+    checkpoint.save(tmp_path / "saved", CONFIG, params, single_file=single_file)
+    _, loaded = checkpoint.load(tmp_path / "saved", schedule=DropSchedule((0,), (0.5,)), dtype=jnp.bfloat16)
     expected = restage(params, CONFIG, DropSchedule((0,), (0.5,)))
     assert_equal(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected))
 
@@ -93,6 +110,23 @@ def test_a_tied_model_has_no_head(tmp_path):
     params = random_params(config)
     checkpoint.save(tmp_path / "out", config, params)
     assert "head" not in params
+    assert_equal(checkpoint.load(tmp_path / "out")[1], params)
+
+
+def test_a_single_file_holds_the_arrays_under_our_names(single, params):
+    assert {path.name for path in single.iterdir()} == {"config.json", "params.safetensors"}
+    found = load_file(single / "params.safetensors")
+    assert found.keys() == flatten_dict(params, sep=".").keys()
+    np.testing.assert_array_equal(found["stages.1.mlp.up.kernel"], params["stages"]["1"]["mlp"]["up"]["kernel"])
+
+
+@CONTAINERS
+def test_adapters_are_not_saved(single_file, params, tmp_path):
+    adapted = add_lora(params, CONFIG, 4, 8)
+    with pytest.raises(UserError, match="carry LoRA adapters, a checkpoint holds plain ones: merge_lora them first"):
+        checkpoint.save(tmp_path / "out", CONFIG, adapted, single_file=single_file)
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(tmp_path / "out", CONFIG, merge_lora(adapted), single_file=single_file)
     assert_equal(checkpoint.load(tmp_path / "out")[1], params)
 
 
@@ -136,8 +170,23 @@ def test_a_failed_save_leaves_nothing(params, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_leaves_nothing_of_a_single_file(params, tmp_path):
+    def save():
+        # A limit on the size of files stands in for the disk: the system refuses the write in the same place.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40000, limits[1]))
+        try:
+            checkpoint.save(tmp_path / "out", CONFIG, params, single_file=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError, match=r"out\.unfinished cannot be written: File too large"):
+        save()
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_array_is_gone_when_the_next_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1)
+    monkeypatch.setattr(storage, "GROUP_BYTES", 1)
     last = []
 
     def array(n):
@@ -146,7 +195,7 @@ def test_each_array_is_gone_when_the_next_is_made(tmp_path, monkeypatch):
         last[:] = [weakref.ref(x)]
         return x
 
-    checkpoint.save_arrays(tmp_path, ((f"stages.{n}.scale", array(n)) for n in range(4)))
+    storage.write(tmp_path, ((f"stages.{n}.scale", array(n)) for n in range(4)))
     found = ocp.load(tmp_path / "params")
     assert [x["scale"][0, 0] for x in found["stages"].values()] == [0, 1, 2, 3]
 
@@ -155,7 +204,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"is no checkpoint: it has no config\.json"):
         checkpoint.load(tmp_path)
     CONFIG.save(tmp_path)
-    with pytest.raises(UserError, match=r"it has no sizes\.json"):
+    with pytest.raises(UserError, match=r"holds no arrays, neither params/ nor params\.safetensors"):
         checkpoint.load(tmp_path)
 
 
@@ -181,6 +230,22 @@ def test_what_orbax_cannot_read_is_one_line(saved, capfd):
     assert not capfd.readouterr().err
 
 
+@pytest.mark.parametrize("left", [0, 5, 300, -1])
+def test_a_damaged_single_file(left, single):
+    file = single / "params.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(UserError, match=r"the arrays in .* cannot be read, convert again or restore a copy") as caught:
+        checkpoint.load(single)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_file_that_is_gone(single):
+    (single / "params.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no arrays, neither params/ nor params\.safetensors"):
+        checkpoint.load(single)
+
+
+@CONTAINERS
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,7 +254,9 @@ def test_what_orbax_cannot_read_is_one_line(saved, capfd):
         ({"qkv_bias": True}, "missing: stages.0.attention.q.bias"),
     ],
 )
-def test_a_config_of_another_model(change, message, saved):
+def test_a_config_of_another_model(change, message, single_file, params, tmp_path):
+    saved = tmp_path / "saved"
+    checkpoint.save(saved, CONFIG, params, single_file=single_file)
     data = json.loads((saved / "config.json").read_text())
     data["text"] |= change
     (saved / "config.json").write_text(json.dumps(data))

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tiny_torch import edit_json, rewrite, weights
 
-from pdrop_jax import checkpoint
+from pdrop_jax import storage
 from pdrop_jax.convert import importer
 from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.importer import convert
@@ -175,7 +175,7 @@ def full(*_args, **_kwargs):
 @pytest.mark.parametrize("step", ["arrays", "unused", "config"])
 def test_a_full_disk_leaves_nothing_behind(step, hf, tmp_path, monkeypatch):
     where = {
-        "arrays": (checkpoint.ocp.partial, "finalize"),
+        "arrays": (storage.ocp.partial, "finalize"),
         "unused": (importer, "write_safetensors"),
         "config": (importer.LlavaConfig, "save"),
     }

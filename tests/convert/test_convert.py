@@ -14,8 +14,9 @@ from tiny_torch import GOLDEN, assert_same, edit_json, rewrite, weights
 
 from pdrop_jax import checkpoint
 from pdrop_jax.convert.check import compare
-from pdrop_jax.convert.importer import convert, open_source
+from pdrop_jax.convert.importer import convert
 from pdrop_jax.convert.names import NAMINGS, torch_shapes, unrun_shapes
+from pdrop_jax.convert.sources import open_source
 from pdrop_jax.schedule import DropSchedule
 
 PROCESSOR = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}, "do_pad": True}
@@ -97,14 +98,14 @@ def test_every_kind_of_file_gives_the_same_arrays(kind, dtype, hf, tmp_path):
 @pytest.mark.parametrize("variant", ["gqa", "tied", "bias"])
 def test_logits_are_those_of_transformers(variant, hf_folder, tmp_path):
     convert(hf_folder[variant], tmp_path / "out")
-    difference, largest = compare(hf_folder[variant], tmp_path / "out")
+    difference, largest = compare(open_source(hf_folder[variant]), tmp_path / "out")
     assert largest > 1
     assert difference < 1e-4
 
 
 def test_logits_of_an_original_checkpoint_are_those_of_transformers(tmp_path):
     convert(GOLDEN / "model_mha", tmp_path / "out")
-    difference, largest = compare(GOLDEN / "model_mha", tmp_path / "out")
+    difference, largest = compare(open_source(GOLDEN / "model_mha"), tmp_path / "out")
     assert largest > 1
     assert difference < 1e-4
 
@@ -114,7 +115,7 @@ def test_the_check_would_notice(hf, tmp_path):
     rewrite(
         hf, lambda tensors: tensors | {"vision_tower.pre_layrnorm.bias": tensors["vision_tower.pre_layrnorm.bias"] + 1}
     )
-    difference, _ = compare(hf, tmp_path / "out")
+    difference, _ = compare(open_source(hf), tmp_path / "out")
     assert difference > 1e-3
 
 

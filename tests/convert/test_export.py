@@ -48,6 +48,14 @@ def test_transformers_loads_the_export_as_the_same_model(variant, torch_model, h
     assert all(torch.equal(loaded[name], x) for name, x in expected.items())
 
 
+def test_there_and_back_by_way_of_a_single_file(hf, tmp_path):
+    convert(hf, tmp_path / "ours", schedule=DropSchedule((0, 1), (0.5, 0.25)))
+    config, params = checkpoint.load(tmp_path / "ours")
+    checkpoint.save(tmp_path / "single", config, params, companions=tmp_path / "ours", single_file=True)
+    export(tmp_path / "single", tmp_path / "back", "hf")
+    assert_same(weights(tmp_path / "back"), as_version_4(weights(hf)))
+
+
 @pytest.mark.parametrize("name", ["model_mha", "model_gqa"])
 def test_there_and_back_to_the_original(name, tmp_path):
     convert(GOLDEN / name, tmp_path / "ours")

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from tiny_torch import GOLDEN, VARIANTS, weights
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.convert.importer import open_source
 from pdrop_jax.convert.names import NAMINGS, TOWERS, closest, leaves, torch_shapes, unrun_shapes
+from pdrop_jax.convert.sources import open_source
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import DropSchedule
 

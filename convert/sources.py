@@ -1,0 +1,179 @@
+"""What a conversion reads: a PyTorch LLaVA, or the parts of one that has yet to be trained."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from pdrop_jax import checkpoint
+from pdrop_jax.config import FORMAT, LlavaConfig, VisionConfig, read_json
+from pdrop_jax.errors import UserError
+from pdrop_jax.schedule import DropSchedule
+
+from .files import FLOATS, Tensors, read_folder
+from .names import IGNORED, NAMINGS, TOWERS, Naming, closest, projector_shapes, torch_shapes, unrun_shapes
+from .projector import fresh_projector, num_layers, open_projector, projector_type, read_projector
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A PyTorch checkpoint whose tensors are known to be those of its config.
+
+    Attributes:
+      folder: where its config.json and its tokenizer are.
+      config: with the schedule that the converted checkpoint gets.
+      naming: how its tensors are called.
+      tensors: the tensors that run, and those of the vision tower that do not.
+      tower: folder of the vision tower, if it has one of its own.
+    """
+
+    folder: pathlib.Path
+    config: LlavaConfig
+    naming: Naming
+    tensors: Tensors
+    tower: pathlib.Path | None
+
+
+def open_source(
+    folder: pathlib.Path,
+    vision: pathlib.Path | None = None,
+    schedule: DropSchedule | None = None,
+    *,
+    projector: pathlib.Path | None = None,
+) -> Source:
+    """Opens a PyTorch checkpoint and compares the names and shapes of its tensors with its config.
+
+    Args:
+      vision: folder of the vision tower, for an original checkpoint that holds none.
+      projector: file of a projector that takes the place of the checkpoint's.
+
+    Raises:
+      UserError: it is none, it is damaged, or something in it is not supported; tensors that are missing, unexpected
+        or of another shape are all named.
+    """
+    data = _read_config(folder)
+    original = data.get("model_type") == "llava_llama"
+    if data.get("model_type") == "llama":
+        raise UserError(f"{folder} is a language model: make a LLaVA of it, --llm {folder} --vision DIR OUT")
+    if vision and not original:
+        raise UserError(f"{folder} holds its vision tower: --vision is for original LLaVA checkpoints without one")
+    tower = vision or _find_tower(folder, data.get("mm_vision_tower"))
+    config = LlavaConfig.from_hf(
+        data,
+        vision=VisionConfig.from_hf(read_json(tower / "config.json")) if tower else None,
+        generation=_optional_json(folder / "generation_config.json"),
+        preprocessor=_image_processor(folder),
+        schedule=schedule,
+    )
+    tensors = read_folder(folder)
+    namings = {key: naming for key, naming in NAMINGS.items() if key.startswith("original") == original}
+    naming = namings[closest(config, tensors, namings)]
+    if original and not any(name.startswith(naming.vision) for name in tensors):
+        if tower is None:
+            name = data.get("mm_vision_tower")
+            raise UserError(f"{folder} holds no vision tower and {name} is not at hand: pass its folder, --vision DIR")
+        tensors |= _tower_tensors(config, tower, naming)
+    if projector is not None:
+        tensors |= read_projector(projector, config, naming)
+    what = f"{folder} does not hold the model that its config.json describes"
+    return Source(folder, config, naming, _check_tensors(config, naming, tensors, what), tower)
+
+
+def open_parts(
+    llm: pathlib.Path,
+    vision: pathlib.Path,
+    schedule: DropSchedule | None = None,
+    *,
+    projector: pathlib.Path | None = None,
+    projector_layers: int | None = None,
+    seed: int = 0,
+) -> Source:
+    """The LLaVA that a language model, a vision tower and a projector make, as if it were an original checkpoint.
+
+    What no part says is as in LLaVA-1.5: patch features of the last layer but one, pictures padded to squares.
+
+    Args:
+      llm: folder of a LlamaForCausalLM such as Vicuna.
+      vision: folder of a CLIP vision tower.
+      projector: its file; None draws a new one.
+      projector_layers: 1 is linear, 2 an MLP; None is as in ``projector``, without that 2.
+      seed: of the new projector.
+
+    Raises:
+      UserError: as ``open_source``.
+    """
+    data = _read_config(llm)
+    if data.get("model_type") != "llama":
+        raise UserError(f"--llm takes a LLaMA-family language model, {llm} has model_type {data.get('model_type')!r}")
+    tower = VisionConfig.from_hf(read_json(vision / "config.json"))
+    layers = projector_layers or (num_layers(open_projector(projector)) if projector else 2)
+    llava = {
+        "model_type": "llava_llama",
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": tower.hidden_size,
+        "mm_projector_type": projector_type(layers),
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+    }
+    generation = _optional_json(llm / "generation_config.json")
+    config = LlavaConfig.from_hf(data | llava, vision=tower, generation=generation, schedule=schedule)
+    naming = NAMINGS["original-linear" if layers == 1 else "original"]
+    tensors = read_folder(llm)
+    if tensors.keys() & projector_shapes(config, naming):
+        raise UserError(f"{llm} holds a projector already: move it elsewhere and name its file, --projector FILE")
+    tensors |= _tower_tensors(config, vision, naming)
+    tensors |= read_projector(projector, config, naming) if projector else fresh_projector(config, naming, seed)
+    what = f"{llm} and {vision} do not hold the models that their config.json describe"
+    return Source(llm, config, naming, _check_tensors(config, naming, tensors, what), vision)
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    data = read_json(folder / "config.json")
+    if data.get("format") == FORMAT:
+        raise UserError(f"{folder} is converted already")
+    return data
+
+
+def _find_tower(folder: pathlib.Path, name: str | None) -> pathlib.Path | None:
+    places = [folder / name, folder.absolute().parent / name] if name else []
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:
+    own = _optional_json(folder / "preprocessor_config.json")
+    return own or (_optional_json(folder / "processor_config.json") or {}).get("image_processor")
+
+
+def _optional_json(path: pathlib.Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _tower_tensors(config: LlavaConfig, folder: pathlib.Path, naming: Naming) -> Tensors:
+    """The tensors of a tower's own folder under the names that they have inside a whole checkpoint."""
+    tensors = read_folder(folder)
+    prefix = TOWERS[closest(config, tensors, TOWERS)].vision
+    return {
+        naming.vision + name.removeprefix(prefix)
+        if name.startswith(prefix) and not IGNORED.fullmatch(name)
+        else name: x
+        for name, x in tensors.items()
+    }
+
+
+def _check_tensors(config: LlavaConfig, naming: Naming, tensors: Tensors, what: str) -> Tensors:
+    """``tensors`` without those that are known to be in no model. Raises UserError, ``what`` and what is wrong."""
+    tied = {naming.head} if config.text.tie_embeddings else set()
+    used = {name: x for name, x in tensors.items() if not IGNORED.fullmatch(name) and name not in tied}
+    unrun = {name: shape for name, shape in unrun_shapes(config, naming).items() if name in used}
+    checkpoint.check_shapes(
+        torch_shapes(config, naming) | unrun,
+        {name: x.shape for name, x in used.items()},
+        what,
+    )
+    other = {name: x.dtype for name, x in used.items() if x.dtype not in FLOATS.values()}
+    if other:
+        name, dtype = next(iter(other.items()))
+        raise UserError(
+            f"{len(other)} tensors are not {', '.join(FLOATS.values())}, {name} is {dtype}: convert the checkpoint as "
+            "it was before it was quantised"
+        )
+    return used

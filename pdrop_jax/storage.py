@@ -1,0 +1,202 @@
+"""The arrays of a checkpoint folder, in one of two containers.
+
+::
+
+    params/               written by orbax, array by array: any size of model
+    sizes.json            bytes of each file in it, so that one cut short is named before orbax stumbles over it
+
+    params.safetensors    in place of the two: one file to ship a small model in
+
+Both hold the same arrays under the same names, ``stages.0.mlp.up.kernel``. An array without elements, of the empty
+stage before a drop at layer 0, is in neither.
+"""
+
+import contextlib
+import ctypes
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pdrop_jax.config import read_json
+from pdrop_jax.errors import UserError
+
+PARAMS = "params"
+SIZES = "sizes.json"
+SINGLE_FILE = "params.safetensors"
+GROUP_BYTES = 256 * 2**20  # small arrays are written together, each write costs some milliseconds
+CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; its buffers would otherwise be as large as the array
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # safetensors' names
+
+Arrays = dict[str, jax.Array]
+Targets = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def is_single_file(folder: pathlib.Path) -> bool:
+    return (folder / SINGLE_FILE).exists()
+
+
+def stored(folder: pathlib.Path) -> dict[str, Any]:
+    """Something with a shape and a dtype for each array in ``folder``, without reading the arrays.
+
+    Raises:
+      UserError: there are none, or they are damaged.
+    """
+    return _stored_in_file(folder) if is_single_file(folder) else _stored_by_orbax(folder)
+
+
+def read(folder: pathlib.Path, targets: Targets) -> Arrays:
+    """The arrays that ``targets`` names, in the dtype and on the device that it says.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    wanted = {name: x for name, x in targets.items() if 0 not in x.shape}
+    arrays = (_read_file if is_single_file(folder) else _read_by_orbax)(folder, wanted) if wanted else {}
+    return {name: arrays[name] if name in wanted else jnp.zeros(x.shape, x.dtype) for name, x in targets.items()}
+
+
+def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
+    """Writes (name, array) pairs as ``params/``, one after the other as they come.
+
+    Memory held beyond the arrays that the caller keeps: the largest of them and twice ``GROUP_BYTES``.
+
+    Raises:
+      OSError: the disk is full or may not be written.
+    """
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.use_compression = False  # spares a fifth of bfloat16 weights and makes writing half as fast
+    group: dict[str, Any] = {}
+    with context, _writing(folder):
+        for name, x in arrays:
+            if 0 not in x.shape:
+                group[name] = x
+            del x  # or it would live on while the next one is made
+            if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
+                _save_group(folder, group)
+        _save_group(folder, group)
+        ocp.partial.finalize(folder.absolute() / PARAMS)
+    (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
+
+
+def write_single_file(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
+    """Writes (name, array) pairs as ``params.safetensors``, all of them in memory at once.
+
+    Raises:
+      OSError: the disk is full or may not be written.
+    """
+    with _writing(folder):
+        save_file(
+            {name: np.ascontiguousarray(x) for name, x in arrays if 0 not in x.shape},
+            folder / SINGLE_FILE,
+        )
+
+
+def trim_memory() -> None:
+    """Gives back what glibc keeps of the buffers that orbax's threads have freed, about as much as the last array."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc, nothing to do
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
+    if not (folder / PARAMS).exists() and not (folder / SIZES).exists():
+        raise UserError(f"{folder} is no checkpoint: it holds no arrays, neither {PARAMS}/ nor {SINGLE_FILE}")
+    expected, sizes = read_json(folder / SIZES), _sizes(folder)
+    damaged = [name for name, size in expected.items() if sizes.get(name) != size]
+    if damaged:
+        raise UserError(
+            f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or of another size, "
+            f"{damaged[0]} is one; copy or convert it again"
+        )
+    with _reading(folder):
+        tree = ocp.metadata(folder.absolute() / PARAMS).metadata
+        if tree is None:
+            raise ValueError("its array metadata cannot be read")
+    return flatten_dict(tree, sep=".")
+
+
+def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with _reading(folder), context:
+        return flatten_dict(ocp.load(folder.absolute() / PARAMS, unflatten_dict(targets, sep=".")), sep=".")
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> None:
+    if group:
+        ocp.partial.save(folder.absolute() / PARAMS, unflatten_dict(group, sep="."))
+        group.clear()
+        trim_memory()
+
+
+def _stored_in_file(folder: pathlib.Path) -> dict[str, Any]:
+    with _reading(folder), safe_open(folder / SINGLE_FILE, "np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: jax.ShapeDtypeStruct(tuple(x.get_shape()), DTYPES[x.get_dtype()]) for name, x in slices.items()}
+
+
+def _read_file(folder: pathlib.Path, targets: Targets) -> Arrays:
+    with _reading(folder), safe_open(folder / SINGLE_FILE, "np") as file:
+        return {
+            name: jax.device_put(file.get_tensor(name).astype(x.dtype, copy=False), x.sharding)
+            for name, x in targets.items()
+        }
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"the arrays in {folder} cannot be read, convert again or restore a copy: {reason}") from None
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
+    except UserError:
+        raise
+    except (ValueError, SafetensorError) as error:  # how their writers report what the operating system refused
+        raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves it to us to say what went wrong.
+
+    Orbax logs at length what it raises, and closes its event loop under the reads and writes that are still on their
+    way; each of them then complains on stderr from a thread of its own.
+    """
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    except (OSError, ValueError):
+        time.sleep(0.5)  # for them to arrive
+        raise
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        logging.disable(logging.NOTSET)
