@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pdrop_jax.config import LlavaConfig
+from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import abstract_params
 
 Shape = tuple[int, ...]
@@ -193,9 +194,25 @@ def leaves(config: LlavaConfig, naming: Naming) -> list[Leaf]:
     return result
 
 
+def torch_arrays(config: LlavaConfig, params: Params) -> dict[str, np.ndarray]:
+    """A parameter tree of ``config``, or a gradient of its structure, under the original LLaVA code's names."""
+    arrays = flatten_dict(params, sep=".")
+    result: dict[str, np.ndarray] = {}
+    for leaf in leaves(config, NAMINGS["original"]):
+        parts = np.asarray(arrays[leaf.path]) if leaf.stacked else [np.asarray(arrays[leaf.path])]
+        result |= {name: leaf.transform.to_torch(part) for name, part in zip(leaf.names, parts, strict=True)}
+    return result
+
+
 def torch_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
     """Name -> shape of every PyTorch tensor that ``leaves`` reads."""
     return {name: shape for leaf in leaves(config, naming) for name, shape in leaf.torch_shapes().items()}
+
+
+def projector_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
+    """Those of ``torch_shapes`` that are the projector's."""
+    arrays = (leaf for leaf in leaves(config, naming) if leaf.path.startswith("projector."))
+    return {name: shape for leaf in arrays for name, shape in leaf.torch_shapes().items()}
 
 
 def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:

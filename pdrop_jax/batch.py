@@ -26,7 +26,9 @@ class Batch:
       length: (B,) int32, valid slots.
       crops: (B, C, h, w, 3) float32, normalised pixels; unused crops are zero. C may be 0.
       query_rows: (B, Q) int32, slots whose attention ranks the image tokens; -1 is unused.
-      labels: (B, S) int32 next-token targets, IGNORE where there is none; None outside training.
+      labels: (B, S) int32, the token id of every slot that is a target, IGNORE elsewhere: image slots and padding are
+        none. Not shifted: slot i is predicted from what stands before it, and the loss shifts after the drops. None
+        outside training.
       bucket: static; S and the length of every later buffer follow from it.
     """
 

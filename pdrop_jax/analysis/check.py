@@ -6,13 +6,14 @@ Serves any folder of the format described in tests/golden/README.md, on whatever
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdrop_jax.analysis.check_inputs import image_preprocess, prompts
+from pdrop_jax.analysis.check_inputs import image_preprocess, preprocess_masks, prompts
+from pdrop_jax.analysis.check_train import ToTorch, compare_training
 from pdrop_jax.analysis.report import Figures, Row, error
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
@@ -26,18 +27,31 @@ from pdrop_jax.model.llava import decode_step, forward, prefill
 from pdrop_jax.schedule import Bucket, DropSchedule
 
 Arrays = Mapping[str, np.ndarray]
-LoadReference = Callable[[pathlib.Path, DropSchedule], tuple[LlavaConfig, Params]]
+QUERIES = 4  # at least the answers of any recorded conversation
+
+
+class Reference(NamedTuple):
+    """What a caller knows of PyTorch.
+
+    Attributes:
+      load: (checkpoint folder, schedule) -> config and float32 parameters.
+      to_torch: (config, parameters or a gradient) -> arrays by the official code's names.
+    """
+
+    load: Callable[[pathlib.Path, DropSchedule], tuple[LlavaConfig, Params]]
+    to_torch: ToTorch
+
 
 _forward = jax.jit(forward, static_argnames=("config", "implementation", "keep_hidden"))
 _prefill = jax.jit(prefill, static_argnames=("config", "new_slots", "implementation"))
 _decode_step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("state",))
 
 
-def check(folder: pathlib.Path, load_reference: LoadReference, cases: Sequence[str] = ()) -> list[Row]:
+def check(folder: pathlib.Path, reference: Reference, cases: Sequence[str] = ()) -> list[Row]:
     """Replays the cases of ``folder``.
 
     Args:
-      load_reference: (checkpoint folder, schedule) -> config and float32 parameters.
+      reference: how to read its PyTorch checkpoints.
       cases: names; all that can be replayed if empty.
 
     Raises:
@@ -53,9 +67,7 @@ def check(folder: pathlib.Path, load_reference: LoadReference, cases: Sequence[s
         for case in cases or known:
             info = json.loads(known[case].read_text())
             arrays = folder / f"{case}.npz"
-            rows.append(
-                KINDS[info["kind"]](folder, info, dict(np.load(arrays)) if arrays.exists() else {}, load_reference)
-            )
+            rows.append(KINDS[info["kind"]](folder, info, dict(np.load(arrays)) if arrays.exists() else {}, reference))
     return rows
 
 
@@ -64,33 +76,33 @@ def kind_of(path: pathlib.Path) -> str | None:
     return info.get("kind") if isinstance(info, dict) else None
 
 
-def _prefill_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
-    config, params = load(folder / info["model_dir"], _schedule(info))
+def _prefill_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Row:
+    config, params = reference.load(folder / info["model_dir"], _schedule(info))
     batch = reference_batch(config, arrays)
     found = [_compare_forward(config, params, batch, arrays)]
     if "vanilla_logits" in arrays:
-        dense = load(folder / info["model_dir"], DropSchedule.none())
+        dense = reference.load(folder / info["model_dir"], DropSchedule.none())
         found.append(_compare_forward(*dense, batch, {"logits": arrays["vanilla_logits"]}))
     return Row.worst(info["case"], found)
 
 
-def _decode_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
-    config, params = load(folder / info["model_dir"], _schedule(info))
+def _decode_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Row:
+    config, params = reference.load(folder / info["model_dir"], _schedule(info))
     return Row.worst(info["case"], [_compare_decode(config, params, reference_batch(config, arrays), arrays)])
 
 
-def _schedules_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
+def _schedules_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Row:
     found = []
     for schedule in info["schedules"]:
         drops = DropSchedule(tuple(schedule["layer_list"]), tuple(schedule["ratios"]))
-        config, params = load(folder / info["model_dir"], drops)
+        config, params = reference.load(folder / info["model_dir"], drops)
         batch, own = reference_batch(config, arrays), _with_prefix(arrays, f"sched{schedule['index']}_")
         found += [_compare_forward(config, params, batch, own), _compare_decode(config, params, batch, own)]
     return Row.worst(info["case"], found)
 
 
-def _vanilla_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadReference) -> Row:
-    config, params = load(folder / info["model_dir"], DropSchedule.none())
+def _vanilla_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Row:
+    config, params = reference.load(folder / info["model_dir"], DropSchedule.none())
     found = []
     for name, source in (("single", "prefill_single"), ("decode", "decode_greedy"), ("ragged", "prefill_batch_ragged")):
         batch = reference_batch(config, dict(np.load(folder / f"{source}.npz")))
@@ -101,17 +113,26 @@ def _vanilla_case(folder: pathlib.Path, info: Any, arrays: Arrays, load: LoadRef
     return Row.worst(info["case"], found)
 
 
+def _train_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Row:
+    config, params = reference.load(folder / info["model_dir"], _schedule(info))
+    batch = reference_batch(config, arrays)
+    found, drops = compare_training(config, params, batch, arrays, info, reference.to_torch, folder)
+    return Row.worst(info["case"], [found | _compare_drops(batch, drops, arrays)])
+
+
 def _with_prefix(arrays: Arrays, prefix: str) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-KINDS: dict[str, Callable[[pathlib.Path, Any, Arrays, LoadReference], Row]] = {
+KINDS: dict[str, Callable[[pathlib.Path, Any, Arrays, Reference], Row]] = {
     "prefill_eval": _prefill_case,
     "decode_eval": _decode_case,
     "prefill_eval_schedules": _schedules_case,
     "vanilla_llava": _vanilla_case,
     "image_preprocess": image_preprocess,
     "prompts": prompts,
+    "train": _train_case,
+    "train_preprocess": preprocess_masks,
 }
 
 
@@ -122,10 +143,12 @@ def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
     for b, (ids, valid) in enumerate(zip(arrays["input_ids"], mask, strict=True)):
         has_image = IMAGE_PLACEHOLDER in ids[valid]
         crops = [arrays["images"][b].transpose(1, 2, 0)] if has_image else []
-        rows.append(inputs.Row(ids[valid].tolist(), crops))
+        labels = arrays["labels"][b][valid] if "labels" in arrays else None
+        rows.append(inputs.Row(ids[valid].tolist(), crops, labels))
     text = max(sum(i != IMAGE_PLACEHOLDER for i in row.ids) for row in rows)
     images = max(len(row.crops) for row in rows)
-    return inputs.assemble(rows, config, Bucket(text, (config.image_tokens,) * images))
+    bucket = Bucket(text, (config.image_tokens,) * images)
+    return inputs.assemble(rows, config, bucket, queries=QUERIES if "labels" in arrays else 1)
 
 
 def _schedule(info: Any) -> DropSchedule:

@@ -1,6 +1,8 @@
-"""The host's side of ``pdrop check``: pictures and prompts."""
+"""The host's side of ``pdrop check``: pictures, prompts and training rows."""
 
+import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +11,10 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from pdrop_jax.analysis.report import Figures, Row, error
-from pdrop_jax.inputs.conversation import TEMPLATES, render
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.conversation import TEMPLATES, load_tokenizer, render, token_ids
 from pdrop_jax.inputs.images import open_image, to_crop
+from pdrop_jax.inputs.targets import tokenize, training_text, turns_of
 
 BLOCK = 28  # pixels, side of the blocks whose means are recorded
 CORNER = 32  # pixels, side of the recorded patches
@@ -72,3 +76,33 @@ def prompts(_folder: pathlib.Path, info: Any, _arrays: Any, _load: Any) -> Row:
         # "plain" records an error for two turns.
         found += [{"text": render(turns, name) == recorded[key]} for key, turns in texts.items() if key in recorded]
     return Row.worst(info["case"], found)
+
+
+def preprocess_masks(folder: pathlib.Path, info: Any, arrays: Mapping[str, np.ndarray], _load: Any) -> Row:
+    """Ids and targets of conversations; the tokenizer in ``folder``/tokenizer, with both settings of ``legacy``."""
+    found: list[Figures] = []
+    for legacy in (False, True):
+        tokenizer = _llama_tokenizer(folder / "tokenizer/tokenizer.model", legacy, info["tokenizer"])
+        for sample in info["samples"]:
+            if sample["legacy"] != legacy:
+                continue
+            text = training_text(turns_of(sample["conversations"]), sample["template"])
+            (example,) = tokenize(tokenizer, [text], sample["template"])
+            ids, labels = arrays[f"{sample['key']}.input_ids"], arrays[f"{sample['key']}.labels"]
+            found.append({"tokens": np.array_equal(example.ids, ids), "labels": np.array_equal(example.labels, labels)})
+        for name, text in info.get("tokenizer_image_token_texts", {}).items():
+            recorded = arrays[f"tokenizer_image_token.{name}.legacy{int(legacy)}"]
+            found.append({"tokens": token_ids(tokenizer, text) == recorded.tolist()})
+    return Row.worst(info["case"], found)
+
+
+def _llama_tokenizer(model: pathlib.Path, legacy: bool, info: Any) -> Any:
+    if not model.exists():
+        raise UserError(f"{model} is missing: it is {info['file']}")
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": info["add_bos_token"], **tokens}
+    with tempfile.TemporaryDirectory() as temporary:
+        beside = pathlib.Path(temporary)
+        (beside / model.name).symlink_to(model.resolve())
+        (beside / "tokenizer_config.json").write_text(json.dumps(settings))
+        return load_tokenizer(beside)

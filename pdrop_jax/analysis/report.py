@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-TOLERANCE = {"hidden": 1e-4, "scores": 5e-6, "logits": 1e-4, "pixels": 1e-5}  # largest absolute difference, float32
+TOLERANCE = {"hidden": 1e-4, "scores": 5e-6, "logits": 1e-4, "pixels": 1e-5, "loss": 1e-5, "gradients": 1e-4}  # float32
 
 Figures = dict[str, Any]  # some of Row's fields
 
@@ -20,8 +20,11 @@ class Row:
       scores: of ranking scores.
       logits: of logits.
       pixels: of picture statistics.
+      loss: of the loss.
+      gradients: the same, over the reference's largest value plus 0.01, so that 1e-4 is 1e-4 * absmax + 1e-6.
       kept: every kept image token equal.
-      tokens: every greedy token equal.
+      tokens: every token equal.
+      labels: every target of a training row equal.
       text: every rendered prompt equal.
     """
 
@@ -30,8 +33,11 @@ class Row:
     scores: float | None = None
     logits: float | None = None
     pixels: float | None = None
+    loss: float | None = None
+    gradients: float | None = None
     kept: bool | None = None
     tokens: bool | None = None
+    labels: bool | None = None
     text: bool | None = None
 
     @classmethod
@@ -71,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
             return "equal" if value else "DIFFERS"
         return f"{value:.1e}"
 
-    names = ["hidden", "scores", "logits", "pixels", "kept", "tokens", "text"]
+    names = ["hidden", "scores", "logits", "pixels", "loss", "gradients", "kept", "tokens", "labels", "text"]
     lines = [["case", *names, ""]]
     lines += [[row.case, *(cell(getattr(row, name)) for name in names), "ok" if row.ok else "FAIL"] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

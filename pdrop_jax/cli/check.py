@@ -16,11 +16,12 @@ def run(
       folder: reference vectors, in the format of tests/golden/README.md.
       case: only these cases.
     """
-    from pdrop_jax.analysis.check import check
+    from pdrop_jax.analysis.check import Reference, check
     from pdrop_jax.analysis.report import TOLERANCE, table
     from pdrop_jax.convert.importer import read
+    from pdrop_jax.convert.names import torch_arrays
 
-    rows = check(folder, read, case)
+    rows = check(folder, Reference(read, torch_arrays), case)
     print(table(rows))
     print("tolerances: " + ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items()) + ", the rest exact")
     return 0 if all(row.ok for row in rows) else 1

@@ -174,25 +174,34 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     Args:
       tokenizer: a transformers tokenizer.
     """
-    chunks = [_chunk_ids(tokenizer, chunk) for chunk in text.split(IMAGE_TAG)]
-    bos = [tokenizer.bos_token_id]
-    if chunks[0][:1] != bos:
-        bos = []
-    ids = bos + chunks[0][len(bos) :]
-    if bos and ids[1:2] == bos:
-        ids = ids[1:]
-    for chunk in chunks[1:]:
-        ids += [IMAGE_PLACEHOLDER, *chunk[len(bos) :]]
-    return ids
+    chunks = [
+        tokenizer(as_sentencepiece(tokenizer, chunk), verbose=False)["input_ids"] for chunk in text.split(IMAGE_TAG)
+    ]
+    return join_chunks(chunks, surplus_bos(tokenizer, chunks), IMAGE_PLACEHOLDER)
 
 
-def _chunk_ids(tokenizer: Any, chunk: str) -> list[int]:
+def as_sentencepiece(tokenizer: Any, chunk: str) -> str:
+    """What to hand to ``tokenizer`` to get sentencepiece's ids of ``chunk``: at most one space more in front."""
     # sentencepiece puts a space in front of any text; its rebuild in transformers skips that if there is one already.
     rebuild = tokenizer.backend_tokenizer.pre_tokenizer
     if chunk.startswith((" ", "▁")) and isinstance(rebuild, Metaspace) and rebuild.prepend_scheme != "never":
-        chunk = " " + chunk
-    ids: list[int] = tokenizer(chunk, verbose=False)["input_ids"]
-    return ids
+        return " " + chunk
+    return chunk
+
+
+def surplus_bos(tokenizer: Any, chunks: Sequence[list[int]]) -> list[int]:
+    """For the ids of each chunk of a text, how many BOS to take off its front so that the text begins with just one."""
+    bos = [tokenizer.bos_token_id]
+    first = chunks[0][:1] == bos
+    return [int(first and chunks[0][1:2] == bos), *[int(first)] * (len(chunks) - 1)]
+
+
+def join_chunks(chunks: Sequence[list[int]], surplus: Sequence[int], between: int) -> list[int]:
+    """The chunks in a row with ``between`` in every gap, each without its first ``surplus`` entries."""
+    joined = chunks[0][surplus[0] :]
+    for chunk, skip in zip(chunks[1:], surplus[1:], strict=True):
+        joined += [between, *chunk[skip:]]
+    return joined
 
 
 def _plural(count: int, noun: str) -> str:

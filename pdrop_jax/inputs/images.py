@@ -64,17 +64,24 @@ def open_image(picture: Picture) -> Image.Image:
       UserError: no such file, not a picture, truncated, larger than Pillow's limit for untrusted pictures, an array of
         another shape or dtype.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # metadata that Pillow finds odd is no concern of ours
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return read_image(picture)
+
+
+def read_image(picture: Picture) -> Image.Image:
+    """``open_image`` for several threads at once: warnings stay as they are, for a filter is the whole process's."""
     name = str(picture) if isinstance(picture, str | os.PathLike) else "the picture"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # metadata that Pillow finds odd is no concern of ours
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(picture, np.ndarray):
-                return _to_rgb(_from_array(picture))
-            if isinstance(picture, Image.Image):
-                return _to_rgb(picture)
-            with Image.open(picture) as image:
-                return _to_rgb(image)
+        if isinstance(picture, np.ndarray):
+            return _to_rgb(_from_array(picture))
+        if isinstance(picture, Image.Image):
+            return _to_rgb(picture)
+        with Image.open(picture) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            return _to_rgb(image)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except FileNotFoundError:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pdrop_jax.batch import Batch
+from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.conversation import (
@@ -35,10 +35,12 @@ class Row:
     Attributes:
       ids: token ids; IMAGE_PLACEHOLDER stands for a whole image.
       crops: (h, w, 3) float32 for each placeholder, in order.
+      labels: in training, for each of ``ids`` the id itself where it is a target, IGNORE elsewhere.
     """
 
-    ids: Sequence[int]
+    ids: Sequence[int] | np.ndarray
     crops: Sequence[np.ndarray] = ()
+    labels: Sequence[int] | np.ndarray | None = None
 
 
 def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int = 0) -> Bucket:
@@ -65,15 +67,18 @@ def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int 
     return Bucket(slots, (config.image_tokens,) * _power_of_two(most_images))
 
 
-def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket) -> Batch:
-    """Lay out rows as the arrays of a Batch: B = len(rows), C = len(bucket.images), Q = 1, labels None.
+def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: int = 1) -> Batch:
+    """Lay out rows as the arrays of a Batch: B = len(rows), C = len(bucket.images), Q = queries.
 
-    The m-th image of a row takes that row's crop m. The query row is the last slot of the prompt. B is not rounded up:
-    a caller who varies it pays one compilation for each B.
+    The m-th image of a row takes that row's crop m. B is not rounded up: a caller who varies it pays one compilation
+    for each B.
+
+    Without labels the query row is the last slot of the prompt. If any row has labels, the batch has, and the query
+    rows of a row are the slots right before each run of targets; a row without target has its last text slot.
 
     Raises:
       UserError: no rows, an empty row, a row that does not fit, placeholders and crops that differ in number, crops of
-        another size than the vision tower's, an id outside the vocabulary.
+        another size than the vision tower's, an id outside the vocabulary, labels that are not as many as the ids.
     """
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
@@ -83,6 +88,8 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket) -> Batch:
     image_id = np.zeros((B, S), np.int32)
     length = np.zeros(B, np.int32)
     crops = np.zeros((B, C, size, size, 3), np.float32)
+    query_rows = np.full((B, queries), -1, np.int32)
+    labels = np.full((B, S), IGNORE, np.int32) if any(row.labels is not None for row in rows) else None
     for b, row in enumerate(rows):
         _check_row(b + 1, row, config, bucket)
         ids, features, images = expand(row.ids, config.image_tokens)
@@ -90,10 +97,31 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket) -> Batch:
         token_ids[b, :n], feature_index[b, :n], image_id[b, :n] = ids, features, images
         for c, crop in enumerate(row.crops):
             crops[b, c] = crop
-    return Batch(token_ids, feature_index, image_id, length, crops, query_rows=length[:, None] - 1, bucket=bucket)
+        found = np.array([n - 1])
+        if labels is not None:
+            if row.labels is not None:
+                labels[b, :n][images == 0] = np.asarray(row.labels, np.int32)[np.asarray(row.ids) != IMAGE_PLACEHOLDER]
+            found = _query_rows(labels[b, :n], images)
+        if len(found) > queries:
+            raise UserError(f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}")
+        query_rows[b, : len(found)] = found
+    return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket)
 
 
-def expand(ids: Sequence[int], image_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
+    """Slots right before a run of targets, ascending; the last text slot if there is no run. Both arguments (n,) int32.
+
+    A target in slot 0 begins no run: nothing stands before it.
+    """
+    target = labels != IGNORE
+    found = np.flatnonzero(target[1:] & ~target[:-1])
+    if len(found):
+        return found
+    text = np.flatnonzero(image_id == 0)
+    return text[-1:] if len(text) else np.array([len(labels) - 1])
+
+
+def expand(ids: Sequence[int] | np.ndarray, image_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Give each placeholder the slots of its image.
 
     For ``[1, 7, -200, 8]`` and 3 image tokens::
@@ -121,6 +149,8 @@ def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> No
     text = ids[ids != IMAGE_PLACEHOLDER]
     if not len(ids):
         raise UserError(f"prompt {number} has no tokens")
+    if row.labels is not None and len(row.labels) != len(ids):
+        raise UserError(f"prompt {number} has {len(ids)} tokens but {len(row.labels)} labels")
     if placeholders != len(row.crops):
         raise UserError(f"prompt {number} has {placeholders} image placeholders but {len(row.crops)} pictures")
     if len(text) > bucket.text or placeholders > len(bucket.images):

@@ -5,8 +5,8 @@ or without caches (prefill, training), and ``run_token`` for one new token of ea
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from pdrop_jax.model.layers import Params, Rope, rope_at, rope_tables, scan_laye
 from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.model.ranking import choose, image_scores
 from pdrop_jax.schedule import DropSchedule, Stage
+
+Remat = Literal["none", "dots", "full"]
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +57,15 @@ def drop(
     return compact(buffer, keep, stage.slots), Drop(scores, keep, buffer.image_id, buffer.index)
 
 
+def rematerialise(layer: Callable, remat: Remat) -> Callable:
+    """``layer`` keeping for its gradient everything ("none"), its matrix products ("dots") or its input ("full")."""
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
 def run_stages(
     config: LlavaConfig,
     stages: Params,
@@ -64,6 +75,7 @@ def run_stages(
     caches: Sequence[StageCache] = (),
     *,
     implementation: Implementation = "auto",
+    remat: Remat = "none",
     keep_hidden: bool = False,
 ) -> tuple[TokenBuffer, tuple[StageCache, ...], tuple[jax.Array, ...], tuple[Drop, ...], list[Any]]:
     """Runs all layers over ``buffer``, dropping at each boundary.
@@ -72,6 +84,7 @@ def run_stages(
       stages: parameters, one entry for each stage of ``plan``.
       image_sizes: largest token count of each image of a row; empty means that nothing can be dropped.
       caches: one for each stage, filled on the way; or none.
+      remat: what a layer keeps for its gradient.
       keep_hidden: also return each stage's layer inputs (L_s, B, S_s, D).
 
     Returns:
@@ -99,7 +112,7 @@ def run_stages(
             return layer(x, rope, attend), x if keep_hidden else None
 
         carry = (buffer.hidden, caches[s] if caches else None)
-        (x, cache), inputs = scan_layers(body, carry, layers)
+        (x, cache), inputs = scan_layers(rematerialise(body, remat), carry, layers)
         buffer = dataclasses.replace(buffer, hidden=x)
         filled.append(cache)
         lengths.append(length)

@@ -10,7 +10,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, aligned
 from pdrop_jax.model.buffer import TokenBuffer
 from pdrop_jax.model.cache import StageCache, init_caches
-from pdrop_jax.model.decoder import Drop, run_stages, run_token
+from pdrop_jax.model.decoder import Drop, Remat, run_stages, run_token
 from pdrop_jax.model.layers import Params, RMSNorm, bind
 from pdrop_jax.model.vision import image_features
 
@@ -18,17 +18,17 @@ from pdrop_jax.model.vision import image_features
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Output:
-    """Result of ``forward``.
+    """Result of ``forward`` and ``trunk``.
 
     Attributes:
-      logits: (B, S_last, V) float32, over the last stage's buffer; meaningless on padding.
+      logits: (B, S_last, V) float32, over the last stage's buffer; meaningless on padding. None from ``trunk``.
       buffer: the last stage's tokens; ``hidden`` is after the final norm.
       lengths: (B,) int32 for each stage, its valid slots.
       drops: one for each stage boundary.
       hidden: each stage's layer inputs (L_s, B, S_s, D), if asked for.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     buffer: TokenBuffer
     lengths: tuple[jax.Array, ...]
     drops: tuple[Drop, ...]
@@ -91,15 +91,16 @@ def final_norm(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
     return bind(RMSNorm, config.text.hidden_size, config.text.norm_eps, params=params["norm"])(x)
 
 
-def forward(
+def trunk(
     config: LlavaConfig,
     params: Params,
     batch: Batch,
     *,
     implementation: Implementation = "auto",
+    remat: Remat = "none",
     keep_hidden: bool = False,
 ) -> Output:
-    """All logits of the last stage, without caches."""
+    """Everything but the head, without caches; ``logits`` is None."""
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
     buffer = embed(config, params, batch, plan[0].slots, implementation)
     buffer, _, lengths, drops, hidden = run_stages(
@@ -109,10 +110,24 @@ def forward(
         buffer,
         batch.bucket.images,
         implementation=implementation,
+        remat=remat,
         keep_hidden=keep_hidden,
     )
     x = final_norm(config, params, buffer.hidden)
-    return Output(logits_of(config, params, x), dataclasses.replace(buffer, hidden=x), lengths, drops, hidden)
+    return Output(None, dataclasses.replace(buffer, hidden=x), lengths, drops, hidden)
+
+
+def forward(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    implementation: Implementation = "auto",
+    keep_hidden: bool = False,
+) -> Output:
+    """All logits of the last stage, without caches."""
+    output = trunk(config, params, batch, implementation=implementation, keep_hidden=keep_hidden)
+    return dataclasses.replace(output, logits=logits_of(config, params, output.buffer.hidden))
 
 
 def prefill(

@@ -5,11 +5,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from pdrop_jax.analysis.check import check
+from pdrop_jax.analysis.check import Reference, check
 from pdrop_jax.analysis.report import Row, error
 from pdrop_jax.convert.importer import read
+from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
 
+REFERENCE = Reference(read, torch_arrays)
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CASES = {
     "prefill_single": {"hidden", "scores", "logits", "kept"},
@@ -22,12 +24,16 @@ CASES = {
     "vanilla": {"hidden", "logits", "tokens"},
     "image_preprocess": {"pixels"},
     "prompts": {"text"},
+    "train_single_turn": {"loss", "gradients", "scores", "kept"},
+    "train_multi_turn": {"loss", "gradients", "scores", "kept"},
+    "train_plain_pretrain": {"loss", "gradients", "scores", "kept"},
+    "preprocess_masks": {"tokens", "labels"},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case):
-    (row,) = check(GOLDEN, read, [case])
+    (row,) = check(GOLDEN, REFERENCE, [case])
     compared = {name for name in CASES[case] if getattr(row, name) is not None}
     assert compared == CASES[case]
     assert row.ok, row
@@ -53,9 +59,9 @@ def test_nothing_is_compared_by_broadcasting():
 
 def test_a_folder_without_vectors(tmp_path):
     with pytest.raises(UserError, match="no reference vectors"):
-        check(tmp_path, read)
+        check(tmp_path, REFERENCE)
 
 
 def test_an_unknown_case():
     with pytest.raises(UserError, match="no case prefil"):
-        check(GOLDEN, read, ["prefil"])
+        check(GOLDEN, REFERENCE, ["prefil"])

@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import Processor, Row, assemble, choose_bucket
@@ -145,6 +146,65 @@ def test_assembled_rows_say_what_went_in(all_ids):
         assert [set(a[n:].tolist()) - {pad} for a, pad in zip(arrays, (0, -1, 0), strict=True)] == [set()] * 3
         means = batch.crops[b].mean((1, 2, 3)).tolist()
         assert means == [k + 1 if k < image else 0 for k in range(len(means))]
+
+
+def test_labels_stand_where_their_tokens_do():
+    rows = [
+        Row([1, 7, IMAGE_PLACEHOLDER, 8, 9, 10], [crop()], [IGNORE, 7, IMAGE_PLACEHOLDER, 8, IGNORE, 10]),
+        Row([5, 6], labels=[IGNORE, IGNORE]),
+        Row([5, 6, IMAGE_PLACEHOLDER], [crop()], [IGNORE] * 3),
+        Row([5, 6], labels=[5, 6]),
+        Row([5, 6, 7]),
+    ]
+    batch = assemble(rows, CONFIG, Bucket(6, (4,)), queries=4)
+    no = IGNORE
+    assert batch.labels.dtype == batch.query_rows.dtype == np.int32
+    assert batch.labels[0].tolist() == [no, 7, no, no, no, no, 8, no, 10, no]
+    assert (batch.labels[[1, 2, 4]] == no).all()
+    assert batch.labels[3].tolist() == [5, 6] + [no] * 8
+    # Right before each run of targets; without one the last text slot; nothing stands before slot 0.
+    assert batch.query_rows.tolist() == [
+        [0, 5, 7, -1],
+        [1, -1, -1, -1],
+        [1, -1, -1, -1],
+        [1, -1, -1, -1],
+        [2, -1, -1, -1],
+    ]
+
+
+def test_caption_right_behind_the_picture_is_asked_by_its_last_slot():
+    row = Row([1, IMAGE_PLACEHOLDER, 8, 9], [crop()], [IGNORE, IGNORE, 8, 9])
+    assert assemble([row], CONFIG, Bucket(4, (4,))).query_rows.tolist() == [[4]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.one_of(st.just(IMAGE_PLACEHOLDER), st.integers(0, 319)), st.booleans()), min_size=1, max_size=20
+    )
+)
+def test_query_rows_are_right_before_targets(tokens):
+    ids = [i for i, _ in tokens]
+    row = Row(ids, [crop()] * ids.count(IMAGE_PLACEHOLDER), [i if target else IGNORE for i, target in tokens])
+    batch = assemble([row], CONFIG, choose_bucket([row], CONFIG), queries=16)
+    labels, used = batch.labels[0], batch.query_rows[0][batch.query_rows[0] >= 0]
+    target = labels != IGNORE
+    np.testing.assert_array_equal(labels[target], batch.token_ids[0][target])
+    assert target.sum() == sum(target for i, target in tokens if i != IMAGE_PLACEHOLDER)
+    runs = [i - 1 for i in range(1, len(labels)) if target[i] and not target[i - 1]]
+    text = np.flatnonzero(batch.image_id[0, : batch.length[0]] == 0)
+    assert used.tolist() == (runs or [text[-1] if len(text) else batch.length[0] - 1])
+
+
+def test_labels_that_do_not_fit():
+    with pytest.raises(UserError, match="prompt 1 has 2 tokens but 3 labels"):
+        assemble([Row([1, 2], labels=[1, 2, 3])], CONFIG, Bucket(4))
+    with pytest.raises(UserError, match="prompt 1 has 2 runs of targets, but its batch holds 1"):
+        assemble([Row([1, 2, 3, 4], labels=[IGNORE, 2, IGNORE, 4])], CONFIG, Bucket(4))
+
+
+def test_more_query_rows_than_a_prompt_needs():
+    assert assemble([Row([1, 2])], CONFIG, Bucket(4), queries=3).query_rows.tolist() == [[1, -1, -1]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""Training rows: the messages of a LLaVA conversation -> token ids, and which of them are targets.
+
+The ids and targets are those of LLaVA's own preprocess_v1, preprocess_llama_2, preprocess_mpt and preprocess_plain with
+a LLaMA tokenizer, of either setting of ``legacy`` (tests/golden, preprocess_masks). That code finds the answers by
+tokenizing every round of a conversation by itself and adding up lengths; here the conversation is tokenized once and
+the characters of the answers are looked up. Where its sum does not come out ("tokenization mismatch") it masks the
+whole conversation, and so does this; see ``training_text`` and ``tokenize``.
+
+One difference is left, in conversations longer than the tokenizer's model_max_length: there the official code trusts a
+sum that does not come out.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pdrop_jax.batch import IGNORE
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.conversation import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TAG,
+    Turn,
+    as_sentencepiece,
+    join_chunks,
+    render,
+    surplus_bos,
+    template_named,
+)
+
+ROLES = ("human", "gpt")  # who asks and who answers
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingText:
+    """A rendered conversation.
+
+    Attributes:
+      text: with an ``<image>`` tag where a picture stands.
+      spans: (start, stop) in characters of what is to be learned: each answer with the mark that ends it.
+    """
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A training row.
+
+    Attributes:
+      ids: (n,) int32; IMAGE_PLACEHOLDER stands for a whole image.
+      labels: (n,) int32, the id itself where it is a target, IGNORE elsewhere.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+def turns_of(messages: Any) -> list[Turn]:
+    """Questions and answers of ``[{"from": "human" | "gpt", "value": text}, …]``, with tags where LLaVA puts them.
+
+    An answer before any question is left out. The tag of a picture moves to the front of its message, alone on its
+    line.
+
+    Raises:
+      UserError: the messages are anything else, or questions and answers do not alternate.
+    """
+    if not isinstance(messages, list):
+        raise UserError(f"conversations is a {type(messages).__name__}, expected a list of messages")
+    texts: list[str] = []
+    for number, message in enumerate(messages, 1):
+        role, value = (message.get("from"), message.get("value")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(value, str):
+            raise UserError(f"message {number} is not of the form {{from: human or gpt, value: text}}")
+        if number == 1 and role == "gpt":
+            continue
+        if role != ROLES[len(texts) % 2]:
+            raise UserError(f"message {number} is from {role!r}, expected {ROLES[len(texts) % 2]!r}")
+        texts.append(_tag_first(value))
+    if not texts:
+        raise UserError("the conversation has no question")
+    answers: list[str | None] = [*texts[1::2]]
+    return list(zip(texts[::2], [*answers, None] if len(texts) % 2 else answers, strict=True))
+
+
+def _tag_first(text: str) -> str:
+    # LLaVA's code leaves one tag, however many there are.
+    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip() if IMAGE_TAG in text else text
+
+
+def training_text(turns: Sequence[Turn], template: str) -> TrainingText:
+    """The text of a conversation and where its answers stand.
+
+    "plain" leaves the question out: the picture is followed by its caption. In every other template a conversation with
+    an empty message, with a question that is not answered, or with the template's own marks (``</s>``, `` ASSISTANT:
+    ``) in a message has no spans: LLaVA's code loses count in it.
+
+    Raises:
+      UserError: the template is not known, or is "plain" and the conversation not a tagged question with its answer.
+    """
+    parts = template_named(template)
+    if template == "plain":
+        (question, answer), *more = turns
+        if more or answer is None or IMAGE_TAG not in question:
+            raise UserError("template 'plain' takes one question with an <image> tag and one answer")
+        text = IMAGE_TAG + answer + parts.answered
+        return TrainingText(text, [(len(IMAGE_TAG), len(text))])
+    text = render(turns, template)
+    blank = render([("", "")] * len(turns), template)
+    marks = (parts.answered.strip(), parts.asked + parts.answer)
+    if not all(question and answer for question, answer in turns) or any(
+        text.count(m) != blank.count(m) for m in marks
+    ):
+        return TrainingText(text, [])
+    spans = []
+    for number, (question, _) in enumerate(turns):
+        before = render([*turns[:number], (question, None)], template)
+        spans.append((len(before), len(render(turns[: number + 1], template))))
+    return TrainingText(text, spans)
+
+
+def ends_answers(tokenizer: Any, template: str) -> bool:
+    """Whether ``tokenizer`` knows the mark that ends an answer as one token; without it nothing is ever learned."""
+    mark = template_named(template).end_token
+    return mark is None or tokenizer.backend_tokenizer.token_to_id(mark) is not None
+
+
+def tokenize(tokenizer: Any, texts: Sequence[TrainingText], template: str) -> list[Example]:
+    """Ids and labels of ``texts``, all in one call of the tokenizer.
+
+    A token is a target if its last character stands in a span. An image is none, even in the middle of an answer.
+    Without ``ends_answers`` there are no targets at all: this is LLaVA's result for "chatml_direct" with a LLaMA
+    tokenizer.
+
+    Args:
+      tokenizer: a transformers tokenizer of the fast kind.
+    """
+    learn = ends_answers(tokenizer, template)
+    chunks = [chunk for text in texts for chunk in text.text.split(IMAGE_TAG)]
+    given = [as_sentencepiece(tokenizer, chunk) for chunk in chunks]
+    encoded = zip(chunks, given, tokenizer(given, verbose=False).encodings if given else (), strict=True)
+    examples = []
+    for text in texts:
+        ids, labels, start = [], [], 0  # start: of the chunk, in characters of the text
+        for chunk, padded, encoding in itertools.islice(encoded, text.text.count(IMAGE_TAG) + 1):
+            spans = [(first - start, stop - start) for first, stop in text.spans] if learn else []
+            ids.append(encoding.ids)
+            labels.append(_labels(encoding, spans, len(padded) - len(chunk)))
+            start += len(chunk) + len(IMAGE_TAG)
+        surplus = surplus_bos(tokenizer, ids)
+        joined = join_chunks(ids, surplus, IMAGE_PLACEHOLDER), join_chunks(labels, surplus, IGNORE)
+        examples.append(Example(*(np.array(tokens, np.int32) for tokens in joined)))
+    return examples
+
+
+def _labels(encoding: Any, spans: Sequence[tuple[int, int]], extra: int) -> list[int]:
+    """Labels of a chunk: ``spans`` count from its beginning, its offsets from ``extra`` characters before that."""
+    ids = encoding.ids
+    labels = [IGNORE] * len(ids)
+    ends = [end for _, end in encoding.offsets]
+    for first, stop in spans:
+        # A space that the tokenizer put in front of the chunk has no characters, and belongs to what begins there.
+        begin = bisect.bisect_right(ends, first + extra) if first > 0 else 0
+        end = bisect.bisect_right(ends, stop + extra) if stop > 0 else 0
+        labels[begin:end] = ids[begin:end]
+    return labels
