@@ -1,0 +1,362 @@
+"""Data sets: what is left out and why, what an epoch is made of, and that batches come again exactly."""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+import sys
+import warnings
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pdrop_jax.batch import IGNORE
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs import Processor
+from pdrop_jax.inputs.conversation import token_ids
+from pdrop_jax.inputs.images import open_image, to_crop
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.train.data import open_dataset, pipeline
+from pdrop_jax.train.plan import MEGA, Sizes, batches_of, shapes_of
+from pdrop_jax.train.ragged import Ragged, RaggedBuilder
+from pdrop_jax.train.recipe import Data
+
+TOKENIZER = pathlib.Path(__file__).parents[2] / "examples/tiny_tokenizer"
+CONFIG = LlavaConfig(
+    vision=VisionConfig(image_size=28, patch_size=14),
+    text=TextConfig(vocab_size=320, num_layers=4, max_length=256),
+    schedule=DropSchedule.none(),
+)
+B = 4
+
+
+def record(number, image=True, turns=1, words=1):
+    """A record whose first answer names it."""
+    conversation = []
+    for turn in range(turns):
+        question = "<image>\nWhat?" if image and not turn else "What?"
+        conversation.append({"from": "human", "value": question})
+        conversation.append({"from": "gpt", "value": " ".join([f"n{number}", *["word"] * words])})
+    return {"id": number, "conversations": conversation} | ({"image": f"{number % 5}.png"} if image else {})
+
+
+def write(folder, records, lines=False, **settings):
+    """A data set below ``folder`` whose pictures 0.png to 4.png are of one colour each."""
+    (folder / "images").mkdir(exist_ok=True)
+    for number in range(5):
+        Image.new("RGB", (30, 20), (40 * number, 0, 0)).save(folder / f"images/{number}.png")
+    text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
+    (folder / "data.json").write_text(text)
+    asked = {"template": "mistral_instruct", "max_length": 200, "text_buckets": (32, 64, 128), **settings}
+    return Data(conversations=str(folder / "data.json"), images=str(folder / "images"), **asked)
+
+
+def opened(folder, records, **settings):
+    return open_dataset(write(folder, records, **settings), CONFIG, TOKENIZER)
+
+
+def mixed(count=30):
+    return [record(n, image=n % 3 > 0, turns=1 + n % 4, words=n % 7) for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return opened(tmp_path_factory.mktemp("data"), mixed())
+
+
+@pytest.fixture(scope="module")
+def grouped(dataset):
+    return dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, group=True))
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_rows_are_what_was_written(tmp_path, lines):
+    dataset = opened(tmp_path, mixed(), lines=lines)
+    processor = Processor.load(TOKENIZER, CONFIG)
+    assert len(dataset) == 30
+    assert not dataset.broken
+    assert dataset.sizes.images.tolist() == [int(n % 3 > 0) for n in range(30)]
+    assert dataset.sizes.queries.tolist() == [1 + n % 4 for n in range(30)]
+    row, reason = dataset.row(4)
+    assert reason is None
+    text = "[INST] <image>\nWhat? [/INST] n4 word word word word </s>"
+    np.testing.assert_array_equal(row.ids, token_ids(processor.tokenizer, text))
+    learned = processor.tokenizer.decode([i for i in row.labels if i != IGNORE])
+    assert learned.strip() == "n4 word word word word </s>"
+    picture = open_image(tmp_path / "images/4.png")
+    np.testing.assert_array_equal(row.crops, [to_crop(picture, processor.image_processor, "square")])
+    assert not dataset.row(3)[0].crops
+
+
+BROKEN = {
+    "malformed JSON": "no object",
+    "no image file": record(0) | {"image": "absent.png"},
+    "<image> without picture": {"conversations": record(0)["conversations"]},
+    "picture without <image>": record(0, image=False) | {"image": "0.png"},
+    "several pictures": {"conversations": record(0)["conversations"] * 2, "image": ["0.png", "1.png"]},
+    "no target": {"conversations": record(0, image=False)["conversations"][:1]},
+    "too long": record(0, words=300),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_broken_rows_are_counted_by_reason(tmp_path, reason):
+    records = [record(0), BROKEN[reason], record(1), BROKEN[reason]]
+    dataset = opened(tmp_path, records, too_long="skip")
+    assert dataset.broken == {reason: 2}
+    assert dataset.records.tolist() == [1, 3]
+    message = rf"2 of 4 rows are broken \(2 {reason}\), first row 2: put them right, or set data.broken"
+    with pytest.raises(UserError, match=message) as error:
+        opened(tmp_path, records, too_long="skip", broken="fail")
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_that_is_no_json(tmp_path):
+    data = write(tmp_path, [record(0), record(1)], lines=True)
+    pathlib.Path(data.conversations).write_text(json.dumps(record(0)) + "\n{broken\n" + json.dumps(record(1)))
+    assert open_dataset(data, CONFIG, TOKENIZER).broken == {"malformed JSON": 1}
+
+
+def test_long_rows_are_cut(tmp_path):
+    records = [record(0, words=300), record(1, image=False, words=300), record(2, turns=40)]
+    dataset = opened(tmp_path, records)
+    assert dataset.sizes.text.tolist() == [196, 200, 196]
+    assert dataset.row(0)[0].labels[-1] != IGNORE
+    assert {bucket.text for bucket, _ in dataset.shapes(1, 0)} == {200}  # max_length is the last bucket
+    cut_before = "x" * 250
+    with pytest.raises(UserError, match=r"all 1 are broken \(1 no target\)"):
+        opened(tmp_path, [{"conversations": [{"from": "human", "value": cut_before}, {"from": "gpt", "value": "a"}]}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conversations": "/absent.json"}, "^/absent.json: there is no such file of conversations"),
+        ({"images": "/absent"}, "^data.images: there is no folder /absent"),
+        ({"template": "alpaca"}, "template 'alpaca' is not known"),
+        ({"template": "chatml_direct"}, r"ends an answer with <\|im_end\|>, which the tokenizer in .* does not have"),
+        ({"max_length": 257}, "data.max_length is 257 but the model has 256 positions: lower it"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, change, message):
+    data = dataclasses.replace(write(tmp_path, [record(0)]), **change)
+    with pytest.raises(UserError, match=message) as error:
+        open_dataset(data, CONFIG, TOKENIZER)
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizer_of_another_model(tmp_path):
+    small = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=100))
+    with pytest.raises(UserError, match=r"gives token ids up to \d+ but the model knows 0..99"):
+        open_dataset(write(tmp_path, [record(0)]), small, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "holds no conversation"),
+        ([1, record(0) | {"image": "x"}, 2], r"all 3 are broken \(2 malformed JSON, 1 no image file\)"),
+    ],
+)
+def test_nothing_to_learn_from(tmp_path, records, message):
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, records)
+
+
+def test_the_fingerprint_is_that_of_the_rows(tmp_path):
+    one = opened(tmp_path, mixed())
+    assert opened(tmp_path, mixed(), lines=True).fingerprint == one.fingerprint
+    assert opened(tmp_path, mixed()[::-1]).fingerprint != one.fingerprint
+    assert opened(tmp_path, mixed(), max_length=40).fingerprint != one.fingerprint
+
+
+# --- plans
+
+
+def test_plans_are_repeatable_and_differ_by_seed_and_epoch(dataset, grouped):
+    for data in (dataset, grouped):
+        orders = {}
+        for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
+            plan = data.plan(B, seed, epoch)
+            for one, again in zip(plan, data.plan(B, seed, epoch), strict=True):
+                np.testing.assert_array_equal(one.rows, again.rows)
+                assert one[1:] == again[1:]
+            orders[seed, epoch] = tuple(np.concatenate([planned.rows for planned in plan]))
+        assert len(set(orders.values())) == 3
+
+
+@given(
+    text=st.lists(st.integers(1, 300), min_size=1, max_size=120),
+    batch_size=st.integers(1, 9),
+    group=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_an_epoch_has_each_row_at_most_once_in_a_bucket_that_holds_it(text, batch_size, group, seed):
+    text = np.array(text)
+    sizes = Sizes(text, text % 2, 1 + text % 5)
+    batches = batches_of(np.random.default_rng(seed), sizes, batch_size, group)
+    assert batches.shape == (len(text) // batch_size, batch_size)
+    assert len(np.unique(batches)) == batches.size
+    slots = (50, 120, 300)
+    shapes = shapes_of(batches, sizes, slots, 7)
+    for rows, (bucket, queries) in zip(batches, shapes, strict=True):
+        smaller = [n for n in slots if n < bucket.text]
+        assert max([0, *smaller]) < sizes.text[rows].max() <= bucket.text
+        assert bucket.images == (7,) * sizes.images[rows].max()
+        assert queries in (1, 2, 4, 8)
+        assert queries / 2 < sizes.queries[rows].max() <= queries
+    if group:
+        both = (sizes.images[batches].min(1) != sizes.images[batches].max(1)).sum()
+        assert both <= 1
+
+
+def test_grouping_puts_like_lengths_together():
+    rng = np.random.default_rng(0)
+    text = rng.integers(1, 2000, 3000)
+    sizes = Sizes(text, np.ones_like(text), np.ones_like(text))
+    spread = {g: np.ptp(text[batches_of(rng, sizes, 10, g)], axis=1).mean() for g in (False, True)}
+    assert spread[True] < spread[False] / 20
+    firsts = text[batches_of(rng, sizes, 10, True)[:, 0]]
+    assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.2  # shuffled again, not from short to long
+    assert len(firsts) > 2 * MEGA
+
+
+def test_shapes_are_few(dataset):
+    shapes = dataset.shapes(B, 0, epochs=5)
+    assert shapes == {(p.bucket, p.queries) for epoch in range(5) for p in dataset.plan(B, 0, epoch)}
+    assert {bucket.text for bucket, _ in shapes} <= {32, 64, 128, 200}
+    assert {bucket.images for bucket, _ in shapes} <= {(), (4,)}
+    assert {queries for _, queries in shapes} <= {1, 2, 4}
+
+
+# --- batches
+
+
+def test_batches_are_the_planned_rows(dataset):
+    steps = list(pipeline(dataset, B, seed=3, steps=10))  # 7 an epoch
+    planned = dataset.plan(B, 3, 0) + dataset.plan(B, 3, 1)[:3]
+    assert len(steps) == len(planned)
+    for step, (rows, bucket, queries) in zip(steps, planned, strict=True):
+        assert not step.broken
+        assert step.batch.bucket == bucket
+        assert step.batch.query_rows.shape == (B, queries)
+        assert step.batch.crops.shape == (B, len(bucket.images), 28, 28, 3)
+        for b, row in enumerate(rows):
+            n = step.batch.length[b]
+            assert n == dataset.sizes.text[row] + 4 * dataset.sizes.images[row]
+            assert (step.batch.query_rows[b] >= 0).sum() == dataset.sizes.queries[row]
+            expected = dataset.row(row)[0]
+            targets = step.batch.labels[b][step.batch.labels[b] != IGNORE]
+            np.testing.assert_array_equal(targets, [i for i in expected.labels if i != IGNORE])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_out_the_batch(dataset, grouped, processes):
+    for data in (dataset, grouped):
+        whole = list(pipeline(data, B, 0, 9))
+        parts = [list(pipeline(data, B, 0, 9, process_index=p, process_count=processes)) for p in range(processes)]
+        for step, *shares in zip(whole, *parts, strict=True):
+            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(share.batch for share in shares))
+            same(step.batch, together)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("read", [1, 5])
+def test_an_iterator_resumes_from_its_state(dataset, workers, read):
+    whole = list(pipeline(dataset, B, 0, 12))
+    batches = iter(pipeline(dataset, B, 0, 12, workers=workers))
+    for step in whole[:read]:
+        same(step.batch, next(batches).batch)
+    state = json.loads(json.dumps(batches.get_state()))
+    batches.close()
+    resumed = iter(pipeline(dataset, B, 0, 12, workers=workers))
+    resumed.set_state(state)
+    rest = list(resumed)
+    resumed.close()
+    assert len(rest) == 12 - read
+    for step, again in zip(whole[read:], rest, strict=True):
+        same(step, again)
+
+
+def spoil(folder, kind):
+    path = folder / "images/2.png"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:50])
+    elif kind == "gone":
+        path.unlink()
+    else:
+        Image.new("1", (20000, 9000)).save(path)  # Pillow only warns of this one
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("truncated", 0), ("gone", 0), ("bomb", 0), ("truncated", 2)])
+def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
+    dataset = opened(tmp_path, [record(n) for n in range(20)])
+    spoil(tmp_path, kind)
+    steps = list(pipeline(dataset, B, 0, 5, workers=workers))
+    assert sum((step.broken for step in steps), Counter()) == {"corrupt picture": 4}
+    for step, planned in zip(steps, dataset.plan(B, 0, 0), strict=True):
+        for b, row in enumerate(planned.rows):
+            n = step.batch.length[b]
+            assert n == dataset.sizes.text[row] + 4
+            lost = row % 5 == 2
+            assert (step.batch.labels[b] == IGNORE).all() == lost
+            assert (not step.batch.crops[b].any()) == lost
+            if lost:
+                assert step.batch.query_rows[b, 0] == n - 1
+    failing = dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, broken="fail"))
+    with pytest.raises(UserError, match=r"data.json, row \d+: .*2.png: .*: put it right, or set data.broken"):
+        list(pipeline(failing, B, 0, 5, workers=workers))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 31}, "has 30 usable rows, a batch takes 31: lower the batch size"),
+        ({"batch_size": 6, "process_count": 4}, "6 rows cannot be shared out to 4 processes in 1 parts each"),
+        ({"batch_size": 8, "process_count": 2, "accumulate": 3}, "2 processes in 3 parts each: choose a multiple of 6"),
+        ({"batch_size": 0}, "a batch of 0 rows"),
+    ],
+)
+def test_batches_that_cannot_be_made(dataset, settings, message):
+    with pytest.raises(UserError, match=message):
+        pipeline(dataset, seed=0, steps=3, **settings)
+
+
+def test_reading_leaves_no_error_filter_behind(dataset):
+    before = [action for action, *_ in warnings.filters].count("error")
+    list(pipeline(dataset, B, 0, 3))
+    assert [action for action, *_ in warnings.filters].count("error") == before
+
+
+# --- rows in a flat array
+
+
+@given(st.lists(st.lists(st.integers(-200, 2**31 - 1), max_size=5), max_size=8))
+def test_ragged_rows(rows):
+    builder = RaggedBuilder(np.int32)
+    for row in rows:
+        builder.append(np.array(row, np.int32))
+    for ragged in (built := builder.build(), pickle.loads(pickle.dumps(built))):
+        assert len(ragged) == len(rows)
+        assert [ragged[n].tolist() for n in range(len(rows))] == rows
+        assert ragged.values.dtype == np.int32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems copy")
+def test_pickled_rows_are_mapped_not_copied():
+    ragged = Ragged(np.zeros(100_000, np.int32), np.array([0, 100_000]))
+    pickled = pickle.dumps(ragged)
+    assert len(pickled) < 500
+    assert pickle.loads(pickled)[0].base is not None
+    assert len(pickle.dumps(ragged)) == len(pickled)

@@ -1,0 +1,292 @@
+"""The demo task: photos, grids, questions, tokenizer, the untrained model and its evaluation."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.generation import load
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, load_tokenizer, place_images, render, token_ids
+from pdrop_jax.model.params import abstract_params, count, path_name
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.train.demo import evaluate as evaluation
+from pdrop_jax.train.demo.dataset import write_dataset
+from pdrop_jax.train.demo.evaluate import LATER, Score, draw_cases, table
+from pdrop_jax.train.demo.grids import KINDS, SHIFT, SIDE, TURNS, Told, augment, converse, draw_grid, first_question
+from pdrop_jax.train.demo.model import SCHEDULE, demo_config, demo_params, position_table, write_start
+from pdrop_jax.train.demo.photos import GARMENTS, PIXELS, photos
+from pdrop_jax.train.demo.tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
+
+NAMES = [garment.name for garment in GARMENTS]
+LABELS = np.array([[0, 1, 2, 3], [4, 4, 5, 5], [6, 7, 8, 9], [9, 9, 9, 9]])
+
+
+def conversations(count, turns=TURNS):
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        labels = rng.integers(len(GARMENTS), size=(SIDE, SIDE))
+        yield labels, converse(labels, rng, turns)
+
+
+def true_answer(labels, question):
+    """The answer, found from the words of the question alone."""
+    by = {words: label for label, g in enumerate(GARMENTS) for words in (g.noun, g.nouns)}
+    if found := re.fullmatch(r"What is in row (\d), column (\d)\?", question):
+        return NAMES[labels[int(found[1]) - 1, int(found[2]) - 1]]
+    if found := re.fullmatch(r"What is in (row|column) (\d)\?", question):
+        line = (labels if found[1] == "row" else labels.T)[int(found[2]) - 1]
+        return ", ".join(NAMES[label] for label in line)
+    if found := re.fullmatch(r"How many (.+) are there\?", question):
+        return str((labels == by[found[1]]).sum())
+    if found := re.fullmatch(r"Is there an? (.+) in row (\d)\?", question):
+        return "yes" if by[found[1]] in labels[int(found[2]) - 1] else "no"
+    found = re.fullmatch(r"In which row is the (.+)\?", question)
+    (row,) = np.nonzero(labels == by[found[1]])[0]
+    return str(row + 1)
+
+
+def test_the_photos_are_those_of_the_splits():
+    train, test = photos("train"), photos("test")
+    assert train.shape == (10, 3000, PIXELS, PIXELS)
+    assert test.shape == (10, 200, PIXELS, PIXELS)
+    assert train.dtype == np.uint8
+    # Trousers are narrow, bags are wide: the labels fit.
+    lit = [(test[label] > 60).mean() for label in (NAMES.index("trousers"), NAMES.index("bag"))]
+    assert lit[0] < lit[1]
+
+
+def test_a_grid_is_drawn_again_the_same_and_holds_its_photos():
+    grid = draw_grid("test", 3, 17)
+    again = draw_grid("test", 3, 17)
+    assert grid.picture.shape == (SIDE * PIXELS, SIDE * PIXELS)
+    assert grid.picture.dtype == np.uint8
+    np.testing.assert_array_equal(grid.picture, again.picture)
+    assert (draw_grid("test", 3, 18).picture != grid.picture).any()
+    assert (draw_grid("test", 4, 17).picture != grid.picture).any()
+    for row, column in np.ndindex(SIDE, SIDE):
+        cell = grid.picture[row * PIXELS :, column * PIXELS :][:PIXELS, :PIXELS]
+        assert (photos("test")[grid.labels[row, column]] == cell).all((1, 2)).any()
+
+
+def test_training_photos_are_moved_and_turned_round_but_not_changed():
+    photo = np.zeros((PIXELS, PIXELS), np.uint8)
+    photo[8:20, 6] = 200
+    photo[8, 6:20] = 100
+    cells = augment(np.tile(photo, (SIDE, SIDE, 1, 1)), np.random.default_rng(0)).reshape(-1, PIXELS, PIXELS)
+    found = set()
+    for cell in cells:
+        flipped = cell[12, :14].max() < 200
+        upright = cell[:, ::-1] if flipped else cell
+        top, left = (int(edge.min()) for edge in np.nonzero(upright))
+        np.testing.assert_array_equal(np.roll(upright, (8 - top, 6 - left), (0, 1)), photo)
+        found.add((flipped, top - 8, left - 6))
+    assert len(found) > 10
+    assert {flipped for flipped, _, _ in found} == {False, True}
+    assert max(max(abs(y), abs(x)) for _, y, x in found) == SHIFT
+
+
+def test_answers_are_true():
+    asked = dict.fromkeys(KINDS, 0)
+    for labels, turns in conversations(200):
+        assert len(turns) == TURNS
+        for turn in turns:
+            assert turn.answer == true_answer(labels, turn.question)
+            asked[turn.kind] += 1
+    assert min(asked.values()) > 20
+    assert asked["place"] > sum(asked.values()) / 2
+
+
+def test_no_question_is_about_what_was_told():
+    for _, turns in conversations(200):
+        told = np.zeros((SIDE, SIDE), bool)
+        for turn in turns:
+            numbers = [int(n) - 1 for n in re.findall(r"\d", turn.question)]
+            if turn.kind in ("place", "line"):
+                column_only = turn.question.startswith("What is in column")
+                place = (slice(None), *numbers) if column_only else tuple(numbers)
+                assert not told[place].any()
+                told[place] = True
+            elif turn.kind == "presence":
+                assert not told[numbers[0]].any()
+
+
+def test_a_garment_is_asked_about_once():
+    for _, turns in conversations(200):
+        about = [
+            label
+            for turn in turns
+            if turn.kind in ("count", "presence", "where")
+            for label, g in enumerate(GARMENTS)
+            if re.search(rf"(many {g.nouns} are|(a|an|the) {g.noun}\b)", turn.question)
+        ]
+        assert len(about) == sum(turn.kind in ("count", "presence", "where") for turn in turns)
+        assert len(set(about)) == len(about)
+
+
+def test_presence_is_as_often_true_as_not():
+    rng = np.random.default_rng(0)
+    turns = [first_question("presence", rng.integers(10, size=(4, 4)), rng) for _ in range(400)]
+    assert 150 < sum(turn.answer == "yes" for turn in turns) < 250
+
+
+def test_where_is_asked_of_what_is_there_once():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        turn = first_question("where", LABELS, rng)
+        assert turn.answer == true_answer(LABELS, turn.question)
+    assert first_question("where", np.zeros((4, 4), int), rng) is None
+
+
+def test_a_told_place_is_not_asked_again():
+    told = Told()
+    told.places[:] = True
+    assert all(KINDS["place"][0](LABELS, np.random.default_rng(n), told) is None for n in range(20))
+
+
+def test_the_data_set(tmp_path):
+    write_dataset(tmp_path / "three", 3, seed=5)
+    write_dataset(tmp_path / "two", 2, seed=5)
+    three = json.loads((tmp_path / "three" / "conversations.json").read_text())
+    two = json.loads((tmp_path / "two" / "conversations.json").read_text())
+    assert three[:2] == two
+    assert len({record["id"] for record in three}) == 3
+    for number, record in enumerate(three):
+        grid = draw_grid("train", 5, number)
+        with Image.open(tmp_path / "three" / "images" / record["image"]) as image:
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[..., 1], grid.picture)
+        messages = record["conversations"]
+        assert [message["from"] for message in messages] == ["human", "gpt"] * TURNS
+        assert [message["value"].count("<image>") for message in messages] == [1] + [0] * (2 * TURNS - 1)
+        questions = [message["value"].removeprefix("<image>\n") for message in messages[::2]]
+        assert [true_answer(grid.labels, question) for question in questions] == [m["value"] for m in messages[1::2]]
+
+
+def test_bad_data_sets(tmp_path):
+    with pytest.raises(UserError, match="at least one"):
+        write_dataset(tmp_path / "none", 0)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UserError, match="exists"):
+        write_dataset(tmp_path / "here", 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def test_every_word_is_a_token(tokenizer):
+    for _, turns in conversations(50):
+        for turn in turns:
+            for text in (turn.question, turn.answer):
+                words = re.findall(r"[\w-]+|[,.?!]", text)
+                assert len(tokenizer(text)["input_ids"]) == 1 + len(words)
+    assert len(tokenizer) < 300
+
+
+def test_the_tokens_of_a_conversation_begin_with_those_of_its_prompt(tokenizer):
+    _, turns = next(conversations(1))
+    exchanges = [(turn.question, turn.answer) for turn in turns]
+    whole = token_ids(tokenizer, render(place_images(exchanges, 1), TEMPLATE))
+    assert whole[:3] == [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("[INST]"), IMAGE_PLACEHOLDER]
+    assert whole[-1] == tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in whole
+    for number, (question, answer) in enumerate(exchanges):
+        asked = place_images([*exchanges[:number], (question, None)], 1)
+        prompt = token_ids(tokenizer, render(asked, TEMPLATE))
+        assert prompt == whole[: len(prompt)]
+        rest = whole[len(prompt) :]
+        ids = rest[: rest.index(tokenizer.eos_token_id)]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+
+
+def test_the_tokenizer_is_learned_again_the_same():
+    assert learn_tokenizer().to_str() == learn_tokenizer().to_str()
+
+
+def test_the_position_table_tells_places_apart():
+    table = position_table(12, 128)
+    assert table.shape == (145, 128)
+    assert not table[0].any()
+    places = table[1:]
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 99 * np.eye(144)
+    assert apart.min() > 1
+    np.testing.assert_array_equal(table[1][:64], table[2][:64])  # the same row
+    np.testing.assert_array_equal(table[1][64:], table[13][64:])  # the same column
+
+
+def test_the_demo_is_a_small_llava_with_three_drops():
+    config = demo_config(SCHEDULE, 211)
+    assert config.image_tokens >= 144
+    assert 8 <= config.text.num_layers <= 12
+    assert len(config.schedule.layers) >= 3
+    assert 2 * count(abstract_params(config)) < 12e6  # bytes in bfloat16
+    params = demo_params(config, seed=1)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(config))
+    same = jax.tree.map_with_path(
+        lambda path, a, b: (path_name(path), bool((a == b).all())), params, demo_params(config, 2)
+    )
+    moved = [name for name, equal in jax.tree.leaves(same, is_leaf=lambda x: isinstance(x, tuple)) if not equal]
+    assert "vision.embed.position" not in moved
+    assert "embed.embedding" in moved
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "start"
+    write_start(folder)
+    return load(folder)
+
+
+def test_the_start_is_a_checkpoint(start):
+    assert start.config == demo_config()
+    assert start.config.text.vocab_size == len(start.processor.tokenizer)
+    assert start.processor.stop_ids == (2,)
+    crops = start.processor(["What is in row 1?"], [draw_grid("test", 0, 0).picture]).crops
+    assert crops.shape == (1, 1, 168, 168, 3)
+    assert abs(crops.mean()) < 0.5
+    assert 0.7 < crops.std() < 1.4
+
+
+def test_cases_are_first_questions_to_test_photos():
+    cases = draw_cases(20, seed=1)
+    assert {case.kind for case in cases} == {*KINDS, LATER}
+    assert sum(case.kind == "place" for case in cases) == 20
+    for case in cases:
+        *before, (question, answer) = case.turns
+        assert answer is None
+        assert len(before) == (TURNS - 1 if case.kind == LATER else 0)
+        assert all(true for _, true in before)
+        assert case.answer
+        assert question
+
+
+def test_evaluating_counts_exact_answers(start, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 8)
+    guesses = evaluation.answer(start, draw_cases(1)[:2])
+    assert len(guesses) == 2
+    monkeypatch.setattr(
+        evaluation, "answer", lambda model, cases: [case.answer * (case.kind != "count") for case in cases]
+    )
+    scores = {score.kind: score for score in evaluation.evaluate(start, 10)}
+    assert scores["place"] == Score("place", 10, 10)
+    assert scores["count"] == Score("count", 10, 0)
+    assert "| count | 10 | 0.0 % |" in table(list(scores.values()))
+
+
+def test_the_interval_is_wilsons():
+    low, high = Score("place", 1000, 880).interval
+    assert (round(low, 4), round(high, 4)) == (0.8584, 0.8987)
+    assert Score("place", 10, 10).interval[1] == pytest.approx(1)
+
+
+def test_another_schedule():
+    dense = demo_config(DropSchedule.none(), 211)
+    assert dataclasses.replace(dense, schedule=SCHEDULE) == demo_config(SCHEDULE, 211)

@@ -1,0 +1,98 @@
+"""Batches of a data set in the order of its plan, read ahead by grain."""
+
+import dataclasses
+import functools
+import warnings
+from collections import Counter
+
+import grain
+import jax
+from absl import flags
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs import assemble
+
+from .index import Dataset, open_dataset
+from .plan import Planned
+
+__all__ = ["Dataset", "Step", "open_dataset", "pipeline"]
+
+THREADS = 4  # batches that are read at the same time without worker processes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Step:
+    """What one optimizer step takes.
+
+    Attributes:
+      batch: this process' rows.
+      broken: rows of it that weigh nothing, by reason.
+    """
+
+    batch: Batch
+    broken: Counter[str]
+
+
+def pipeline(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    accumulate: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> grain.IterDataset[Step]:
+    """The batches of steps 0..steps-1, epoch after epoch.
+
+    Step i is the same batch whatever was read before, so an iterator resumes exactly; its state fits only the number of
+    workers that it was taken with.
+
+    Args:
+      batch_size: B, rows of one optimizer step in all processes. A process gets rows [p * B / P, (p + 1) * B / P).
+      accumulate: parts that the step will cut its rows into; only checked here.
+      workers: processes that read pictures; with 0 threads do.
+
+    Raises:
+      UserError: B cannot be shared out, or is more than the data set has rows; while iterating, a picture that cannot
+        be read if ``data.broken`` is "fail".
+    """
+    parts = process_count * accumulate
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} rows cannot be shared out to {process_count} processes in {accumulate} parts "
+            f"each: choose a multiple of {parts}"
+        )
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"{dataset.data.conversations} has {len(dataset)} usable rows, a batch takes {batch_size}: lower the batch "
+            "size"
+        )
+    share = batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share)
+    load = functools.partial(_load, dataset, batch_size, seed, rows)
+    source = grain.MapDataset.range(steps).map(load)
+    if not workers:
+        return source.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS))
+    if not flags.FLAGS.is_parsed():  # grain asks for its flags in the workers, and our command line is not absl's
+        flags.FLAGS.mark_as_parsed()
+    one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    return source.to_iter_dataset(one_at_a_time).mp_prefetch(options)
+
+
+def _load(dataset: Dataset, batch_size: int, seed: int, rows: slice, step: int) -> Step:
+    # Pillow warns of metadata it finds odd, once for each wording: on a live terminal line that is noise.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    epoch, number = divmod(step, len(dataset) // batch_size)
+    planned = _plan(dataset, batch_size, seed, epoch)[number]
+    loaded = [dataset.row(row) for row in planned.rows[rows].tolist()]
+    batch = assemble([row for row, _ in loaded], dataset.config, planned.bucket, planned.queries)
+    return Step(batch, Counter(reason for _, reason in loaded if reason))
+
+
+@functools.lru_cache(maxsize=2)
+def _plan(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> list[Planned]:
+    return dataset.plan(batch_size, seed, epoch)

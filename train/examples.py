@@ -1,0 +1,123 @@
+"""A record of LLaVA's JSON -> a training row, or why it is broken."""
+
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from pdrop_jax.batch import IGNORE
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG
+from pdrop_jax.inputs.targets import Example, TrainingText, training_text, turns_of
+
+# Why a record is left out: what users see counted.
+MALFORMED = "malformed JSON"  # also: no object, no conversations, wrong roles
+NOT_FOR_TEMPLATE = "not for this template"  # "plain" takes a picture and its caption, nothing else
+NO_FILE = "no image file"
+CORRUPT = "corrupt picture"  # found only when it is loaded; also one of too many pixels
+NO_PICTURE = "<image> without picture"
+NO_TAG = "picture without <image>"
+SEVERAL = "several pictures"
+NO_TARGET = "no target"
+TOO_LONG = "too long"
+
+
+class BrokenRecord(Exception):
+    """The reason, one of the above, is its only argument."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+
+def read_records(path: pathlib.Path) -> Iterator[Any]:
+    """The records of a JSON list or of JSON lines; None for a line that is no JSON. Empty lines are nothing.
+
+    Raises:
+      UserError: there is no such file, it is empty, or a list that is no JSON as a whole.
+    """
+    try:
+        with path.open("rb") as file:
+            lines = (line.strip() for line in file)
+            first = next((line for line in lines if line), b"")
+            if not first:
+                raise UserError(f"{path} is empty: expected a JSON list of conversations, or one JSON object a line")
+            if not first.startswith((b"[", b"\xef\xbb\xbf[")):
+                yield from (_read_line(line) for line in itertools.chain([first], lines) if line)
+                return
+            file.seek(0)
+            yield from json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file of conversations") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} begins like a JSON list but is none: {error}") from None
+
+
+def _read_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> tuple[TrainingText, str]:
+    """The text of a record and its picture's name, empty if there is none.
+
+    Args:
+      record: ``{"image": name or nothing, "conversations": […]}``; whatever else it holds is not looked at.
+      is_file: whether there is a picture of that name.
+
+    Raises:
+      BrokenRecord.
+    """
+    if not isinstance(record, dict):
+        raise BrokenRecord(MALFORMED)
+    pictures = record.get("image")
+    if not isinstance(pictures, list):
+        pictures = [] if pictures is None else [pictures]
+    try:
+        turns = turns_of(record.get("conversations"))
+        "".join([*pictures, *(text or "" for turn in turns for text in turn)]).encode()
+    except (UserError, TypeError, UnicodeEncodeError):  # half a surrogate pair is valid JSON, but no text
+        raise BrokenRecord(MALFORMED) from None
+    tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
+    if tags != len(pictures):
+        raise BrokenRecord(NO_PICTURE if tags > len(pictures) else NO_TAG)
+    if tags > 1:
+        raise BrokenRecord(SEVERAL)
+    try:
+        conversation = training_text(turns, template)
+    except UserError:
+        raise BrokenRecord(NOT_FOR_TEMPLATE) from None
+    if not conversation.spans:
+        raise BrokenRecord(NO_TARGET)
+    if pictures and not is_file(pictures[0]):
+        raise BrokenRecord(NO_FILE)
+    return conversation, pictures[0] if pictures else ""
+
+
+def fit(example: Example, max_length: int, image_tokens: int, too_long: Literal["cut", "skip"]) -> Example:
+    """``example`` within ``max_length`` positions, its image counted in full.
+
+    LLaVA's code cuts in the middle of an image too. Here all of the image goes then: nothing comes after it any more,
+    so no target sees the difference.
+
+    Raises:
+      BrokenRecord: it is too long and ``too_long`` is "skip", or no target is left.
+    """
+    end = np.cumsum(np.where(example.ids == IMAGE_PLACEHOLDER, image_tokens, 1))
+    n = int(np.searchsorted(end, max_length, side="right"))
+    if n < len(end):
+        if too_long == "skip":
+            raise BrokenRecord(TOO_LONG)
+        example = Example(example.ids[:n], example.labels[:n])
+    if not (example.labels[1:] != IGNORE).any():  # nothing stands before the first token that could predict it
+        raise BrokenRecord(NO_TARGET)
+    return example

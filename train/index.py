@@ -1,0 +1,246 @@
+"""Dataset: conversations, tokenized once and kept in memory; pictures stay on disk until a batch needs them."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pdrop_jax.batch import IGNORE
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs import Processor, Row
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, template_named
+from pdrop_jax.inputs.images import read_image, to_crop
+from pdrop_jax.inputs.targets import ends_answers, tokenize
+from pdrop_jax.schedule import Bucket
+
+from .examples import CORRUPT, BrokenRecord, fit, read_example, read_records
+from .plan import Planned, Sizes, batches_of, shapes_of
+from .ragged import Ragged, RaggedBuilder
+from .recipe import Data
+
+CHUNK = 1024  # records that are tokenized together
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """The usable rows of a data set, N of them.
+
+    Attributes:
+      data: what was asked for.
+      config: of the model.
+      image_processor: a transformers CLIPImageProcessorPil.
+      ids: N rows of int32 token ids, IMAGE_PLACEHOLDER for a picture.
+      spans: N rows of int32, start and stop of each run of targets in turn.
+      pictures: N rows of uint8, the name of the picture in UTF-8, empty without one.
+      records: (N,) int64, where in the file the row stands, from 1.
+      sizes: of each row.
+      broken: rows that are left out, by reason.
+    """
+
+    data: Data
+    config: LlavaConfig
+    image_processor: Any
+    ids: Ragged
+    spans: Ragged
+    pictures: Ragged
+    records: np.ndarray
+    sizes: Sizes
+    broken: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def row(self, number: int) -> tuple[Row, str | None]:
+        """Row ``number`` with its picture, and why that could not be read, if so.
+
+        A row whose picture cannot be read keeps its ids, with a grey picture and no target: it weighs nothing.
+
+        Raises:
+          UserError: the picture cannot be read and ``data.broken`` is "fail".
+        """
+        ids = self.ids[number]
+        labels = np.full(len(ids), IGNORE, np.int32)
+        for start, stop in self.spans[number].reshape(-1, 2):
+            labels[start:stop] = ids[start:stop]
+        if not self.sizes.images[number]:
+            return Row(ids, (), labels), None
+        path = os.path.join(self.data.images, self.pictures[number].tobytes().decode())
+        try:
+            return Row(ids, [to_crop(read_image(path), self.image_processor, self.config.image_aspect)], labels), None
+        except UserError as error:
+            if self.data.broken == "fail":
+                raise UserError(
+                    f"{self.data.conversations}, row {self.records[number]}: {error}: put it right, or set data.broken "
+                    'to "skip"'
+                ) from None
+        size = self.config.vision.image_size
+        return Row(ids, [np.zeros((size, size, 3), np.float32)], np.full_like(labels, IGNORE)), CORRUPT
+
+    def plan(self, batch_size: int, seed: int, epoch: int) -> list[Planned]:
+        """The batches of ``epoch`` (from 0), the same in every process. The last incomplete one is left out.
+
+        Args:
+          batch_size: B, rows of all processes together.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        batches = batches_of(rng, self.sizes, batch_size, self.data.group)
+        slots = _text_slots(self.data)
+        shapes = shapes_of(batches, self.sizes, slots, self.config.image_tokens)
+        return [Planned(rows, *shape) for rows, shape in zip(batches, shapes, strict=True)]
+
+    def shapes(self, batch_size: int, seed: int, epochs: int = 1) -> set[tuple[Bucket, int]]:
+        """What a step will be compiled for in the first ``epochs``: buckets, each with its number of query rows."""
+        return {
+            (planned.bucket, planned.queries)
+            for epoch in range(epochs)
+            for planned in self.plan(batch_size, seed, epoch)
+        }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of everything that the order and the contents of batches follow from, but for the pictures themselves."""
+        digest = hashlib.blake2b(digest_size=16)
+        for rows in (self.ids, self.spans, self.pictures):
+            digest.update(rows.ends.tobytes())
+            digest.update(rows.values.tobytes())
+        return digest.hexdigest()
+
+
+def open_dataset(data: Data, config: LlavaConfig, folder: str | os.PathLike, progress: bool = True) -> Dataset:
+    """Read and tokenize the conversations of ``data`` for a model.
+
+    Args:
+      folder: where the model's tokenizer and image processor are.
+      progress: show it, on a terminal.
+
+    Raises:
+      UserError: a file or folder that does not exist, no conversation, none that is usable, a broken one if
+        ``data.broken`` is "fail", a limit that the model does not have, a tokenizer that does not fit model or
+        template.
+    """
+    processor = Processor.load(folder, config)
+    _check(data, config, processor.tokenizer, folder)
+    path = pathlib.Path(data.conversations)
+    rows = _Rows(data, config, processor.tokenizer)
+    records = enumerate(read_records(path), 1)
+    bar = tqdm(desc=f"tokenizing {path.name}", unit=" rows", disable=None if progress else True)
+    with bar:
+        while chunk := list(itertools.islice(records, CHUNK)):
+            rows.add(chunk)
+            bar.update(len(chunk))
+    if not rows.seen:
+        raise UserError(f"{path} holds no conversation")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rows.broken.most_common())
+    if not rows.records:
+        raise UserError(f"{path} holds no usable row: all {rows.seen} are broken ({reasons})")
+    if rows.broken and data.broken == "fail":
+        raise UserError(
+            f"{path}: {rows.broken.total()} of {rows.seen} rows are broken ({reasons}), first row {rows.first_broken}: "
+            'put them right, or set data.broken to "skip"'
+        )
+    dataset = rows.build(processor.image_processor)
+    if (highest := dataset.ids.values.max()) >= config.text.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} gives token ids up to {highest} but the model knows "
+            f"0..{config.text.vocab_size - 1}: it belongs to another model"
+        )
+    return dataset
+
+
+def _check(data: Data, config: LlavaConfig, tokenizer: Any, folder: str | os.PathLike) -> None:
+    if not ends_answers(tokenizer, data.template):
+        raise UserError(
+            f"template {data.template!r} ends an answer with {template_named(data.template).end_token}, which the "
+            f"tokenizer in {folder} does not have as one token, so nothing would be learned: choose another template"
+        )
+    if data.max_length > config.text.max_length:
+        raise UserError(
+            f"data.max_length is {data.max_length} but the model has {config.text.max_length} positions: lower it"
+        )
+    if not os.path.isdir(data.images):
+        raise UserError(f"data.images: there is no folder {data.images}")
+
+
+def _text_slots(data: Data) -> tuple[int, ...]:
+    return tuple(sorted({n for n in data.text_buckets if 0 < n < data.max_length} | {data.max_length}))
+
+
+class _Rows:
+    """Rows as they are read."""
+
+    def __init__(self, data: Data, config: LlavaConfig, tokenizer: Any) -> None:
+        self.data, self.config, self.tokenizer = data, config, tokenizer
+        self.is_file = file_finder(data.images)
+        self.ids, self.spans, self.pictures = RaggedBuilder(np.int32), RaggedBuilder(np.int32), RaggedBuilder(np.uint8)
+        self.records: list[int] = []
+        self.sizes: list[tuple[int, int, int]] = []
+        self.broken: Counter[str] = Counter()
+        self.seen, self.first_broken = 0, 0
+
+    def add(self, numbered: Iterable[tuple[int, Any]]) -> None:
+        read = []
+        for number, record in numbered:
+            self.seen = number
+            try:
+                read.append((number, *read_example(record, self.data.template, self.is_file)))
+            except BrokenRecord as error:
+                self._leave_out(number, error.reason)
+        examples = tokenize(self.tokenizer, [text for _, text, _ in read], self.data.template)
+        for (number, _, picture), example in zip(read, examples, strict=True):
+            try:
+                example = fit(example, self.data.max_length, self.config.image_tokens, self.data.too_long)
+            except BrokenRecord as error:
+                self._leave_out(number, error.reason)
+                continue
+            images = int((example.ids == IMAGE_PLACEHOLDER).sum())
+            runs = _runs(example.labels != IGNORE)
+            self.ids.append(example.ids)
+            self.spans.append(runs.ravel())
+            self.pictures.append(np.frombuffer(picture.encode() if images else b"", np.uint8))
+            self.records.append(number)
+            self.sizes.append((len(example.ids) - images, images, int((runs[:, 0] > 0).sum())))
+
+    def _leave_out(self, number: int, reason: str) -> None:
+        self.broken[reason] += 1
+        self.first_broken = min(self.first_broken or number, number)
+
+    def build(self, image_processor: Any) -> Dataset:
+        sizes = Sizes(*np.array(self.sizes, np.int32).T)
+        parts = self.ids.build(), self.spans.build(), self.pictures.build()
+        return Dataset(
+            self.data, self.config, image_processor, *parts, np.array(self.records), sizes, Counter(self.broken)
+        )
+
+
+def _runs(mask: np.ndarray) -> np.ndarray:
+    """(runs, 2), start and stop of each run of true values."""
+    return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+
+
+def file_finder(folder: str) -> Callable[[str], bool]:
+    """A function that says whether there is a file of a name below ``folder``.
+
+    It lists each folder once: asking for every file by itself takes minutes where the pictures lie on another machine.
+    """
+
+    @functools.cache
+    def names(parent: str) -> frozenset[str]:
+        try:
+            return frozenset(os.listdir(parent))
+        except (OSError, ValueError):
+            return frozenset()
+
+    def is_file(name: str) -> bool:
+        parent, own = os.path.split(os.path.join(folder, name))
+        return own in names(parent)
+
+    return is_file
