@@ -1,16 +1,17 @@
 """Tiny models and hand-built batches for the tests of the model."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 
-from pdrop_jax.batch import Batch
+from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.model import llava
 from pdrop_jax.model.buffer import TokenBuffer
 from pdrop_jax.model.params import abstract_params, path_name
-from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.schedule import Bucket, DropSchedule
 
 VOCAB = 64
 CROP = 16  # pixels
@@ -78,6 +79,18 @@ def make_batch(rows, bucket, query_rows=None, labels=None, image_tokens=IMAGE_TO
     crops = np.random.default_rng(0).standard_normal((B, len(bucket.images), CROP, CROP, 3)).astype(np.float32)
     query_rows = length[:, None] - 1 if query_rows is None else np.asarray(query_rows, np.int32)
     return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket)
+
+
+def training_batch():
+    """Three rows: an answer behind a picture, text without a target, a picture amid text. Slot 0 is no target."""
+    rows = [[1, -16, 5, 6, 7, 8, 9], [1, 5, 6], [1, 9, -16, 5, 6, 7, 8, 9, 4]]
+    batch = make_batch(rows, Bucket(12, (16,)))
+    labels = np.where(
+        (batch.image_id == 0) & (np.arange(batch.bucket.slots) < batch.length[:, None]), batch.token_ids, IGNORE
+    )
+    labels[:, 0] = IGNORE
+    labels[1] = IGNORE
+    return dataclasses.replace(batch, labels=labels.astype(np.int32))
 
 
 def row_of(batch, b):

@@ -1,0 +1,126 @@
+"""One optimizer step: what it changes, what it must not change, and how it is cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import llava_config, params_of, training_batch
+
+from pdrop_jax.model.lora import add_lora
+from pdrop_jax.model.params import path_name
+from pdrop_jax.train.optimizer import group_of, learning_rate, make_optimizer
+from pdrop_jax.train.recipe import Optimizer
+from pdrop_jax.train.step import init_state, join, split, train_step
+
+CONFIG = llava_config()
+ADAMW = make_optimizer(Optimizer(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0, weight_decay=0.1), 20)
+
+
+def batch_of(rows):
+    batch = training_batch()
+    return jax.tree.map(lambda x: np.concatenate([x] * rows)[:rows], batch)
+
+
+def fresh(groups=("projector", "llm"), params=None):
+    params = jax.tree.map(jnp.array, params_of(CONFIG)) if params is None else params
+    return init_state(params, groups, ADAMW, jnp.float32)
+
+
+def step(state, batch, **settings):
+    return train_step(CONFIG, ADAMW, state, batch, dtype=jnp.float32, **settings)
+
+
+def test_the_loss_falls():
+    state, losses = fresh(), []
+    for _ in range(10):
+        state, metrics = step(state, batch_of(3))
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert int(state.step) == 10
+    assert int(metrics.skipped) == 0
+
+
+def test_four_parts_of_two_rows_are_one_of_eight():
+    whole, one = step(fresh(), batch_of(8))
+    cut, four = step(fresh(), batch_of(8), accumulate=4)
+    assert float(one.loss) == pytest.approx(float(four.loss), rel=1e-6)
+    assert float(one.grad_norm) == pytest.approx(float(four.grad_norm), rel=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), whole.optimizer, cut.optimizer)
+
+
+@pytest.mark.parametrize("groups", [("projector",), ("projector", "llm"), ("vision",), ("lora",)])
+def test_a_frozen_group_does_not_change_by_one_bit(groups):
+    params = add_lora(params_of(CONFIG), CONFIG, rank=2, alpha=4.0)
+    before = jax.tree.map(np.array, params)
+    state = fresh(groups, jax.tree.map(jnp.array, params))
+    for _ in range(3):
+        state, _ = step(state, batch_of(3))
+    after = join(state.trained, state.frozen)
+    changed = set()
+
+    def compare(path, old, new):
+        if not np.array_equal(old, np.asarray(new)):
+            changed.add(group_of(path_name(path)))
+
+    jax.tree.map_with_path(compare, before, after)
+    assert changed == set(groups)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    batch = batch_of(3)
+    state, _ = step(fresh(), batch)
+    before = jax.tree.map(np.array, state.trained)
+    spoiled = jax.tree.map(lambda x: x, batch)
+    spoiled.crops = np.full_like(batch.crops, np.nan)
+    state, metrics = step(state, spoiled)
+    assert int(metrics.skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state.trained))
+    state, metrics = step(state, batch)
+    assert int(metrics.skipped) == 1
+    assert np.isfinite(float(metrics.loss))
+
+
+def test_no_step_compiles_twice():
+    state = fresh()
+    state, _ = step(state, batch_of(3))
+    compiled = train_step._cache_size()
+    for _ in range(3):
+        state, _ = step(state, batch_of(3))
+    assert train_step._cache_size() == compiled
+
+
+def test_norms_and_biases_do_not_decay():
+    params = params_of(CONFIG)
+    optimizer = make_optimizer(Optimizer(learning_rate=1.0, warmup=0.0, weight_decay=0.5), 10)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+
+    def check(path, update, value):
+        rate = 0.0 if path_name(path).endswith((".scale", ".bias")) else -0.5
+        np.testing.assert_allclose(update, rate * value, atol=1e-6)
+
+    jax.tree.map_with_path(check, updates, params)
+
+
+def test_groups_have_rates_of_their_own():
+    params = jax.tree.map(jnp.ones_like, params_of(CONFIG))
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0), 10)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert float(updates["vision"]["embed"]["class_token"][0]) == pytest.approx(-1e-3, rel=1e-3)
+    assert float(updates["projector"]["linear_0"]["bias"][0]) == pytest.approx(-1e-2, rel=1e-3)
+
+
+def test_the_learning_rate_rises_and_falls():
+    rate = learning_rate(2.0, 0.03, 100)
+    assert [float(rate(n)) for n in (0, 3, 100)] == pytest.approx([0.0, 2.0, 0.0], abs=1e-6)
+    assert float(rate(51)) == pytest.approx(1.0 + np.cos(np.pi * 48 / 97), rel=1e-5)
+
+
+def test_what_is_split_is_joined():
+    params = params_of(CONFIG)
+    trained, frozen = split(params, ("projector",))
+    assert set(trained) == {"projector"}
+    assert "projector" not in frozen
+    assert jax.tree.structure(join(trained, frozen)) == jax.tree.structure(params)
+    assert isinstance(ADAMW, optax.GradientTransformation)

@@ -1,0 +1,66 @@
+"""AdamW as a recipe describes it, and which group a parameter belongs to."""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pdrop_jax.model.layers import Params
+from pdrop_jax.model.params import path_name
+
+from .recipe import Optimizer
+
+NEVER_DECAYED = ("scale", "bias")
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter's dotted name: vision, projector, lora or llm."""
+    first = name.partition(".")[0]
+    if first in ("vision", "projector"):
+        return first
+    return "lora" if ".lora." in name else "llm"
+
+
+def learning_rate(peak: float, warmup: float, steps: int) -> optax.Schedule:
+    """From 0 up to ``peak`` over ceil(warmup * steps) steps, then along a cosine to 0 at ``steps``."""
+    warmup_steps = math.ceil(warmup * steps)
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, 1))
+
+
+def make_optimizer(recipe: Optimizer, steps: int) -> optax.GradientTransformation:
+    """AdamW over the trained parameters; a step whose gradient is not finite changes nothing and is counted.
+
+    Args:
+      steps: of the whole run.
+    """
+    peaks = {
+        "vision": recipe.vision_learning_rate,
+        "projector": recipe.projector_learning_rate,
+        "lora": None,
+        "llm": None,
+    }
+    rates = {
+        group: optax.scale_by_learning_rate(
+            learning_rate(recipe.learning_rate if peak is None else peak, recipe.warmup, steps)
+        )
+        for group, peak in peaks.items()
+    }
+    adamw = optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps, mu_dtype=jnp.dtype(recipe.moment_dtype)),
+        optax.add_decayed_weights(recipe.weight_decay, mask=_decayed),
+        optax.partition(rates, lambda params: _by_name(params, group_of)),
+    )
+    return optax.apply_if_finite(adamw, max_consecutive_errors=sys.maxsize >> 32)  # optax counts in int32
+
+
+def _decayed(params: Params) -> Params:
+    return _by_name(params, lambda name: name.rpartition(".")[2] not in NEVER_DECAYED)
+
+
+def _by_name(params: Params, of: Callable[[str], Any]) -> Params:
+    return jax.tree.map_with_path(lambda path, _: of(path_name(path)), params)

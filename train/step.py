@@ -1,0 +1,143 @@
+"""One optimizer step: gradients of a batch, in parts if asked, and AdamW on the trained parameters.
+
+Trained parameters are float32 masters, cast to the compute dtype in the step; frozen ones are kept in that dtype and
+get no gradient at all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.model.attention import Implementation
+from pdrop_jax.model.decoder import Remat
+from pdrop_jax.model.layers import Params
+from pdrop_jax.model.loss import count_targets, loss_of
+
+from .optimizer import group_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a step changes, and the parameters that it does not.
+
+    Attributes:
+      step: () int32, steps taken, skipped ones too.
+      trained: float32 parameters.
+      frozen: the rest, in the compute dtype.
+      optimizer: optax's state.
+    """
+
+    step: jax.Array
+    trained: Params
+    frozen: Params
+    optimizer: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Metrics:
+    """Scalars of a step.
+
+    Attributes:
+      loss: mean cross-entropy over the targets, float32.
+      grad_norm: before clipping, float32.
+      targets: int32.
+      tokens: valid slots of the batch, images included, int32.
+      skipped: steps so far whose gradient was not finite, int32.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    targets: jax.Array
+    tokens: jax.Array
+    skipped: jax.Array
+
+
+def split(params: Params, groups: Collection[str]) -> tuple[Params, Params]:
+    """(parameters of ``groups``, the others). The scale of an adapter is a constant of its group, never trained."""
+    flat = flatten_dict(params, sep=".")
+    trained = {
+        name: x
+        for name, x in flat.items()
+        if (group := group_of(name)) in groups and not (group == "lora" and name.endswith(".scale"))
+    }
+    frozen = {name: x for name, x in flat.items() if name not in trained}
+    return unflatten_dict(trained, sep="."), unflatten_dict(frozen, sep=".")
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The whole tree again."""
+    return unflatten_dict({**flatten_dict(trained, sep="."), **flatten_dict(frozen, sep=".")}, sep=".")
+
+
+def init_state(
+    params: Params, groups: Collection[str], optimizer: optax.GradientTransformation, dtype: Any
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: the whole tree, of any float dtype.
+      groups: what is trained, of "vision", "projector", "llm" and "lora".
+      dtype: of the computation.
+    """
+    trained, frozen = split(params, groups)
+    trained = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), trained)
+    frozen = jax.tree.map(lambda x: jnp.asarray(x, dtype), frozen)
+    return TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "optimizer", "dtype", "accumulate", "remat", "implementation"),
+    donate_argnames=("state",),
+)
+def train_step(
+    config: LlavaConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    *,
+    dtype: Any = jnp.bfloat16,
+    accumulate: int = 1,
+    remat: Remat = "full",
+    implementation: Implementation = "auto",
+) -> tuple[TrainState, Metrics]:
+    """One step. Consumes ``state``; compiles once for each bucket and number of query rows.
+
+    The loss is the mean over all targets of the batch, however it is cut, so the parts change nothing but memory.
+
+    Args:
+      batch: B rows with labels.
+      accumulate: parts that the rows are cut into, one after the other; a divisor of B.
+    """
+    targets = count_targets(jnp.asarray(batch.labels))
+
+    def loss_of_part(trained: Params, part: Batch) -> jax.Array:
+        params = join(jax.tree.map(lambda x: x.astype(dtype), trained), state.frozen)
+        total, _ = loss_of(config, params, part, implementation=implementation, remat=remat)
+        return total / jnp.maximum(targets, 1)
+
+    def add_part(carry: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_of_part)(state.trained, part)), None
+
+    if accumulate == 1:
+        loss, gradient = jax.value_and_grad(loss_of_part)(state.trained, batch)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
+        (loss, gradient), _ = jax.lax.scan(add_part, zero, parts)
+    updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    metrics = Metrics(
+        loss, optax.tree.norm(gradient), targets, jnp.asarray(batch.length).sum(), moments.total_notfinite
+    )
+    return TrainState(state.step + 1, trained, state.frozen, moments), metrics
