@@ -1,7 +1,33 @@
-"""A recipe: everything that a training run is told, as frozen dataclasses."""
+"""A recipe: everything that a training run is told, as frozen dataclasses read from TOML or JSON.
+
+A file has the tables ``[model]``, ``[data]``, ``[optimizer]`` and ``[run]``; what it leaves out has the default.
+"""
 
 import dataclasses
-from typing import Literal
+import difflib
+import json
+import pathlib
+import tomllib
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pdrop_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Where training starts and which part of it is trained."""
+
+    start: str  # a checkpoint of ours
+    groups: tuple[str, ...] = ("projector", "llm")  # of vision, projector, llm, lora
+    layers: tuple[int, ...] | None = None  # drops; None is the checkpoint's own schedule
+    ratios: tuple[float, ...] | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
+    remat: Literal["none", "dots", "full"] = "full"
+    lora_rank: int = 0  # 0 is no adapters
+    lora_alpha: float = 256.0
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +59,104 @@ class Optimizer:
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the gradient of all groups together
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second is float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How long, in what portions, and what is kept."""
+
+    batch_size: int = 128  # rows of a step, all processes together
+    accumulate: int = 1  # parts that a step's rows are cut into
+    epochs: int = 1
+    steps: int | None = None  # instead of epochs
+    seed: int = 0
+    save_every: int = 500  # steps
+    keep_last: int = 2
+    keep_every: int | None = None  # steps whose checkpoints stay for good
+    log_every: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    model: Model
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    run: Run = Run()
+
+
+def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+      path: a TOML or JSON file.
+      settings: "part.key=value", value in TOML or plain text; they win over the file.
+
+    Raises:
+      UserError: the file cannot be read, a key is not known, missing or of another type.
+    """
+    path = pathlib.Path(path)
+    try:
+        text = path.read_text()
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {error}") from None
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        part, dot, key = name.partition(".")
+        if not (equals and dot and isinstance(data, dict) and isinstance(data.setdefault(part, {}), dict)):
+            raise UserError(f"--set {setting!r} is not of the form part.key=value")
+        data[part][key] = _value(value)
+    return parse(Recipe, data, "")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse(kind: Any, value: Any, name: str) -> Any:
+    """``value`` of a JSON or TOML file as ``kind``: a dataclass of this file or the type of one of its fields.
+
+    Raises:
+      UserError: it is none; ``name`` is the dotted key that the message gives.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass(typing.cast(type, kind), value, name)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{name} is {value!r}: choose {' or '.join(map(repr, arguments))}")
+        return value
+    if type(None) in arguments:
+        return None if value is None else parse(arguments[0], value, name)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{name} is {value!r}, expected a list")
+        return tuple(parse(arguments[0], item, name) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _parse_dataclass(kind: type, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{name or 'the recipe'} is {value!r}, expected a table")
+    types = typing.get_type_hints(kind)
+    prefix = f"{name}." if name else ""
+    for key in value:
+        if key not in types:
+            near = difflib.get_close_matches(key, types, 1, 0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(types)}"
+            raise UserError(f"the recipe has an unknown key {prefix}{key}: {hint}")
+    required = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.name not in value
+    ]
+    if required:
+        raise UserError(f"the recipe has no {', '.join(prefix + key for key in required)}")
+    return kind(**{key: parse(types[key], item, prefix + key) for key, item in value.items()})

@@ -1,0 +1,90 @@
+"""Recipes: what a file may say, and what is said of one that is wrong."""
+
+import json
+
+import pytest
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.train.recipe import Data, Model, Optimizer, Recipe, Run, load_recipe
+
+TEXT = """
+[model]
+start = "start"
+groups = ["projector"]
+[data]
+conversations = "chat.json"
+images = "images"
+text_buckets = [64, 96]
+[optimizer]
+learning_rate = 1
+"""
+
+
+def written(folder, text=TEXT, name="recipe.toml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_what_a_file_leaves_out_has_the_default(tmp_path):
+    assert load_recipe(written(tmp_path)) == Recipe(
+        Model("start", ("projector",)),
+        Data("chat.json", "images", text_buckets=(64, 96)),
+        Optimizer(learning_rate=1.0),
+        Run(),
+    )
+
+
+def test_json_says_the_same(tmp_path):
+    data = {"model": {"start": "start"}, "data": {"conversations": "c", "images": "i"}, "run": {"steps": None}}
+    path = written(tmp_path, json.dumps(data), "recipe.json")
+    assert load_recipe(path) == Recipe(Model("start"), Data("c", "i"))
+
+
+def test_settings_win_over_the_file(tmp_path):
+    settings = ["run.steps=7", "data.group=true", "model.start=other", "model.layers=[2, 4]", "data.template=plain"]
+    recipe = load_recipe(written(tmp_path), settings)
+    assert (recipe.run.steps, recipe.data.group, recipe.model.start) == (7, True, "other")
+    assert recipe.model.layers == (2, 4)
+    assert recipe.data.template == "plain"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat: did you mean optimizer.learning_rate?"),
+        ("optimiser.b1=0.9", "unknown key optimiser: did you mean optimizer?"),
+        ("run.zzz=1", "unknown key run.zzz: there are batch_size"),
+        ("run.steps=1.5", "run.steps is 1.5, expected int"),
+        ("run.steps=true", "run.steps is True, expected int"),
+        ("data.broken=ignore", "data.broken is 'ignore': choose 'skip' or 'fail'"),
+        ("model.groups=llm", "model.groups is 'llm', expected a list"),
+        ("model.layers=[1, 2.5]", "model.layers is 2.5, expected int"),
+        ("steps=3", "is not of the form part.key=value"),
+        ("run.steps", "is not of the form part.key=value"),
+    ],
+)
+def test_a_setting_that_is_wrong(tmp_path, setting, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(written(tmp_path), [setting])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]", "the recipe has no data"),
+        ("[model]\n[data]\nimages = '.'", "the recipe has no model.start"),
+        ("model = 3\n[data]", "model is 3, expected a table"),
+        ("[model", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_wrong(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(written(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"none.toml cannot be read: .*No such file"):
+        load_recipe(tmp_path / "none.toml")
