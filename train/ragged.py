@@ -4,11 +4,14 @@ import array
 import os
 import sys
 import tempfile
+import threading
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from pdrop_jax.errors import UserError
+
+_WRITING = threading.Lock()  # grain pickles for each worker in a thread of its own, and all must name the same file
 
 
 class Ragged:
@@ -33,14 +36,15 @@ class Ragged:
         return self.values[self.ends[row] : self.ends[row + 1]]
 
     def __deepcopy__(self, _memo: dict) -> "Ragged":
-        # grain copies a pipeline and pickles the copy: a file of the copy's own would be gone before a worker maps it.
+        # grain copies a pipeline for each worker before it pickles it: one file serves all copies.
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         if sys.platform != "linux":
             return Ragged, (self.values, self.ends)
-        if self._file is None:
-            self._file = self._write()
+        with _WRITING:
+            if self._file is None:
+                self._file = self._write()
         name = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         return _map, (name, len(self.ends), self.values.dtype.str)
 

@@ -7,6 +7,7 @@ import pickle
 import sys
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -360,3 +361,12 @@ def test_pickled_rows_are_mapped_not_copied():
     assert len(pickled) < 500
     assert pickle.loads(pickled)[0].base is not None
     assert len(pickle.dumps(ragged)) == len(pickled)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems copy")
+def test_threads_that_pickle_at_once_name_the_same_file():
+    for _ in range(50):
+        rows = Ragged(np.arange(50_000, dtype=np.int32), np.array([0, 50_000]))
+        with ThreadPoolExecutor(8) as threads:
+            names = {future.result()[1][0] for future in [threads.submit(rows.__reduce__) for _ in range(8)]}
+        assert len(names) == 1
