@@ -1,7 +1,6 @@
 """AdamW as a recipe describes it, and which group a parameter belongs to."""
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +54,7 @@ def make_optimizer(recipe: Optimizer, steps: int) -> optax.GradientTransformatio
         optax.add_decayed_weights(recipe.weight_decay, mask=_decayed),
         optax.partition(rates, lambda params: _by_name(params, group_of)),
     )
-    return optax.apply_if_finite(adamw, max_consecutive_errors=sys.maxsize >> 32)  # optax counts in int32
+    return optax.apply_if_finite(adamw, max_consecutive_errors=2**31 - 1)  # never give up; optax counts in int32
 
 
 def _decayed(params: Params) -> Params:

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import exit_on_error
 
 COMMANDS = {
     "generate": "answer questions about pictures",
@@ -33,11 +33,5 @@ def main() -> None:
         sys.exit(2 if wrong else 0)
     warnings.filterwarnings("ignore", category=UserWarning, module="tyro")
     module = importlib.import_module(f"pdrop_jax.cli.{name}")
-    try:
+    with exit_on_error(f"pdrop {name}: "):
         sys.exit(tyro.cli(module.run, prog=f"pdrop {name}", args=sys.argv[2:]))
-    except UserError as error:
-        print(f"pdrop {name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"pdrop {name}: {error}", file=sys.stderr)
-        sys.exit(2)

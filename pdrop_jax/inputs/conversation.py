@@ -98,6 +98,11 @@ def render(turns: Sequence[Turn], template: str) -> str:
     Raises:
       UserError: no turn, more turns than the template can hold, an answer that is missing before the last turn.
     """
+    return "".join(asked + answered for asked, answered in render_turns(turns, template))
+
+
+def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
+    """``render`` in pieces: of each turn the text up to its answer, and the answer with its marks, "" without one."""
     parts = template_named(template)
     if not turns:
         raise UserError("a conversation needs at least one question, got none")
@@ -105,14 +110,13 @@ def render(turns: Sequence[Turn], template: str) -> str:
         raise UserError(
             f"template {template!r} holds {parts.max_turns} turn, got {len(turns)}: choose another template"
         )
-    text = ""
+    pieces = []
     for number, (question, answer) in enumerate(turns, 1):
-        text += (parts.first_question if number == 1 else parts.question) + question + parts.asked
-        if answer is not None:
-            text += parts.answer + answer + parts.answered
-        elif number < len(turns):
+        if answer is None and number < len(turns):
             raise UserError(f"turn {number} of {len(turns)} has no answer: only the last one may lack it")
-    return text
+        asked = (parts.first_question if number == 1 else parts.question) + question + parts.asked
+        pieces.append((asked, "" if answer is None else parts.answer + answer + parts.answered))
+    return pieces
 
 
 def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:

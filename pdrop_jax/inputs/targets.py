@@ -27,6 +27,7 @@ from pdrop_jax.inputs.conversation import (
     as_sentencepiece,
     join_chunks,
     render,
+    render_turns,
     surplus_bos,
     template_named,
 )
@@ -109,18 +110,16 @@ def training_text(turns: Sequence[Turn], template: str) -> TrainingText:
             raise UserError("template 'plain' takes one question with an <image> tag and one answer")
         text = IMAGE_TAG + answer + parts.answered
         return TrainingText(text, [(len(IMAGE_TAG), len(text))])
-    text = render(turns, template)
+    pieces = render_turns(turns, template)
+    text = "".join(asked + answered for asked, answered in pieces)
     blank = render([("", "")] * len(turns), template)
     marks = (parts.answered.strip(), parts.asked + parts.answer)
     if not all(question and answer for question, answer in turns) or any(
         text.count(m) != blank.count(m) for m in marks
     ):
         return TrainingText(text, [])
-    spans = []
-    for number, (question, _) in enumerate(turns):
-        before = render([*turns[:number], (question, None)], template)
-        spans.append((len(before), len(render(turns[: number + 1], template))))
-    return TrainingText(text, spans)
+    ends = list(itertools.accumulate(len(piece) for pair in pieces for piece in pair))
+    return TrainingText(text, list(zip(ends[::2], ends[1::2], strict=True)))
 
 
 def ends_answers(tokenizer: Any, template: str) -> bool:

@@ -1,12 +1,11 @@
 """``python -m pdrop_jax.train.demo OUT``: write the demo's training set."""
 
 import pathlib
-import sys
 from typing import Annotated
 
 import tyro
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import exit_on_error
 
 from .dataset import write_dataset
 
@@ -28,8 +27,5 @@ def run(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         tyro.cli(run, prog="python -m pdrop_jax.train.demo")
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

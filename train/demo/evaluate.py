@@ -7,14 +7,13 @@ questions, with the true answers of the earlier ones before them, are reported a
 import dataclasses
 import math
 import pathlib
-import sys
 from typing import Annotated
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import exit_on_error
 from pdrop_jax.generation import Model, Sampling, generate_batch, load
 from pdrop_jax.inputs.conversation import Turn as Exchange
 from pdrop_jax.schedule import DropSchedule
@@ -142,8 +141,5 @@ def run(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         tyro.cli(run, prog="python -m pdrop_jax.train.demo.evaluate")
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
