@@ -10,6 +10,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 
 from pdrop_jax import storage
 from pdrop_jax.config import LlavaConfig
@@ -50,7 +52,7 @@ def save(
     *,
     single_file: bool = False,
 ) -> None:
-    """Writes a checkpoint. ``folder`` appears when all of it is written.
+    """Writes a checkpoint. ``folder`` appears when all of it is written. Of several processes all call it.
 
     Args:
       params: stacked by the stages of ``config.schedule``, as ``abstract_params`` describes.
@@ -67,6 +69,8 @@ def save(
     check_shapes(_shapes(config), _nonempty_shapes(arrays), "the parameters do not fit the config")
     with new_folder(folder, sum(x.nbytes for x in arrays.values())) as new:
         (storage.write_single_file if single_file else storage.write)(new, arrays.items())
+        if jax.process_index():
+            return
         config.save(new)
         if companions is not None:
             copy_files(pathlib.Path(companions), new, (*COMPANIONS, UNUSED))
@@ -104,6 +108,23 @@ def load(
     return result, unflatten_dict(arrays, sep=".")
 
 
+def fingerprint(folder: str | os.PathLike) -> str:
+    """Of a checkpoint's config and arrays. Orbax names its files at random, so their names and sizes tell it apart.
+
+    Raises:
+      UserError: ``folder`` is no checkpoint.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    arrays = storage.SINGLE_FILE if storage.is_single_file(pathlib.Path(folder)) else storage.SIZES
+    for name in ("config.json", arrays):
+        path = pathlib.Path(folder) / name
+        try:
+            digest.update(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
 def abstract_arrays(
     folder: pathlib.Path, config: LlavaConfig, dtype: Any = None, device: jax.Device | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,7 +139,7 @@ def abstract_arrays(
     """
     stored = storage.stored(folder)
     check_shapes(_shapes(config), _nonempty_shapes(stored), f"the arrays in {folder} do not fit its config.json")
-    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
 
     def target(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         own = stored.get(name, stored["embed.embedding"]).dtype
@@ -140,7 +161,8 @@ def restore(folder: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -
 def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]:
     """A folder to write into that gets its name ``folder`` at the end, or vanishes if anything is raised.
 
-    A killed process leaves ``folder`` + ".unfinished", which the next run removes.
+    A killed process leaves ``folder`` + ".unfinished", which the next run removes. Of several processes the first one
+    makes and names it, and the others wait for that.
 
     Args:
       nbytes: what is going to be written, about.
@@ -152,17 +174,24 @@ def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]
     if folder.exists():
         raise UserError(f"{folder} exists: remove it or choose another folder")
     new = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(new, ignore_errors=True)
     place = next(parent for parent in new.parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise UserError(f"{folder} needs {nbytes / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB free")
+    first = jax.process_index() == 0
     try:
-        new.mkdir(parents=True)
+        if first:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        multihost_utils.sync_global_devices(f"{new} is made")
         yield new
-        new.rename(folder)
+        multihost_utils.sync_global_devices(f"{new} is written")
+        if first:
+            new.rename(folder)
+        multihost_utils.sync_global_devices(f"{folder} is there")
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        if first:
+            shutil.rmtree(new, ignore_errors=True)
         raise
 
 

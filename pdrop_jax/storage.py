@@ -68,7 +68,7 @@ def read(folder: pathlib.Path, targets: Targets) -> Arrays:
 
 
 def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
-    """Writes (name, array) pairs as ``params/``, one after the other as they come.
+    """Writes (name, array) pairs as ``params/``, one after the other as they come. All processes call it.
 
     Memory held beyond the arrays that the caller keeps: the largest of them and twice ``GROUP_BYTES``.
 
@@ -89,7 +89,8 @@ def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
                 _save_group(folder, group)
         _save_group(folder, group)
         ocp.partial.finalize(folder.absolute() / PARAMS)
-    (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
+    if jax.process_index() == 0:
+        (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
 
 
 def write_single_file(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
@@ -164,7 +165,7 @@ def _read_file(folder: pathlib.Path, targets: Targets) -> Arrays:
 @contextlib.contextmanager
 def _reading(folder: pathlib.Path) -> Iterator[None]:
     try:
-        with _quiet():
+        with quiet():
             yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).partition("\n")[0][:200]
@@ -174,7 +175,7 @@ def _reading(folder: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
     try:
-        with _quiet():
+        with quiet():
             yield
     except UserError:
         raise
@@ -183,7 +184,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leaves it to us to say what went wrong.
 
     Orbax logs at length what it raises, and closes its event loop under the reads and writes that are still on their

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections import Counter
 
@@ -40,31 +41,28 @@ def pipeline(
     batch_size: int,
     seed: int,
     steps: int,
-    accumulate: int = 1,
+    first: int = 0,
+    parts: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
 ) -> grain.IterDataset[Step]:
-    """The batches of steps 0..steps-1, epoch after epoch.
+    """The batches of steps first..steps-1, epoch after epoch.
 
-    Step i is the same batch whatever was read before, so an iterator resumes exactly; its state fits only the number of
-    workers that it was taken with.
+    Step i is the same batch whatever was read before and by however many workers: to resume is to say where.
 
     Args:
       batch_size: B, rows of one optimizer step in all processes. A process gets rows [p * B / P, (p + 1) * B / P).
-      accumulate: parts that the step will cut its rows into; only checked here.
+      parts: what the rows will be cut into, over devices and one after the other; only checked here.
       workers: processes that read pictures; with 0 threads do.
 
     Raises:
       UserError: B cannot be shared out, or is more than the data set has rows; while iterating, a picture that cannot
         be read if ``data.broken`` is "fail".
     """
-    parts = process_count * accumulate
+    parts = math.lcm(parts, process_count)
     if batch_size < 1 or batch_size % parts:
-        raise UserError(
-            f"a batch of {batch_size} rows cannot be shared out to {process_count} processes in {accumulate} parts "
-            f"each: choose a multiple of {parts}"
-        )
+        raise UserError(f"a batch of {batch_size} rows cannot be cut into {parts} parts: choose a multiple of {parts}")
     if len(dataset) < batch_size:
         raise UserError(
             f"{dataset.data.conversations} has {len(dataset)} usable rows, a batch takes {batch_size}: lower the batch "
@@ -73,7 +71,7 @@ def pipeline(
     share = batch_size // process_count
     rows = slice(process_index * share, (process_index + 1) * share)
     load = functools.partial(_load, dataset, batch_size, seed, rows)
-    source = grain.MapDataset.range(steps).map(load)
+    source = grain.MapDataset.range(first, steps).map(load)
     if not workers:
         return source.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS))
     if not flags.FLAGS.is_parsed():  # grain asks for its flags in the workers, and our command line is not absl's

@@ -13,6 +13,7 @@ from pdrop_jax.model.params import path_name
 
 from .recipe import Optimizer
 
+GROUPS = ("vision", "projector", "llm", "lora")
 NEVER_DECAYED = ("scale", "bias")
 
 

@@ -1,6 +1,7 @@
 """A recipe: everything that a training run is told, as frozen dataclasses read from TOML or JSON.
 
-A file has the tables ``[model]``, ``[data]``, ``[optimizer]`` and ``[run]``; what it leaves out has the default.
+A file has the tables ``[model]``, ``[data]``, ``[optimizer]`` and ``[run]``; what it leaves out has the default. The
+files in ``presets/`` go by their names.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from pdrop_jax.errors import UserError
+
+PRESETS = pathlib.Path(__file__).parent / "presets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Data:
 
     conversations: str  # JSON list or JSON lines
     images: str  # folder
+    image_aspect: Literal["square", "pad", "anyres"] | None = None  # None is the checkpoint's own
     template: str = "vicuna_v1"
     max_length: int = 2048  # positions, images expanded
     too_long: Literal["cut", "skip"] = "cut"
@@ -63,8 +67,9 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How long, in what portions, and what is kept."""
+    """Where it is kept, how long it is, and in what portions."""
 
+    folder: str  # of log, checkpoints and the trained model
     batch_size: int = 128  # rows of a step, all processes together
     accumulate: int = 1  # parts that a step's rows are cut into
     epochs: int = 1
@@ -80,21 +85,24 @@ class Run:
 class Recipe:
     model: Model
     data: Data
+    run: Run
     optimizer: Optimizer = Optimizer()
-    run: Run = Run()
 
 
 def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
-      path: a TOML or JSON file.
+      path: a TOML or JSON file, or the name of a preset.
       settings: "part.key=value", value in TOML or plain text; they win over the file.
 
     Raises:
       UserError: the file cannot be read, a key is not known, missing or of another type.
     """
-    path = pathlib.Path(path)
+    presets = {preset.stem: preset for preset in PRESETS.glob("*.toml")}
+    path = pathlib.Path(presets.get(str(path), path))
+    if not (path.suffix or path.exists()):
+        raise UserError(f"there is no preset {path} and no such file: there are {', '.join(sorted(presets))}")
     try:
         text = path.read_text()
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -106,7 +114,12 @@ def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recip
         if not (equals and dot and isinstance(data, dict) and isinstance(data.setdefault(part, {}), dict)):
             raise UserError(f"--set {setting!r} is not of the form part.key=value")
         data[part][key] = _value(value)
-    return parse(Recipe, data, "")
+    recipe = parse(Recipe, data, "")
+    if recipe.run.keep_every and recipe.run.keep_every % recipe.run.save_every:
+        raise UserError(
+            f"run.keep_every is {recipe.run.keep_every}, no multiple of run.save_every, {recipe.run.save_every}"
+        )
+    return recipe
 
 
 def _value(text: str) -> Any:
@@ -160,3 +173,18 @@ def _parse_dataclass(kind: type, value: Any, name: str) -> Any:
     if required:
         raise UserError(f"the recipe has no {', '.join(prefix + key for key in required)}")
     return kind(**{key: parse(types[key], item, prefix + key) for key, item in value.items()})
+
+
+FREE = ("run.folder", "run.save_every", "run.keep_last", "run.keep_every", "run.log_every", "data.workers")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What a run that goes on would do otherwise than it began, as text; recipes as ``dataclasses.asdict`` has them."""
+    before, after = (
+        {f"{part}.{key}": x for part in recipe for key, x in recipe[part].items()} for recipe in (old, new)
+    )
+    return [
+        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in {**before, **after}
+        if key not in FREE and before.get(key) != after.get(key)
+    ]

@@ -132,7 +132,8 @@ def train_step(
     if accumulate == 1:
         loss, gradient = jax.value_and_grad(loss_of_part)(state.trained, batch)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        # Every part takes rows of all devices: part i is rows i, i + accumulate, …
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
         (loss, gradient), _ = jax.lax.scan(add_part, zero, parts)
     updates, moments = optimizer.update(gradient, state.optimizer, state.trained)

@@ -1,6 +1,7 @@
 """Multiply-accumulates (MACs) of a model: by the paper's formula, and all of them. Pure Python."""
 
 import dataclasses
+from collections.abc import Collection
 
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.schedule import Bucket, DropSchedule
@@ -60,6 +61,27 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     projector = config.image_tokens * (V * D + (config.projector_layers - 1) * D**2)
     images = len(bucket.images)
     return PrefillMacs(images * tower, images * projector, decoder, ranking, D * text.vocab_size)
+
+
+def training_macs(config: LlavaConfig, bucket: Bucket, targets: float, trained: Collection[str]) -> float:
+    """MACs of one row of a training step that fills ``bucket``, what remat computes again not counted.
+
+    A backward pass costs what the forward pass did for the gradient to go through, and as much again for the gradient
+    of weights; it ends at the first part that is trained.
+
+    Args:
+      targets: positions whose logits are made.
+      trained: of "vision", "projector", "llm" and "lora".
+    """
+    forward = prefill_macs(config, bucket)
+    decoder = 3 if "llm" in trained else 2
+    through = 1 + ("vision" in trained)
+    return (
+        forward.vision * (3 if "vision" in trained else 1)
+        + forward.projector * (3 if "projector" in trained else through)
+        + (forward.decoder + forward.head * targets) * decoder
+        + forward.ranking
+    )
 
 
 def decode_macs(config: LlavaConfig, bucket: Bucket) -> int:

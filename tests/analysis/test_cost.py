@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdrop_jax.analysis.cost import average_tokens, decode_macs, paper_macs, prefill_macs
+from pdrop_jax.analysis.cost import average_tokens, decode_macs, paper_macs, prefill_macs, training_macs
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.schedule import Bucket, DropSchedule
 
@@ -63,3 +63,14 @@ def test_prefill_counted_by_hand():
     assert macs.projector == 4 * (8 * 4 + 4 * 4)
     assert macs.total == macs.vision + macs.projector + macs.language
     assert decode_macs(config, Bucket(2, (4,))) == 2 * weights + 2 * (7 + 5) * 4 + 40
+
+
+def test_a_training_row_is_three_times_what_is_trained():
+    config = LlavaConfig.llava_1_5_7b()
+    bucket = Bucket(64, (576,))
+    forward = prefill_macs(config, bucket)
+    everything = training_macs(config, bucket, 1, ("vision", "projector", "llm"))
+    assert everything == 3 * (forward.total - forward.ranking) + forward.ranking
+    pretraining = training_macs(config, bucket, 20, ("projector",))
+    language = 2 * (forward.decoder + 20 * forward.head)
+    assert pretraining == forward.vision + 3 * forward.projector + language + forward.ranking

@@ -17,6 +17,8 @@ images = "images"
 text_buckets = [64, 96]
 [optimizer]
 learning_rate = 1
+[run]
+folder = "out"
 """
 
 
@@ -30,15 +32,19 @@ def test_what_a_file_leaves_out_has_the_default(tmp_path):
     assert load_recipe(written(tmp_path)) == Recipe(
         Model("start", ("projector",)),
         Data("chat.json", "images", text_buckets=(64, 96)),
+        Run("out"),
         Optimizer(learning_rate=1.0),
-        Run(),
     )
 
 
 def test_json_says_the_same(tmp_path):
-    data = {"model": {"start": "start"}, "data": {"conversations": "c", "images": "i"}, "run": {"steps": None}}
+    data = {
+        "model": {"start": "start"},
+        "data": {"conversations": "c", "images": "i"},
+        "run": {"folder": "out", "steps": None},
+    }
     path = written(tmp_path, json.dumps(data), "recipe.json")
-    assert load_recipe(path) == Recipe(Model("start"), Data("c", "i"))
+    assert load_recipe(path) == Recipe(Model("start"), Data("c", "i"), Run("out"))
 
 
 def test_settings_win_over_the_file(tmp_path):
@@ -54,7 +60,7 @@ def test_settings_win_over_the_file(tmp_path):
     [
         ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat: did you mean optimizer.learning_rate?"),
         ("optimiser.b1=0.9", "unknown key optimiser: did you mean optimizer?"),
-        ("run.zzz=1", "unknown key run.zzz: there are batch_size"),
+        ("run.zzz=1", "unknown key run.zzz: there are folder, batch_size"),
         ("run.steps=1.5", "run.steps is 1.5, expected int"),
         ("run.steps=true", "run.steps is True, expected int"),
         ("data.broken=ignore", "data.broken is 'ignore': choose 'skip' or 'fail'"),
@@ -73,9 +79,9 @@ def test_a_setting_that_is_wrong(tmp_path, setting, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[model]", "the recipe has no data"),
-        ("[model]\n[data]\nimages = '.'", "the recipe has no model.start"),
-        ("model = 3\n[data]", "model is 3, expected a table"),
+        ("[model]", "the recipe has no data, run"),
+        ("[model]\n[data]\nimages = '.'\n[run]", "the recipe has no model.start"),
+        ("model = 3\n[data]\n[run]", "model is 3, expected a table"),
         ("[model", "cannot be read"),
     ],
 )

@@ -1,0 +1,55 @@
+"""``pdrop train``: train a model as a recipe says."""
+
+import os
+import sys
+from typing import Annotated
+
+import tyro
+
+from pdrop_jax.errors import UserError
+
+
+def run(
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")],
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE [KEY=VALUE …]")] = (),
+    allow_changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Train a model; the same command resumes a run that was stopped or killed.
+
+    Args:
+      recipe: a TOML or JSON file, or a preset: demo, llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain,
+        llava-next-finetune.
+      settings: of the recipe, to be changed, as run.steps=100.
+      allow_changes: go on although the recipe, the data or the starting model are not what the run began with.
+      coordinator: HOST:PORT of process 0, to train with several processes.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+    """
+    import jax
+
+    given = [x is not None for x in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id belong together: give all three or none")
+    from pdrop_jax.train.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    if coordinator is not None:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    from pdrop_jax.train.loop import train
+
+    if recipe == "demo":
+        from pdrop_jax.train.demo.prepare import prepare
+
+        prepare(loaded)
+    try:
+        train(loaded, allow_changes=allow_changes)
+    except (UserError, OSError) as error:
+        if coordinator is None:
+            raise
+        print(f"pdrop train, process {process_id}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # any other way out waits for the other processes, which wait for this one
+    if coordinator is not None:
+        jax.distributed.shutdown()

@@ -1,0 +1,75 @@
+"""A data set, a model and a recipe so small that a whole run takes seconds."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+from PIL import Image
+
+from pdrop_jax import checkpoint
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.model.params import init_params
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.train.recipe import Data, Model, Optimizer, Recipe, Run
+
+TOKENIZER = pathlib.Path(__file__).parents[2] / "examples/tiny_tokenizer"
+CONFIG = LlavaConfig(
+    vision=VisionConfig(28, 7, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
+    text=TextConfig(320, 32, 48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, max_length=256),
+    schedule=DropSchedule((1, 2), (0.5, 0.25)),
+    template="mistral_instruct",
+)
+
+
+def write_data(folder, rows=24):
+    """Conversations about pictures of one colour, one row in three without."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (30, 20), (50 * number, 0, 90)).save(folder / f"images/{number}.png")
+    records = []
+    for number in range(rows):
+        image = {"image": f"{number % 5}.png"} if number % 3 else {}
+        question = "<image>\nWhat?" if image else "What?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"n{number % 7}"}]
+        records.append({"id": number, "conversations": turns, **image})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def write_start(folder, config=CONFIG):
+    checkpoint.save(folder, config, init_params(config, seed=1), companions=TOKENIZER)
+    return folder
+
+
+def recipe_in(folder, **changes):
+    """The recipe of a run in ``folder``/run; ``changes`` as part_key=value."""
+    data = Data(str(folder / "data/data.json"), str(folder / "data/images"), max_length=128, text_buckets=(48, 64))
+    model = Model(str(folder / "start"), dtype="float32")
+    run = Run(str(folder / "run"), batch_size=4, steps=6, save_every=2)
+    recipe = Recipe(
+        model,
+        dataclasses.replace(data, template="mistral_instruct"),
+        run,
+        Optimizer(learning_rate=1e-2, warmup=0.0),
+    )
+    for name, value in changes.items():
+        part, _, key = name.partition("_")
+        changed = dataclasses.replace(getattr(recipe, part), **{key: value})
+        recipe = dataclasses.replace(recipe, **{part: changed})
+    return recipe
+
+
+def losses(folder):
+    """Step and loss of each step in the log of a run's folder."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def events(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["event"], line["step"]) for line in lines if "event" in line]
+
+
+def arrays_of(folder):
+    return jax.tree.map(jax.numpy.asarray, checkpoint.load(folder / "model")[1])

@@ -1,0 +1,234 @@
+"""The checkpoints of a run: orbax writes them while training goes on; what is read is checked.
+
+::
+
+    RUN/checkpoints/500/    after 500 steps: trained parameters, optimizer state, and their Origin
+
+Nothing else has to be kept of the data: which rows a step takes follows from its number.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from pdrop_jax.checkpoint import check_shapes
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.params import path_name
+from pdrop_jax.storage import quiet
+
+from .recipe import Run, differences
+
+FOLDER = "checkpoints"
+
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a state belongs to, all of it JSON.
+
+    Attributes:
+      step: optimizer steps taken.
+      recipe: of the run.
+      schedule: that the stages are stacked by.
+      start: fingerprint of the checkpoint that the run began with.
+      data: fingerprint of the data set.
+    """
+
+    step: int
+    recipe: dict[str, Any]
+    schedule: dict[str, Any]
+    start: str
+    data: str
+
+
+def changes(old: Origin, new: Origin) -> list[str]:
+    """What ``new`` differs in from ``old`` in spite of the same folder, as text."""
+    found = differences(old.recipe, json.loads(json.dumps(new.recipe)))
+    if old.start != new.start:
+        found.append("model.start holds another model")
+    if old.data != new.data:
+        found.append("data.conversations holds other rows")
+    return found
+
+
+class Checkpoints:
+    """The checkpoints below ``folder``; to be closed. All processes of a run make the same calls."""
+
+    def __init__(self, folder: str | os.PathLike, run: Run) -> None:
+        self.folder = pathlib.Path(folder).absolute() / FOLDER
+        self.run = run
+        self._pending: tuple[int, Any] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with quiet():
+            self._orbax.close()
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        """Made when it is first needed, with nothing damaged in the folder any more."""
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(self.run.keep_last)]
+        if self.run.keep_every:
+            kept.append(policies.EveryNSteps(self.run.keep_every))
+        with quiet():
+            return ocp.training.Checkpointer(
+                self.folder,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,  # of a run that was killed while it saved
+            )
+
+    @property
+    def steps(self) -> list[int]:
+        """Those that are there, newest first."""
+        return sorted((int(path.name) for path in self.folder.glob("*[0-9]") if path.name.isdigit()), reverse=True)
+
+    def save(self, origin: Origin, state: Any) -> None:
+        """Begins to write ``state``, a tree of arrays, which may be donated afterwards. Waits for the save before it.
+
+        Raises:
+          UserError: that one could not be written.
+        """
+        self.wait()
+        arrays = named(state)
+        about = {
+            "origin": dataclasses.asdict(origin),
+            "arrays": {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()},
+            "checksums": {name: int(x) for name, x in jax.device_get(checksums(arrays)).items()},
+        }
+        saved = {"state": arrays, "about": {**about, "digest": _digest(about)}}
+        with self._writing(origin.step):
+            response = self._orbax.save_checkpointables_async(origin.step, saved, force=True)
+        self._pending = origin.step, response
+
+    def wait(self, block: bool = True) -> None:
+        """Until the last save is on the disk; without ``block`` only looks whether it failed.
+
+        Raises:
+          UserError: it could not be written. The checkpoints before it are untouched.
+        """
+        if self._pending and (block or not self._orbax.is_saving_in_progress()):
+            (step, response), self._pending = self._pending, None
+            with self._writing(step):
+                response.result()
+
+    def restore(self, abstract_of: Callable[[Origin], Any]) -> tuple[Origin, Any] | None:
+        """The newest checkpoint that is whole; damaged ones are named on stderr and moved out of the way.
+
+        Args:
+          abstract_of: the tree that a checkpoint of this origin should hold, ``jax.ShapeDtypeStruct``s with shardings.
+            What it raises is passed on.
+
+        Raises:
+          UserError: the checkpoint is of another model.
+        """
+        for step in self.steps:
+            about = self._about(step)
+            found = None
+            if about is not None:
+                origin = Origin(**about["origin"])
+                abstract = abstract_of(origin)
+                check_arrays(abstract, about["arrays"], self.folder / str(step))
+                found = self._load(step, abstract, about["checksums"])
+            if all(multihost_utils.process_allgather(np.array(found is not None)).ravel()):
+                return origin, found
+            self._set_aside(step)
+        return None
+
+    def _about(self, step: int) -> dict[str, Any] | None:
+        """What was written beside the arrays, None if it is damaged."""
+        try:
+            with quiet():
+                about = ocp.load_checkpointables(self.folder / str(step), {"about": None})["about"]
+            digest = about.pop("digest")
+            return about if digest == _digest(about) and about["origin"]["step"] == step else None
+        except Exception:  # whatever a damaged file makes orbax raise
+            return None
+
+    def _load(self, step: int, abstract: Any, expected: dict[str, int]) -> Any:
+        try:
+            with quiet():
+                arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
+        except Exception:  # as above
+            return None
+        found = jax.device_get(checksums(arrays))
+        if any(int(found[name]) != value for name, value in expected.items()):
+            return None
+
+        def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+            return arrays[path_name(path)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+        return jax.tree.map_with_path(leaf, abstract)
+
+    def _set_aside(self, step: int) -> None:
+        damaged = self.folder.with_name(f"damaged-{step}")
+        if jax.process_index() == 0:
+            number = 0
+            while damaged.exists():
+                number += 1
+                damaged = damaged.with_name(f"damaged-{step}-{number}")
+            (self.folder / str(step)).rename(damaged)
+            print(f"warning: the checkpoint of step {step} is damaged, moved to {damaged}", file=sys.stderr)
+        multihost_utils.sync_global_devices("damaged checkpoint moved")
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            with quiet():
+                yield
+        except Exception as error:  # tensorstore reports a full disk as ValueError, others as OSError
+            kept = f"that of step {self.steps[0]} is whole" if self.steps else "there is none before it"
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}, {kept}: make room and run again "
+                f"({str(error).splitlines()[0][-200:]})"
+            ) from None
+
+
+def named(state: Any) -> Arrays:
+    """The arrays of a tree by their dotted names, those without elements left out: orbax has no place for them."""
+    return {path_name(path): x for path, x in jax.tree.leaves_with_path(state) if x.size}
+
+
+def check_arrays(abstract: Any, stored: dict[str, Any], where: pathlib.Path) -> None:
+    """Raises UserError if a checkpoint's arrays are not those of ``abstract``."""
+    expected = {name: tuple(x.shape) for name, x in named(abstract).items()}
+    found = {name: tuple(shape) for name, (shape, _) in stored.items()}
+    check_shapes(expected, found, f"{where} is a checkpoint of another model or of other trained groups")
+
+
+@jax.jit
+def checksums(arrays: Arrays) -> Arrays:
+    """A uint32 for each array: the sum of its words, each times an odd number of its own, modulo 2^32.
+
+    Any single changed word changes it, and so do words that change places. Computed where the arrays are.
+    """
+    return jax.tree.map(_checksum, arrays)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype != jnp.bool_:
+        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return (x.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,144 @@
+"""What a run says: a live line on a terminal, JSON lines always, TensorBoard when it is installed."""
+
+import json
+import os
+import pathlib
+import time
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from .step import Metrics
+
+FILE = "log.jsonl"
+
+# Peak of a device in the compute dtype bfloat16, FLOP/s: the vendors' data sheets, dense.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Of all devices together; None if this kind is not known."""
+    peak = PEAKS.get(jax.devices()[0].device_kind)
+    return peak and peak * jax.device_count()
+
+
+class Progress:
+    """Writes what happens in steps ``first``..``steps`` of a run; only process 0 does.
+
+    The log begins where the run is resumed: lines of steps from ``first`` on, of a run that was killed after its last
+    checkpoint, are taken out.
+
+    Args:
+      every: steps between two lines.
+    """
+
+    def __init__(self, folder: pathlib.Path, first: int, steps: int, every: int) -> None:
+        self.main = jax.process_index() == 0
+        self.every, self.steps = every, steps
+        self._path = folder / FILE
+        self._board: Any = None
+        self._bar = tqdm(initial=first, total=steps, unit=" steps", disable=None if self.main else True)
+        self._since, self._tokens, self._macs = time.perf_counter(), 0, 0.0
+        self._broken: Counter[str] = Counter()
+        if self.main:
+            _keep_before(self._path, first)
+            self._file = self._path.open("a")
+            self._board = _tensorboard(folder)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self.main:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """A line of its own: a compilation, a checkpoint, the end."""
+        self._write({"event": event, "step": step, **values})
+
+    def step(self, number: int, metrics: Metrics, macs: float, learning_rate: float, broken: Counter[str]) -> None:
+        """The ``number``-th step, from 1. Waits for its metrics: to be called when the next one is on its way.
+
+        Args:
+          macs: multiply-accumulates of the step.
+          broken: rows of it that weigh nothing, by reason.
+        """
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        self._tokens += int(values.tokens)
+        self._macs += macs
+        self._broken += broken
+        self._bar.update()
+        if number % self.every and number < self.steps:
+            return
+        seconds = max(now - self._since, 1e-9)
+        line: dict[str, Any] = {
+            "step": number,
+            "loss": float(values.loss),
+            "grad_norm": float(values.grad_norm),
+            "learning_rate": learning_rate,
+            "targets": int(values.targets),
+            "tokens": int(values.tokens),
+            "skipped": int(values.skipped),
+            "broken": dict(self._broken),
+            "tokens_per_second": self._tokens / seconds,
+            "seconds": seconds,
+        }
+        peak = peak_flops()
+        if peak:
+            line["mfu"] = 2 * self._macs / seconds / peak
+        self._since, self._tokens, self._macs = now, 0, 0.0
+        self._broken.clear()
+        self._write(line)
+        shown = {"loss": f"{line['loss']:.4f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
+        self._bar.set_postfix(shown | ({"MFU": f"{100 * line['mfu']:.1f} %"} if peak else {}))
+        if self._board:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, np.float32(value), number)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.main:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+
+def _keep_before(path: pathlib.Path, first: int) -> None:
+    """Takes out of a log what came after step ``first``, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= first:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    aside = path.with_suffix(".unfinished")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
+def _tensorboard(folder: pathlib.Path) -> Any:
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        return None
+    return Writer(str(folder / "tensorboard"))
