@@ -77,8 +77,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with quiet():
-            self._orbax.close()
+        if "_orbax" in vars(self):
+            with quiet(), contextlib.suppress(Exception):  # ``wait`` has raised what there was to raise
+                self._orbax.close()
 
     @functools.cached_property
     def _orbax(self) -> Any:

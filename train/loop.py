@@ -1,36 +1,61 @@
 """A run from its recipe to the trained model: resumed where it stopped, saved when it is told to end."""
 
 import dataclasses
+import functools
 import pathlib
-import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
-from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import restage
 from pdrop_jax.schedule import DropSchedule
 
 from .checkpoints import Checkpoints, Origin, changes
-from .data import open_dataset, pipeline
-from .optimizer import GROUPS, learning_rate, make_optimizer
+from .data import Dataset, Step, open_dataset, pipeline
+from .model import open_start, write_model
+from .optimizer import learning_rate, make_optimizer
 from .progress import Progress
-from .recipe import Model, Recipe
+from .recipe import Recipe
 from .startup import describe, step_macs
-from .step import TrainState, init_state, join, train_step
+from .step import Metrics, TrainState, init_state, join, train_step
 
 MODEL = "model"  # the trained model, in the run's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What does not change while a run goes on."""
+
+    recipe: Recipe
+    config: LlavaConfig
+    dataset: Dataset
+    steps: int
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def by_row(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    def init(self, params: Params) -> TrainState:
+        return init_state(params, self.recipe.model.groups, self.optimizer, jnp.dtype(self.recipe.model.dtype))
 
 
 def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
@@ -44,12 +69,12 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
     Raises:
       UserError: anything of the recipe that cannot be had, a changed recipe, a full disk.
     """
-    folder = pathlib.Path(recipe.run.folder)
+    run, folder = recipe.run, pathlib.Path(recipe.run.folder)
     config, params = open_start(recipe)
     dataset = open_dataset(recipe.data, config, recipe.model.start)
-    run, dtype = recipe.run, jnp.dtype(recipe.model.dtype)
     steps = run.epochs * (len(dataset) // run.batch_size) if run.steps is None else run.steps
-    optimizer = make_optimizer(recipe.optimizer, steps)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    job = Job(recipe, config, dataset, steps, make_optimizer(recipe.optimizer, steps), mesh)
     origin = Origin(
         0,
         dataclasses.asdict(recipe),
@@ -58,142 +83,107 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
         dataset.fingerprint,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    replicated, by_row = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-
-    def init(params: Params) -> TrainState:
-        return init_state(params, recipe.model.groups, optimizer, dtype)
-
-    shapes = jax.eval_shape(lambda x: x, params)
-
-    def saved_by(saved: Origin) -> Any:
-        """What ``saved``'s checkpoint holds: its stages may end elsewhere."""
-        different = changes(saved, origin)
-        if different and not allow_changes:
-            raise UserError(
-                f"{folder} was begun otherwise: {'; '.join(different)}. Choose another run.folder, put it back, or go "
-                "on all the same with --allow-changes"
-            )
-        schedule = DropSchedule.from_json(saved.schedule)
-        state = jax.eval_shape(lambda params: init(restage(params, config, schedule)), shapes)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), _changing(state))
-
-    with Checkpoints(folder, run) as checkpoints, _Stop() as stop:
-        found = checkpoints.restore(saved_by)
-        state = jax.jit(init, out_shardings=replicated)(_placed(params, replicated))
+    with Checkpoints(folder, run) as checkpoints:
+        first, state = _begin(job, params, checkpoints, origin, allow_changes)
         del params
-        if found:
-            old = dataclasses.replace(config, schedule=DropSchedule.from_json(found[0].schedule))
-            trained, moments = _restaged(found[1], old, config.schedule)
-            state = TrainState(jnp.asarray(found[0].step, jnp.int32, device=replicated), trained, state.frozen, moments)
-        first = found[0].step if found else 0
+        batches = _batches(job, first)
         if jax.process_index() == 0:
             print(describe(recipe, config, dataset, state, steps), file=sys.stderr)
-            if found:
+            if first:
                 print(f"resumed     after {first:,} steps", file=sys.stderr)
-        del found
-        batches = pipeline(
-            dataset,
-            run.batch_size,
-            run.seed,
-            steps,
-            first,
-            jax.device_count() * run.accumulate,
-            jax.process_index(),
-            jax.process_count(),
-            recipe.data.workers,
-        )
-        rates = jax.device_get(
-            jax.vmap(learning_rate(recipe.optimizer.learning_rate, recipe.optimizer.warmup, steps))(np.arange(steps))
-        )
-        number = first
-        with Progress(folder, first, steps, run.log_every) as progress:
-            late, compiled = None, set()
-            for number, read in enumerate(batches, first + 1):
-                began, shape = time.perf_counter(), (read.batch.bucket, read.batch.query_rows.shape)
-                state, metrics = train_step(
-                    config,
-                    optimizer,
-                    state,
-                    _placed(read.batch, by_row),
-                    dtype=dtype,
-                    accumulate=run.accumulate,
-                    remat=recipe.model.remat,
-                )
-                if shape not in compiled:
-                    compiled.add(shape)
-                    bucket, seconds = read.batch.bucket, time.perf_counter() - began
-                    progress.event("compiled", number, text=bucket.text, images=bucket.images, seconds=seconds)
-                if late:
-                    progress.step(*late)
-                macs = step_macs(config, dataset, recipe, read.batch.bucket)
-                late = number, metrics, macs, float(rates[number - 1]), read.broken
-                checkpoints.wait(block=False)
-                stopping = stop.requested(number)
-                if number % run.save_every == 0 or number == steps or stopping:
-                    progress.step(*late)  # the log is never behind a checkpoint
-                    late = None
-                    checkpoints.save(dataclasses.replace(origin, step=number), _changing(state))
-                    progress.event("saved", number)
-                if stopping:
-                    break
-            checkpoints.wait()
-        if number < steps:
-            print(f"stopped after {number:,} of {steps:,} steps: the same command goes on", file=sys.stderr)
-            return
-        if number > first or not (folder / MODEL).exists():
-            write_model(folder / MODEL, config, join(state.trained, state.frozen), recipe)
+        last, state = _run(job, batches, first, state, checkpoints, origin)
+    if last < steps:
+        print(f"stopped after {last:,} of {steps:,} steps: the same command goes on", file=sys.stderr)
+        return
+    if last > first or not (folder / MODEL).exists():
+        write_model(folder / MODEL, config, join(state.trained, state.frozen), recipe)
     if jax.process_index() == 0:
         print(f"{folder / MODEL}: trained for {steps:,} steps", file=sys.stderr)
 
 
-def open_start(recipe: Recipe) -> tuple[LlavaConfig, Params]:
-    """The model that a run starts from, with the recipe's schedule and fresh adapters.
+def _begin(
+    job: Job, params: Params, checkpoints: Checkpoints, origin: Origin, allow_changes: bool
+) -> tuple[int, TrainState]:
+    """Steps taken so far, and the state after them. The stages of a checkpoint may end elsewhere than the job's."""
+    shapes = jax.eval_shape(lambda x: x, params)
 
-    Raises:
-      UserError: it cannot be had as asked for.
-    """
-    model, data = recipe.model, recipe.data
-    _check_groups(model)
-    if data.image_aspect == "anyres":
-        raise UserError('data.image_aspect "anyres", LLaVA-NeXT\'s tiles, is not supported yet: choose "pad"')
-    if (model.layers is None) != (model.ratios is None):
-        raise UserError("model.layers and model.ratios belong together: give both or neither")
-    schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or ())
-    config, params = checkpoint.load(model.start, schedule=schedule)
-    config = dataclasses.replace(
-        config,
-        image_aspect=data.image_aspect or config.image_aspect,
-        template=config.template if data.template == "plain" else data.template,
-    )
-    if model.lora_rank:
-        params = add_lora(params, config, model.lora_rank, model.lora_alpha, model.lora_targets, seed=recipe.run.seed)
-    return config, params
+    def abstract_of(saved: Origin) -> Any:
+        different = changes(saved, origin)
+        if different and not allow_changes:
+            raise UserError(
+                f"{job.recipe.run.folder} was begun otherwise: {'; '.join(different)}. Choose another run.folder, put "
+                "it back, or go on all the same with --allow-changes"
+            )
+        schedule = DropSchedule.from_json(saved.schedule)
+        state = jax.eval_shape(lambda params: job.init(restage(params, job.config, schedule)), shapes)
+        leaf = functools.partial(jax.ShapeDtypeStruct, sharding=job.replicated)
+        return jax.tree.map(lambda x: leaf(x.shape, x.dtype), _changing(state))
 
-
-def _check_groups(model: Model) -> None:
-    unknown = [group for group in model.groups if group not in GROUPS]
-    if unknown or not model.groups:
-        raise UserError(f"model.groups is {list(model.groups)}: choose of {', '.join(GROUPS)}")
-    if ("lora" in model.groups) != bool(model.lora_rank):
-        raise UserError(
-            f"model.lora_rank is {model.lora_rank} and model.groups {list(model.groups)}: "
-            'for LoRA give a rank and name the group "lora"'
-        )
+    found = checkpoints.restore(abstract_of)
+    state = jax.jit(job.init, out_shardings=job.replicated)(_placed(params, job.replicated))
+    if not found:
+        return 0, state
+    saved, arrays = found
+    old = dataclasses.replace(job.config, schedule=DropSchedule.from_json(saved.schedule))
+    step = jnp.asarray(saved.step, jnp.int32, device=job.replicated)
+    return saved.step, TrainState(step, frozen=state.frozen, **_restaged(arrays, old, job.config.schedule))
 
 
-def write_model(folder: pathlib.Path, config: LlavaConfig, params: Params, recipe: Recipe) -> None:
-    """Writes the trained model as a plain checkpoint: adapters merged, in the compute dtype."""
-    if jax.process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that has gone on since
-    multihost_utils.sync_global_devices("room for the model")
-    dtype = jnp.dtype(recipe.model.dtype)
-    params = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), merge_lora(params)))(params)
-    checkpoint.save(folder, config, params, companions=recipe.model.start)
+def _batches(job: Job, first: int) -> Iterable[Step]:
+    run = job.recipe.run
+    parts = job.mesh.size * run.accumulate
+    process, processes, workers = jax.process_index(), jax.process_count(), job.recipe.data.workers
+    return pipeline(job.dataset, run.batch_size, run.seed, job.steps, first, parts, process, processes, workers)
 
 
-def _changing(state: TrainState) -> tuple[Params, Any]:
-    return state.trained, state.optimizer
+def _run(
+    job: Job, batches: Iterable[Step], first: int, state: TrainState, checkpoints: Checkpoints, origin: Origin
+) -> tuple[int, TrainState]:
+    """Steps first + 1..steps, or until it is told to end. Returns the steps taken and the state after them."""
+    run, model = job.recipe.run, job.recipe.model
+    rate = learning_rate(job.recipe.optimizer.learning_rate, job.recipe.optimizer.warmup, job.steps)
+    rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
+    number, late, shapes = first, None, set()
+    with Progress(pathlib.Path(run.folder), first, job.steps, run.log_every) as progress, _Stop() as stop:
+
+        def log(number: int, metrics: Metrics, read: Step) -> None:
+            macs = step_macs(job.config, job.dataset, job.recipe, read.batch.bucket)
+            progress.step(number, metrics, macs, float(rates[number - 1]), read.broken)
+
+        for number, read in enumerate(batches, first + 1):
+            began = time.perf_counter()
+            state, metrics = train_step(
+                job.config,
+                job.optimizer,
+                state,
+                _placed(read.batch, job.by_row),
+                dtype=jnp.dtype(model.dtype),
+                accumulate=run.accumulate,
+                remat=model.remat,
+            )
+            bucket, queries = read.batch.bucket, read.batch.query_rows.shape[1]
+            if (bucket, queries) not in shapes:
+                shapes.add((bucket, queries))
+                seconds = time.perf_counter() - began
+                progress.event("compiled", number, text=bucket.text, images=bucket.images, seconds=seconds)
+            if late:  # the step before: its metrics are there or nearly so, and the device has work
+                log(*late)
+            late = number, metrics, read
+            checkpoints.wait(block=False)
+            stopping = stop.requested(number)
+            if stopping or number % run.save_every == 0 or number == job.steps:
+                log(*late)  # the log is never behind a checkpoint
+                late = None
+                checkpoints.save(dataclasses.replace(origin, step=number), _changing(state))
+                progress.event("saved", number)
+            if stopping:
+                break
+        checkpoints.wait()
+    return number, state
+
+
+def _changing(state: TrainState) -> dict[str, Any]:
+    return {"trained": state.trained, "optimizer": state.optimizer}
 
 
 def _restaged(state: Any, config: LlavaConfig, schedule: DropSchedule) -> Any:

@@ -1,5 +1,6 @@
 """AdamW as a recipe describes it, and which group a parameter belongs to."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ def learning_rate(peak: float, warmup: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, 1))
 
 
+@functools.cache  # or a step would compile again for each object, equal as they are
 def make_optimizer(recipe: Optimizer, steps: int) -> optax.GradientTransformation:
     """AdamW over the trained parameters; a step whose gradient is not finite changes nothing and is counted.
 

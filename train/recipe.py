@@ -175,7 +175,18 @@ def _parse_dataclass(kind: type, value: Any, name: str) -> Any:
     return kind(**{key: parse(types[key], item, prefix + key) for key, item in value.items()})
 
 
-FREE = ("run.folder", "run.save_every", "run.keep_last", "run.keep_every", "run.log_every", "data.workers")
+# What a run that goes on may do otherwise. Of the files that these name the contents must be the same.
+FREE = (
+    "run.folder",
+    "run.save_every",
+    "run.keep_last",
+    "run.keep_every",
+    "run.log_every",
+    "data.workers",
+    "data.conversations",
+    "data.images",
+    "model.start",
+)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

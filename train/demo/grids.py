@@ -3,6 +3,9 @@
 A grid is a 4x4 picture of Fashion-MNIST photos. The garment of each place is drawn on its own, and no question of a
 conversation is about a place or a garment that an earlier answer has told. Questions are few: asked for all 16 places,
 a model learned what is in the picture anywhere and to strike off what was told, and never to look.
+
+In half of the training pictures some places are empty. Whether a place is empty is easily seen, so that is what a model
+learns to look with, before it can tell a coat from a shirt. Test pictures are full.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ from .photos import GARMENTS, PIXELS, Split, photos
 SIDE = 4  # places in a row
 TURNS = 5  # questions a picture
 SHIFT = 2  # pixels
+EMPTY = len(GARMENTS)  # the label of a place without a photo
 
 Exchange = tuple[str, str]  # question, answer
 
@@ -24,7 +28,7 @@ class Grid:
     """A picture and what is in it.
 
     Attributes:
-      labels: (4, 4) int, indices into ``GARMENTS``.
+      labels: (4, 4) int, indices into ``GARMENTS``, or EMPTY.
       picture: (112, 112) uint8.
     """
 
@@ -49,13 +53,15 @@ class Told:
 
 
 def draw_grid(split: Split, seed: int, number: int) -> Grid:
-    """The ``number``-th grid of ``seed``. Training photos are flipped and shifted by chance, test photos never."""
+    """The ``number``-th grid of ``seed``. Training photos are flipped, shifted and left out at random, others never."""
     rng = np.random.default_rng([seed, number])
     labels = rng.integers(len(GARMENTS), size=(SIDE, SIDE))
     pool = photos(split)
     cells = pool[labels, rng.integers(pool.shape[1], size=(SIDE, SIDE))]
     if split == "train":
         cells = augment(cells, rng)
+        empty = rng.random((SIDE, SIDE)) < rng.uniform(-1, 1)
+        labels[empty], cells[empty] = EMPTY, 0
     return Grid(labels, np.ascontiguousarray(cells.swapaxes(1, 2)).reshape(SIDE * PIXELS, SIDE * PIXELS))
 
 
@@ -72,13 +78,17 @@ def augment(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
+def name_of(label: int) -> str:
+    return "nothing" if label == EMPTY else GARMENTS[label].name
+
+
 def ask_place(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
     """What is in row 2, column 3? - sneaker"""
     row, column = (int(i) for i in rng.integers(SIDE, size=2))
     if told.places[row, column]:
         return None
     told.places[row, column] = True
-    return f"What is in row {row + 1}, column {column + 1}?", GARMENTS[labels[row, column]].name
+    return f"What is in row {row + 1}, column {column + 1}?", name_of(labels[row, column])
 
 
 def ask_line(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
@@ -88,7 +98,7 @@ def ask_line(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchan
     if told.line or told.places[index].any():
         return None
     told.places[index] = told.line = True
-    names = ", ".join(GARMENTS[label].name for label in labels[index])
+    names = ", ".join(name_of(label) for label in labels[index])
     return f"What is in {'row' if by_row else 'column'} {line + 1}?", names
 
 
@@ -103,8 +113,9 @@ def ask_count(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Excha
 def ask_presence(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
     """Is there a bag in row 1? - yes. Both answers come as often."""
     row, present = int(rng.integers(SIDE)), bool(rng.integers(2))
-    label = int(rng.choice([g for g in range(len(GARMENTS)) if (g in labels[row]) == present]))
-    if told.places[row].any() or not _new_garment(label, told):
+    possible = [g for g in range(len(GARMENTS)) if (g in labels[row]) == present]
+    label = int(rng.choice(possible)) if possible else EMPTY
+    if label == EMPTY or told.places[row].any() or not _new_garment(label, told):
         return None
     garment = GARMENTS[label]
     return f"Is there {garment.article} {garment.noun} in row {row + 1}?", "yes" if present else "no"
@@ -112,7 +123,7 @@ def ask_presence(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Ex
 
 def ask_where(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
     """In which row is the dress? - 2. Asked of a garment that is there once."""
-    single = np.flatnonzero(np.bincount(labels.ravel(), minlength=len(GARMENTS)) == 1)
+    single = np.flatnonzero(np.bincount(labels.ravel(), minlength=EMPTY + 1)[:EMPTY] == 1)
     if not len(single):
         return None
     label = int(rng.choice(single))

@@ -7,8 +7,7 @@ import string
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from .grids import SIDE, converse
-from .photos import GARMENTS
+from .grids import EMPTY, SIDE, converse
 
 TEMPLATE = "mistral_instruct"  # the shortest one: its marks are three tokens a turn
 SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")  # ids 0, 1, 2 as LLaMA has them
@@ -41,7 +40,7 @@ def _texts() -> list[str]:
     rng = np.random.default_rng(0)
     texts = []
     for _ in range(CONVERSATIONS):
-        for turn in converse(rng.integers(len(GARMENTS), size=(SIDE, SIDE)), rng):
+        for turn in converse(rng.integers(EMPTY + 1, size=(SIDE, SIDE)), rng):
             texts += [turn.question, turn.answer]
     return texts
 

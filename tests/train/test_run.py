@@ -1,0 +1,251 @@
+"""Whole runs: what they write, how they resume, what they refuse."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import CONFIG, arrays_of, events, losses, recipe_in, write_data, write_start
+
+from pdrop_jax import checkpoint
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.params import init_params
+from pdrop_jax.train import loop
+from pdrop_jax.train.loop import train
+from pdrop_jax.train.step import train_step
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    write_data(folder / "data")
+    write_start(folder / "start")
+    return folder
+
+
+@pytest.fixture
+def folder(parts, tmp_path):
+    for name in ("data", "start"):
+        (tmp_path / name).symlink_to(parts / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(parts):
+    """The folder of a run of six steps that nothing interrupted."""
+    train(recipe_in(parts))
+    return parts / "run"
+
+
+def stop_after(monkeypatch, steps):
+    monkeypatch.setattr(loop._Stop, "requested", lambda _, step: step == steps)
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, arrays_of(one), arrays_of(other))
+
+
+def test_a_run_leaves_a_model_a_log_and_checkpoints(whole):
+    logged = losses(whole)
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    assert logged[-1][1] < 0.6 * logged[0][1]
+    assert {name for name, _ in events(whole)} == {"compiled", "saved"}
+    assert [step for name, step in events(whole) if name == "saved"] == [2, 4, 6]
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["4", "6"]
+    config, params = checkpoint.load(whole / "model")
+    assert config == CONFIG
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    assert (whole / "model/tokenizer.json").exists()
+
+
+def test_what_the_log_says_of_a_step(whole):
+    line = json.loads((whole / "log.jsonl").read_text().splitlines()[-2])
+    assert line["step"] == 6
+    assert line["targets"] == 4 * 5  # an answer comes in letters
+    assert line["skipped"] == 0
+    assert line["broken"] == {}
+    assert 0 < line["learning_rate"] < 1e-2
+    assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
+
+
+def test_a_finished_run_is_left_alone(whole, parts):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.suffix != ".jsonl"}
+    log = (whole / "log.jsonl").read_text()
+    train(recipe_in(parts))
+    assert (whole / "log.jsonl").read_text() == log
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, whole, monkeypatch, steps):
+    recipe = recipe_in(folder)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        train(recipe)
+    assert losses(folder / "run") == losses(whole)[:steps]
+    assert not (folder / "run/model").exists()
+    train(recipe)
+    assert losses(folder / "run") == losses(whole)
+    same(folder / "run", whole)
+
+
+def test_a_log_ahead_of_the_checkpoint_is_cut(folder, whole):
+    shutil.copytree(whole, folder / "run")
+    shutil.rmtree(folder / "run/model")
+    shutil.rmtree(folder / "run/checkpoints/6")
+    with (folder / "run/log.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
+    train(recipe_in(folder))
+    assert losses(folder / "run") == losses(whole)
+    same(folder / "run", whole)
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, whole, capsys, how):
+    files = [path for path in (whole / "checkpoints/6").rglob("*") if path.is_file() and path.stat().st_size > 1]
+    assert len(files) > 3
+    for number, path in enumerate(files):
+        run = folder / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole, run)
+        shutil.rmtree(run / "model")
+        damage(run / "checkpoints/6" / path.relative_to(whole / "checkpoints/6"), how)
+        train(recipe_in(folder))
+        said = capsys.readouterr().err
+        harmless = "is damaged" not in said  # a file that nothing is read from
+        assert f"resumed     after {6 if harmless else 4} steps" in said, path
+        if not harmless:
+            assert f"the checkpoint of step 6 is damaged, moved to {run / 'damaged-6'}" in said
+        assert losses(run) == losses(whole), number
+        same(run, whole)
+
+
+def test_a_changed_recipe_is_refused_unless_allowed(folder, whole):
+    shutil.copytree(whole, folder / "run")
+    longer = recipe_in(folder, run_steps=8, optimizer_b1=0.8)
+    message = "optimizer.b1 was 0.9, is 0.8; run.steps was 6, is 8"
+    with pytest.raises(UserError) as error:
+        train(longer)
+    assert all(part in str(error.value) for part in message.split("; "))
+    assert "--allow-changes" in str(error.value)
+    train(longer, allow_changes=True)
+    assert [step for step, _ in losses(folder / "run")] == list(range(1, 9))
+
+
+def test_how_often_it_saves_may_change(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(recipe_in(folder))
+    train(recipe_in(folder, run_save_every=1, run_keep_last=1, run_keep_every=4, run_log_every=2))
+    assert sorted(path.name for path in (folder / "run/checkpoints").iterdir()) == ["4", "6"]
+    assert [step for step, _ in losses(folder / "run")] == [1, 2, 3, 4, 6]
+
+
+def test_other_data_and_another_start_are_refused(folder, whole, tmp_path):
+    shutil.copytree(whole, folder / "run")
+    (folder / "data").unlink()
+    write_data(folder / "data", rows=23)
+    with pytest.raises(UserError, match=r"data\.conversations holds other rows"):
+        train(recipe_in(folder))
+    (folder / "start").unlink()
+    checkpoint.save(folder / "start", CONFIG, init_params(CONFIG, seed=5), companions=whole / "model")
+    with pytest.raises(UserError, match=r"model\.start holds another model"):
+        train(recipe_in(folder))
+
+
+def test_a_checkpoint_of_other_groups(folder, whole):
+    shutil.copytree(whole, folder / "run")
+    with pytest.raises(
+        UserError, match=r"checkpoint of another model or of other trained groups: 63 missing, 0 unexpected"
+    ):
+        train(recipe_in(folder, model_groups=("vision", "projector", "llm")), allow_changes=True)
+
+
+def test_a_run_goes_on_with_another_schedule(folder, monkeypatch):
+    """Weights and moments move: with as good as no learning rate left, nothing but the stages changes."""
+    recipe = recipe_in(folder)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train(recipe)
+    recipe = recipe_in(folder, model_layers=(3,), model_ratios=(0.5,), optimizer_learning_rate=0.0)
+    train(recipe, allow_changes=True)
+    config, params = checkpoint.load(folder / "run/model")
+    assert config.schedule.layers == (3,)
+    _, before = checkpoint.load(folder / "run/model", schedule=CONFIG.schedule)
+    config = dataclasses.replace(CONFIG, schedule=config.schedule)
+    assert params["stages"]["0"]["mlp"]["up"]["kernel"].shape[0] == 3
+    shutil.rmtree(folder / "run/model")
+    shutil.rmtree(folder / "run/checkpoints/6")
+    shutil.rmtree(folder / "run/checkpoints/4", ignore_errors=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train(recipe_in(folder))
+    train(recipe_in(folder, optimizer_learning_rate=0.0), allow_changes=True)
+    _, after = checkpoint.load(folder / "run/model")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_lora_is_merged_into_the_model(folder):
+    recipe = recipe_in(folder, model_groups=("lora",), model_lora_rank=2, model_lora_alpha=4.0)
+    train(recipe)
+    start, model = (checkpoint.load(folder / name)[1] for name in ("start", "run/model"))
+    assert jax.tree.structure(start) == jax.tree.structure(model)
+    np.testing.assert_array_equal(start["embed"]["embedding"], model["embed"]["embedding"])
+    changed = [
+        np.abs(np.asarray(model["stages"]["0"]["mlp"][n]["kernel"] - start["stages"]["0"]["mlp"][n]["kernel"]))
+        for n in ("up", "down")
+    ]
+    assert all(x.max() > 1e-4 for x in changed)
+
+
+def test_nothing_compiles_after_the_first_step_of_a_shape(folder):
+    before = train_step._cache_size()
+    train(recipe_in(folder, run_steps=12))
+    compiled = [name for name, _ in events(folder / "run") if name == "compiled"]
+    assert train_step._cache_size() - before <= len(compiled)
+
+
+def test_rows_that_weigh_nothing_are_in_the_log(folder):
+    (folder / "data").unlink()
+    write_data(folder / "data")
+    (folder / "data/images/1.png").write_bytes(b"\x89PNG broken")
+    train(recipe_in(folder))
+    lines = map(json.loads, (folder / "run/log.jsonl").read_text().splitlines())
+    lost = sum(line["broken"].get("corrupt picture", 0) for line in lines if "loss" in line)
+    assert lost == sum(1 for n in range(24) if n % 3 and n % 5 == 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_start": "nowhere"}, "nowhere is no checkpoint"),
+        ({"data_images": "nowhere"}, "there is no folder nowhere"),
+        ({"data_conversations": "nowhere.json"}, "nowhere.json: there is no such file"),
+        ({"model_groups": ("head",)}, "model.groups is ['head']: choose of vision, projector, llm, lora"),
+        ({"model_groups": ()}, "model.groups is []"),
+        ({"model_groups": ("lora",)}, "model.lora_rank is 0"),
+        ({"model_lora_rank": 4}, "for LoRA give a rank and name the group"),
+        ({"model_layers": (1,)}, "model.layers and model.ratios belong together"),
+        ({"model_layers": (9,), "model_ratios": (0.5,)}, "9"),
+        ({"data_image_aspect": "anyres"}, "not supported yet"),
+        ({"run_batch_size": 25}, "24 usable rows, a batch takes 25"),
+        ({"run_accumulate": 3}, "cannot be cut into 3 parts"),
+    ],
+)
+def test_recipes_that_cannot_run(folder, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(recipe_in(folder, **changes))
+    assert not (folder / "run/model").exists()

@@ -1,0 +1,68 @@
+"""The model that a run begins with and the one that it ends with."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from pdrop_jax import checkpoint
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.layers import Params
+from pdrop_jax.model.lora import add_lora, merge_lora
+from pdrop_jax.schedule import DropSchedule
+
+from .optimizer import GROUPS
+from .recipe import Model, Recipe
+
+
+def open_start(recipe: Recipe) -> tuple[LlavaConfig, Params]:
+    """The model that a run begins with: the recipe's schedule, fresh adapters, arrays as they are stored.
+
+    Raises:
+      UserError: it cannot be had as asked for.
+    """
+    model, data = recipe.model, recipe.data
+    _check_groups(model)
+    if data.image_aspect == "anyres":
+        raise UserError('data.image_aspect "anyres", LLaVA-NeXT\'s tiles, is not supported yet: choose "pad"')
+    if (model.layers is None) != (model.ratios is None):
+        raise UserError("model.layers and model.ratios belong together: give both or neither")
+    schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or ())
+    config, params = checkpoint.load(model.start, schedule=schedule)
+    config = dataclasses.replace(
+        config,
+        image_aspect=data.image_aspect or config.image_aspect,
+        template=config.template if data.template == "plain" else data.template,
+    )
+    if model.lora_rank:
+        params = add_lora(params, config, model.lora_rank, model.lora_alpha, model.lora_targets, recipe.run.seed)
+    return config, params
+
+
+def _check_groups(model: Model) -> None:
+    unknown = [group for group in model.groups if group not in GROUPS]
+    if unknown or not model.groups:
+        raise UserError(f"model.groups is {list(model.groups)}: choose of {', '.join(GROUPS)}")
+    if ("lora" in model.groups) != bool(model.lora_rank):
+        raise UserError(
+            f"model.lora_rank is {model.lora_rank} and model.groups {list(model.groups)}: "
+            'for LoRA give a rank and name the group "lora"'
+        )
+
+
+def write_model(folder: pathlib.Path, config: LlavaConfig, params: Params, recipe: Recipe) -> None:
+    """Writes a plain checkpoint, adapters merged, in the dtype of the computation. Of several processes all call it.
+
+    Raises:
+      OSError: the disk is full or may not be written.
+    """
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that has gone on since
+    multihost_utils.sync_global_devices("room for the model")
+    dtype = jnp.dtype(recipe.model.dtype)
+    params = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), merge_lora(params)))(params)
+    checkpoint.save(folder, config, params, companions=recipe.model.start)
