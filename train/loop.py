@@ -30,7 +30,7 @@ from .optimizer import learning_rate, make_optimizer
 from .progress import Progress
 from .recipe import Recipe
 from .startup import describe, step_macs
-from .step import Metrics, TrainState, init_state, join, train_step
+from .step import Metrics, TrainState, changing, init_state, join, train_step
 
 MODEL = "model"  # the trained model, in the run's folder
 
@@ -117,7 +117,7 @@ def _begin(
         schedule = DropSchedule.from_json(saved.schedule)
         state = jax.eval_shape(lambda params: job.init(restage(params, job.config, schedule)), shapes)
         leaf = functools.partial(jax.ShapeDtypeStruct, sharding=job.replicated)
-        return jax.tree.map(lambda x: leaf(x.shape, x.dtype), _changing(state))
+        return jax.tree.map(lambda x: leaf(x.shape, x.dtype), changing(state))
 
     found = checkpoints.restore(abstract_of)
     state = jax.jit(job.init, out_shardings=job.replicated)(_placed(params, job.replicated))
@@ -174,16 +174,12 @@ def _run(
             if stopping or number % run.save_every == 0 or number == job.steps:
                 log(*late)  # the log is never behind a checkpoint
                 late = None
-                checkpoints.save(dataclasses.replace(origin, step=number), _changing(state))
+                checkpoints.save(dataclasses.replace(origin, step=number), changing(state))
                 progress.event("saved", number)
             if stopping:
                 break
         checkpoints.wait()
     return number, state
-
-
-def _changing(state: TrainState) -> dict[str, Any]:
-    return {"trained": state.trained, "optimizer": state.optimizer}
 
 
 def _restaged(state: Any, config: LlavaConfig, schedule: DropSchedule) -> Any:

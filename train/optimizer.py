@@ -27,8 +27,8 @@ def group_of(name: str) -> str:
 
 
 def learning_rate(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """From 0 up to ``peak`` over ceil(warmup * steps) steps, then along a cosine to 0 at ``steps``."""
-    warmup_steps = math.ceil(warmup * steps)
+    """From 0 up to ``peak`` over ceil(warmup * steps) steps but not all, then a cosine to 0."""
+    warmup_steps = min(math.ceil(warmup * steps), max(steps, 1) - 1)
     return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, 1))
 
 

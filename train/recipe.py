@@ -115,6 +115,9 @@ def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recip
             raise UserError(f"--set {setting!r} is not of the form part.key=value")
         data[part][key] = _value(value)
     recipe = parse(Recipe, data, "")
+    for name in ("accumulate", "epochs", "steps", "save_every", "keep_last", "keep_every", "log_every"):
+        if (value := getattr(recipe.run, name)) is not None and value < 1:
+            raise UserError(f"run.{name} is {value}, it must be at least 1")
     if recipe.run.keep_every and recipe.run.keep_every % recipe.run.save_every:
         raise UserError(
             f"run.keep_every is {recipe.run.keep_every}, no multiple of run.save_every, {recipe.run.save_every}"

@@ -95,6 +95,11 @@ def init_state(
     return TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained))
 
 
+def changing(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint has to hold of a state."""
+    return {"trained": state.trained, "optimizer": state.optimizer}
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("config", "optimizer", "dtype", "accumulate", "remat", "implementation"),

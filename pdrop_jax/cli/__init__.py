@@ -11,7 +11,7 @@ COMMANDS = {
     "generate": "answer questions about pictures",
     "train": "train a model as a recipe says",
     "convert": "make a checkpoint of ours out of a PyTorch one",
-    "export": "write a checkpoint that transformers or the original LLaVA loads",
+    "export": "write a checkpoint that transformers or the original LLaVA loads, or one of ours",
     "check": "replay recorded reference vectors",
 }
 

@@ -62,6 +62,8 @@ def test_settings_win_over_the_file(tmp_path):
         ("optimiser.b1=0.9", "unknown key optimiser: did you mean optimizer?"),
         ("run.zzz=1", "unknown key run.zzz: there are folder, batch_size"),
         ("run.steps=1.5", "run.steps is 1.5, expected int"),
+        ("run.steps=0", "run.steps is 0, it must be at least 1"),
+        ("run.keep_every=750", "run.keep_every is 750, no multiple of run.save_every, 500"),
         ("run.steps=true", "run.steps is True, expected int"),
         ("data.broken=ignore", "data.broken is 'ignore': choose 'skip' or 'fail'"),
         ("model.groups=llm", "model.groups is 'llm', expected a list"),
@@ -94,3 +96,33 @@ def test_a_file_that_is_wrong(tmp_path, text, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"none.toml cannot be read: .*No such file"):
         load_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "rate", "batch_size", "max_length", "aspect", "group"),
+    [
+        ("llava-1.5-pretrain", ("projector",), 1e-3, 256, 2048, "square", False),
+        ("llava-1.5-finetune", ("projector", "llm"), 2e-5, 128, 2048, "pad", True),
+        ("llava-next-pretrain", ("projector",), 1e-3, 256, 4096, "anyres", False),
+        ("llava-next-finetune", ("vision", "projector", "llm"), 2e-5, 128, 4096, "anyres", True),
+    ],
+)
+def test_the_official_recipes(name, groups, rate, batch_size, max_length, aspect, group):
+    """Table "Recipes in the official scripts"; what they share is in the defaults."""
+    paths = ["model.start=s", "data.conversations=c", "data.images=i", "run.folder=f"]
+    recipe = load_recipe(name, paths)
+    assert (recipe.model.groups, recipe.optimizer.learning_rate, recipe.run.batch_size) == (groups, rate, batch_size)
+    assert (recipe.data.max_length, recipe.data.image_aspect, recipe.data.group) == (max_length, aspect, group)
+    assert recipe.optimizer.vision_learning_rate == (2e-6 if "vision" in groups else None)
+    assert recipe.data.template == ("plain" if name.endswith("pretrain") else "vicuna_v1")
+    assert (recipe.model.layers, recipe.model.ratios) == ((8, 16, 24), (0.5, 0.25, 0.125))
+    assert (recipe.model.dtype, recipe.model.remat) == ("bfloat16", "full")
+    optimizer, run = recipe.optimizer, recipe.run
+    assert (optimizer.warmup, optimizer.weight_decay, run.epochs, run.steps) == (0.03, 0.0, 1, None)
+    with pytest.raises(UserError, match=r"the recipe has no model\.start"):
+        load_recipe(name, paths[1:])
+
+
+def test_a_preset_that_is_not_there():
+    with pytest.raises(UserError, match=r"no preset llava-2 and no such file: there are demo, llava-1\.5"):
+        load_recipe("llava-2")

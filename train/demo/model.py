@@ -8,8 +8,9 @@ import tempfile
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
-from pdrop_jax.checkpoint import save
+from pdrop_jax.checkpoint import UNUSED, save
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import init_params
@@ -78,6 +79,10 @@ def write_start(folder: str | os.PathLike, schedule: DropSchedule = SCHEDULE, se
         files = pathlib.Path(name)
         config = demo_config(schedule, write_tokenizer(files))
         (files / "preprocessor_config.json").write_text(json.dumps(preprocessor(config.vision), indent=2) + "\n")
+        # What PyTorch's tower has and none of our layers reads, so that the model can be exported.
+        norm = {"post_layernorm.weight": np.ones, "post_layernorm.bias": np.zeros}
+        D = config.vision.hidden_size
+        save_file({name: make(D, np.float32) for name, make in norm.items()}, files / UNUSED)
         save(folder, config, demo_params(config, seed), companions=files)
 
 

@@ -1,0 +1,51 @@
+"""The model of a run, wherever the run is."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.errors import UserError
+
+from .checkpoints import FOLDER, Checkpoints, Origin
+from .loop import MODEL
+from .model import open_start, write_model
+from .optimizer import make_optimizer
+from .recipe import Recipe, Run, parse
+from .step import changing, init_state, join, split
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    return (folder / FOLDER).is_dir()
+
+
+def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
+    """The folder of a run's model: the one that it ended with, else one made in ``scratch`` of its newest checkpoint.
+
+    Raises:
+      UserError: the run has no checkpoint, or the model that it began with is gone.
+    """
+    if (run / MODEL).exists():
+        return run / MODEL
+    opened: dict[str, Any] = {}
+
+    def abstract_of(saved: Origin) -> Any:
+        recipe = parse(Recipe, saved.recipe, "")
+        config, params = open_start(recipe)
+        optimizer = make_optimizer(recipe.optimizer, 1)  # its state has the same arrays whatever the steps
+        opened.update(recipe=recipe, config=config, params=params)
+        dtype = jnp.dtype(recipe.model.dtype)
+        state = jax.eval_shape(lambda params: init_state(params, recipe.model.groups, optimizer, dtype), params)
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), changing(state))
+
+    with Checkpoints(run, Run(str(run))) as checkpoints:
+        found = checkpoints.restore(abstract_of)
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet: it has nothing to export")
+    print(f"{run} has not ended: this is its model after {found[0].step:,} steps")
+    recipe, config, params = opened["recipe"], opened["config"], opened["params"]
+    _, frozen = split(params, recipe.model.groups)
+    write_model(scratch / MODEL, config, join(found[1]["trained"], frozen), recipe)
+    return scratch / MODEL
