@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
@@ -20,6 +19,7 @@ from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.decoder import Remat
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.loss import count_targets, loss_of
+from pdrop_jax.model.params import path_name
 
 from .optimizer import group_of
 
@@ -63,20 +63,24 @@ class Metrics:
 
 
 def split(params: Params, groups: Collection[str]) -> tuple[Params, Params]:
-    """(parameters of ``groups``, the others). The scale of an adapter is a constant of its group, never trained."""
-    flat = flatten_dict(params, sep=".")
-    trained = {
-        name: x
-        for name, x in flat.items()
-        if (group := group_of(name)) in groups and not (group == "lora" and name.endswith(".scale"))
-    }
-    frozen = {name: x for name, x in flat.items() if name not in trained}
-    return unflatten_dict(trained, sep="."), unflatten_dict(frozen, sep=".")
+    """(parameters of ``groups``, the others), each the whole tree with None in place of what it lacks.
+
+    The scale of an adapter is a constant of its group, never trained.
+    """
+
+    def is_trained(path: tuple) -> bool:
+        name = path_name(path)
+        group = group_of(name)
+        return group in groups and not (group == "lora" and name.endswith(".scale"))
+
+    trained = jax.tree.map_with_path(lambda path, x: x if is_trained(path) else None, params)
+    frozen = jax.tree.map_with_path(lambda path, x: None if is_trained(path) else x, params)
+    return trained, frozen
 
 
 def join(trained: Params, frozen: Params) -> Params:
     """The whole tree again."""
-    return unflatten_dict({**flatten_dict(trained, sep="."), **flatten_dict(frozen, sep=".")}, sep=".")
+    return jax.tree.map(lambda x, y: y if x is None else x, trained, frozen, is_leaf=lambda x: x is None)
 
 
 def init_state(

@@ -17,19 +17,30 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.demo import evaluate as evaluation
 from pdrop_jax.train.demo.dataset import write_dataset
 from pdrop_jax.train.demo.evaluate import LATER, Score, draw_cases, table
-from pdrop_jax.train.demo.grids import KINDS, SHIFT, SIDE, TURNS, Told, augment, converse, draw_grid, first_question
+from pdrop_jax.train.demo.grids import (
+    EMPTY,
+    KINDS,
+    SHIFT,
+    SIDE,
+    TURNS,
+    Told,
+    augment,
+    converse,
+    draw_grid,
+    first_question,
+)
 from pdrop_jax.train.demo.model import SCHEDULE, demo_config, demo_params, position_table, write_start
 from pdrop_jax.train.demo.photos import GARMENTS, PIXELS, photos
 from pdrop_jax.train.demo.tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
 
-NAMES = [garment.name for garment in GARMENTS]
+NAMES = [*(garment.name for garment in GARMENTS), "nothing"]
 LABELS = np.array([[0, 1, 2, 3], [4, 4, 5, 5], [6, 7, 8, 9], [9, 9, 9, 9]])
 
 
 def conversations(count, turns=TURNS):
     for number in range(count):
         rng = np.random.default_rng(number)
-        labels = rng.integers(len(GARMENTS), size=(SIDE, SIDE))
+        labels = rng.integers(EMPTY + number % 2, size=(SIDE, SIDE))
         yield labels, converse(labels, rng, turns)
 
 
@@ -71,6 +82,24 @@ def test_a_grid_is_drawn_again_the_same_and_holds_its_photos():
     for row, column in np.ndindex(SIDE, SIDE):
         cell = grid.picture[row * PIXELS :, column * PIXELS :][:PIXELS, :PIXELS]
         assert (photos("test")[grid.labels[row, column]] == cell).all((1, 2)).any()
+
+
+def test_half_of_the_training_pictures_have_empty_places():
+    grids = [draw_grid("train", 0, number) for number in range(200)]
+    empties = [(grid.labels == EMPTY).sum() for grid in grids]
+    assert 70 < sum(count == 0 for count in empties) < 130
+    assert max(empties) > 12
+    for grid in grids:
+        cells = grid.picture.reshape(SIDE, PIXELS, SIDE, PIXELS).swapaxes(1, 2)
+        np.testing.assert_array_equal(cells.any((2, 3)), grid.labels != EMPTY)
+    assert all((draw_grid("test", 0, number).labels != EMPTY).all() for number in range(50))
+
+
+def test_nothing_is_asked_about_an_empty_row():
+    empty = np.full((SIDE, SIDE), EMPTY)
+    turns = [first_question("presence", empty, np.random.default_rng(n)) for n in range(20)]
+    assert {turn.answer for turn in turns if turn} == {"no"}
+    assert first_question("where", empty, np.random.default_rng(0)) is None
 
 
 def test_training_photos_are_moved_and_turned_round_but_not_changed():
@@ -235,6 +264,7 @@ def test_the_demo_is_a_small_llava_with_three_drops():
     )
     moved = [name for name, equal in jax.tree.leaves(same, is_leaf=lambda x: isinstance(x, tuple)) if not equal]
     assert "vision.embed.position" not in moved
+    assert float(params["embed"]["embedding"].std()) == pytest.approx(1, abs=0.05)
     assert "embed.embedding" in moved
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import tempfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 from pdrop_jax.checkpoint import UNUSED, save
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.model.layers import Params
-from pdrop_jax.model.params import init_params
+from pdrop_jax.model.params import init_params, path_name
 from pdrop_jax.schedule import DropSchedule
 
 from .tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
@@ -21,6 +22,7 @@ from .tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
 SCHEDULE = DropSchedule(layers=(4, 5, 6), ratios=(0.5, 0.25, 0.125))
 PIXELS, PATCH = 168, 14  # a photo of the grid is 3x3 patches
 MEAN, STD = 0.29, 0.35  # of the training photos' pixels
+EMBEDDING_SCALE = 1.0  # of a word; init_params gives 0.02
 POSITION_SCALE = 0.7  # of the sines; a patch embedding starts out with about 1
 
 
@@ -37,7 +39,6 @@ def demo_config(schedule: DropSchedule = SCHEDULE, vocab_size: int | None = None
             num_heads=4,
             num_kv_heads=4,
             head_dim=D // 4,
-            tie_embeddings=True,
             max_length=512,
         ),
         schedule=schedule,
@@ -48,8 +49,20 @@ def demo_config(schedule: DropSchedule = SCHEDULE, vocab_size: int | None = None
 
 
 def demo_params(config: LlavaConfig, seed: int = 0) -> Params:
-    """Random float32 parameters; the tower's position table begins as sines, from which places are learned sooner."""
+    """Random float32 parameters, so that what a token is and where is not drowned by what the layers add to it.
+
+    Words begin as large as patches, layers add little (GPT-2's depth scaling), and the tower's position table is sines.
+    """
     params = init_params(config, seed)
+    params["embed"]["embedding"] *= EMBEDDING_SCALE / 0.02
+    depths = {"vision": 2 * config.vision_layers, "stages": 2 * config.text.num_layers}
+
+    def quieter(path: tuple, x: jax.Array) -> jax.Array:
+        name = path_name(path)
+        adds = name.endswith((".o.kernel", ".down.kernel"))
+        return x / math.sqrt(depths[name.partition(".")[0]]) if adds else x
+
+    params = jax.tree.map_with_path(quieter, params)
     table = position_table(config.vision.image_size // config.vision.patch_size, config.vision.hidden_size)
     params["vision"]["embed"]["position"] = jnp.asarray(table)
     return params
