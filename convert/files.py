@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pdrop_jax import storage
 from pdrop_jax.config import read_json
 from pdrop_jax.errors import UserError
 
@@ -20,7 +21,7 @@ from .names import Shape
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+FLOATS = {name: np.dtype(dtype).name for name, dtype in storage.DTYPES.items()}  # of safetensors' names
 # The weights of a folder, best first. A file may be split; then its index lists the parts.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PROJECTOR = "mm_projector.bin"  # original LLaVA: what pretraining trained, the rest being a language model's

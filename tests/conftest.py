@@ -1,10 +1,27 @@
-"""Settings of all tests."""
+"""Settings of all tests, and what several rooms of them share."""
+
+import json
+import pathlib
 
 import hypothesis
 import jax
+import pytest
+
+from pdrop_jax.inputs.conversation import load_tokenizer
 
 # The tolerances are those of float32: accelerators multiply float32 with fewer bits unless told otherwise.
 jax.config.update("jax_platforms", "cpu")
 
 hypothesis.settings.register_profile("pdrop", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("pdrop")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["legacy0", "legacy1"])
+def llama(request, tmp_path_factory):
+    """The tokenizer that the golden ids were recorded with, and its setting of ``legacy``."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.model").symlink_to(pathlib.Path(__file__).parent / "golden/tokenizer/tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **tokens}))
+    return load_tokenizer(folder), request.param

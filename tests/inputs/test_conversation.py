@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, load_tokenizer, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, place_images, render, token_ids
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -22,16 +22,6 @@ MASKS = json.loads((GOLDEN / "preprocess_masks.json").read_text())
 @pytest.fixture(scope="module")
 def tiny_tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "examples/tiny_tokenizer")
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["legacy0", "legacy1"])
-def recorded_tokenizer(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.model").symlink_to(GOLDEN / "tokenizer/tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}
-    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **tokens}))
-    return request.param, load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +85,9 @@ def test_tags_and_pictures_must_agree(question, pictures, message):
     assert "\n" not in str(error.value)
 
 
-def test_ids_match_the_recorded_ones(recorded_tokenizer):
+def test_ids_match_the_recorded_ones(llama):
     """The recorded ids are those of the official preprocessing, which tokenizes whole rendered conversations."""
-    legacy, tokenizer = recorded_tokenizer
+    tokenizer, legacy = llama
     arrays = np.load(GOLDEN / "preprocess_masks.npz")
     compared = 0
     for sample in MASKS["samples"]:
@@ -110,8 +100,8 @@ def test_ids_match_the_recorded_ones(recorded_tokenizer):
     assert compared == 12
 
 
-def test_ids_with_placeholders_match_the_recorded_ones(recorded_tokenizer):
-    legacy, tokenizer = recorded_tokenizer
+def test_ids_with_placeholders_match_the_recorded_ones(llama):
+    tokenizer, legacy = llama
     arrays = np.load(GOLDEN / "preprocess_masks.npz")
     for name, text in MASKS["tokenizer_image_token_texts"].items():
         recorded = arrays[f"tokenizer_image_token.{name}.legacy{int(legacy)}"]
@@ -120,8 +110,8 @@ def test_ids_with_placeholders_match_the_recorded_ones(recorded_tokenizer):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet=" abet\n\té你▁.", max_size=12) | st.text(max_size=8))
-def test_ids_of_any_text_are_sentencepieces(recorded_tokenizer, sentencepiece_model, text):
-    _, tokenizer = recorded_tokenizer
+def test_ids_of_any_text_are_sentencepieces(llama, sentencepiece_model, text):
+    tokenizer, _ = llama
     assert token_ids(tokenizer, text) == [1, *sentencepiece_model.encode(text)]
 
 

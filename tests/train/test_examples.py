@@ -21,17 +21,6 @@ MASKS = json.loads((GOLDEN / "preprocess_masks.json").read_text())
 ASK, SAY = "human", "gpt"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["legacy0", "legacy1"])
-def llama(request, tmp_path_factory):
-    """The recorded tokenizer and its setting of ``legacy``."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.model").symlink_to(GOLDEN / "tokenizer/tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}
-    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **tokens}))
-    return load_tokenizer(folder), request.param
-
-
 @pytest.fixture(scope="module")
 def tiny():
     return load_tokenizer(ROOT / "examples/tiny_tokenizer")

@@ -1,0 +1,74 @@
+"""The log of a run: what stays of it when the run goes on, and TensorBoard beside it."""
+
+import json
+import sys
+import types
+from collections import Counter
+
+import jax.numpy as jnp
+import pytest
+
+from pdrop_jax.train import progress
+from pdrop_jax.train.progress import Progress
+from pdrop_jax.train.step import Metrics
+
+METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), jnp.int32(7), jnp.int32(100), jnp.int32(0))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def run(folder, first, last, every=1, steps=9):
+    with Progress(folder, first, steps, every) as log:
+        for number in range(first + 1, last + 1):
+            log.step(number, METRICS, 1e9, 0.25, Counter(corrupt=1))
+        log.event("saved", last)
+
+
+def test_what_comes_after_the_checkpoint_is_taken_out(tmp_path):
+    run(tmp_path, 0, 5)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    run(tmp_path, 3, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 4]
+
+
+def test_a_line_of_several_steps_counts_them_all(tmp_path):
+    run(tmp_path, 0, 6, every=4, steps=6)
+    four, six = (line for line in lines(tmp_path) if "loss" in line)
+    assert (four["step"], six["step"]) == (4, 6)
+    assert (four["broken"], six["broken"]) == ({"corrupt": 4}, {"corrupt": 2})
+    assert four["tokens_per_second"] == pytest.approx(400 / four["seconds"])
+    assert "mfu" not in four
+
+
+def test_mfu_where_the_peak_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "peak_flops", lambda: 4e12)
+    run(tmp_path, 0, 1)
+    line = lines(tmp_path)[0]
+    assert line["mfu"] == pytest.approx(2e9 / line["seconds"] / 4e12)
+
+
+def test_peaks_are_of_all_devices(monkeypatch):
+    devices = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 8
+    monkeypatch.setattr(progress.jax, "devices", lambda: devices)
+    monkeypatch.setattr(progress.jax, "device_count", lambda: 8)
+    assert progress.peak_flops() == 8 * 197e12
+    devices[0].device_kind = "abacus"
+    assert progress.peak_flops() is None
+
+
+def test_tensorboard_gets_the_numbers_if_it_is_installed(tmp_path):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path, 0, 2)
+    board = loader.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, float(e.tensor_proto.float_val[0])) for e in board.Tensors("loss")] == [(1, 2.5), (2, 2.5)]
+
+
+def test_without_tensorboard_there_is_the_log(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    run(tmp_path, 0, 2)
+    assert not (tmp_path / "tensorboard").exists()
+    assert len(lines(tmp_path)) == 3
