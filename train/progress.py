@@ -98,6 +98,7 @@ class Progress:
             "tokens": int(values.tokens),
             "skipped": int(values.skipped),
             "broken": dict(self._broken),
+            "macs": macs,
             "tokens_per_second": self._tokens / seconds,
             "seconds": seconds,
         }

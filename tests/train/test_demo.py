@@ -31,6 +31,7 @@ from pdrop_jax.train.demo.grids import (
 )
 from pdrop_jax.train.demo.model import SCHEDULE, demo_config, demo_params, position_table, write_start
 from pdrop_jax.train.demo.photos import GARMENTS, PIXELS, photos
+from pdrop_jax.train.demo.report import Cost, cost_of, rows_of
 from pdrop_jax.train.demo.tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
 
 NAMES = [*(garment.name for garment in GARMENTS), "nothing"]
@@ -308,7 +309,20 @@ def test_evaluating_counts_exact_answers(start, monkeypatch):
     scores = {score.kind: score for score in evaluation.evaluate(start, 10)}
     assert scores["place"] == Score("place", 10, 10)
     assert scores["count"] == Score("count", 10, 0)
-    assert "| count | 10 | 0.0 % |" in table(list(scores.values()))
+    text = table({"ours": list(scores.values())}, above=[["hours", "2"]])
+    assert "| count, 10 asked | 0.0 % (0.0 to 27.8) |" in text
+    assert text.startswith("|  | ours |\n| --- | --- |\n| hours | 2 |\n")
+
+
+def test_what_a_run_cost_is_in_its_log(tmp_path):
+    step = {"loss": 1.0, "macs": 4e9}
+    lines = [{"event": "compiled", "step": 1}, *({"step": n, "seconds": s, **step} for n, s in enumerate([9, 2, 1], 1))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cost = cost_of(tmp_path)
+    assert cost == Cost(steps=3, seconds=2, hours=12 / 3600, gmacs=4.0)
+    assert rows_of([cost, cost])[1] == ["seconds a step", "2.00", "2.00"]
+    with pytest.raises(UserError, match=r"is no run: log\.jsonl cannot be read"):
+        cost_of(tmp_path / "none")
 
 
 def test_the_interval_is_wilsons():

@@ -7,6 +7,7 @@ questions, with the true answers of the earlier ones before them, are reported a
 import dataclasses
 import math
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import numpy as np
@@ -114,13 +115,13 @@ def answer(model: Model, cases: list[Case]) -> list[str]:
     return generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy).texts[: len(cases)]
 
 
-def table(scores: list[Score]) -> str:
-    """Markdown."""
-    lines = ["| question | asked | right | 95 % interval |", "|---|---|---|---|"]
-    for score in scores:
-        low, high = (f"{100 * edge:.1f}" for edge in score.interval)
-        lines.append(f"| {score.kind} | {score.asked} | {100 * score.share:.1f} % | {low} to {high} |")
-    return "\n".join(lines)
+def table(models: Mapping[str, list[Score]], above: Iterable[list[str]] = ()) -> str:
+    """Markdown: a column for each model, a row for each kind of question, under the rows ``above``."""
+    rows = [["", *models], ["---"] * (len(models) + 1), *above]
+    for of_kind in zip(*models.values(), strict=True):
+        cells = [f"{100 * x.share:.1f} % ({100 * x.interval[0]:.1f} to {100 * x.interval[1]:.1f})" for x in of_kind]
+        rows.append([f"{of_kind[0].kind}, {of_kind[0].asked:,} asked", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def run(
@@ -137,7 +138,8 @@ def run(
       seed: of the pictures and questions.
       dense: drop nothing, whatever the checkpoint's schedule.
     """
-    print(table(evaluate(model, pictures, seed, DropSchedule.none() if dense else None)))
+    scores = evaluate(model, pictures, seed, DropSchedule.none() if dense else None)
+    print(table({"right, with its 95 % interval": scores}))
 
 
 if __name__ == "__main__":

@@ -144,10 +144,10 @@ Ask = Callable[[np.ndarray, np.random.Generator, Told], Exchange | None]
 # Kinds of question, and how often each is asked in training.
 KINDS: dict[str, tuple[Ask, float]] = {
     "place": (ask_place, 0.6),
-    "line": (ask_line, 0.15),
-    "count": (ask_count, 0.1),
-    "presence": (ask_presence, 0.08),
-    "where": (ask_where, 0.07),
+    "line": (ask_line, 0.25),
+    "count": (ask_count, 0.05),
+    "presence": (ask_presence, 0.05),
+    "where": (ask_where, 0.05),
 }
 
 

@@ -1,0 +1,85 @@
+"""Runs of the demo side by side, as a table: ``python -m pdrop_jax.train.demo.report RUN …``."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError, exit_on_error
+from pdrop_jax.train.loop import MODEL
+from pdrop_jax.train.progress import FILE
+
+from .evaluate import evaluate, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a run took.
+
+    Attributes:
+      seconds: of a step, median.
+      hours: of all steps together, compilation and saving included.
+      gmacs: of a step.
+    """
+
+    steps: int
+    seconds: float
+    hours: float
+    gmacs: float
+
+
+def cost_of(run: pathlib.Path) -> Cost:
+    """From the log of a run that logged every step.
+
+    Raises:
+      UserError: it has no log, or an empty one.
+    """
+    try:
+        lines = [json.loads(line) for line in (run / FILE).read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{run} is no run: {FILE} cannot be read: {error.strerror}") from None
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise UserError(f"{run / FILE} has no step in it: train first")
+    seconds = [line["seconds"] for line in steps]
+    return Cost(len(steps), statistics.median(seconds), sum(seconds) / 3600, steps[-1]["macs"] / 1e9)
+
+
+def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
+    """A row for each thing that runs cost, a cell for each run."""
+    return [
+        ["GMACs a step", *(f"{cost.gmacs:.1f}" for cost in costs)],
+        ["seconds a step", *(f"{cost.seconds:.2f}" for cost in costs)],
+        ["hours in all", *(f"{cost.hours:.2f}, {cost.steps:,} steps" for cost in costs)],
+    ]
+
+
+def run(
+    runs: Annotated[tyro.conf.Positional[tuple[pathlib.Path, ...]], tyro.conf.arg(metavar="RUN")],
+    pictures: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Print what runs of the demo took and how many questions about test pictures their models answer exactly.
+
+    Args:
+      runs: their folders.
+      pictures: how many.
+      seed: of the pictures and questions.
+    """
+    costs, scores = [], {}
+    for folder in runs:
+        drops = LlavaConfig.load(folder / MODEL).schedule.layers
+        name = f"drops after {', '.join(map(str, drops))}" if drops else "dense"
+        costs.append(cost_of(folder))
+        scores[name] = evaluate(folder / MODEL, pictures, seed)
+    print(table(scores, above=rows_of(costs)))
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        tyro.cli(run, prog="python -m pdrop_jax.train.demo.report")
