@@ -60,7 +60,8 @@ def draw_grid(split: Split, seed: int, number: int) -> Grid:
     cells = pool[labels, rng.integers(pool.shape[1], size=(SIDE, SIDE))]
     if split == "train":
         cells = augment(cells, rng)
-        empty = rng.random((SIDE, SIDE)) < rng.uniform(-1, 1)
+        kept = SIDE**2 if rng.integers(2) else rng.integers(1, SIDE**2 // 2 + 1)
+        empty = rng.permutation(SIDE**2).reshape(SIDE, SIDE) >= kept
         labels[empty], cells[empty] = EMPTY, 0
     return Grid(labels, np.ascontiguousarray(cells.swapaxes(1, 2)).reshape(SIDE * PIXELS, SIDE * PIXELS))
 
@@ -84,7 +85,8 @@ def name_of(label: int) -> str:
 
 def ask_place(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
     """What is in row 2, column 3? - sneaker"""
-    row, column = (int(i) for i in rng.integers(SIDE, size=2))
+    places = np.argwhere(labels != EMPTY) if rng.integers(2) else np.argwhere(labels < np.inf)
+    row, column = (int(i) for i in rng.choice(places))
     if told.places[row, column]:
         return None
     told.places[row, column] = True
