@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/pdrop generate --model demo --image tests/golden/img_astronaut_square_small.png --prompt "Who is in the picture?" --max-new-tokens 16 --json
 
 test: .venv/installed-test
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: .venv/installed-test
 	$(BIN)/ruff format --check .
