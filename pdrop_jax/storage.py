@@ -13,6 +13,7 @@ stage before a drop at layer 0, is in neither.
 
 import contextlib
 import ctypes
+import gc
 import json
 import logging
 import pathlib
@@ -195,8 +196,9 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
         yield
-    except (OSError, ValueError):
+    except Exception:
         time.sleep(0.5)  # for them to arrive
+        gc.collect()  # and for what they leave behind
         raise
     finally:
         sys.excepthook, sys.unraisablehook = hooks
