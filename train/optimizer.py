@@ -1,4 +1,4 @@
-"""AdamW as a recipe describes it, and which group a parameter belongs to."""
+"""AdamW or Muon as a recipe describes it, and which group a parameter belongs to."""
 
 import functools
 import math
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import path_name
@@ -16,6 +17,21 @@ from .recipe import Optimizer
 
 GROUPS = ("vision", "projector", "llm", "lora")
 NEVER_DECAYED = ("scale", "bias")
+
+# Axes of each kind of kernel, counted from behind, that are its matrix: (reduced, output). Stacks have more in front.
+MATRICES = {
+    "q": ((-3,), (-2, -1)),
+    "k": ((-3,), (-2, -1)),
+    "v": ((-3,), (-2, -1)),
+    "o": ((-3, -2), (-1,)),
+    "patch": ((-4, -3, -2), (-1,)),
+    "gate": ((-2,), (-1,)),
+    "up": ((-2,), (-1,)),
+    "down": ((-2,), (-1,)),
+    "linear_0": ((-2,), (-1,)),
+    "linear_1": ((-2,), (-1,)),
+}
+MUON_RMS = 0.2  # of an update, as AdamW's are about (Liu et al., 2025, section 2.2)
 
 
 def group_of(name: str) -> str:
@@ -34,7 +50,7 @@ def learning_rate(peak: float, warmup: float, steps: int) -> optax.Schedule:
 
 @functools.cache  # or a step would compile again for each object, equal as they are
 def make_optimizer(recipe: Optimizer, steps: int) -> optax.GradientTransformation:
-    """AdamW over the trained parameters; a step whose gradient is not finite changes nothing and is counted.
+    """Over the trained parameters; a step whose gradient is not finite changes nothing and is counted.
 
     Args:
       steps: of the whole run.
@@ -51,13 +67,32 @@ def make_optimizer(recipe: Optimizer, steps: int) -> optax.GradientTransformatio
         )
         for group, peak in peaks.items()
     }
-    adamw = optax.chain(
+    moments = optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps, mu_dtype=jnp.dtype(recipe.moment_dtype))
+    if recipe.kind == "muon":
+        moments = muon(
+            -1.0,  # the direction as it is: optax has it with a rate only, and that comes below, by group
+            adam_b1=recipe.b1,
+            adam_b2=recipe.b2,
+            eps=recipe.eps,
+            mu_dtype=jnp.dtype(recipe.moment_dtype),
+            consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(_matrix, params),
+        )
+    chain = optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
-        optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps, mu_dtype=jnp.dtype(recipe.moment_dtype)),
+        moments,
         optax.add_decayed_weights(recipe.weight_decay, mask=_decayed),
         optax.partition(rates, lambda params: _by_name(params, group_of)),
     )
-    return optax.apply_if_finite(adamw, max_consecutive_errors=2**31 - 1)  # never give up; optax counts in int32
+    return optax.apply_if_finite(chain, max_consecutive_errors=2**31 - 1)  # never give up; optax counts in int32
+
+
+def _matrix(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
+    """None for what is not orthogonalized."""
+    *_, module, kind = path_name(path).rsplit(".", 2)
+    if kind != "kernel" or module not in MATRICES:
+        return None
+    return MuonDimensionNumbers(*(tuple(axis + x.ndim for axis in axes) for axes in MATRICES[module]))
 
 
 def _decayed(params: Params) -> Params:

@@ -51,8 +51,13 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with linear warm-up and a cosine to zero. The defaults are LLaVA-1.5's finetuning."""
+    """AdamW with linear warm-up and a cosine to zero. The defaults are LLaVA-1.5's finetuning.
 
+    "muon" orthogonalizes the momentum of matrices (Jordan, 2024), scaled so that AdamW's rates suit it (Liu et al.,
+    2025). Word embeddings, the head and what is no matrix are left to AdamW, with optax's Nesterov momentum.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-5
     vision_learning_rate: float | None = None  # None is learning_rate
     projector_learning_rate: float | None = None

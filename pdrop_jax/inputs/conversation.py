@@ -77,6 +77,8 @@ TEMPLATES = {
         answered="<|im_end|>",
         end_token="<|im_end|>",
     ),
+    # Not of LLaVA: a question and its answer without any mark of who speaks, as the demo's model was taught.
+    "bare": Template(first_question="", question="", asked="", answer=" ", answered="</s>", end_token="</s>"),
 }
 
 

@@ -113,7 +113,7 @@ def training_text(turns: Sequence[Turn], template: str) -> TrainingText:
     pieces = render_turns(turns, template)
     text = "".join(asked + answered for asked, answered in pieces)
     blank = render([("", "")] * len(turns), template)
-    marks = (parts.answered.strip(), parts.asked + parts.answer)
+    marks = [mark for mark in (parts.answered.strip(), parts.asked + parts.answer) if mark.strip()]
     if not all(question and answer for question, answer in turns) or any(
         text.count(m) != blank.count(m) for m in marks
     ):

@@ -18,8 +18,8 @@ from pdrop_jax.train.demo import evaluate as evaluation
 from pdrop_jax.train.demo.dataset import write_dataset
 from pdrop_jax.train.demo.evaluate import LATER, Score, draw_cases, table
 from pdrop_jax.train.demo.grids import (
-    EMPTY,
     KINDS,
+    PATTERNS,
     SHIFT,
     SIDE,
     TURNS,
@@ -34,14 +34,15 @@ from pdrop_jax.train.demo.photos import GARMENTS, PIXELS, photos
 from pdrop_jax.train.demo.report import Cost, cost_of, rows_of
 from pdrop_jax.train.demo.tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
 
-NAMES = [*(garment.name for garment in GARMENTS), "nothing"]
+NAMES = [garment.name for garment in GARMENTS]
 LABELS = np.array([[0, 1, 2, 3], [4, 4, 5, 5], [6, 7, 8, 9], [9, 9, 9, 9]])
 
 
 def conversations(count, turns=TURNS):
     for number in range(count):
         rng = np.random.default_rng(number)
-        labels = rng.integers(EMPTY + number % 2, size=(SIDE, SIDE))
+        labels = rng.integers(len(GARMENTS), size=list(PATTERNS)[number % len(PATTERNS)])
+        labels = np.broadcast_to(labels, (SIDE, SIDE))
         yield labels, converse(labels, rng, turns)
 
 
@@ -85,22 +86,15 @@ def test_a_grid_is_drawn_again_the_same_and_holds_its_photos():
         assert (photos("test")[grid.labels[row, column]] == cell).all((1, 2)).any()
 
 
-def test_half_of_the_training_pictures_have_empty_places():
-    grids = [draw_grid("train", 0, number) for number in range(200)]
-    empties = [(grid.labels == EMPTY).sum() for grid in grids]
-    assert 70 < sum(count == 0 for count in empties) < 130
-    assert max(empties) > 12
-    for grid in grids:
-        cells = grid.picture.reshape(SIDE, PIXELS, SIDE, PIXELS).swapaxes(1, 2)
-        np.testing.assert_array_equal(cells.any((2, 3)), grid.labels != EMPTY)
-    assert all((draw_grid("test", 0, number).labels != EMPTY).all() for number in range(50))
+def test_lines_of_training_pictures_may_be_alike():
+    def pattern(labels):
+        return tuple(1 if (labels == labels.take([0], axis)).all() else SIDE for axis in (0, 1))
 
-
-def test_nothing_is_asked_about_an_empty_row():
-    empty = np.full((SIDE, SIDE), EMPTY)
-    turns = [first_question("presence", empty, np.random.default_rng(n)) for n in range(20)]
-    assert {turn.answer for turn in turns if turn} == {"no"}
-    assert first_question("where", empty, np.random.default_rng(0)) is None
+    found = [pattern(draw_grid("train", 0, number).labels) for number in range(400)]
+    assert set(found) == set(PATTERNS)
+    for shape, share in PATTERNS.items():
+        assert found.count(shape) / 400 == pytest.approx(share, abs=0.08)
+    assert {pattern(draw_grid("test", 0, number).labels) for number in range(100)} == {(SIDE, SIDE)}
 
 
 def test_training_photos_are_moved_and_turned_round_but_not_changed():
@@ -211,20 +205,28 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def test_every_word_is_a_token(tokenizer):
-    for _, turns in conversations(50):
+def test_the_last_token_of_a_question_tells_what_is_asked_for(tokenizer):
+    asked = {}
+    for _, turns in conversations(400):
         for turn in turns:
-            for text in (turn.question, turn.answer):
-                words = re.findall(r"[\w-]+|[,.?!]", text)
-                assert len(tokenizer(text)["input_ids"]) == 1 + len(words)
-    assert len(tokenizer) < 300
+            about = re.findall(
+                "|".join([r"\d", *(rf"\b{words}\b" for g in GARMENTS for words in (g.noun, g.nouns))]), turn.question
+            )
+            asked.setdefault(tokenizer(turn.question)["input_ids"][-1], set()).add((turn.kind, *about))
+    assert all(len(questions) == 1 for questions in asked.values())
+    assert len(asked) == 16 + 8 + 10 + 40 + 10
+
+
+def test_every_garment_is_a_token(tokenizer):
+    assert all(len(tokenizer(name)["input_ids"]) == 2 for name in NAMES)
+    assert len(tokenizer) < 400
 
 
 def test_the_tokens_of_a_conversation_begin_with_those_of_its_prompt(tokenizer):
     _, turns = next(conversations(1))
     exchanges = [(turn.question, turn.answer) for turn in turns]
     whole = token_ids(tokenizer, render(place_images(exchanges, 1), TEMPLATE))
-    assert whole[:3] == [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("[INST]"), IMAGE_PLACEHOLDER]
+    assert whole[:2] == [tokenizer.bos_token_id, IMAGE_PLACEHOLDER]
     assert whole[-1] == tokenizer.eos_token_id
     assert tokenizer.unk_token_id not in whole
     for number, (question, answer) in enumerate(exchanges):

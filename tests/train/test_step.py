@@ -111,6 +111,29 @@ def test_groups_have_rates_of_their_own():
     assert float(updates["projector"]["linear_0"]["bias"][0]) == pytest.approx(-1e-2, rel=1e-3)
 
 
+MATRIX_SHAPES = {"q": (32, 32), "o": (32, 32), "down": (48, 32), "patch": (48, 16), "linear_0": (16, 32)}
+
+
+@pytest.mark.parametrize("groups", [("vision", "projector", "llm"), ("projector",)])
+def test_muon_moves_all_directions_of_a_matrix_alike(groups):
+    params = jax.tree.map(jnp.asarray, params_of(CONFIG))
+    trained, _ = split(params, groups)
+    optimizer = make_optimizer(Optimizer("muon", learning_rate=1e-2, warmup=0.0), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.sin, trained), optimizer.init(trained), trained)
+    seen = set()
+    for path, update in jax.tree.leaves_with_path(updates):
+        *_, module, kind = path_name(path).split(".")
+        if kind == "kernel" and module in MATRIX_SHAPES:
+            seen.add(module)
+            for matrix in update.reshape(-1, *MATRIX_SHAPES[module]):
+                spread = jnp.linalg.svd(matrix, compute_uv=False)
+                assert spread[0] < 2 * spread[-1]
+                assert float(jnp.sqrt((matrix**2).mean())) == pytest.approx(0.2e-2, rel=0.25)
+        elif kind in ("embedding", "bias", "scale") or module == "head":
+            np.testing.assert_allclose(jnp.abs(update), abs(update.ravel()[0]), rtol=1e-3)  # Adam's first step
+    assert seen == (set(MATRIX_SHAPES) if len(groups) > 1 else {"linear_0"})
+
+
 def test_the_learning_rate_rises_and_falls():
     rate = learning_rate(2.0, 0.03, 100)
     assert [float(rate(n)) for n in (0, 3, 100)] == pytest.approx([0.0, 2.0, 0.0], abs=1e-6)

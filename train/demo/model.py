@@ -30,7 +30,7 @@ def demo_config(schedule: DropSchedule = SCHEDULE, vocab_size: int | None = None
     """Args: vocab_size: of the tokenizer; None learns it to see."""
     D = 128
     return LlavaConfig(
-        vision=VisionConfig(PIXELS, PATCH, hidden_size=D, intermediate_size=4 * D, num_layers=4, num_heads=4),
+        vision=VisionConfig(PIXELS, PATCH, hidden_size=D, intermediate_size=4 * D, num_layers=3, num_heads=4),
         text=TextConfig(
             vocab_size=learn_tokenizer().get_vocab_size() if vocab_size is None else vocab_size,
             hidden_size=D,
