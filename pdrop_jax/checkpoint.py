@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from pdrop_jax import storage
 from pdrop_jax.config import LlavaConfig
@@ -29,6 +30,7 @@ from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.sharding import shardings
 
 UNUSED = "unused.safetensors"
 TOKENIZER = (
@@ -77,13 +79,14 @@ def save(
 
 
 def load(
-    folder: str | os.PathLike, *, schedule: DropSchedule | None = None, dtype: Any = None
+    folder: str | os.PathLike, *, schedule: DropSchedule | None = None, dtype: Any = None, mesh: Mesh | None = None
 ) -> tuple[LlavaConfig, Params]:
-    """Reads a checkpoint onto the default device.
+    """Reads a checkpoint onto the default device or a mesh.
 
     Args:
       schedule: moves the stage boundaries to these; None keeps the checkpoint's own.
       dtype: of the arrays; None keeps each array's own.
+      mesh: every device reads its part of an array, see ``sharding``.
 
     Returns:
       The config, with ``schedule`` if one is given, and the parameters stacked by its stages.
@@ -95,7 +98,7 @@ def load(
     folder = pathlib.Path(folder)
     config = LlavaConfig.load(folder)
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
-    targets = abstract_arrays(folder, config, dtype)
+    targets = abstract_arrays(folder, config, dtype, mesh=mesh)
     # Moving a stage boundary copies arrays; done for one decoder array at a time that is not the whole model twice.
     whole = result.schedule.layers == config.schedule.layers
     parts = [list(targets)] if whole else _by_array(targets)
@@ -126,26 +129,34 @@ def fingerprint(folder: str | os.PathLike) -> str:
 
 
 def abstract_arrays(
-    folder: pathlib.Path, config: LlavaConfig, dtype: Any = None, device: jax.Device | None = None
+    folder: pathlib.Path,
+    config: LlavaConfig,
+    dtype: Any = None,
+    device: jax.Device | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The target of ``restore`` for every array of ``config``: shape, dtype and sharding by path.
 
     Args:
       dtype: None is each array's own.
       device: None is the default one.
+      mesh: instead of a device.
 
     Raises:
       UserError: the arrays in ``folder`` cannot be read or are not those of ``config``.
     """
     stored = storage.stored(folder)
     check_shapes(_shapes(config), _nonempty_shapes(stored), f"the arrays in {folder} do not fit its config.json")
-    sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+    params = abstract_params(config)
+    one = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+    where = jax.tree.map(lambda _: one, params) if mesh is None else shardings(params, mesh)
 
-    def target(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def target(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         own = stored.get(name, stored["embed.embedding"]).dtype
         return jax.ShapeDtypeStruct(shape, dtype or own, sharding=sharding)
 
-    return {name: target(name, x.shape) for name, x in flatten_dict(abstract_params(config), sep=".").items()}
+    flat = flatten_dict(where, sep=".")
+    return {name: target(name, x.shape, flat[name]) for name, x in flatten_dict(params, sep=".").items()}
 
 
 def restore(folder: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Params:

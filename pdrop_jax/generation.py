@@ -4,6 +4,7 @@ The two jitted functions are ``start`` (prompts -> state with the first new toke
 ``lax.while_loop`` that donates its state). Both compile once for a bucket, a batch size and a capacity.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from pdrop_jax.batch import Batch
@@ -28,6 +30,7 @@ from pdrop_jax.model.layers import Params
 from pdrop_jax.model.llava import DecodeState, decode_step, prefill
 from pdrop_jax.model.params import unstack
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.sharding import batch_sharding
 
 CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
 STREAM_EVERY = 4  # tokens between two calls of a stream
@@ -142,31 +145,38 @@ def decode(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint."""
+    """A loaded checkpoint; ``mesh`` is None on one device."""
 
     config: LlavaConfig
     params: Params
     processor: Processor
+    mesh: Mesh | None = None
 
 
-def load(folder: str | pathlib.Path = DEMO, schedule: DropSchedule | None = None, dtype: Any = None) -> Model:
+def load(
+    folder: str | pathlib.Path = DEMO,
+    schedule: DropSchedule | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+) -> Model:
     """Loads a converted or trained checkpoint.
 
     Args:
       folder: without it the demo model.
       schedule: None is the checkpoint's own.
       dtype: of parameters and activations, float32 or bfloat16; None is the checkpoint's own.
+      mesh: devices to share the work, see ``sharding.make_mesh``; None is one device.
 
     Raises:
       UserError: the folder is no checkpoint, it is damaged, or the schedule does not fit the decoder.
     """
     if folder == DEMO and not DEMO.exists():
         raise UserError("this installation has no demo model: name the folder of a checkpoint, --model DIR")
-    config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype)
+    config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh)
     processor = Processor.load(pathlib.Path(folder), config)
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and mesh is None:
         params = unstack(params)
-    return Model(config, params, processor)
+    return Model(config, params, processor, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +260,22 @@ def generate_batch(
     stream: Callable[[int, str], None] | None = None,
 ) -> Generation:
     """``generate`` from a prepared batch."""
+    if model.mesh is not None:
+        rows = batch_sharding(model.mesh, len(batch.length))
+        batch = jax.tree.map(lambda x: jax.device_put(x, rows), batch)
+    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
+        return _generate(model, batch, max_new_tokens, sampling, seed, implementation, stream)
+
+
+def _generate(
+    model: Model,
+    batch: Batch,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    implementation: Implementation,
+    stream: Callable[[int, str], None] | None,
+) -> Generation:
     config, params, processor = model.config, model.params, model.processor
     stop_ids = np.array(processor.stop_ids, np.int32)
     capacity = -(-max_new_tokens // CAPACITY_STEP) * CAPACITY_STEP

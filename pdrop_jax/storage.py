@@ -65,7 +65,8 @@ def read(folder: pathlib.Path, targets: Targets) -> Arrays:
     """
     wanted = {name: x for name, x in targets.items() if 0 not in x.shape}
     arrays = (_read_file if is_single_file(folder) else _read_by_orbax)(folder, wanted) if wanted else {}
-    return {name: arrays[name] if name in wanted else jnp.zeros(x.shape, x.dtype) for name, x in targets.items()}
+    empty = {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in targets.items() if 0 in x.shape}
+    return {name: empty[name] if name in empty else arrays[name] for name in targets}
 
 
 def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:

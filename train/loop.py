@@ -1,7 +1,6 @@
 """A run from its recipe to the trained model: resumed where it stopped, saved when it is told to end."""
 
 import dataclasses
-import functools
 import pathlib
 import signal
 import sys
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
@@ -22,6 +21,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import restage
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.sharding import batch_sharding, make_mesh, place, shardings
 
 from .checkpoints import Checkpoints, Origin, changes
 from .data import Dataset, Step, open_dataset, pipeline
@@ -46,14 +46,6 @@ class Job:
     optimizer: optax.GradientTransformation
     mesh: Mesh
 
-    @property
-    def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
-
-    @property
-    def by_row(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec("data"))
-
     def init(self, params: Params) -> TrainState:
         return init_state(params, self.recipe.model.groups, self.optimizer, jnp.dtype(self.recipe.model.dtype))
 
@@ -70,10 +62,10 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
       UserError: anything of the recipe that cannot be had, a changed recipe, a full disk.
     """
     run, folder = recipe.run, pathlib.Path(recipe.run.folder)
-    config, params = open_start(recipe)
+    mesh = mesh_of(recipe)
+    config, params = open_start(recipe, mesh)
     dataset = open_dataset(recipe.data, config, recipe.model.start)
     steps = run.epochs * (len(dataset) // run.batch_size) if run.steps is None else run.steps
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     job = Job(recipe, config, dataset, steps, make_optimizer(recipe.optimizer, steps), mesh)
     origin = Origin(
         0,
@@ -83,7 +75,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
         dataset.fingerprint,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(folder, run) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(folder, run) as checkpoints:
         first, state = _begin(job, params, checkpoints, origin, allow_changes)
         del params
         batches = _batches(job, first)
@@ -96,9 +88,27 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
         print(f"stopped after {last:,} of {steps:,} steps: the same command goes on", file=sys.stderr)
         return
     if last > first or not (folder / MODEL).exists():
-        write_model(folder / MODEL, config, join(state.trained, state.frozen), recipe)
+        with jax.set_mesh(mesh):
+            write_model(folder / MODEL, config, join(state.trained, state.frozen), recipe)
     if jax.process_index() == 0:
         print(f"{folder / MODEL}: trained for {steps:,} steps", file=sys.stderr)
+
+
+def mesh_of(recipe: Recipe) -> Mesh:
+    """The mesh of a recipe, over all devices of all processes.
+
+    Raises:
+      UserError: it does not fit the devices, or heads would be cut across processes, which read different rows.
+    """
+    sizes = dataclasses.asdict(recipe.mesh)
+    if sizes["fsdp"] is None:
+        sizes["fsdp"] = max(jax.device_count() // (sizes["data"] * sizes["tensor"]), 1)
+    if jax.local_device_count() % sizes["tensor"]:
+        raise UserError(
+            f"mesh.tensor is {sizes['tensor']} but a process has {jax.local_device_count()} devices: "
+            "choose a divisor of that"
+        )
+    return make_mesh(sizes)
 
 
 def _begin(
@@ -116,22 +126,25 @@ def _begin(
             )
         schedule = DropSchedule.from_json(saved.schedule)
         state = jax.eval_shape(lambda params: job.init(restage(params, job.config, schedule)), shapes)
-        leaf = functools.partial(jax.ShapeDtypeStruct, sharding=job.replicated)
-        return jax.tree.map(lambda x: leaf(x.shape, x.dtype), changing(state))
+        arrays = changing(state)
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arrays, shardings(arrays, job.mesh)
+        )
 
     found = checkpoints.restore(abstract_of)
-    state = jax.jit(job.init, out_shardings=job.replicated)(_placed(params, job.replicated))
+    params = place(params, job.mesh)
+    state = jax.jit(job.init, out_shardings=shardings(jax.eval_shape(job.init, params), job.mesh))(params)
     if not found:
         return 0, state
     saved, arrays = found
     old = dataclasses.replace(job.config, schedule=DropSchedule.from_json(saved.schedule))
-    step = jnp.asarray(saved.step, jnp.int32, device=job.replicated)
+    step = jnp.asarray(saved.step, jnp.int32, device=NamedSharding(job.mesh, PartitionSpec()))
     return saved.step, TrainState(step, frozen=state.frozen, **_restaged(arrays, old, job.config.schedule))
 
 
 def _batches(job: Job, first: int) -> Iterable[Step]:
     run = job.recipe.run
-    parts = job.mesh.size * run.accumulate
+    parts = job.mesh.shape["data"] * job.mesh.shape["fsdp"] * run.accumulate
     process, processes, workers = jax.process_index(), jax.process_count(), job.recipe.data.workers
     return pipeline(job.dataset, run.batch_size, run.seed, job.steps, first, parts, process, processes, workers)
 
@@ -156,7 +169,7 @@ def _run(
                 job.config,
                 job.optimizer,
                 state,
-                _placed(read.batch, job.by_row),
+                _placed(read.batch, batch_sharding(job.mesh)),
                 dtype=jnp.dtype(model.dtype),
                 accumulate=run.accumulate,
                 remat=model.remat,
@@ -192,7 +205,7 @@ def _restaged(state: Any, config: LlavaConfig, schedule: DropSchedule) -> Any:
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """This process' part of a tree of arrays, as part of the arrays of all processes."""
+    """This process' rows of a tree of arrays, as part of the arrays of all processes."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 

@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
@@ -19,8 +20,11 @@ from .optimizer import GROUPS
 from .recipe import Model, Recipe
 
 
-def open_start(recipe: Recipe) -> tuple[LlavaConfig, Params]:
+def open_start(recipe: Recipe, mesh: Mesh | None = None) -> tuple[LlavaConfig, Params]:
     """The model that a run begins with: the recipe's schedule, fresh adapters, arrays as they are stored.
+
+    Args:
+      mesh: that the arrays are cut over; None is one device. Adapters are whole.
 
     Raises:
       UserError: it cannot be had as asked for.
@@ -32,7 +36,7 @@ def open_start(recipe: Recipe) -> tuple[LlavaConfig, Params]:
     if (model.layers is None) != (model.ratios is None):
         raise UserError("model.layers and model.ratios belong together: give both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or ())
-    config, params = checkpoint.load(model.start, schedule=schedule)
+    config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
     config = dataclasses.replace(
         config,
         image_aspect=data.image_aspect or config.image_aspect,

@@ -1,7 +1,7 @@
 """A recipe: everything that a training run is told, as frozen dataclasses read from TOML or JSON.
 
-A file has the tables ``[model]``, ``[data]``, ``[optimizer]`` and ``[run]``; what it leaves out has the default. The
-files in ``presets/`` go by their names.
+A file has the tables ``[model]``, ``[data]``, ``[optimizer]``, ``[run]`` and ``[mesh]``; what it leaves out has the
+default. The files in ``presets/`` go by their names.
 """
 
 import dataclasses
@@ -87,11 +87,21 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; see ``pdrop_jax.sharding``."""
+
+    data: int = 1
+    fsdp: int | None = None  # None is all that the others leave
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     model: Model
     data: Data
     run: Run
     optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
 
 
 def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recipe:
@@ -194,6 +204,9 @@ FREE = (
     "data.conversations",
     "data.images",
     "model.start",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
 )
 
 

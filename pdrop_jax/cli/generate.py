@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Ratios, progress, schedule_of
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress, schedule_of
 from pdrop_jax.errors import UserError
 
 
@@ -24,6 +24,7 @@ def run(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    mesh: Mesh = (),
     picture: pathlib.Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -42,6 +43,7 @@ def run(
       seed: of the drawing.
       dtype: of the computation, without it the checkpoint's own.
       attention: implementation.
+      mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
       picture: file to draw the kept patches into, stage by stage; for one question.
       json_output: print one JSON object instead of text.
     """
@@ -50,9 +52,11 @@ def run(
     images = _images_of(prompt, image)
 
     from pdrop_jax.generation import DEMO, generate, load
+    from pdrop_jax.sharding import make_mesh
 
     with progress("loading"):
-        loaded = load(model or DEMO, schedule_of(layers, ratios), dtype)
+        devices = make_mesh(mesh_sizes(mesh)) if mesh else None
+        loaded = load(model or DEMO, schedule_of(layers, ratios), dtype, devices)
     live = sys.stdout.isatty() and not json_output and len(prompt) == 1
     with progress("compiling and answering"):
         answer = generate(

@@ -1,4 +1,4 @@
-"""What several subcommands share: the schedule's options and progress on a terminal."""
+"""What several subcommands share: options of schedule and mesh, and progress on a terminal."""
 
 import contextlib
 import sys
@@ -12,6 +12,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
 Layers = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="N [N …]|none")]
+Mesh = Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS=N [AXIS=N …]")]
 Ratios = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="R [R …]")]
 
 
@@ -29,6 +30,14 @@ def schedule_of(layers: tuple[str, ...] | None, ratios: tuple[float, ...] | None
         if isinstance(error, UserError):
             raise
         raise UserError(f"--layers takes whole numbers, got {' '.join(layers)}") from None
+
+
+def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:
+    """Devices along each axis of ``--mesh data=1 fsdp=8 tensor=1``."""
+    try:
+        return {axis: int(size) for axis, size in (item.split("=") for item in mesh)}
+    except ValueError:
+        raise UserError(f"--mesh takes axes with their sizes, as fsdp=8 tensor=2, got {' '.join(mesh)}") from None
 
 
 @contextlib.contextmanager

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import tyro
 
+from pdrop_jax.cli.options import Mesh, mesh_sizes
 from pdrop_jax.errors import UserError
 
 
 def run(
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")],
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE [KEY=VALUE …]")] = (),
+    mesh: Mesh = (),
     allow_changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     coordinator: str | None = None,
     num_processes: int | None = None,
@@ -23,6 +25,7 @@ def run(
       recipe: a TOML or JSON file, or a preset: demo, llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain,
         llava-next-finetune.
       settings: of the recipe, to be changed, as run.steps=100.
+      mesh: devices along the axes data, fsdp and tensor; without it the recipe's, by default all along fsdp.
       allow_changes: go on although the recipe, the data or the starting model are not what the run began with.
       coordinator: HOST:PORT of process 0, to train with several processes.
       num_processes: how many there are.
@@ -35,7 +38,8 @@ def run(
         raise UserError("--coordinator, --num-processes and --process-id belong together: give all three or none")
     from pdrop_jax.train.recipe import load_recipe
 
-    loaded = load_recipe(recipe, settings)
+    sizes = [f"mesh.{axis}={size}" for axis, size in mesh_sizes(mesh).items()]
+    loaded = load_recipe(recipe, [*settings, *sizes])
     if coordinator is not None:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     from pdrop_jax.train.loop import train

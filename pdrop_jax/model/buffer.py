@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pdrop_jax.sharding import constrain
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -50,12 +52,16 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
     Args:
       keep: (B, S) bool; False on padding. At most ``slots`` a row.
     """
-    B, S = keep.shape
+    S = keep.shape[1]
     kept_up_to = jnp.cumsum(keep, axis=1)  # (B, S)
     length = kept_up_to[:, -1]
-    rows = jnp.arange(B)[:, None]
     target = jnp.where(keep, kept_up_to - 1, slots)  # dropped tokens fall off the end
-    source = jnp.zeros((B, slots), jnp.int32).at[rows, target].set(jnp.arange(S, dtype=jnp.int32)[None], mode="drop")
+
+    @jax.vmap  # row by row, or a mesh would bring all rows together for the scatter
+    def source_of(target: jax.Array) -> jax.Array:
+        return jnp.zeros(slots, jnp.int32).at[target].set(jnp.arange(S, dtype=jnp.int32), mode="drop")
+
+    source = source_of(target)  # (B, slots)
     valid = jnp.arange(slots) < length[:, None]  # (B, slots)
 
     def gather(x: jax.Array, padding: int) -> jax.Array:
@@ -64,7 +70,7 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
     query_rows = jnp.take_along_axis(kept_up_to, jnp.maximum(buffer.query_rows, 0), axis=1) - 1
     return dataclasses.replace(
         buffer,
-        hidden=jnp.take_along_axis(buffer.hidden, source[..., None], axis=1),
+        hidden=constrain(jnp.take_along_axis(buffer.hidden, source[..., None], axis=1), "batch", None, None),
         image_id=gather(buffer.image_id, 0),
         index=gather(buffer.index, 0),
         length=length,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pdrop_jax.config import TextConfig
 from pdrop_jax.schedule import Stage
+from pdrop_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ def init_caches(
 
     def zeros(stage: Stage) -> jax.Array:
         shape = (stage.num_layers, batch, config.num_kv_heads, stage.slots + new_slots, config.head_dim)
-        return jnp.zeros(shape, dtype)
+        return constrain(jnp.zeros(shape, dtype), None, "batch", "heads", None, None)
 
     return tuple(StageCache(zeros(stage), zeros(stage)) for stage in plan)
 

@@ -13,6 +13,7 @@ from pdrop_jax.model.cache import StageCache, init_caches
 from pdrop_jax.model.decoder import Drop, Remat, run_stages, run_token
 from pdrop_jax.model.layers import Params, RMSNorm, bind
 from pdrop_jax.model.vision import image_features
+from pdrop_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +55,7 @@ def embed(
 ) -> TokenBuffer:
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
     table = params["embed"]["embedding"]
-    hidden = table[batch.token_ids]  # (B, S, D)
+    hidden = constrain(table[batch.token_ids], "batch", None, None)  # (B, S, D); a gather alone loses the rows' cut
     index = jnp.asarray(batch.feature_index)
     if batch.crops.shape[1]:
         features = image_features(config, params, jnp.asarray(batch.crops), implementation)
@@ -68,7 +69,7 @@ def embed(
         return jnp.pad(x, [(0, 0), (0, slots - S)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
     return TokenBuffer(
-        hidden=pad(hidden),
+        hidden=constrain(pad(hidden), "batch", None, None),
         image_id=pad(image_id),
         index=jnp.broadcast_to(jnp.arange(slots), (B, slots)),
         length=jnp.asarray(batch.length),

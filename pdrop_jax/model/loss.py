@@ -10,6 +10,7 @@ from pdrop_jax.model.buffer import TokenBuffer
 from pdrop_jax.model.decoder import Drop, Remat
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.llava import logits_of, trunk
+from pdrop_jax.sharding import constrain
 
 CHUNK = 1024  # positions of a batch whose logits exist at the same time
 
@@ -59,7 +60,7 @@ def cross_entropy(config: LlavaConfig, params: Params, buffer: TokenBuffer, most
 
     @jax.checkpoint
     def of_chunk(source: jax.Array, targets: jax.Array) -> jax.Array:  # both (B, width)
-        x = jnp.take_along_axis(buffer.hidden, source[..., None], axis=1)
+        x = constrain(jnp.take_along_axis(buffer.hidden, source[..., None], axis=1), "batch", None, None)
         logits = logits_of(config, params, x)  # (B, width, V) float32
         picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(targets == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked).sum()

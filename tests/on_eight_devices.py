@@ -1,0 +1,149 @@
+"""Tests that need eight devices: ``test_mesh.py`` runs them in a process of their own, whose CPU counts as eight."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from tiny import llava_config, params_of, training_batch
+from tiny_run import CONFIG as RUN_CONFIG
+from tiny_run import arrays_of, losses, recipe_in, write_data, write_start
+
+from pdrop_jax import checkpoint, sharding
+from pdrop_jax.errors import UserError
+from pdrop_jax.generation import Sampling, decode, start
+from pdrop_jax.model.decoder import drop, positions_of
+from pdrop_jax.model.layers import rope_tables
+from pdrop_jax.model.llava import embed, forward
+from pdrop_jax.train.loop import train
+from pdrop_jax.train.optimizer import make_optimizer
+from pdrop_jax.train.recipe import Mesh, Optimizer
+from pdrop_jax.train.step import init_state, train_step
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+CONFIG = llava_config()
+BATCH = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8], training_batch())
+GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+
+
+def mesh_of(shape):
+    return sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+
+
+def placed(mesh, params, batch):
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    return params, jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), batch)
+
+
+def close(ours, theirs, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-5), ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Logits, tokens, and the state and metrics after a step."""
+    params = params_of(CONFIG)
+    output = jax.jit(forward, static_argnums=0)(CONFIG, params, BATCH)
+    return jax.device_get((output.logits, output.buffer.index, answer(params, BATCH), *step(params, BATCH)))
+
+
+def answer(params, batch):
+    stop = np.array([-1], np.int32)
+    state, _ = start(CONFIG, params, batch, jax.random.key(0), GREEDY, stop, capacity=8)
+    return decode(CONFIG, params, state, np.int32(8), GREEDY, stop).tokens
+
+
+def step(params, batch, mesh=None):
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-3, warmup=0.0, eps=1e-2), 10)
+    params = jax.tree.map(jnp.array, params)
+
+    def init(params):
+        return init_state(params, ("vision", "projector", "llm"), optimizer, jnp.float32)
+
+    where = mesh and sharding.shardings(jax.eval_shape(init, params), mesh)
+    state = jax.jit(init, out_shardings=where)(params)
+    state, metrics = train_step(CONFIG, optimizer, state, batch, dtype=jnp.float32)
+    return state.trained, (metrics.loss, metrics.grad_norm)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_a_mesh_changes_nothing(shape, one_device):
+    logits, index, tokens, trained, metrics = one_device
+    mesh = mesh_of(shape)
+    params, batch = placed(mesh, params_of(CONFIG), BATCH)
+    with jax.set_mesh(mesh):
+        output = jax.jit(forward, static_argnums=0)(CONFIG, params, batch)
+        valid = np.arange(index.shape[1]) < np.asarray(output.buffer.length)[:, None]
+        np.testing.assert_array_equal(np.asarray(output.buffer.index)[valid], index[valid])
+        close(np.asarray(output.logits)[valid], logits[valid])
+        np.testing.assert_array_equal(answer(params, batch), tokens)
+        ours, ours_metrics = step(params, batch, mesh)
+    close(ours_metrics, metrics)
+    close(ours, trained)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_a_drop_stays_within_the_rows_of_a_device(shape):
+    mesh = mesh_of(shape)
+    params, batch = placed(mesh, params_of(CONFIG), BATCH)
+    plan = CONFIG.schedule.plan(CONFIG.text.num_layers, BATCH.bucket)
+
+    def boundary(params, batch):
+        buffer = embed(CONFIG, params, batch, plan[0].slots)
+        rope = rope_tables(CONFIG.text, positions_of(CONFIG.schedule, buffer))
+        first = jax.tree.map(lambda x: x[0], params["stages"]["1"])
+        return drop(CONFIG, plan[1], first, buffer, rope, max(BATCH.bucket.images))[0].hidden
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(boundary).lower(params, batch).compile().as_text()
+    # What is moved is parameters, indices and, where heads are cut, scores: never hidden states of all rows.
+    moved = re.findall(r"= \w+\[([\d,]+)\][^=]*\b(?:all-gather|all-to-all|collective-permute)\(", text)
+    hidden = len(BATCH.length) * plan[1].slots * CONFIG.text.hidden_size
+    assert bool(moved) == (shape[1] > 1)
+    assert max((math.prod(map(int, dims.split(","))) for dims in moved), default=0) < hidden
+
+
+def test_parameters_are_cut():
+    mesh = mesh_of((2, 2, 2))
+    params = jax.device_put(params_of(CONFIG), sharding.shardings(params_of(CONFIG), mesh))
+    kernel = params["stages"]["0"]["attention"]["q"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    """Six steps on a device against two on (2, 2, 2) and four on (1, 8, 1); the model is read on a third mesh."""
+    write_data(tmp_path / "data")
+    write_start(tmp_path / "start")
+    recipe = recipe_in(tmp_path, run_batch_size=8, optimizer_eps=1e-2)
+
+    def run(name, shape):
+        changed = dataclasses.replace(recipe.run, folder=str(tmp_path / name))
+        mesh = Mesh(**dict(zip(sharding.AXES, shape, strict=True)))
+        train(dataclasses.replace(recipe, run=changed, mesh=mesh))
+
+    run("copies", (8, 1, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pdrop_jax.train.loop._Stop.requested", lambda _, step: step == 2)
+        run("moved", (2, 2, 2))
+    run("moved", (1, 8, 1))
+    copies, moved = losses(tmp_path / "copies"), losses(tmp_path / "moved")
+    assert [step for step, _ in copies] == [step for step, _ in moved]
+    np.testing.assert_allclose([loss for _, loss in copies], [loss for _, loss in moved], rtol=1e-5)
+    close(arrays_of(tmp_path / "copies"), arrays_of(tmp_path / "moved"), atol=1e-4)
+    config, params = checkpoint.load(tmp_path / "moved/model", mesh=mesh_of((1, 4, 2)))
+    assert config == RUN_CONFIG
+    assert not params["stages"]["0"]["mlp"]["up"]["kernel"].is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, params, arrays_of(tmp_path / "moved"))
+
+
+def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
+    write_data(tmp_path / "data")
+    write_start(tmp_path / "start")
+    for mesh, message in ((Mesh(fsdp=3), "takes 3 devices"), (Mesh(tensor=3), "a process has 8 devices")):
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(recipe_in(tmp_path), mesh=mesh))
