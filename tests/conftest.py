@@ -1,6 +1,7 @@
 """Settings of all tests, and what several rooms of them share."""
 
 import json
+import os
 import pathlib
 
 import hypothesis
@@ -11,6 +12,7 @@ from pdrop_jax.inputs.conversation import load_tokenizer
 
 # The tolerances are those of float32: accelerators multiply float32 with fewer bits unless told otherwise.
 jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that tests start: libtpu would look for its chips
 
 hypothesis.settings.register_profile("pdrop", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("pdrop")

@@ -1,6 +1,7 @@
 """Tests that need eight devices: ``test_mesh.py`` runs them in a process of their own, whose CPU counts as eight."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -16,6 +17,7 @@ from tiny_run import arrays_of, losses, recipe_in, write_data, write_start
 from pdrop_jax import checkpoint, sharding
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import Sampling, decode, start
+from pdrop_jax.model.attention import _splash, attention
 from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import embed, forward
@@ -105,6 +107,18 @@ def test_a_drop_stays_within_the_rows_of_a_device(shape):
     hidden = len(BATCH.length) * plan[1].slots * CONFIG.text.hidden_size
     assert bool(moved) == (shape[1] > 1)
     assert max((math.prod(map(int, dims.split(","))) for dims in moved), default=0) < hidden
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])
+def test_the_tpu_kernel_is_given_the_rows_and_heads_of_a_device(shape):
+    """Two key-value heads: on four devices they are repeated."""
+    q, k, v = (jax.random.normal(jax.random.key(n), (4, 128, heads, 128)) for n, heads in enumerate((4, 2, 2)))
+    length = jnp.array([128, 50, 128, 7])
+    expected = attention(q, k, v, causal=True, length=length, implementation="xla")
+    with jax.set_mesh(mesh_of(shape)):
+        ours = jax.jit(functools.partial(_splash, causal=True, interpret=True))(q, k, v, length=length)
+    valid = np.arange(128) < np.asarray(length)[:, None]
+    close(np.asarray(ours)[valid], np.asarray(expected)[valid])
 
 
 def test_parameters_are_cut():

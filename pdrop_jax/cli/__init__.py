@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "make a checkpoint of ours out of a PyTorch one",
     "export": "write a checkpoint that transformers or the original LLaVA loads, or one of ours",
     "check": "replay recorded reference vectors",
+    "plan": "ask the TPU compiler whether a job fits a slice",
 }
 
 

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.sharding import partition
 
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]
 
@@ -135,7 +137,6 @@ def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
     return ""
 
 
-@functools.cache
 def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:  # jax keeps the type private
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -152,21 +153,34 @@ def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:  # jax 
         block_kv_dq=block,
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(num_heads)])
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    return splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
 
 
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, length: jax.Array | None, interpret: bool = False
 ) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
     if objection := _splash_objection(q, k, causal):
         raise UserError(f"{objection}: use implementation='xla'")
-    S = q.shape[1]
-    length = jnp.full(q.shape[:1], S, jnp.int32) if length is None else length
+    B, S, N, _ = q.shape
+    length = jnp.full(B, S, jnp.int32) if length is None else length
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _splash_local(q, k, v, length, interpret)
+    # The compiler cannot cut a kernel: each device is given its rows and heads. Key-value heads that cannot be shared
+    # out are repeated, so that every device has those of its queries.
+    cut = partition(("batch", None, "heads", None), q.shape, mesh)
+    if partition(("batch", None, "heads", None), k.shape, mesh) != cut:
+        k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
+    local = functools.partial(_splash_local, interpret=interpret)
+    specs = (cut, cut, cut, PartitionSpec(cut[0]))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(q, k, v, length)
+
+
+def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    S, N, H = q.shape[1:]
     valid = (jnp.arange(S) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own
-    kernel = _splash_kernel(q.shape[2], S, interpret)
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # the kernel does not scale
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(valid, valid))
-    return out.swapaxes(1, 2)
+    kernel = _splash_kernel(N, S, interpret)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * H**-0.5, k, v))  # the kernel does not scale
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(valid, valid)).swapaxes(1, 2)

@@ -113,6 +113,21 @@ def test_the_tpu_kernel_agrees_with_xla(N, K):
     assert np.isfinite(ours).all()
 
 
+def test_the_gradient_of_the_tpu_kernel_agrees_with_xla():
+    inputs = qkv(4, 2, T=128, S=128, H=128)
+    length = jnp.array([128, 50])
+    valid = (jnp.arange(128) < length[:, None])[..., None, None]
+
+    def gradient(of):
+        return jax.grad(lambda inputs: (jnp.sin(of(*inputs)) * valid).sum())(inputs)
+
+    ours = gradient(lambda q, k, v: module._splash(q, k, v, causal=True, length=length, interpret=True))
+    expected = gradient(lambda q, k, v: attention(q, k, v, causal=True, length=length, implementation="xla"))
+    for x, y in zip(ours, expected, strict=True):
+        assert float(jnp.abs(y).max()) > 0.1
+        assert_close(x, y, atol=1e-5)
+
+
 def test_causal_attention_of_a_chunk_is_refused():
     with pytest.raises(ValueError, match="as many queries as keys, got 1 and 6"):
         attention(*qkv(4, 4, T=1), causal=True)
