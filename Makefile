@@ -4,9 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test lint format clean
 
 demo: .venv/installed
-	rm -rf demo
-	$(BIN)/pdrop convert tests/golden/model_mha demo --tokenizer examples/tiny_tokenizer --layers 2 4 6 --ratios 0.5 0.25 0.125
-	$(BIN)/pdrop generate --model demo --image tests/golden/img_astronaut_square_small.png --prompt "Who is in the picture?" --max-new-tokens 16 --json
+	$(BIN)/pdrop generate --image examples/grid.png --prompt "What is in row 2, column 3?" --picture demo.png
 
 test: .venv/installed-test
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -21,7 +19,7 @@ format: .venv/installed-test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo.png build *.egg-info
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -77,10 +77,14 @@ def run(
         save_picture(answer_picture(image, answer.kept[0], loaded.processor), picture)
     if json_output:
         print(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False))
-    elif live:
+        return
+    if live:
         print()
     else:
         print(*answer.texts, sep="\n")
+    if picture:
+        counts = [len(image) * loaded.config.image_tokens, *(sum(map(len, images)) for images in answer.kept[0])]
+        print(f"{picture}: image tokens of each stage, {' -> '.join(map(str, counts))}")
 
 
 def _check_picture(picture: pathlib.Path, prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> None:

@@ -1,13 +1,10 @@
 """``pdrop train``: train a model as a recipe says."""
 
-import os
-import sys
 from typing import Annotated
 
 import tyro
 
 from pdrop_jax.cli.options import Mesh, mesh_sizes
-from pdrop_jax.errors import UserError
 
 
 def run(
@@ -27,33 +24,20 @@ def run(
       settings: of the recipe, to be changed, as run.steps=100.
       mesh: devices along the axes data, fsdp and tensor; without it the recipe's, by default all along fsdp.
       allow_changes: go on although the recipe, the data or the starting model are not what the run began with.
-      coordinator: HOST:PORT of process 0, to train with several processes.
+      coordinator: HOST:PORT of process 0, to train with several processes; SLURM and Cloud TPUs need none of the three.
       num_processes: how many there are.
       process_id: which one this is, from 0.
     """
-    import jax
-
-    given = [x is not None for x in (coordinator, num_processes, process_id)]
-    if any(given) and not all(given):
-        raise UserError("--coordinator, --num-processes and --process-id belong together: give all three or none")
+    from pdrop_jax.train.processes import together
     from pdrop_jax.train.recipe import load_recipe
 
     sizes = [f"mesh.{axis}={size}" for axis, size in mesh_sizes(mesh).items()]
     loaded = load_recipe(recipe, [*settings, *sizes])
-    if coordinator is not None:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    from pdrop_jax.train.loop import train
+    with together(coordinator, num_processes, process_id):
+        from pdrop_jax.train.loop import train
 
-    if recipe == "demo":
-        from pdrop_jax.train.demo.prepare import prepare
+        if recipe == "demo":
+            from pdrop_jax.train.demo.prepare import prepare
 
-        prepare(loaded)
-    try:
+            prepare(loaded)
         train(loaded, allow_changes=allow_changes)
-    except (UserError, OSError) as error:
-        if coordinator is None:
-            raise
-        print(f"pdrop train, process {process_id}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # any other way out waits for the other processes, which wait for this one
-    if coordinator is not None:
-        jax.distributed.shutdown()

@@ -1,18 +1,16 @@
 """Planning for TPUs: the compiler's figures, read; and the command, as a user calls it."""
 
 import json
-import pathlib
 import subprocess
-import sys
 
 import pytest
+from command import PDROP
 
 from pdrop_jax.analysis import plan
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
-PDROP = pathlib.Path(sys.executable).with_name("pdrop")
 CONFIG = LlavaConfig(
     vision=VisionConfig(56, 14, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2),
     text=TextConfig(512, 256, 512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128, max_length=512),
@@ -66,7 +64,7 @@ def folder(tmp_path_factory):
 
 
 def planned(folder, *options):
-    command = [PDROP, "plan", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
+    command = [*PDROP, "plan", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

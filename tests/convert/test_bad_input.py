@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from command import PDROP
 from safetensors.numpy import load_file, save_file
 from tiny_torch import edit_json, rewrite, weights
 
@@ -183,9 +184,6 @@ def test_a_full_disk_leaves_nothing_behind(step, hf, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         convert(hf, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-PDROP = [sys.executable, "-c", "from pdrop_jax.cli import main; main()"]
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_exit_code_2(hf, tmp_path):

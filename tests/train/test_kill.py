@@ -3,21 +3,19 @@
 import dataclasses
 import json
 import os
-import pathlib
 import random
 import resource
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from command import PDROP
 from tiny_run import arrays_of, events, losses, recipe_in, write_data, write_start
 
-PDROP = pathlib.Path(sys.executable).with_name("pdrop")
 KILLS = 20
 
 
@@ -46,7 +44,7 @@ def begin(folder, name, *options, limit=None, **changes):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        [PDROP, "train", path, *options], stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=no_larger_file
+        [*PDROP, "train", path, *options], stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=no_larger_file
     )
 
 

@@ -1,11 +1,11 @@
 """``pdrop export`` of a run: finished or not, with adapters or without."""
 
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from command import PDROP
 from tiny_run import CONFIG, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint
@@ -61,7 +61,10 @@ def test_a_run_without_a_checkpoint(folder):
 
 def test_from_the_command_line(folder):
     train(recipe_in(folder, run_steps=2))
-    pdrop = [sys.executable, "-c", "from pdrop_jax.cli import main; main()", "export", folder / "run"]
-    done = subprocess.run([*pdrop, folder / "out", "--format", "hf", "--single-file"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*PDROP, "export", folder / "run", folder / "out", "--format", "hf", "--single-file"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert done.stderr == "pdrop export: --single-file is for --format pdrop\n"

@@ -1,0 +1,49 @@
+"""Several processes as one run: how they find each other, and how one of them ends all."""
+
+import contextlib
+import glob
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from pdrop_jax.errors import UserError
+
+TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+
+
+@contextlib.contextmanager
+def together(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> Iterator[None]:
+    """Within it jax sees the devices of all processes. To be entered before anything else asks for devices.
+
+    Under SLURM and on Cloud TPUs the processes find each other; elsewhere all three arguments say how.
+
+    Raises:
+      UserError: some of the three are given and others not. One that is raised within ends the process with exit code
+        2 at once, if there are several: any other way out waits for the others, which wait for this one.
+    """
+    given = [x is not None for x in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id belong together: give all three or none")
+    if not any(given) and not one_of_many(os.environ):
+        yield
+        return
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"pdrop train, process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    jax.distributed.shutdown()
+
+
+def one_of_many(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM or a Cloud TPU has started other processes of this job too, or may have."""
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
+        return True
+    chips = any(glob.glob(pattern) for pattern in TPU_CHIPS)
+    return chips and importlib.util.find_spec("libtpu") is not None
