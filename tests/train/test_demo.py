@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import load
+from pdrop_jax.generation import DEMO, load
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, load_tokenizer, place_images, render, token_ids
 from pdrop_jax.model.params import abstract_params, count, path_name
 from pdrop_jax.schedule import DropSchedule
@@ -207,7 +207,7 @@ def tokenizer(tmp_path_factory):
 
 def test_the_last_token_of_a_question_tells_what_is_asked_for(tokenizer):
     asked = {}
-    for _, turns in conversations(400):
+    for _, turns in conversations(2000):
         for turn in turns:
             about = re.findall(
                 "|".join([r"\d", *(rf"\b{words}\b" for g in GARMENTS for words in (g.noun, g.nouns))]), turn.question
@@ -314,6 +314,14 @@ def test_evaluating_counts_exact_answers(start, monkeypatch):
     text = table({"ours": list(scores.values())}, above=[["hours", "2"]])
     assert "| count, 10 asked | 0.0 % (0.0 to 27.8) |" in text
     assert text.startswith("|  | ours |\n| --- | --- |\n| hours | 2 |\n")
+
+
+def test_the_model_that_is_shipped_answers():
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 12e6
+    model = load()
+    assert model.config == demo_config()
+    scores = {score.kind: score for score in evaluation.evaluate(model, 100)}
+    assert scores["place"].share > 0.75  # the README has the figure of ten times as many
 
 
 def test_what_a_run_cost_is_in_its_log(tmp_path):

@@ -38,7 +38,8 @@ def learn_tokenizer() -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([one_space, no_end])
     whole = pre_tokenizers.Split(Regex(WHOLE), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(SPACE, "always", split=False), whole])
-    tokenizer.decoder = decoders.Metaspace(SPACE, "always")
+    # As LLaMA's: Metaspace's own decoder would take every space out of the first token, that of "ankle boot" too.
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     special = [AddedToken(name, special=True, normalized=False) for name in SPECIAL]
     trainer = trainers.BpeTrainer(
         vocab_size=MOST_TOKENS, special_tokens=special, initial_alphabet=LETTERS, show_progress=False
