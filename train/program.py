@@ -38,29 +38,31 @@ def lowering(
       accumulate: parts that a training step's rows are cut into.
     """
     batch = abstract_batch(config, mesh, bucket, rows, training=mode == "train")
-
-    def within_mesh(lower: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with jax.set_mesh(mesh):
-                return lower()
-
-        return run
-
+    program: Any
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
     if mode == "train":
         optimizer = make_optimizer(Optimizer(), STEPS)
         init = functools.partial(init_state, groups=GROUPS, optimizer=optimizer, dtype=jnp.bfloat16)
-        state = _placed(jax.eval_shape(init, abstract_params(config)), mesh)
+        train_state = _placed(jax.eval_shape(init, abstract_params(config)), mesh)
+        program, arguments = train_step, (config, optimizer, train_state, batch)
         settings = {"accumulate": accumulate, "implementation": "splash"}
-        return within_mesh(lambda: train_step.lower(config, optimizer, state, batch, **settings))
-    params = _placed(abstract_params(config, jnp.bfloat16), mesh)
-    greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    shape = {"capacity": CAPACITY, "implementation": "splash"}
-    if mode == "prefill":
-        return within_mesh(lambda: start.lower(config, params, batch, key, greedy, stop, **shape))
-    state, _ = jax.eval_shape(functools.partial(start, config, **shape), params, batch, key, greedy, stop)
-    state = _state_placed(state, mesh)
-    return within_mesh(lambda: decode.lower(config, params, state, np.int32(CAPACITY), greedy, stop))
+    else:
+        params = _placed(abstract_params(config, jnp.bfloat16), mesh)
+        greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        program, arguments = start, (config, params, batch, key, greedy, stop)
+        settings = {"capacity": CAPACITY, "implementation": "splash"}
+        if mode == "decode":
+            state, _ = jax.eval_shape(functools.partial(start, config, **settings), *arguments[1:])
+            program, settings = decode, {}
+            arguments = config, params, _state_placed(state, mesh), np.int32(CAPACITY), greedy, stop
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return program.lower(*arguments, **settings)
+
+    return lower
 
 
 def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, training: bool) -> Batch:

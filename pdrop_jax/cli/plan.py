@@ -10,8 +10,6 @@ import tyro
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress, schedule_of
 from pdrop_jax.errors import UserError
 
-MODELS = ("llava-1.5-7b", "llava-1.5-13b")
-
 
 def run(
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
