@@ -80,6 +80,7 @@ TEMPLATES = {
     # Not of LLaVA: a question and its answer without any mark of who speaks, as the demo's model was taught.
     "bare": Template(first_question="", question="", asked="", answer=" ", answered="</s>", end_token="</s>"),
 }
+LLAVA_TEMPLATES = tuple(name for name in TEMPLATES if name != "bare")
 
 
 def template_named(name: str) -> Template:
