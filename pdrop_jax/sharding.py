@@ -120,6 +120,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(of, tree)
 
 
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """The shapes and dtypes of ``tree`` as ``jax.ShapeDtypeStruct``s that lie where ``shardings`` wants them."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh)
+    )
+
+
 def place(params: Any, mesh: Mesh) -> Any:
     """``params`` where ``shardings`` wants them. What one device or the host holds is the same in all processes."""
 

@@ -21,7 +21,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import restage
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.sharding import batch_sharding, make_mesh, place, shardings
+from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, place, shardings
 
 from .checkpoints import Checkpoints, Origin, changes
 from .data import Dataset, Step, open_dataset, pipeline
@@ -126,10 +126,7 @@ def _begin(
             )
         schedule = DropSchedule.from_json(saved.schedule)
         state = jax.eval_shape(lambda params: job.init(restage(params, job.config, schedule)), shapes)
-        arrays = changing(state)
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arrays, shardings(arrays, job.mesh)
-        )
+        return abstract(changing(state), job.mesh)
 
     found = checkpoints.restore(abstract_of)
     params = place(params, job.mesh)

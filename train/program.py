@@ -14,7 +14,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.generation import Sampling, State, decode, start
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import Bucket
-from pdrop_jax.sharding import batch_sharding, partition, shardings
+from pdrop_jax.sharding import abstract, batch_sharding, partition
 
 from .optimizer import make_optimizer
 from .recipe import Optimizer
@@ -44,11 +44,11 @@ def lowering(
     if mode == "train":
         optimizer = make_optimizer(Optimizer(), STEPS)
         init = functools.partial(init_state, groups=GROUPS, optimizer=optimizer, dtype=jnp.bfloat16)
-        train_state = _placed(jax.eval_shape(init, abstract_params(config)), mesh)
+        train_state = abstract(jax.eval_shape(init, abstract_params(config)), mesh)
         program, arguments = train_step, (config, optimizer, train_state, batch)
         settings = {"accumulate": accumulate, "implementation": "splash"}
     else:
-        params = _placed(abstract_params(config, jnp.bfloat16), mesh)
+        params = abstract(abstract_params(config, jnp.bfloat16), mesh)
         greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)
@@ -83,12 +83,6 @@ def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, t
         leaf(QUERIES if training else 1),
         leaf(S) if training else None,
         bucket,
-    )
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh)
     )
 
 

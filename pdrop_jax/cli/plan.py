@@ -70,7 +70,8 @@ def run(
             "prefill": lambda c: prefill_macs(c, shape).total,
             "decode": lambda c: decode_macs(c, shape),
         }[mode](variant)
-        results[name] = {**dataclasses.asdict(report), "fits": report.fits, "macs": batch * macs / len(devices)}
+        derived = {"fits": report.fits, "total_bytes": report.total_bytes, "macs": batch * macs / len(devices)}
+        results[name] = {**dataclasses.asdict(report), **derived}
     if json_output:
         print(json.dumps({"topology": topology, "devices": len(devices), "mesh": dict(grid.shape), **results}))
         return
@@ -85,8 +86,7 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
     def verdict(x: dict[str, Any]) -> str:
         if not x["fits"]:
             return f"no: {x['excess_bytes'] / gib:.2f} GiB over {x['capacity_bytes'] / gib:.2f}"
-        used = x["argument_bytes"] + x["temporary_bytes"] + x["output_bytes"]
-        return f"yes: {used / gib:.2f} of {x['capacity_bytes'] / gib:.2f} GiB"
+        return f"yes: {x['total_bytes'] / gib:.2f} of {x['capacity_bytes'] / gib:.2f} GiB"
 
     def of(key: str, scale: float, unit: str) -> list[str]:
         return [f"{x[key] / scale:,.2f} {unit}" if x["fits"] or key == "macs" else "" for x in results.values()]
