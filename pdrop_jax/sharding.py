@@ -34,7 +34,8 @@ PARAMETERS: Mapping[str, Logical] = {
     r"norm\.scale": (None,),
     r"projector\.linear_0\.kernel": ("model", "mlp"),
     r"projector\.linear_1\.kernel": ("mlp", "model"),
-    r"projector\.linear_\d\.bias": (None,),
+    r"projector\.linear_0\.bias": ("mlp",),
+    r"projector\.linear_1\.bias": (None,),
     r"vision\.embed\.patch\.kernel": (None, None, None, "model"),
     r"vision\.embed\.position": (None, "model"),
     r"vision\.embed\.(?:class_token|norm\.scale|norm\.bias)": (None,),
@@ -95,16 +96,23 @@ def logical_axes(name: str) -> Logical:
 
 
 def partition(axes: Logical, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """``axes`` as mesh axes. A dimension that they do not divide is not cut: two key-value heads on four devices."""
+    """``axes`` as mesh axes. A dimension that they do not divide is not cut: two key-value heads on four devices.
+
+    Says it as the compiler does of its results, without axes of one device and without None at the end: a spec that is
+    equal but says it otherwise makes ``jax.jit`` compile again.
+    """
 
     def cut(axis: str | None, size: int) -> tuple[str, ...] | None:
-        names = RULES[axis] if axis else ()
+        names = tuple(name for name in RULES[axis] if mesh.shape[name] > 1) if axis else ()
         return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
-    return PartitionSpec(*(cut(axis, size) for axis, size in zip(axes, shape, strict=True)))
+    spec = [cut(axis, size) for axis, size in zip(axes, shape, strict=True)]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of each array of a tree of parameters, or of one that holds such trees, as an optimizer's state.
 
     What is not part of a parameter tree is copied to every device, and so is a scalar.
@@ -152,3 +160,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+
+
+def constrain_params(tree: Any) -> Any:
+    """Tells the compiler that ``tree`` lies where ``shardings`` wants it; nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))

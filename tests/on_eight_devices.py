@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny import llava_config, params_of, training_batch
 from tiny_run import CONFIG as RUN_CONFIG
-from tiny_run import arrays_of, losses, recipe_in, write_data, write_start
+from tiny_run import arrays_of, compiled_in, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint, sharding
 from pdrop_jax.errors import UserError
@@ -125,26 +125,35 @@ def test_parameters_are_cut():
     mesh = mesh_of((2, 2, 2))
     params = jax.device_put(params_of(CONFIG), sharding.shardings(params_of(CONFIG), mesh))
     kernel = params["stages"]["0"]["attention"]["q"]["kernel"]
-    assert kernel.sharding.spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
+    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """Six steps on a device against two on (2, 2, 2) and four on (1, 8, 1); the model is read on a third mesh."""
+    """Six steps on copies against two on (2, 2, 2) and four on (1, 8, 1); the model is read on a third mesh.
+
+    On each of them a shape compiles once: a step leaves its state where it found it.
+    """
     write_data(tmp_path / "data")
     write_start(tmp_path / "start")
     recipe = recipe_in(tmp_path, run_batch_size=8, optimizer_eps=1e-2)
 
+    programs = []
+
     def run(name, shape):
         changed = dataclasses.replace(recipe.run, folder=str(tmp_path / name))
         mesh = Mesh(**dict(zip(sharding.AXES, shape, strict=True)))
+        before = train_step._cache_size()
         train(dataclasses.replace(recipe, run=changed, mesh=mesh))
+        programs.append(train_step._cache_size() - before)
 
     run("copies", (8, 1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pdrop_jax.train.loop._Stop.requested", lambda _, step: step == 2)
         run("moved", (2, 2, 2))
     run("moved", (1, 8, 1))
+    assert programs[0] == compiled_in(tmp_path / "copies")
+    assert programs[1] + programs[2] == compiled_in(tmp_path / "moved")
     copies, moved = losses(tmp_path / "copies"), losses(tmp_path / "moved")
     assert [step for step, _ in copies] == [step for step, _ in moved]
     np.testing.assert_allclose([loss for _, loss in copies], [loss for _, loss in moved], rtol=1e-5)

@@ -47,7 +47,7 @@ def test_a_table_that_is_wrong_is_refused(monkeypatch):
 def test_what_does_not_divide_is_not_cut():
     mesh = jax.sharding.AbstractMesh((1, 2, 4), sharding.AXES)
     spec = sharding.partition((None, "model", "heads", None), (3, 32, 2, 16), mesh)
-    assert spec == jax.sharding.PartitionSpec(None, ("fsdp",), None, None)
+    assert spec == jax.sharding.PartitionSpec(None, "fsdp")
 
 
 def test_bad_meshes():

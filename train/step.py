@@ -20,6 +20,7 @@ from pdrop_jax.model.decoder import Remat
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.loss import count_targets, loss_of
 from pdrop_jax.model.params import path_name
+from pdrop_jax.sharding import constrain_params
 
 from .optimizer import group_of
 
@@ -150,4 +151,6 @@ def train_step(
     metrics = Metrics(
         loss, optax.tree.norm(gradient), targets, jnp.asarray(batch.length).sum(), moments.total_notfinite
     )
+    # Where it was: what lay elsewhere would make the next step compile again.
+    trained, moments = constrain_params((trained, moments))
     return TrainState(state.step + 1, trained, state.frozen, moments), metrics

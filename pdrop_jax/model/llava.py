@@ -54,8 +54,7 @@ def embed(
     config: LlavaConfig, params: Params, batch: Batch, slots: int, implementation: Implementation = "auto"
 ) -> TokenBuffer:
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
-    table = params["embed"]["embedding"]
-    hidden = constrain(table[batch.token_ids], "batch", None, None)  # (B, S, D); a gather alone loses the rows' cut
+    hidden = embeddings_of(params, batch.token_ids)
     index = jnp.asarray(batch.feature_index)
     if batch.crops.shape[1]:
         features = image_features(config, params, jnp.asarray(batch.crops), implementation)
@@ -77,6 +76,12 @@ def embed(
         image_count=image_count,
         labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), -100),
     )
+
+
+def embeddings_of(params: Params, ids: jax.Array) -> jax.Array:
+    """Token ids (B, T) -> (B, T, D)."""
+    table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
+    return constrain(table[ids], "batch", None, None)
 
 
 def logits_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -162,7 +167,7 @@ def decode_step(
     config: LlavaConfig, params: Params, tokens: jax.Array, state: DecodeState, step: jax.Array
 ) -> tuple[jax.Array, DecodeState]:
     """Logits (B, V) float32 after ``tokens`` (B,) int32, the (step + 1)-th new token of each row."""
-    x = params["embed"]["embedding"][tokens][:, None]
+    x = embeddings_of(params, tokens[:, None])
     x, caches = run_token(config, params["stages"], x, state.caches, state.lengths, step)
     logits = logits_of(config, params, final_norm(config, params, x))
     return logits[:, 0], dataclasses.replace(state, caches=caches)

@@ -7,6 +7,7 @@ import jax
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.layers import Params, Projector, VisionEmbedding, VisionLayer, bind, scan_layers
+from pdrop_jax.sharding import constrain
 
 
 def vision_features(
@@ -41,4 +42,4 @@ def image_features(
     x = x if config.keep_class_token else x[:, 1:]
     sizes = (config.vision.hidden_size, config.text.hidden_size, config.projector_layers)
     x = bind(Projector, *sizes, params=params["projector"])(x)
-    return x.reshape(B, C * config.image_tokens, -1)
+    return constrain(x.reshape(B, C * config.image_tokens, -1), "batch", None, None)

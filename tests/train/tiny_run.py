@@ -71,5 +71,10 @@ def events(folder):
     return [(line["event"], line["step"]) for line in lines if "event" in line]
 
 
+def compiled_in(folder):
+    """Programs that the log of a run's folder says were compiled."""
+    return [name for name, _ in events(folder)].count("compiled")
+
+
 def arrays_of(folder):
     return jax.tree.map(jax.numpy.asarray, checkpoint.load(folder / "model")[1])
