@@ -107,7 +107,7 @@ def main(flags: Flags) -> None:
                     "decode_gmacs": B * decode_macs(config, bucket) / 1e9,
                 }
             )
-        ranking = time_drops(pyramid, regroup(params, pyramid), batch, flags.repeats)
+        ranking = time_drops(pyramid, regroup(params, pyramid), batch, 10 * flags.repeats)  # a few ms each
         dense_prefill, drop_prefill = seconds["ours, dense"][0], seconds["ours, PyramidDrop"][0]
         ratio = prefill_macs(dense, bucket).total / prefill_macs(pyramid, bucket).total
         results[-2 if torch_model is not None else -1] |= {

@@ -2,13 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.config import TextConfig
-from pdrop_jax.schedule import Stage
 from pdrop_jax.sharding import constrain
 
 
@@ -27,25 +24,14 @@ class StageCache:
     v: jax.Array
 
 
-def init_caches(
-    config: TextConfig, plan: Sequence[Stage], batch: int, new_slots: int, dtype: Any
-) -> tuple[StageCache, ...]:
-    """Empty caches with ``new_slots`` slots behind each stage's buffer."""
+def cache_prompt(k: jax.Array, v: jax.Array, new_slots: int) -> StageCache:
+    """One layer's cache, without the leading L_s, of the keys and values (B, S, K, H) of a whole buffer."""
 
-    def zeros(stage: Stage) -> jax.Array:
-        shape = (stage.num_layers, batch, config.num_kv_heads, stage.slots + new_slots, config.head_dim)
-        return constrain(jnp.zeros(shape, dtype), None, "batch", "heads", None, None)
+    def pad(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, new_slots), (0, 0)])
+        return constrain(x, "batch", "heads", None, None)
 
-    return tuple(StageCache(zeros(stage), zeros(stage)) for stage in plan)
-
-
-def write_prompt(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> StageCache:
-    """Keys and values (B, S, K, H) of a whole buffer into the first slots of ``layer``."""
-
-    def put(stack: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(stack, x.swapaxes(1, 2)[None].astype(stack.dtype), (layer, 0, 0, 0, 0))
-
-    return StageCache(put(cache.k, k), put(cache.v, v))
+    return StageCache(pad(k), pad(v))
 
 
 def write_token(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, slot: jax.Array) -> StageCache:
@@ -54,5 +40,5 @@ def write_token(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.
     return StageCache(cache.k.at[layer, rows, :, slot].set(k[:, 0]), cache.v.at[layer, rows, :, slot].set(v[:, 0]))
 
 
-def cache_bytes(caches: Sequence[StageCache]) -> int:
+def cache_bytes(caches: Sequence[StageCache | None]) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(caches))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, attend_cache, attention
 from pdrop_jax.model.buffer import TokenBuffer, compact
-from pdrop_jax.model.cache import StageCache, write_prompt, write_token
+from pdrop_jax.model.cache import StageCache, cache_prompt, write_token
 from pdrop_jax.model.layers import Params, Rope, rope_at, rope_tables, scan_layers
 from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.model.ranking import choose, image_scores
@@ -72,25 +72,25 @@ def run_stages(
     plan: Sequence[Stage],
     buffer: TokenBuffer,
     image_sizes: Sequence[int],
-    caches: Sequence[StageCache] = (),
     *,
+    new_slots: int | None = None,
     implementation: Implementation = "auto",
     remat: Remat = "none",
     keep_hidden: bool = False,
-) -> tuple[TokenBuffer, tuple[StageCache, ...], tuple[jax.Array, ...], tuple[Drop, ...], list[Any]]:
+) -> tuple[TokenBuffer, tuple[StageCache | None, ...], tuple[jax.Array, ...], tuple[Drop, ...], list[Any]]:
     """Runs all layers over ``buffer``, dropping at each boundary.
 
     Args:
       stages: parameters, one entry for each stage of ``plan``.
       image_sizes: largest token count of each image of a row; empty means that nothing can be dropped.
-      caches: one for each stage, filled on the way; or none.
+      new_slots: make a cache for each stage, with so many slots for tokens to come; None makes none.
       remat: what a layer keeps for its gradient.
       keep_hidden: also return each stage's layer inputs (L_s, B, S_s, D).
 
     Returns:
       (last buffer, caches, valid length (B,) of each stage, drops, layer inputs of each stage).
     """
-    drops, filled, lengths, hidden = [], [], [], []
+    drops, caches, lengths, hidden = [], [], [], []
     tables = rope_tables(config.text, jnp.arange(buffer.slots)[None])
     rope = rope_at(tables, positions_of(config.schedule, buffer))
     for s, stage in enumerate(plan):
@@ -101,33 +101,31 @@ def run_stages(
             rope = rope_at(tables, positions_of(config.schedule, buffer))
         length = buffer.length
 
-        def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
-            x, cache = carry
-
+        def body(x: jax.Array, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
                 out = attention(q, k, v, causal=True, length=length, implementation=implementation)
-                return out, cache and write_prompt(cache, n, k, v)
+                return out, None if new_slots is None else cache_prompt(k, v, new_slots)
 
-            layer = bind_layer(config.text, params)
-            return layer(x, rope, attend), x if keep_hidden else None
+            out, cache = bind_layer(config.text, params)(x, rope, attend)
+            return out, (cache, x if keep_hidden else None)
 
-        carry = (buffer.hidden, caches[s] if caches else None)
-        (x, cache), inputs = scan_layers(rematerialise(body, remat), carry, layers)
+        x, outputs = scan_layers(rematerialise(body, remat), buffer.hidden, layers)
+        cache, inputs = outputs or (None, None)  # a stage may be without layers
         buffer = dataclasses.replace(buffer, hidden=x)
-        filled.append(cache)
+        caches.append(cache)
         lengths.append(length)
         hidden.append(inputs)
-    return buffer, tuple(filled), tuple(lengths), tuple(drops), hidden
+    return buffer, tuple(caches), tuple(lengths), tuple(drops), hidden
 
 
 def run_token(
     config: LlavaConfig,
     stages: Params,
     x: jax.Array,
-    caches: Sequence[StageCache],
+    caches: Sequence[StageCache | None],
     lengths: Sequence[jax.Array],
     step: jax.Array,
-) -> tuple[jax.Array, tuple[StageCache, ...]]:
+) -> tuple[jax.Array, tuple[StageCache | None, ...]]:
     """One new token of each row through all layers; nothing is dropped.
 
     Args:

@@ -9,7 +9,7 @@ from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, aligned
 from pdrop_jax.model.buffer import TokenBuffer
-from pdrop_jax.model.cache import StageCache, init_caches
+from pdrop_jax.model.cache import StageCache
 from pdrop_jax.model.decoder import Drop, Remat, run_stages, run_token
 from pdrop_jax.model.layers import Params, RMSNorm, bind
 from pdrop_jax.model.vision import image_features
@@ -42,11 +42,11 @@ class DecodeState:
     """What a decode step needs of the prefill.
 
     Attributes:
-      caches: one for each stage.
+      caches: one for each stage, None for a stage without layers.
       lengths: (B,) int32 for each stage, its valid slots after the prefill.
     """
 
-    caches: tuple[StageCache, ...]
+    caches: tuple[StageCache | None, ...]
     lengths: tuple[jax.Array, ...]
 
 
@@ -78,10 +78,10 @@ def embed(
     )
 
 
-def embeddings_of(params: Params, ids: jax.Array) -> jax.Array:
+def embeddings_of(params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
     """Token ids (B, T) -> (B, T, D)."""
     table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
-    return constrain(table[ids], "batch", None, None)
+    return constrain(jnp.asarray(table)[jnp.asarray(ids)], "batch", None, None)
 
 
 def logits_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -154,9 +154,8 @@ def prefill(
     """
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
     buffer = embed(config, params, batch, plan[0].slots, implementation)
-    caches = init_caches(config.text, plan, buffer.hidden.shape[0], new_slots, buffer.hidden.dtype)
     buffer, caches, lengths, drops, _ = run_stages(
-        config, params["stages"], plan, buffer, batch.bucket.images, caches, implementation=implementation
+        config, params["stages"], plan, buffer, batch.bucket.images, new_slots=new_slots, implementation=implementation
     )
     last = jnp.take_along_axis(buffer.hidden, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, D)
     logits = logits_of(config, params, final_norm(config, params, last))

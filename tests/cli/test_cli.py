@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from command import PDROP
 from PIL import Image
 
 from pdrop_jax.cli import main
@@ -66,7 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def test_a_real_process_converts_and_answers(tmp_path):
     def real(*args: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", "from pdrop_jax.cli import main; main()", *map(str, args)]
+        command = [*PDROP, *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
 
     model = tmp_path / "model"

@@ -17,7 +17,7 @@ import numpy as np
 from .photos import GARMENTS, PIXELS, Split, photos
 
 SIDE = 4  # places in a row
-TURNS = 5  # questions a picture
+TURNS = 8  # questions a picture
 SHIFT = 2  # pixels
 # Places that are drawn by themselves, rows by columns, and how often: the others repeat them.
 PATTERNS = {(SIDE, SIDE): 0.4, (SIDE, 1): 0.2, (1, SIDE): 0.2, (1, 1): 0.2}
@@ -141,11 +141,11 @@ Ask = Callable[[np.ndarray, np.random.Generator, Told], Exchange | None]
 
 # Kinds of question, and how often each is asked in training.
 KINDS: dict[str, tuple[Ask, float]] = {
-    "place": (ask_place, 0.6),
-    "line": (ask_line, 0.2),
-    "count": (ask_count, 0.05),
-    "presence": (ask_presence, 0.075),
-    "where": (ask_where, 0.075),
+    "place": (ask_place, 0.55),
+    "line": (ask_line, 0.15),
+    "count": (ask_count, 0.1),
+    "presence": (ask_presence, 0.1),
+    "where": (ask_where, 0.1),
 }
 
 
