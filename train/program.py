@@ -1,7 +1,9 @@
-"""Training step, prefill and decode as programs of shapes alone, to be compiled for devices that are not there."""
+"""Training step, prefill and decode as programs of shapes alone, compiled for devices that are not there."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,60 +11,151 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from pdrop_jax.analysis.cost import decode_macs, prefill_macs, training_macs
+from pdrop_jax.analysis.plan import Report, compile_report
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
 from pdrop_jax.generation import Sampling, State, decode, start
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import Bucket
-from pdrop_jax.sharding import abstract, batch_sharding, partition
+from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, partition
 
 from .optimizer import make_optimizer
 from .recipe import Optimizer
 from .step import init_state, train_step
 
-Mode = Literal["train", "prefill", "decode"]
 GROUPS = ("projector", "llm")
 QUERIES = 4  # query rows of a training row
 CAPACITY = 128  # new tokens of an answer
 STEPS = 1000  # of a training run; only its rates follow from it
+TENSOR = (1, 2, 4, 8)  # devices along tensor that ``suggest`` tries
 
 
-def lowering(
-    mode: Mode, config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, accumulate: int = 1
-) -> Callable[[], Any]:
-    """A function that lowers the program, bfloat16 with splash attention, for the devices of ``mesh``.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program to plan, bfloat16 with splash attention.
 
-    Args:
-      mode: "train" is the full fine-tune of projector and language model, with float32 masters and moments.
+    Attributes:
+      mode: "train" is a step of a full fine-tune, with float32 masters and moments.
       rows: of a batch, all devices together.
       accumulate: parts that a training step's rows are cut into.
+      groups: what is trained, of "vision", "projector" and "llm".
     """
-    batch = abstract_batch(config, mesh, bucket, rows, training=mode == "train")
+
+    config: LlavaConfig
+    mode: Literal["train", "prefill", "decode"]
+    bucket: Bucket
+    rows: int
+    accumulate: int = 1
+    groups: tuple[str, ...] = GROUPS
+
+    @property
+    def macs(self) -> float:
+        """Of all rows, from the model. In training half of the text is taken to be answers."""
+        if self.mode == "train":
+            return self.rows * training_macs(self.config, self.bucket, self.bucket.text / 2, self.groups)
+        if self.mode == "prefill":
+            return self.rows * prefill_macs(self.config, self.bucket).total
+        return self.rows * decode_macs(self.config, self.bucket)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A job on a mesh of a slice, and what the compiler says of it."""
+
+    job: Job
+    mesh: dict[str, int]
+    report: Report
+
+
+# LLaVA-NeXT has the parts of LLaVA-1.5, a picture in up to five tiles, and trains its tower too. Its newline vector
+# of D numbers is not counted.
+MODELS: dict[str, tuple[Callable[[], LlavaConfig], tuple[str, ...]]] = {
+    "llava-1.5-7b": (LlavaConfig.llava_1_5_7b, GROUPS),
+    "llava-1.5-13b": (LlavaConfig.llava_1_5_13b, GROUPS),
+    "llava-next-7b": (LlavaConfig.llava_1_5_7b, ("vision", *GROUPS)),
+    "llava-next-13b": (LlavaConfig.llava_1_5_13b, ("vision", *GROUPS)),
+}
+
+
+def plan(job: Job, sizes: dict[str, int] | None, topology: str, devices: Sequence[jax.Device]) -> Plan:
+    """Compiles ``job``.
+
+    Args:
+      sizes: devices along each axis; None is all along fsdp.
+      topology: of ``devices``, see ``analysis.plan.devices_of``.
+
+    Raises:
+      UserError: a mesh that the devices do not make, or rows that it cannot cut.
+    """
+    mesh = make_mesh(sizes, devices)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * (job.accumulate if job.mode == "train" else 1)
+    if job.rows < 1 or job.rows % parts:
+        raise UserError(f"{job.rows} rows cannot be cut into {parts} parts: choose a multiple of {parts}")
+    return Plan(job, dict(mesh.shape), compile_report(lambda: lower(job, mesh), topology))
+
+
+def suggest(job: Job, topology: str, devices: Sequence[jax.Device]) -> Iterator[Plan]:
+    """Tries meshes of fsdp and tensor, and yields what fits on each of them.
+
+    In training the rows stay and are cut into more and more parts until they fit. In inference they are doubled for as
+    long as they fit, and the last that did is yielded.
+    """
+    for tensor in TENSOR:
+        if len(devices) % tensor or job.config.text.num_heads % tensor:
+            continue
+        sizes = {"fsdp": len(devices) // tensor, "tensor": tensor}
+        best = None
+        for attempt in _attempts(job, sizes["fsdp"]):
+            tried = plan(attempt, sizes, topology, devices)
+            best = tried if tried.report.fits else best
+            enough = tried.report.fits if job.mode == "train" else not tried.report.fits
+            if enough:
+                break
+        if best:
+            yield best
+
+
+def _attempts(job: Job, shards: int) -> Iterator[Job]:
+    """``job`` with more and more parts, or more and more rows, that ``shards`` devices can cut."""
+    if job.mode == "train":
+        accumulate = 1
+        while job.rows % (shards * accumulate) == 0:
+            yield dataclasses.replace(job, accumulate=accumulate)
+            accumulate *= 2
+        return
+    rows = math.lcm(job.rows, shards)
+    while True:
+        yield dataclasses.replace(job, rows=rows)
+        rows *= 2
+
+
+def lower(job: Job, mesh: Mesh) -> Any:
+    """Lowers ``job`` for the devices of ``mesh``."""
+    config = job.config
+    batch = abstract_batch(config, mesh, job.bucket, job.rows, training=job.mode == "train")
     program: Any
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
-    if mode == "train":
+    if job.mode == "train":
         optimizer = make_optimizer(Optimizer(), STEPS)
-        init = functools.partial(init_state, groups=GROUPS, optimizer=optimizer, dtype=jnp.bfloat16)
+        init = functools.partial(init_state, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
         train_state = abstract(jax.eval_shape(init, abstract_params(config)), mesh)
         program, arguments = train_step, (config, optimizer, train_state, batch)
-        settings = {"accumulate": accumulate, "implementation": "splash"}
+        settings = {"accumulate": job.accumulate, "implementation": "splash"}
     else:
         params = abstract(abstract_params(config, jnp.bfloat16), mesh)
         greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)
         settings = {"capacity": CAPACITY, "implementation": "splash"}
-        if mode == "decode":
+        if job.mode == "decode":
             state, _ = jax.eval_shape(functools.partial(start, config, **settings), *arguments[1:])
             program, settings = decode, {}
             arguments = config, params, _state_placed(state, mesh), np.int32(CAPACITY), greedy, stop
-
-    def lower() -> Any:
-        with jax.set_mesh(mesh):
-            return program.lower(*arguments, **settings)
-
-    return lower
+    with jax.set_mesh(mesh):
+        return program.lower(*arguments, **settings)
 
 
 def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, training: bool) -> Batch:

@@ -1,7 +1,7 @@
 """What a program needs on TPUs that are not there: compiled for their topology by libtpu, on this machine's CPU.
 
-The compiler's own figures: bytes of a device, and the collectives. A loop's body stands in the program once, whatever
-the number of its turns, so what it moves is counted once here; MACs come from ``analysis.cost`` instead.
+The compiler's own figures: bytes of a device, and the collectives, those of a loop's body times its turns. MACs come
+from ``analysis.cost``: the compiler counts a loop's body once.
 """
 
 import dataclasses
@@ -15,8 +15,12 @@ from typing import Any
 from pdrop_jax.errors import UserError
 
 # GiB of high-bandwidth memory of a device, as the compiler's own message of an overflow gives them.
-MEMORY = {"v4": 31.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+MEMORY = {"v4": 31.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# An asynchronous one is counted where it is done: there its type is that of the result alone.
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-done)?\(")
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+CALLS = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=(%[\w.-]+|\{[^}]*\})")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask the cloud what machine this is
@@ -37,7 +41,7 @@ class Report:
       output_bytes: what is not written over an argument.
       capacity_bytes: of the device.
       excess_bytes: by how much it does not fit; 0 if it does. If not, the other figures are 0: there is no program.
-      collectives: kind -> (how often it stands in the program, bytes of its results).
+      collectives: kind -> (how often it runs, bytes of all its results).
       compile_seconds: of lowering and compiling.
     """
 
@@ -105,20 +109,61 @@ def compile_report(lower: Any, topology: str) -> Report:
 
 
 def _excess(message: str) -> int:
-    """Bytes of "Used 17.2G of 15.75G hbm. Exceeded hbm capacity by 1.45G."; 0 if it says nothing like that."""
-    found = re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)([KMGT]?)", message)
-    if not found:
-        return 0
-    return math.ceil(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")))
+    """Bytes that the compiler says are missing, in either of its messages; 0 if it says nothing like that.
+
+    "Used 17.2G of 15.75G hbm. Exceeded hbm capacity by 1.45G." and, of a kind of chip of its own, "the total memory
+    required for HLO temporaries (256.00G) exceeds available HBM (94.75G)".
+    """
+
+    def size(number: str, unit: str) -> float:
+        return float(number) * 2 ** (10 * " KMGT".index(unit or " "))
+
+    if found := re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)([KMGT]?)", message):
+        return math.ceil(size(*found.groups()))
+    if found := re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message):
+        return math.ceil(size(*found.groups()[:2]) - size(*found.groups()[2:]))
+    return 0
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Kind -> (instructions, bytes of their results on one device) in a compiled program's text."""
-    found = dict.fromkeys(COLLECTIVES, (0, 0))
-    for kind in COLLECTIVES:
-        # An asynchronous one is counted where it is done, there its type is that of the result alone.
-        for dtype, dims in re.findall(rf"= \(?(\w+)\[([\d,]*)\][^=\n]*? {kind}(?:-done)?\(", text):
-            count, size = found[kind]
-            elements = math.prod(int(n) for n in dims.split(",") if n)
-            found[kind] = count + 1, size + elements * BYTES.get(dtype, 4)
-    return found
+    """Kind -> (how often it runs, bytes of all its results on one device) in a compiled program's text."""
+    computations, name = {"": list[str]()}, ""
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%(\S+) \(", line):
+            name = "" if head[1] else head[2]
+            computations[name] = []
+        computations[name].append(line)
+    found: dict[str, tuple[str, int, int]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for line in computations[name]:
+            if match := COLLECTIVE.search(line):
+                result, kind = match.groups()
+                size = sum(
+                    math.prod(map(int, re.findall(r"\d+", dims))) * BYTES.get(t, 4) for t, dims in SHAPE.findall(result)
+                )
+                # The compiler cuts one into pieces that overlap with other work; all of them name its channel.
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel[1] if channel else line
+                found[key] = max(found.get(key, (kind, 0, 0)), (kind, times, times * size))
+            turns = times * _turns(computations, line)
+            for called in CALLS.findall(line):
+                for callee in re.findall(r"%([\w.-]+)", called):
+                    visit(callee, turns)
+
+    visit("", 1)
+    return {
+        kind: (sum(t for k, t, _ in found.values() if k == kind), sum(n for k, _, n in found.values() if k == kind))
+        for kind in COLLECTIVES
+    }
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    return math.prod(int(n) for n in dims.split(",") if n) * BYTES.get(dtype, 4)
+
+
+def _turns(computations: dict[str, list[str]], line: str) -> int:
+    """Of a loop over layers or parts: the number that its condition compares with. 1 for any other instruction."""
+    condition = re.search(r" while\(.*condition=%([\w.-]+)", line)
+    limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition[1]])) if condition else []
+    return int(limits[0]) if len(limits) == 1 else 1

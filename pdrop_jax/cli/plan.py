@@ -10,6 +10,12 @@ import tyro
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress, schedule_of
 from pdrop_jax.errors import UserError
 
+ADVICE = {
+    "train": "does not fit: try more parts (--accumulate), more devices along fsdp",
+    "prefill": "does not fit: try fewer rows (--batch), more devices along tensor",
+    "decode": "does not fit: try fewer rows (--batch), more devices along tensor",
+}
+
 
 def run(
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
@@ -22,13 +28,14 @@ def run(
     layers: Layers = None,
     ratios: Ratios = None,
     dense: bool = True,
+    suggest: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Compile a program for a TPU slice without one, and print what a device needs.
 
     Args:
-      model: llava-1.5-7b, llava-1.5-13b, or a checkpoint, of which only the config is read.
-      topology: chips, as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1.
+      model: llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, or a checkpoint; only its config is read.
+      topology: chips, as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1, tpu7x:2x2x1.
       mode: a full fine-tune's step in bfloat16 with float32 masters and moments, or bfloat16 inference.
       mesh: devices along the axes data, fsdp and tensor; without it all along fsdp.
       bucket: text slots of a row, and tokens of each of its images.
@@ -37,50 +44,65 @@ def run(
       layers: drop image tokens after these many layers; without it the model's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
       dense: compile the same without drops, beside it.
+      suggest: try meshes, and for each the fewest parts of a training step, or the most rows, that fit.
       json_output: print one JSON object instead of a table.
     """
-    from pdrop_jax.analysis.plan import compile_report, devices_of
+    from pdrop_jax.analysis.plan import devices_of
 
     devices = devices_of(topology)
 
-    from pdrop_jax.analysis.cost import decode_macs, prefill_macs, training_macs
     from pdrop_jax.config import LlavaConfig
     from pdrop_jax.schedule import Bucket, DropSchedule
-    from pdrop_jax.sharding import make_mesh
-    from pdrop_jax.train.program import GROUPS, lowering
+    from pdrop_jax.train import program
 
-    names = {"llava-1.5-7b": LlavaConfig.llava_1_5_7b, "llava-1.5-13b": LlavaConfig.llava_1_5_13b}
-    config = names[model]() if model in names else LlavaConfig.load(pathlib.Path(model))
+    known, groups = program.MODELS.get(model, (None, program.GROUPS))
+    config = known() if known else LlavaConfig.load(pathlib.Path(model))
     schedule = schedule_of(layers, ratios)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
-    grid = make_mesh(mesh_sizes(mesh) or None, devices)
-    cut = grid.shape["data"] * grid.shape["fsdp"] * (accumulate if mode == "train" else 1)
-    if batch < 1 or batch % cut:
-        raise UserError(f"{batch} rows cannot be cut into {cut} parts: choose a multiple of {cut}")
-    shape = Bucket(bucket[0], tuple(bucket[1:]))
-    variants = {"PyramidDrop" if config.schedule.layers else "dense": config}
-    if dense:
-        variants["dense"] = dataclasses.replace(config, schedule=DropSchedule.none())
-    results: dict[str, dict[str, Any]] = {}
-    for name, variant in variants.items():
-        with progress(f"compiling {name}"):
-            report = compile_report(lowering(mode, variant, grid, shape, batch, accumulate), topology)
-        macs = {
-            "train": lambda c: training_macs(c, shape, shape.text / 2, GROUPS),
-            "prefill": lambda c: prefill_macs(c, shape).total,
-            "decode": lambda c: decode_macs(c, shape),
-        }[mode](variant)
-        derived = {"fits": report.fits, "total_bytes": report.total_bytes, "macs": batch * macs / len(devices)}
-        results[name] = {**dataclasses.asdict(report), **derived}
+    job = program.Job(config, mode, Bucket(bucket[0], tuple(bucket[1:])), batch, accumulate, groups)
+    if suggest:
+        if mesh:
+            raise UserError("--suggest tries meshes of its own: leave out --mesh")
+        with progress("compiling for several meshes"):
+            plans = list(program.suggest(job, topology, devices))
+    else:
+        jobs = [job]
+        if dense and config.schedule.layers:
+            jobs.append(dataclasses.replace(job, config=dataclasses.replace(config, schedule=DropSchedule.none())))
+        plans = []
+        for each in jobs:
+            with progress(f"compiling {_name(each)}"):
+                plans.append(program.plan(each, mesh_sizes(mesh) or None, topology, devices))
+    results = [_result(found, len(devices)) for found in plans]
     if json_output:
-        print(json.dumps({"topology": topology, "devices": len(devices), "mesh": dict(grid.shape), **results}))
+        print(json.dumps({"model": model, "mode": mode, "topology": topology, "bucket": bucket, "plans": results}))
         return
-    print(f"{model}, {mode}, {len(devices)} devices of {topology}, mesh {dict(grid.shape)}, {batch} rows of {bucket}\n")
-    print(_table(results))
+    print(f"{model}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}\n")
+    print(_table(results) if results else "no mesh fits")
+    if not any(x["fits"] for x in results):
+        print(f"\n{ADVICE[mode]}, a larger slice" + ("" if suggest else ", or --suggest"))
 
 
-def _table(results: dict[str, dict[str, Any]]) -> str:
-    """A column for each variant; bytes and MACs are of one device."""
+def _name(job: Any) -> str:
+    return "PyramidDrop" if job.config.schedule.layers else "dense"
+
+
+def _result(found: Any, devices: int) -> dict[str, Any]:
+    job, report = found.job, found.report
+    return {
+        "model": _name(job),
+        "mesh": found.mesh,
+        "rows": job.rows,
+        "accumulate": job.accumulate,
+        "fits": report.fits,
+        "total_bytes": report.total_bytes,
+        "macs": job.macs / devices,
+        **dataclasses.asdict(report),
+    }
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    """A column for each plan; bytes and MACs are of one device."""
     gib = 2**30
 
     def verdict(x: dict[str, Any]) -> str:
@@ -89,20 +111,22 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
         return f"yes: {x['total_bytes'] / gib:.2f} of {x['capacity_bytes'] / gib:.2f} GiB"
 
     def of(key: str, scale: float, unit: str) -> list[str]:
-        return [f"{x[key] / scale:,.2f} {unit}" if x["fits"] or key == "macs" else "" for x in results.values()]
+        return [f"{x[key] / scale:,.2f} {unit}" if x["fits"] or key == "macs" else "" for x in results]
 
     rows = [
-        ["", *results],
+        ["", *(x["model"] for x in results)],
         ["---"] * (len(results) + 1),
-        ["fits", *map(verdict, results.values())],
+        ["mesh", *(" ".join(f"{axis}={size}" for axis, size in x["mesh"].items()) for x in results)],
+        ["rows", *(f"{x['rows']} in {x['accumulate']} parts" for x in results)],
+        ["fits", *map(verdict, results)],
         ["arguments", *of("argument_bytes", gib, "GiB")],
         ["temporaries", *of("temporary_bytes", gib, "GiB")],
         ["output", *of("output_bytes", gib, "GiB")],
         ["MACs", *of("macs", 1e12, "T")],
     ]
-    kinds = {kind: None for x in results.values() for kind, (count, _) in x["collectives"].items() if count}
-    for kind in kinds:
-        pairs = [x["collectives"].get(kind, (0, 0)) for x in results.values()]
-        rows.append([f"{kind}, loops once", *(f"{count}, {size / gib:.2f} GiB" for count, size in pairs)])
-    rows.append(["compiled in", *(f"{x['compile_seconds']:.0f} s" for x in results.values())])
+    for kind in dict.fromkeys(kind for x in results for kind, (times, _) in x["collectives"].items() if times):
+        pairs = [x["collectives"].get(kind, (0, 0)) for x in results]
+        rows.append([kind, *(f"{times} times, {size / gib:.2f} GiB" for times, size in pairs)])
+    rows.append(["moved by them", *(f"{sum(n for _, n in x['collectives'].values()) / gib:.2f} GiB" for x in results)])
+    rows.append(["compiled in", *(f"{x['compile_seconds']:.0f} s" for x in results)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
