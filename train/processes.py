@@ -5,7 +5,9 @@ import glob
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import jax
 
@@ -23,8 +25,8 @@ def together(
     Under SLURM and on Cloud TPUs the processes find each other; elsewhere all three arguments say how.
 
     Raises:
-      UserError: some of the three are given and others not. One that is raised within ends the process with exit code
-        2 at once, if there are several: any other way out waits for the others, which wait for this one.
+      UserError: some of the three are given and others not. Of several processes, one in which anything is raised ends
+        at once: any other way out waits for the others, which wait for this one.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -36,9 +38,19 @@ def together(
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"pdrop train, process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        _leave(str(error), 2)
+    except jax.errors.JaxRuntimeError as error:
+        _leave(
+            f"{str(error).splitlines()[0]}: has another process died? The same command goes on after the last save", 1
+        )
+    except Exception:
+        _leave(traceback.format_exc(), 1)
     jax.distributed.shutdown()
+
+
+def _leave(why: str, code: int) -> NoReturn:
+    print(f"pdrop train, process {jax.process_index()}: {why}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def one_of_many(environment: Mapping[str, str]) -> bool:

@@ -17,6 +17,7 @@ from command import PDROP
 from tiny_run import arrays_of, events, losses, recipe_in, write_data, write_start
 
 KILLS = 20
+DEAD_SECONDS = 60  # within which a process notices that another has died
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def begin(folder, name, *options, limit=None, **changes):
+def begin(folder, name, *options, limit=None, devices=1, **changes):
     """``pdrop train`` in ``folder``/name. Compiled programs are kept between processes."""
     recipe = recipe_in(folder, run_folder=str(folder / name), **changes)
     path = folder / f"{name}.json"
@@ -36,6 +37,7 @@ def begin(folder, name, *options, limit=None, **changes):
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
 
     def no_larger_file():
@@ -131,15 +133,35 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     same(folder / "full", folder / "roomy")
 
 
-def test_two_processes_are_one_with_the_same_batch(folder):
-    finish(begin(folder, "one", run_accumulate=2))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
-    for process in [begin(folder, "two", *together, str(number), run_accumulate=2) for number in range(2)]:
+def test_one_of_two_processes_dies(folder):
+    """The other ends too; both go on, then one alone; the losses are those of a run on one device."""
+    recipe = {"run_batch_size": 8, "run_steps": 60, "run_accumulate": 1, "optimizer_eps": 1e-2}
+    run = folder / "pair"
+
+    def both_until(step):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        together = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
+        pair = [begin(folder, "pair", *together, str(number), devices=4, **recipe) for number in range(2)]
+        while ((lines_of(run) and losses(run)) or [(0, 0)])[-1][0] < step and all(x.poll() is None for x in pair):
+            time.sleep(0.01)
+        return pair
+
+    finish(begin(folder, "alone", **recipe))
+    first, second = both_until(7)
+    second.kill()
+    began = time.monotonic()
+    assert "has another process died?" in finish(first, code=1)
+    assert time.monotonic() - began < DEAD_SECONDS
+    second.communicate()
+    assert not (run / "model").exists()
+    for process in (pair := both_until(20)):
+        process.terminate()
+    for process in pair:
         finish(process)
-    one, two = losses(folder / "one"), losses(folder / "two")
-    assert [step for step, _ in one] == [step for step, _ in two]
-    np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-5)
-    finish(begin(folder, "two", run_accumulate=2))  # and goes on as one: it has nothing left to do
+    assert 20 <= losses(run)[-1][0] < 60
+    finish(begin(folder, "pair", **recipe))
+    alone, pair = losses(folder / "alone"), losses(run)
+    assert [step for step, _ in alone] == [step for step, _ in pair] == list(range(1, 61))
+    np.testing.assert_allclose([loss for _, loss in alone], [loss for _, loss in pair], rtol=1e-4)
