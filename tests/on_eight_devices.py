@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 
 import jax
@@ -15,6 +16,9 @@ from tiny_run import CONFIG as RUN_CONFIG
 from tiny_run import arrays_of, compiled_in, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint, sharding
+from pdrop_jax.analysis.check import Reference, check
+from pdrop_jax.convert.importer import read
+from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import Sampling, decode, start
 from pdrop_jax.model.attention import _splash, attention
@@ -26,6 +30,7 @@ from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import Mesh, Optimizer
 from pdrop_jax.train.step import init_state, train_step
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 CONFIG = llava_config()
 BATCH = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8], training_batch())
@@ -119,6 +124,13 @@ def test_the_tpu_kernel_is_given_the_rows_and_heads_of_a_device(shape):
         ours = jax.jit(functools.partial(_splash, causal=True, interpret=True))(q, k, v, length=length)
     valid = np.arange(128) < np.asarray(length)[:, None]
     close(np.asarray(ours)[valid], np.asarray(expected)[valid])
+
+
+@pytest.mark.parametrize("case", ["prefill_batch_ragged", "gqa_decode_greedy", "train_multi_turn"])
+def test_recorded_vectors(case):
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    (row,) = check(GOLDEN, Reference(read, torch_arrays), [case], mesh)
+    assert row.ok, row
 
 
 def test_parameters_are_cut():

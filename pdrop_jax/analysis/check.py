@@ -3,6 +3,7 @@
 Serves any folder of the format described in tests/golden/README.md, on whatever accelerator jax finds.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pdrop_jax.analysis.check_inputs import image_preprocess, preprocess_masks, prompts
 from pdrop_jax.analysis.check_train import ToTorch, compare_training
@@ -25,6 +27,7 @@ from pdrop_jax.model.decoder import Drop
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.llava import decode_step, forward, prefill
 from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.sharding import place
 
 Arrays = Mapping[str, np.ndarray]
 QUERIES = 4  # at least the answers of any recorded conversation
@@ -47,12 +50,13 @@ _prefill = jax.jit(prefill, static_argnames=("config", "new_slots", "implementat
 _decode_step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("state",))
 
 
-def check(folder: pathlib.Path, reference: Reference, cases: Sequence[str] = ()) -> list[Row]:
+def check(folder: pathlib.Path, reference: Reference, cases: Sequence[str] = (), mesh: Mesh | None = None) -> list[Row]:
     """Replays the cases of ``folder``.
 
     Args:
       reference: how to read its PyTorch checkpoints.
       cases: names; all that can be replayed if empty.
+      mesh: that parameters and rows are cut over; None is one device.
 
     Raises:
       UserError: the folder holds no case, or none of a given name.
@@ -62,12 +66,19 @@ def check(folder: pathlib.Path, reference: Reference, cases: Sequence[str] = ())
         raise UserError(f"{folder} holds no reference vectors that can be replayed: expected NAME.json with NAME.npz")
     if missing := [case for case in cases if case not in known]:
         raise UserError(f"{folder} has no case {', '.join(missing)}: it has {', '.join(known)}")
-    rows = []
-    with jax.default_matmul_precision("highest"):  # the vectors are float32; a TPU's default is bfloat16 passes
+
+    def load(folder: pathlib.Path, schedule: DropSchedule) -> tuple[LlavaConfig, Params]:
+        config, params = reference.load(folder, schedule)
+        return config, place(params, mesh) if mesh else params
+
+    placed, rows = reference._replace(load=load), []
+    where = jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+    # The vectors are float32; a TPU's default is bfloat16 passes.
+    with where, jax.default_matmul_precision("highest"):
         for case in cases or known:
             info = json.loads(known[case].read_text())
             arrays = folder / f"{case}.npz"
-            rows.append(KINDS[info["kind"]](folder, info, dict(np.load(arrays)) if arrays.exists() else {}, reference))
+            rows.append(KINDS[info["kind"]](folder, info, dict(np.load(arrays)) if arrays.exists() else {}, placed))
     return rows
 
 

@@ -5,23 +5,28 @@ from typing import Annotated
 
 import tyro
 
+from pdrop_jax.cli.options import Mesh, mesh_sizes
+
 
 def run(
     folder: tyro.conf.Positional[pathlib.Path],
     case: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME …]")] = (),
+    mesh: Mesh = (),
 ) -> int:
     """Print the largest error of each case against the recorded vectors; exit 1 if one is out of tolerance.
 
     Args:
       folder: reference vectors, in the format of tests/golden/README.md.
       case: only these cases.
+      mesh: devices along the axes data, fsdp and tensor; without it one device.
     """
     from pdrop_jax.analysis.check import Reference, check
     from pdrop_jax.analysis.report import TOLERANCE, table
     from pdrop_jax.convert.importer import read
     from pdrop_jax.convert.names import torch_arrays
+    from pdrop_jax.sharding import make_mesh
 
-    rows = check(folder, Reference(read, torch_arrays), case)
+    rows = check(folder, Reference(read, torch_arrays), case, make_mesh(mesh_sizes(mesh)) if mesh else None)
     print(table(rows))
     print("tolerances: " + ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items()) + ", the rest exact")
     return 0 if all(row.ok for row in rows) else 1
