@@ -110,8 +110,8 @@ def _table(results: list[dict[str, Any]]) -> str:
             return f"no: {x['excess_bytes'] / gib:.2f} GiB over {x['capacity_bytes'] / gib:.2f}"
         return f"yes: {x['total_bytes'] / gib:.2f} of {x['capacity_bytes'] / gib:.2f} GiB"
 
-    def of(key: str, scale: float, unit: str) -> list[str]:
-        return [f"{x[key] / scale:,.2f} {unit}" if x["fits"] or key == "macs" else "" for x in results]
+    def of(key: str) -> list[str]:
+        return [f"{x[key] / gib:.2f} GiB" if x["fits"] else "" for x in results]
 
     rows = [
         ["", *(x["model"] for x in results)],
@@ -119,10 +119,10 @@ def _table(results: list[dict[str, Any]]) -> str:
         ["mesh", *(" ".join(f"{axis}={size}" for axis, size in x["mesh"].items()) for x in results)],
         ["rows", *(f"{x['rows']} in {x['accumulate']} parts" for x in results)],
         ["fits", *map(verdict, results)],
-        ["arguments", *of("argument_bytes", gib, "GiB")],
-        ["temporaries", *of("temporary_bytes", gib, "GiB")],
-        ["output", *of("output_bytes", gib, "GiB")],
-        ["MACs", *of("macs", 1e12, "T")],
+        ["arguments", *of("argument_bytes")],
+        ["temporaries", *of("temporary_bytes")],
+        ["output", *of("output_bytes")],
+        ["MACs", *(f"{x['macs'] / 1e12:,.2f} T, {x['macs'] / results[0]['macs']:.2f} of the first" for x in results)],
     ]
     for kind in dict.fromkeys(kind for x in results for kind, (times, _) in x["collectives"].items() if times):
         pairs = [x["collectives"].get(kind, (0, 0)) for x in results]
