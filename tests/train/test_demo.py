@@ -321,7 +321,10 @@ def test_the_model_that_is_shipped_answers():
     model = load()
     assert model.config == demo_config()
     scores = {score.kind: score for score in evaluation.evaluate(model, 100)}
-    assert scores["place"].share > 0.75  # the README has the figure of ten times as many
+    assert scores["place"].share > 0.8  # the README has the figure of forty times as many
+    left = evaluation.kept_of_place(model, 100)
+    chance = [9 * ratio for ratio in model.config.schedule.ratios]
+    assert all(ours > 1.5 * blind for ours, blind in zip(left, chance, strict=True))
 
 
 def test_what_a_run_cost_is_in_its_log(tmp_path):

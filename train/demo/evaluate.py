@@ -7,6 +7,7 @@ questions, with the true answers of the earlier ones before them, are reported a
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
@@ -15,11 +16,11 @@ import tyro
 from tqdm import tqdm
 
 from pdrop_jax.errors import exit_on_error
-from pdrop_jax.generation import Model, Sampling, generate_batch, load
+from pdrop_jax.generation import Generation, Model, Sampling, generate_batch, load
 from pdrop_jax.inputs.conversation import Turn as Exchange
 from pdrop_jax.schedule import DropSchedule
 
-from .grids import KINDS, converse, draw_grid, first_question
+from .grids import KINDS, SIDE, converse, draw_grid, first_question
 
 BATCH = 100
 LATER = "place, asked last"
@@ -106,13 +107,33 @@ def evaluate(
 
 
 def answer(model: Model, cases: list[Case]) -> list[str]:
-    """Greedy answers. A batch of fewer than BATCH is filled up, so that it compiles nothing."""
+    """Greedy answers."""
+    return _generate(model, cases).texts[: len(cases)]
+
+
+def kept_of_place(model: Model, pictures: int = 300, seed: int = 0) -> list[float]:
+    """Of the tokens of the place asked for, how many each drop leaves: the mean over first place questions."""
+    cases = [case for case in draw_cases(pictures, seed) if case.kind == "place"]
+    side = math.isqrt(model.config.image_tokens)
+    tokens = np.arange(side**2).reshape(side, side)
+    counts = []
+    for start in range(0, len(cases), BATCH):
+        group = cases[start : start + BATCH]
+        for case, stages in zip(group, _generate(model, group).kept, strict=False):
+            row, column = (int(digit) - 1 for digit in re.findall(r"\d", case.turns[-1][0]))
+            place = np.split(np.split(tokens, SIDE)[row], SIDE, axis=1)[column]
+            counts.append([np.isin(place, kept).sum() for (kept,) in stages])
+    return np.mean(counts, axis=0).tolist()
+
+
+def _generate(model: Model, cases: list[Case]) -> Generation:
+    """A batch of fewer than BATCH is filled up, so that it compiles nothing."""
     filled = [*cases, *[cases[-1]] * (BATCH - len(cases))]
     batch = model.processor(
         [case.turns for case in filled], [case.picture for case in filled], max_new_tokens=NEW_TOKENS
     )
     greedy = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
-    return generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy).texts[: len(cases)]
+    return generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy)
 
 
 def table(models: Mapping[str, list[Score]], above: Iterable[list[str]] = ()) -> str:
@@ -130,7 +151,7 @@ def run(
     seed: int = 0,
     dense: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Print how many questions about test pictures a model answers exactly.
+    """Print how many questions about test pictures a model answers exactly, and what its drops leave of the place.
 
     Args:
       model: a checkpoint.
@@ -138,8 +159,11 @@ def run(
       seed: of the pictures and questions.
       dense: drop nothing, whatever the checkpoint's schedule.
     """
-    scores = evaluate(model, pictures, seed, DropSchedule.none() if dense else None)
-    print(table({"right, with its 95 % interval": scores}))
+    loaded = load(model, DropSchedule.none() if dense else None)
+    print(table({"right, with its 95 % interval": evaluate(loaded, pictures, seed)}))
+    if loaded.config.schedule.layers:
+        left = ", ".join(f"{mean:.1f}" for mean in kept_of_place(loaded, pictures, seed))
+        print(f"\ntokens left of the place asked for, by stage: {left} of {loaded.config.image_tokens // SIDE**2}")
 
 
 if __name__ == "__main__":
