@@ -19,7 +19,7 @@ def run(
 
     Args:
       out: folder to write, with conversations.json and images/ (7 KB a picture).
-      pictures: how many, each with five questions.
+      pictures: how many, each with eight questions.
       seed: of the drawing.
     """
     write_dataset(out, pictures, seed)
