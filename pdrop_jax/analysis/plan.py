@@ -139,9 +139,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
         for line in computations[name]:
             if match := COLLECTIVE.search(line):
                 result, kind = match.groups()
-                size = sum(
-                    math.prod(map(int, re.findall(r"\d+", dims))) * BYTES.get(t, 4) for t, dims in SHAPE.findall(result)
-                )
+                size = sum(_bytes(dtype, dims) for dtype, dims in SHAPE.findall(result))
                 # The compiler cuts one into pieces that overlap with other work; all of them name its channel.
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else line

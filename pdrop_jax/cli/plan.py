@@ -10,11 +10,8 @@ import tyro
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress, schedule_of
 from pdrop_jax.errors import UserError
 
-ADVICE = {
-    "train": "does not fit: try more parts (--accumulate), more devices along fsdp",
-    "prefill": "does not fit: try fewer rows (--batch), more devices along tensor",
-    "decode": "does not fit: try fewer rows (--batch), more devices along tensor",
-}
+TRAINING_ADVICE = "more parts (--accumulate), more devices along fsdp"
+INFERENCE_ADVICE = "fewer rows (--batch), more devices along tensor"
 
 
 def run(
@@ -80,7 +77,8 @@ def run(
     print(f"{model}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}\n")
     print(_table(results) if results else "no mesh fits")
     if not any(x["fits"] for x in results):
-        print(f"\n{ADVICE[mode]}, a larger slice" + ("" if suggest else ", or --suggest"))
+        advice = TRAINING_ADVICE if mode == "train" else INFERENCE_ADVICE
+        print(f"\ndoes not fit: try {advice}, a larger slice" + ("" if suggest else ", or --suggest"))
 
 
 def _name(job: Any) -> str:

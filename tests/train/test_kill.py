@@ -133,17 +133,32 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     same(folder / "full", folder / "roomy")
 
 
+def begin_two(folder, name, **changes):
+    """Two processes that are one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
+    return [begin(folder, name, *together, str(number), **changes) for number in range(2)]
+
+
+def test_two_processes_are_one_with_the_same_batch(folder):
+    finish(begin(folder, "one", run_accumulate=2))
+    for process in begin_two(folder, "two", run_accumulate=2):
+        finish(process)
+    one, two = losses(folder / "one"), losses(folder / "two")
+    assert [step for step, _ in one] == [step for step, _ in two]
+    np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-5)
+    finish(begin(folder, "two", run_accumulate=2))  # and goes on as one: it has nothing left to do
+
+
 def test_one_of_two_processes_dies(folder):
     """The other ends too; both go on, then one alone; the losses are those of a run on one device."""
     recipe = {"run_batch_size": 8, "run_steps": 60, "run_accumulate": 1, "optimizer_eps": 1e-2}
     run = folder / "pair"
 
     def both_until(step):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        together = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
-        pair = [begin(folder, "pair", *together, str(number), devices=4, **recipe) for number in range(2)]
+        pair = begin_two(folder, "pair", devices=4, **recipe)
         while ((lines_of(run) and losses(run)) or [(0, 0)])[-1][0] < step and all(x.poll() is None for x in pair):
             time.sleep(0.01)
         return pair
