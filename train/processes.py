@@ -14,6 +14,7 @@ import jax
 from pdrop_jax.errors import UserError
 
 TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+DIED = "has another process died? The same command goes on after the last save"
 
 
 @contextlib.contextmanager
@@ -40,11 +41,9 @@ def together(
     except (UserError, OSError) as error:
         _leave(str(error), 2)
     except jax.errors.JaxRuntimeError as error:
-        _leave(
-            f"{str(error).splitlines()[0]}: has another process died? The same command goes on after the last save", 1
-        )
+        _leave(f"{str(error).splitlines()[0]}: {DIED}", 1)
     except Exception:
-        _leave(traceback.format_exc(), 1)
+        _leave(f"{traceback.format_exc()}\n{DIED}", 1)
     jax.distributed.shutdown()
 
 

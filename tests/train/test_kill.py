@@ -17,7 +17,7 @@ from command import PDROP
 from tiny_run import arrays_of, events, losses, recipe_in, write_data, write_start
 
 KILLS = 20
-DEAD_SECONDS = 60  # within which a process notices that another has died
+DEAD_SECONDS = 150  # within which a process notices that another has died; jax misses its heartbeats after 100
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,10 @@ def test_one_of_two_processes_dies(folder):
     finish(begin(folder, "alone", **recipe))
     first, second = both_until(7)
     second.kill()
-    began = time.monotonic()
-    assert "has another process died?" in finish(first, code=1)
-    assert time.monotonic() - began < DEAD_SECONDS
+    said = first.communicate(timeout=DEAD_SECONDS)[1]
+    # A broken collective is ours to report; where a process waits for another in jax or orbax, jax aborts it.
+    ends = {1: "has another process died?", -signal.SIGABRT: "another task died"}
+    assert ends[first.returncode] in said, said
     second.communicate()
     assert not (run / "model").exists()
     for process in (pair := both_until(20)):
