@@ -26,6 +26,7 @@ from pdrop_jax.analysis.cost import decode_macs, prefill_macs
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.generation import Sampling, decode, start
+from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Row, assemble
 from pdrop_jax.model.decoder import drop, positions_of
@@ -128,7 +129,7 @@ def make_batch(config: LlavaConfig, bucket: Bucket, B: int) -> Batch:
     for _ in range(B):
         ids = rng.integers(3, config.text.vocab_size - 1, bucket.text).tolist()
         crop = rng.standard_normal((size, size, 3), np.float32)
-        rows.append(Row([*ids[:8], IMAGE_PLACEHOLDER, *ids[8:]], [crop]))
+        rows.append(Row([*ids[:8], IMAGE_PLACEHOLDER, *ids[8:]], [whole(crop, config)]))
     return assemble(rows, config, bucket)
 
 

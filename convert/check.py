@@ -9,6 +9,7 @@ import numpy as np
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Row, assemble
 from pdrop_jax.model.llava import forward
@@ -48,7 +49,7 @@ def fixed_row(config: LlavaConfig) -> Row:
     ids = [config.bos_token_id, *((np.arange(1, TEXT_TOKENS) * 7919) % (V - 1)).tolist()]  # never V - 1
     t = np.linspace(0, 12, size, dtype=np.float32)
     picture = np.stack([np.sin(t[:, None] * a + t * b) for a, b in ((1, 0), (0, 1), (1, 1))], axis=-1)
-    return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (picture,))
+    return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (whole(picture, config),))
 
 
 def our_logits(model: pathlib.Path, row: Row) -> np.ndarray:
@@ -78,7 +79,7 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
         dtype=getattr(torch, dtype),
     )
     ids = [n for i in row.ids for n in ([placeholder] * config.image_tokens if i == IMAGE_PLACEHOLDER else [i])]
-    pixels = torch.from_numpy(row.crops[0].transpose(2, 0, 1)[None].copy()).to(getattr(torch, dtype))
+    pixels = torch.from_numpy(row.images[0].crops[0].transpose(2, 0, 1)[None].copy()).to(getattr(torch, dtype))
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].float().numpy()
 

@@ -102,6 +102,7 @@ class Naming:
     head: str = ""
     projector: str = ""
     projector_index: Callable[[int], int] = lambda n: n + 1
+    newline: str = ""
 
     def table(self, projector_layers: int) -> Table:
         rows = {f"vision.{ours}": (self.vision + theirs, transform) for ours, (theirs, transform) in VISION.items()}
@@ -110,7 +111,7 @@ class Naming:
         rows |= {ours: (self.decoder + theirs, transform) for ours, (theirs, transform) in DECODER.items()}
         for n in range(projector_layers):
             rows |= _dense(f"projector.linear_{n}", self.projector.format(i=self.projector_index(n)))
-        return rows | {"head.kernel": (self.head, LINEAR)}
+        return rows | {"head.kernel": (self.head, LINEAR), "newline.embedding": (self.newline, SAME)}
 
 
 _ORIGINAL = Naming(
@@ -119,18 +120,21 @@ _ORIGINAL = Naming(
     head="lm_head.weight",
     projector="model.mm_projector.{i}",
     projector_index=lambda n: 2 * n,  # the odd ones are activations
+    newline="model.image_newline",
 )
 _HF = Naming(
     vision="vision_tower.vision_model.",
     decoder="language_model.model.",
     head="language_model.lm_head.weight",
     projector="multi_modal_projector.linear_{i}",
+    newline="image_newline",
 )
 _HF_MODULES = Naming(
     vision="model.vision_tower.vision_model.",
     decoder="model.language_model.",
     head="lm_head.weight",
     projector="model.multi_modal_projector.linear_{i}",
+    newline="model.image_newline",
 )
 NAMINGS = {
     "original": _ORIGINAL,

@@ -17,11 +17,12 @@ IGNORE = -100  # label of a position that is not a target
 class Batch:
     """What the host hands to a jitted function. Rows are left-aligned, padding is on the right.
 
-    B rows, S = bucket.slots sequence slots, C crops, Q query rows.
+    B rows, S = bucket.slots sequence slots, C = bucket.crops crops, Q query rows, T features of a token.
 
     Attributes:
       token_ids: (B, S) int32, text ids; 0 at image slots and padding.
-      feature_index: (B, S) int32, which vector of the row's feature pool stands here; -1 for text and padding.
+      feature_index: (B, S, T) int32, which vectors of the row's feature pool stand here; -1 for text and padding. The
+        pool is the features of all crops, one after another, and then the newline vector if the model has one.
       image_id: (B, S) int32, 0 for text and padding, m for a token of the row's m-th image.
       length: (B,) int32, valid slots.
       crops: (B, C, h, w, 3) float32, normalised pixels; unused crops are zero. C may be 0.
@@ -30,6 +31,7 @@ class Batch:
         none. Not shifted: slot i is predicted from what stands before it, and the loss shifts after the drops. None
         outside training.
       bucket: static; S and the length of every later buffer follow from it.
+      feature_weight: (B, S, T) float32, how the features of a token are blended; None if T is 1.
     """
 
     token_ids: Array
@@ -40,3 +42,4 @@ class Batch:
     query_rows: Array
     labels: Array | None = None
     bucket: Bucket = dataclasses.field(default=Bucket(0), metadata={"static": True})
+    feature_weight: Array | None = None

@@ -27,8 +27,12 @@ class VisionConfig:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
 
     @property
+    def patches_a_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.patches_a_side**2
 
     @property
     def head_dim(self) -> int:
@@ -177,6 +181,26 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Pictures of any size as tiles, LLaVA-NeXT's anyres; see ``inputs.anyres``.
+
+    Attributes:
+      pinpoints: (height, width) pixels of the resolutions that a picture is resized into.
+      max_tiles: of more features than those of so many tiles, fewer are made (OneVision's anyres_max_9); None is all.
+      rounded: how many features a picture covers is rounded before it is truncated, as Hugging Face's code does.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+    max_tiles: int | None = None
+    rounded: bool = False
+
+    @classmethod
+    def next(cls, tile: int = 336) -> "Tiling":
+        """LLaVA-NeXT's five resolutions, of tiles of ``tile`` pixels."""
+        return cls(tuple((h * tile, w * tile) for h, w in ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))))
+
+
+@dataclasses.dataclass(frozen=True)
 class LlavaConfig:
     """A LLaVA model with its drop schedule. The defaults are LLaVA-1.5-7B with the paper's schedule."""
 
@@ -187,6 +211,7 @@ class LlavaConfig:
     select_layer: int = -2  # hidden state of the vision tower that is projected; -1 is its last layer's output
     keep_class_token: bool = False  # False is the feature selection "patch" (Hugging Face: "default")
     image_aspect: Literal["square", "pad"] = "square"
+    tiling: Tiling | None = None  # None: a picture is one crop, made as image_aspect says
     template: str = "vicuna_v1"
     image_token_id: int | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
     bos_token_id: int = 1
@@ -198,6 +223,16 @@ class LlavaConfig:
                 f"select_layer {self.select_layer} names no hidden state of a vision tower of "
                 f"{self.vision.num_layers} layers"
             )
+        tile = self.vision.image_size
+        if self.tiling and (
+            not self.tiling.pinpoints or any(n < tile or n % tile for point in self.tiling.pinpoints for n in point)
+        ):
+            raise UserError(
+                f"pictures cannot be tiled into {list(self.tiling.pinpoints)}: each side must be a multiple of the "
+                f"{tile} pixels of the vision tower"
+            )
+        if self.tiling and self.keep_class_token:
+            raise UserError("tiles with class tokens are not supported: the feature selection must be patch")
         self.schedule.check(self.text.num_layers)
 
     @property
@@ -209,8 +244,13 @@ class LlavaConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one crop."""
+        """Features of one crop: its tokens, unless pictures are tiled."""
         return self.vision.num_patches + self.keep_class_token
+
+    @property
+    def taps(self) -> int:
+        """Features that a token may be blended of."""
+        return 4 if self.tiling and self.tiling.max_tiles else 1
 
     @classmethod
     def llava_1_5_7b(cls) -> "LlavaConfig":
@@ -222,6 +262,15 @@ class LlavaConfig:
             hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128
         )
         return cls(text=text, image_aspect="pad")
+
+    @classmethod
+    def llava_next_7b(cls) -> "LlavaConfig":
+        """LLaVA-NeXT with Vicuna: LLaVA-1.5's parts, pictures in up to four tiles and once as a whole."""
+        return dataclasses.replace(cls.llava_1_5_7b(), tiling=Tiling.next())
+
+    @classmethod
+    def llava_next_13b(cls) -> "LlavaConfig":
+        return dataclasses.replace(cls.llava_1_5_13b(), tiling=Tiling.next())
 
     @classmethod
     def from_hf(
@@ -236,16 +285,17 @@ class LlavaConfig:
         """From the config.json of a PyTorch checkpoint.
 
         Args:
-          data: ``llava_llama`` (the original LLaVA code's) or ``llava`` (Hugging Face's).
+          data: ``llava_llama`` (the original LLaVA code's, also of LLaVA-NeXT), ``llava`` or ``llava_next`` (Hugging
+            Face's).
           vision: the tower of a ``llava_llama`` model, whose own config only names it; may be left out for LLaVA-1.5's.
           generation: generation_config.json, whose end tokens win.
           preprocessor: preprocessor_config.json; a Hugging Face model says only there whether pictures are padded.
           schedule: without one the paper's if the decoder has layers enough, otherwise nothing is dropped.
 
         Raises:
-          UserError: something that is not supported, such as the tiled pictures of LLaVA-NeXT.
+          UserError: something that is not supported.
         """
-        kind = _one_of("model_type", data.get("model_type"), ("llava_llama", "llava"))
+        kind = _one_of("model_type", data.get("model_type"), ("llava_llama", "llava", "llava_next"))
         fields = _llava_llama(data, vision) if kind == "llava_llama" else _llava(data, preprocessor or {})
         text_data = data if kind == "llava_llama" else data.get("text_config") or {}
         text = fields["text"]
@@ -273,14 +323,17 @@ class LlavaConfig:
                 "converted first, pdrop convert SRC OUT"
             )
         data = {key: value for key, value in data.items() if key != "format"}
-        text = dict(data["text"])
+        text, tiling = dict(data["text"]), data.get("tiling")
         if text["rope_scaling"]:
             text["rope_scaling"] = RopeScaling(**text["rope_scaling"])
+        if tiling:
+            tiling = Tiling(**tiling | {"pinpoints": tuple(map(tuple, tiling["pinpoints"]))})
         return cls(
             **{
                 **data,
                 "vision": VisionConfig(**data["vision"]),
                 "text": TextConfig(**text),
+                "tiling": tiling,
                 "schedule": DropSchedule.from_json(data["schedule"]),
                 "eos_token_ids": tuple(data["eos_token_ids"]),
             }
@@ -319,8 +372,9 @@ def _llava_llama(data: dict[str, Any], vision: VisionConfig | None) -> dict[str,
             raise UserError(f"config.json has no {key}: it is no complete llava_llama config")
     if data.get("mm_use_im_start_end"):
         raise UserError("mm_use_im_start_end is not supported: a picture stands between no marks in LLaVA-1.5")
-    _one_of("mm_patch_merge_type", data.get("mm_patch_merge_type", "flat"), ("flat",))
-    aspect = _one_of("image_aspect_ratio", data.get("image_aspect_ratio") or "square", ("square", "pad"))
+    aspect = _one_of("image_aspect_ratio", data.get("image_aspect_ratio") or "square", ("square", "pad", "anyres"))
+    merge = "spatial_unpad" if aspect == "anyres" else "flat"
+    _one_of(f"with image_aspect_ratio {aspect}, mm_patch_merge_type", data.get("mm_patch_merge_type", "flat"), (merge,))
     feature = data.get("mm_vision_select_feature", "patch")
     kind = data.get("mm_projector_type", "linear")
     layers = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
@@ -340,8 +394,18 @@ def _llava_llama(data: dict[str, Any], vision: VisionConfig | None) -> dict[str,
         "projector_layers": int(layers[1]) if layers else 1,
         "select_layer": data["mm_vision_select_layer"],
         "keep_class_token": _one_of("mm_vision_select_feature", feature, ("patch", "cls_patch")) == "cls_patch",
-        "image_aspect": aspect,
+        "image_aspect": "pad" if aspect == "anyres" else aspect,
+        "tiling": _tiling(data, [1, 0], rounded=False) if aspect == "anyres" else None,
     }
+
+
+def _tiling(data: dict[str, Any], order: list[int], *, rounded: bool) -> Tiling:
+    """Args: ``order``, where height and width stand in a resolution."""
+    points = data.get("image_grid_pinpoints")
+    try:
+        return Tiling(tuple((int(point[order[0]]), int(point[order[1]])) for point in points or ()), rounded=rounded)
+    except (TypeError, ValueError, IndexError):
+        raise UserError(f"image_grid_pinpoints {points!r} is not a list of resolutions [a, b] in pixels") from None
 
 
 def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
@@ -356,8 +420,10 @@ def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]
     text = dict(data.get("text_config") or {})
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or data.get("tie_word_embeddings"))
     vision = data.get("vision_config")
+    tiled = data["model_type"] == "llava_next"
     return {
         "vision": VisionConfig.from_hf(vision) if vision else VisionConfig(),
+        "tiling": _tiling(data, [0, 1], rounded=True) if tiled else None,
         "text": TextConfig.from_hf(text),
         "select_layer": select_layer,
         "keep_class_token": _one_of("vision_feature_select_strategy", strategy, ("default", "full")) == "full",

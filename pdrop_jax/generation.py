@@ -187,6 +187,7 @@ class Generation:
       texts: one answer for each row.
       token_ids: new tokens of each row, without the stop token.
       stage_lengths: [row][stage], valid tokens that the stage saw of the prompt.
+      image_tokens: [row][image], tokens before the first drop.
       kept: [row][stage boundary][image], indices of the image tokens that stayed, counted within the image.
       compile_seconds: 0 when the shapes were seen before.
       prefill_seconds: up to the first new token.
@@ -197,6 +198,7 @@ class Generation:
     texts: list[str]
     token_ids: list[list[int]]
     stage_lengths: list[list[int]]
+    image_tokens: list[list[int]]
     kept: list[list[list[list[int]]]]
     compile_seconds: float
     prefill_seconds: float
@@ -315,6 +317,7 @@ def _generate(
         texts=[processor.decode(ids) for ids in token_ids],
         token_ids=token_ids,
         stage_lengths=lengths.tolist(),
+        image_tokens=[np.bincount(row)[1:].tolist() for row in np.asarray(batch.image_id)],
         kept=kept_tokens(batch, jax.device_get(drops)),
         compile_seconds=timer.compile_seconds,
         prefill_seconds=prefill_seconds,

@@ -32,6 +32,7 @@ PARAMETERS: Mapping[str, Logical] = {
     r"embed\.embedding": ("vocab", "model"),
     r"head\.kernel": ("model", "vocab"),
     r"norm\.scale": (None,),
+    r"newline\.embedding": (None,),
     r"projector\.linear_0\.kernel": ("model", "mlp"),
     r"projector\.linear_1\.kernel": ("mlp", "model"),
     r"projector\.linear_0\.bias": ("mlp",),
@@ -56,7 +57,7 @@ PARAMETERS: Mapping[str, Logical] = {
     _LAYER + r"lora\.(?:attention\.o|mlp\.down)\.b": (None, None, "model"),
     _LAYER + r"lora\..+\.scale": (None,),
 }
-_TREE = {"vision", "projector", "embed", "stages", "norm", "head"}  # first keys of the parameter tree
+_TREE = {"vision", "projector", "newline", "embed", "stages", "norm", "head"}  # first keys of the parameter tree
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -17,7 +17,7 @@ from pdrop_jax.inputs.targets import Example, TrainingText, training_text, turns
 MALFORMED = "malformed JSON"  # also: no object, no conversations, wrong roles
 NOT_FOR_TEMPLATE = "not for this template"  # "plain" takes a picture and its caption, nothing else
 NO_FILE = "no image file"
-CORRUPT = "corrupt picture"  # found only when it is loaded; also one of too many pixels
+CORRUPT = "corrupt picture"  # mostly found only when it is loaded; also one of too many pixels, or too narrow
 NO_PICTURE = "<image> without picture"
 NO_TAG = "picture without <image>"
 SEVERAL = "several pictures"
@@ -104,7 +104,7 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
 
 
 def fit(example: Example, max_length: int, image_tokens: int, too_long: Literal["cut", "skip"]) -> Example:
-    """``example`` within ``max_length`` positions, its image counted in full.
+    """``example`` within ``max_length`` positions, its image counted in full with ``image_tokens``.
 
     LLaVA's code cuts in the middle of an image too. Here all of the image goes then: nothing comes after it any more,
     so no target sees the difference.

@@ -17,8 +17,9 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import Processor, Row
+from pdrop_jax.inputs.anyres import count, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, template_named
-from pdrop_jax.inputs.images import read_image, to_crop
+from pdrop_jax.inputs.images import as_tokens, image_size, read_image
 from pdrop_jax.inputs.targets import ends_answers, tokenize
 from pdrop_jax.schedule import Bucket
 
@@ -37,7 +38,7 @@ class Dataset:
     Attributes:
       data: what was asked for.
       config: of the model.
-      image_processor: a transformers CLIPImageProcessorPil.
+      image_processor: see ``inputs.images.load_image_processor``.
       ids: N rows of int32 token ids, IMAGE_PLACEHOLDER for a picture.
       spans: N rows of int32, start and stop of each run of targets in turn.
       pictures: N rows of uint8, the name of the picture in UTF-8, empty without one.
@@ -71,11 +72,11 @@ class Dataset:
         labels = np.full(len(ids), IGNORE, np.int32)
         for start, stop in self.spans[number].reshape(-1, 2):
             labels[start:stop] = ids[start:stop]
-        if not self.sizes.images[number]:
+        if not self.sizes.crops[number]:
             return Row(ids, (), labels), None
         path = os.path.join(self.data.images, self.pictures[number].tobytes().decode())
         try:
-            return Row(ids, [to_crop(read_image(path), self.image_processor, self.config.image_aspect)], labels), None
+            return Row(ids, [as_tokens(read_image(path), self.image_processor, self.config)], labels), None
         except UserError as error:
             if self.data.broken == "fail":
                 raise UserError(
@@ -83,7 +84,8 @@ class Dataset:
                     'to "skip"'
                 ) from None
         size = self.config.vision.image_size
-        return Row(ids, [np.zeros((size, size, 3), np.float32)], np.full_like(labels, IGNORE)), CORRUPT
+        grey = whole(np.zeros((size, size, 3), np.float32), self.config)
+        return Row(ids, [grey], np.full_like(labels, IGNORE)), CORRUPT
 
     def plan(self, batch_size: int, seed: int, epoch: int) -> list[Planned]:
         """The batches of ``epoch`` (from 0), the same in every process. The last incomplete one is left out.
@@ -94,7 +96,7 @@ class Dataset:
         rng = np.random.default_rng([seed, epoch])
         batches = batches_of(rng, self.sizes, batch_size, self.data.group)
         slots = _text_slots(self.data)
-        shapes = shapes_of(batches, self.sizes, slots, self.config.image_tokens)
+        shapes = shapes_of(batches, self.sizes, slots, self.config)
         return [Planned(rows, *shape) for rows, shape in zip(batches, shapes, strict=True)]
 
     def shapes(self, batch_size: int, seed: int, epochs: int = 1) -> set[tuple[Bucket, int]]:
@@ -182,7 +184,7 @@ class _Rows:
         self.is_file = file_finder(data.images)
         self.ids, self.spans, self.pictures = RaggedBuilder(np.int32), RaggedBuilder(np.int32), RaggedBuilder(np.uint8)
         self.records: list[int] = []
-        self.sizes: list[tuple[int, int, int]] = []
+        self.sizes: list[tuple[int, int, int, int]] = []
         self.broken: Counter[str] = Counter()
         self.seen, self.first_broken = 0, 0
 
@@ -197,7 +199,8 @@ class _Rows:
         examples = tokenize(self.tokenizer, [text for _, text, _ in read], self.data.template)
         for (number, _, picture), example in zip(read, examples, strict=True):
             try:
-                example = fit(example, self.data.max_length, self.config.image_tokens, self.data.too_long)
+                crops, tokens = self._size(picture)
+                example = fit(example, self.data.max_length, tokens, self.data.too_long)
             except BrokenRecord as error:
                 self._leave_out(number, error.reason)
                 continue
@@ -207,7 +210,16 @@ class _Rows:
             self.spans.append(runs.ravel())
             self.pictures.append(np.frombuffer(picture.encode() if images else b"", np.uint8))
             self.records.append(number)
-            self.sizes.append((len(example.ids) - images, images, int((runs[:, 0] > 0).sum())))
+            self.sizes.append((len(example.ids) - images, images * crops, images * tokens, int((runs[:, 0] > 0).sum())))
+
+    def _size(self, picture: str) -> tuple[int, int]:
+        """Crops and tokens of a picture. Only where it is tiled do they follow from its size, read from its head."""
+        if not picture or self.config.tiling is None:
+            return 1, self.config.image_tokens
+        try:
+            return count(image_size(os.path.join(self.data.images, picture)), self.config)
+        except UserError:
+            raise BrokenRecord(CORRUPT) from None
 
     def _leave_out(self, number: int, reason: str) -> None:
         self.broken[reason] += 1

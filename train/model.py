@@ -10,11 +10,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.sharding import place
 
 from .optimizer import GROUPS
 from .recipe import Model, Recipe
@@ -31,20 +32,29 @@ def open_start(recipe: Recipe, mesh: Mesh | None = None) -> tuple[LlavaConfig, P
     """
     model, data = recipe.model, recipe.data
     _check_groups(model)
-    if data.image_aspect == "anyres":
-        raise UserError('data.image_aspect "anyres", LLaVA-NeXT\'s tiles, is not supported yet: choose "pad"')
     if (model.layers is None) != (model.ratios is None):
         raise UserError("model.layers and model.ratios belong together: give both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or ())
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
-    config = dataclasses.replace(
-        config,
-        image_aspect=data.image_aspect or config.image_aspect,
-        template=config.template if data.template == "plain" else data.template,
-    )
+    config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
+    if data.image_aspect == "anyres":
+        if not config.tiling:
+            config = dataclasses.replace(config, tiling=Tiling.next(config.vision.image_size))
+            params = params | {"newline": {"embedding": _fresh_newline(config, params, recipe.run.seed, mesh)}}
+    elif data.image_aspect:
+        config = dataclasses.replace(config, image_aspect=data.image_aspect, tiling=None)
+        params.pop("newline", None)
     if model.lora_rank:
         params = add_lora(params, config, model.lora_rank, model.lora_alpha, model.lora_targets, recipe.run.seed)
     return config, params
+
+
+def _fresh_newline(config: LlavaConfig, params: Params, seed: int, mesh: Mesh | None) -> jax.Array:
+    """Normal of deviation 1/sqrt(D), as LLaVA-NeXT draws it."""
+    D, embedding = config.text.hidden_size, params["embed"]["embedding"]
+    vector = jax.random.normal(jax.random.key(seed), (D,), jnp.float32) / D**0.5
+    vector = vector.astype(embedding.dtype)
+    return vector if mesh is None else place({"newline": {"embedding": vector}}, mesh)["newline"]["embedding"]
 
 
 def _check_groups(model: Model) -> None:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.inputs import image_bucket
 from pdrop_jax.schedule import Bucket
 
 MEGA = 50  # batches whose rows are sorted by length together
@@ -24,10 +26,18 @@ class Planned(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What planning has to know of each row, all (N,) integers: text tokens, pictures, query rows."""
+    """What planning has to know of each row, all (N,) integers.
+
+    Attributes:
+      text: its text tokens.
+      crops: of its picture; 0 without one.
+      tokens: of its picture; 0 without one.
+      queries: its query rows.
+    """
 
     text: np.ndarray
-    images: np.ndarray
+    crops: np.ndarray
+    tokens: np.ndarray
     queries: np.ndarray
 
 
@@ -43,7 +53,7 @@ def batches_of(rng: np.random.Generator, sizes: Sizes, batch_size: int, group: b
         return _cut(rows, batch_size)
     batches, left_over = [], []
     for has_image in (True, False):
-        own = rows[(sizes.images[rows] > 0) == has_image]
+        own = rows[(sizes.crops[rows] > 0) == has_image]
         whole = len(own) // batch_size * batch_size
         left_over.append(own[whole:])
         for start in range(0, whole, MEGA * batch_size):
@@ -58,7 +68,7 @@ def _cut(rows: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def shapes_of(
-    batches: np.ndarray, sizes: Sizes, text_slots: tuple[int, ...], image_tokens: int
+    batches: np.ndarray, sizes: Sizes, text_slots: tuple[int, ...], config: LlavaConfig
 ) -> list[tuple[Bucket, int]]:
     """The bucket and the number of query rows of each batch.
 
@@ -67,9 +77,8 @@ def shapes_of(
       text_slots: ascending; the last is at least the longest text.
     """
     text = np.searchsorted(text_slots, sizes.text[batches].max(1))
-    images = sizes.images[batches].max(1)
-    queries = sizes.queries[batches].max(1)
+    crops, tokens, queries = (x[batches].max(1).tolist() for x in (sizes.crops, sizes.tokens, sizes.queries))
     return [
-        (Bucket(text_slots[t], (image_tokens,) * int(i)), 1 << (int(q) - 1).bit_length())
-        for t, i, q in zip(text, images, queries, strict=True)
+        (image_bucket(text_slots[t], [[(c, n)] if c else []], config), 1 << (q - 1).bit_length())
+        for t, c, n, q in zip(text, crops, tokens, queries, strict=True)
     ]

@@ -69,13 +69,12 @@ class Plan:
     report: Report
 
 
-# LLaVA-NeXT has the parts of LLaVA-1.5, a picture in up to five tiles, and trains its tower too. Its newline vector
-# of D numbers is not counted.
+# LLaVA-NeXT trains its tower too.
 MODELS: dict[str, tuple[Callable[[], LlavaConfig], tuple[str, ...]]] = {
     "llava-1.5-7b": (LlavaConfig.llava_1_5_7b, GROUPS),
     "llava-1.5-13b": (LlavaConfig.llava_1_5_13b, GROUPS),
-    "llava-next-7b": (LlavaConfig.llava_1_5_7b, ("vision", *GROUPS)),
-    "llava-next-13b": (LlavaConfig.llava_1_5_13b, ("vision", *GROUPS)),
+    "llava-next-7b": (LlavaConfig.llava_next_7b, ("vision", *GROUPS)),
+    "llava-next-13b": (LlavaConfig.llava_next_13b, ("vision", *GROUPS)),
 }
 
 
@@ -165,17 +164,17 @@ def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, t
     def leaf(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
-    S, size = bucket.slots, config.vision.image_size
-    crops = -(-sum(bucket.images) // config.image_tokens)
+    S, T, size = bucket.slots, config.taps, config.vision.image_size
     return Batch(
         leaf(S),
-        leaf(S),
+        leaf(S, T),
         leaf(S),
         leaf(),
-        leaf(crops, size, size, 3, dtype=jnp.float32),
+        leaf(bucket.crops, size, size, 3, dtype=jnp.float32),
         leaf(QUERIES if training else 1),
         leaf(S) if training else None,
         bucket,
+        leaf(S, T, dtype=jnp.float32) if T > 1 else None,
     )
 
 

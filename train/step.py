@@ -16,8 +16,7 @@ import optax
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation
-from pdrop_jax.model.decoder import Remat
-from pdrop_jax.model.layers import Params
+from pdrop_jax.model.layers import Params, Remat
 from pdrop_jax.model.loss import count_targets, loss_of
 from pdrop_jax.model.params import path_name
 from pdrop_jax.sharding import constrain_params

@@ -22,11 +22,12 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import kept_tokens
 from pdrop_jax.inputs import processor as inputs
+from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from pdrop_jax.model.decoder import Drop
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.llava import decode_step, forward, prefill
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import place
 
 Arrays = Mapping[str, np.ndarray]
@@ -137,6 +138,7 @@ def _with_prefix(arrays: Arrays, prefix: str) -> Arrays:
 
 KINDS: dict[str, Callable[[pathlib.Path, Any, Arrays, Reference], Row]] = {
     "prefill_eval": _prefill_case,
+    "prefill_eval_anyres": _prefill_case,
     "decode_eval": _decode_case,
     "prefill_eval_schedules": _schedules_case,
     "vanilla_llava": _vanilla_case,
@@ -153,13 +155,20 @@ def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
     rows = []
     for b, (ids, valid) in enumerate(zip(arrays["input_ids"], mask, strict=True)):
         has_image = IMAGE_PLACEHOLDER in ids[valid]
-        crops = [arrays["images"][b].transpose(1, 2, 0)] if has_image else []
+        images = [_image_tokens(config, arrays, b)] if has_image else []
         labels = arrays["labels"][b][valid] if "labels" in arrays else None
-        rows.append(inputs.Row(ids[valid].tolist(), crops, labels))
+        rows.append(inputs.Row(ids[valid].tolist(), images, labels))
     text = max(sum(i != IMAGE_PLACEHOLDER for i in row.ids) for row in rows)
-    images = max(len(row.crops) for row in rows)
-    bucket = Bucket(text, (config.image_tokens,) * images)
-    return inputs.assemble(rows, config, bucket, queries=QUERIES if "labels" in arrays else 1)
+    sizes = [[(len(image.crops), len(image)) for image in row.images] for row in rows]
+    return inputs.assemble(rows, config, inputs.image_bucket(text, sizes, config), QUERIES if "labels" in arrays else 1)
+
+
+def _image_tokens(config: LlavaConfig, arrays: Arrays, b: int) -> ImageTokens:
+    """The image of row ``b``: "images" holds one crop for each row, "images_{b}" all crops of one."""
+    if "images" in arrays:
+        return whole(arrays["images"][b].transpose(1, 2, 0), config)
+    height, width = arrays[f"raw_image_{b}_uint8"].shape[:2]
+    return tiled(arrays[f"images_{b}"].transpose(0, 2, 3, 1), (height, width), config)
 
 
 def _schedule(info: Any) -> DropSchedule:

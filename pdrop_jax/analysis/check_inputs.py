@@ -1,5 +1,6 @@
 """The host's side of ``pdrop check``: pictures, prompts and training rows."""
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -7,13 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from pdrop_jax.analysis.report import Figures, Row, error
+from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import grid_shape, token_table, unpadded
 from pdrop_jax.inputs.conversation import LLAVA_TEMPLATES, load_tokenizer, render, token_ids
-from pdrop_jax.inputs.images import open_image, to_crop
+from pdrop_jax.inputs.images import as_tokens, open_image
 from pdrop_jax.inputs.targets import tokenize, training_text, turns_of
 
 BLOCK = 28  # pixels, side of the blocks whose means are recorded
@@ -21,35 +24,63 @@ CORNER = 32  # pixels, side of the recorded patches
 
 
 def image_preprocess(folder: pathlib.Path, info: Any, arrays: Mapping[str, np.ndarray], _load: Any) -> Row:
-    """Pixels of the pictures that lie beside the vectors, in the modes pad and square."""
+    """Pixels of the pictures beside the vectors, whole and in tiles, and how pictures of recorded sizes are tiled."""
     settings = {name: value for name, value in info["processor"].items() if name != "image_processor_type"}
-    processor = CLIPImageProcessorPil(**settings)
-    found = []
+    size = settings["crop_size"]["height"]
+    tiling = Tiling(tuple((height, width) for width, height in info["image_grid_pinpoints"]))
+    config = LlavaConfig(vision=VisionConfig(image_size=size), tiling=tiling)
+    clip = CLIPImageProcessorPil(**settings)
+    modes = {
+        "pad": (clip, dataclasses.replace(config, image_aspect="pad", tiling=None)),
+        "square": (clip, dataclasses.replace(config, image_aspect="square", tiling=None)),
+        "anyres": (
+            LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=list(map(list, tiling.pinpoints))),
+            config,
+        ),
+    }
+    found = [_compare_sizes(config, arrays)]
     for name, picture in info["images"].items():
         if picture["file"] is None:
             continue
         image = open_image(folder / picture["file"])
-        for mode in ("pad", "square"):
-            found.append(_compare_pixels(image, processor, mode, f"{name}.{mode}", arrays))
+        for mode, (processor, own) in modes.items():
+            found.append(_compare_pixels(as_tokens(image, processor, own).crops, f"{name}.{mode}", arrays))
     return Row.worst(info["case"], found)
 
 
-def _compare_pixels(
-    image: Image.Image, processor: CLIPImageProcessorPil, mode: Any, key: str, arrays: Mapping[str, np.ndarray]
-) -> Figures:
-    pixels = to_crop(image, processor, mode).transpose(2, 0, 1)  # (3, h, w)
-    C, h, w = pixels.shape
-    if [C, h, w] != arrays[f"{key}.shape"].tolist():
+def _compare_sizes(config: LlavaConfig, arrays: Mapping[str, np.ndarray]) -> Figures:
+    """The grid of tiles, what is left of it without bars, and the tokens, of pictures of the recorded sizes."""
+    tiling, tile, side = config.tiling, config.vision.image_size, config.vision.patches_a_side
+    assert tiling
+    equal = []
+    for n, (width, height) in enumerate(arrays["sizes_wh"].tolist()):
+        rows, columns = grid_shape((height, width), tiling, tile)
+        covered = unpadded((height, width), (rows * side, columns * side), tiling)
+        tokens, _ = token_table((height, width), tiling, tile, side)
+        equal += [
+            [columns * tile, rows * tile] == arrays["best_resolution_wh"][n].tolist(),
+            [columns, rows] == arrays["grid_shape_wh"][n].tolist(),
+            [x.stop - x.start for x in covered] == arrays["unpadded_hw"][n].tolist(),
+            len(tokens) == arrays["num_image_tokens_spatial_unpad"][n],
+        ]
+    return {"tokens": all(equal)}
+
+
+def _compare_pixels(crops: np.ndarray, key: str, arrays: Mapping[str, np.ndarray]) -> Figures:
+    """The figures of ``crops`` (P, h, w, 3) beside those recorded of each."""
+    pixels = crops.transpose(0, 3, 1, 2)
+    P, C, h, w = pixels.shape
+    if [P, C, h, w][-len(arrays[f"{key}.shape"]) :] != arrays[f"{key}.shape"].tolist():
         return {"pixels": float("inf")}
     middle = slice((h - CORNER) // 2, (h + CORNER) // 2)
-    blocks = pixels.reshape(C, h // BLOCK, BLOCK, w // BLOCK, BLOCK).mean((2, 4))
+    blocks = pixels.reshape(P, C, h // BLOCK, BLOCK, w // BLOCK, BLOCK).mean((3, 5))
     exact = pixels.astype(np.float64)  # a float32 sum of 100,000 pixels is off by more than the tolerance
     figures = {
-        "mean": error(exact.mean((1, 2)), arrays[f"{key}.mean"][0]),
-        "std": error(exact.std((1, 2)), arrays[f"{key}.std"][0]),
-        "blockmean28": error(blocks, arrays[f"{key}.blockmean28"][0]),
-        "corner_tl": _half_error(pixels[:, :CORNER, :CORNER], arrays[f"{key}.corner_tl"][0]),
-        "center": _half_error(pixels[:, middle, middle], arrays[f"{key}.center"][0]),
+        "mean": error(exact.mean((2, 3)), arrays[f"{key}.mean"]),
+        "std": error(exact.std((2, 3)), arrays[f"{key}.std"]),
+        "blockmean28": error(blocks, arrays[f"{key}.blockmean28"]),
+        "corner_tl": _half_error(pixels[..., :CORNER, :CORNER], arrays[f"{key}.corner_tl"]),
+        "center": _half_error(pixels[..., middle, middle], arrays[f"{key}.center"]),
     }
     return {"pixels": max(figures.values())}
 

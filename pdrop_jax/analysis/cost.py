@@ -59,8 +59,7 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     tower = config.vision_layers * _layer(tokens, V, VN, VN, VH, 2 * V * vision.intermediate_size)
     tower += vision.num_patches * 3 * P**2 * V
     projector = config.image_tokens * (V * D + (config.projector_layers - 1) * D**2)
-    images = len(bucket.images)
-    return PrefillMacs(images * tower, images * projector, decoder, ranking, D * text.vocab_size)
+    return PrefillMacs(bucket.crops * tower, bucket.crops * projector, decoder, ranking, D * text.vocab_size)
 
 
 def training_macs(config: LlavaConfig, bucket: Bucket, targets: float, trained: Collection[str]) -> float:

@@ -39,6 +39,8 @@ class Report:
       argument_bytes: parameters, optimizer state, batch, caches.
       temporary_bytes: beside them while it runs.
       output_bytes: what is not written over an argument.
+      total_bytes: of all that is alive at once, at the worst moment. Less than the three together: what is done with
+        makes room.
       capacity_bytes: of the device.
       excess_bytes: by how much it does not fit; 0 if it does. If not, the other figures are 0: there is no program.
       collectives: kind -> (how often it runs, bytes of all its results).
@@ -48,6 +50,7 @@ class Report:
     argument_bytes: int
     temporary_bytes: int
     output_bytes: int
+    total_bytes: int
     capacity_bytes: int
     excess_bytes: int
     collectives: dict[str, tuple[int, int]]
@@ -56,10 +59,6 @@ class Report:
     @property
     def fits(self) -> bool:
         return not self.excess_bytes
-
-    @property
-    def total_bytes(self) -> int:
-        return self.argument_bytes + self.temporary_bytes + self.output_bytes
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -94,13 +93,14 @@ def compile_report(lower: Any, topology: str) -> Report:
         excess = _excess(str(error))
         if not excess:
             raise
-        return Report(0, 0, 0, capacity, excess, {}, time.perf_counter() - began)
+        return Report(0, 0, 0, 0, capacity, excess, {}, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     return Report(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.peak_memory_in_bytes,
         capacity,
         0,
         collectives(compiled.as_text()),

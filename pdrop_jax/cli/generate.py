@@ -83,7 +83,7 @@ def run(
     else:
         print(*answer.texts, sep="\n")
     if picture:
-        counts = [len(image) * loaded.config.image_tokens, *(sum(map(len, images)) for images in answer.kept[0])]
+        counts = [sum(answer.image_tokens[0]), *(sum(map(len, images)) for images in answer.kept[0])]
         print(f"{picture}: image tokens of each stage, {' -> '.join(map(str, counts))}")
 
 

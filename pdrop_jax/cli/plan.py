@@ -49,6 +49,7 @@ def run(
     devices = devices_of(topology)
 
     from pdrop_jax.config import LlavaConfig
+    from pdrop_jax.inputs.anyres import level_of
     from pdrop_jax.schedule import Bucket, DropSchedule
     from pdrop_jax.train import program
 
@@ -56,7 +57,8 @@ def run(
     config = known() if known else LlavaConfig.load(pathlib.Path(model))
     schedule = schedule_of(layers, ratios)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
-    job = program.Job(config, mode, Bucket(bucket[0], tuple(bucket[1:])), batch, accumulate, groups)
+    crops = sum(level_of(1, tokens, config)[0] for tokens in bucket[1:])
+    job = program.Job(config, mode, Bucket(bucket[0], bucket[1:], crops), batch, accumulate, groups)
     if suggest:
         if mesh:
             raise UserError("--suggest tries meshes of its own: leave out --mesh")
@@ -93,7 +95,6 @@ def _result(found: Any, devices: int) -> dict[str, Any]:
         "rows": job.rows,
         "accumulate": job.accumulate,
         "fits": report.fits,
-        "total_bytes": report.total_bytes,
         "macs": job.macs / devices,
         **dataclasses.asdict(report),
     }

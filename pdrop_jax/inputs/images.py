@@ -6,11 +6,13 @@ import warnings
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from pdrop_jax.config import VisionConfig, read_json
+from pdrop_jax.config import LlavaConfig, read_json
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -18,28 +20,40 @@ MAX_ASPECT = 64  # long edge over short edge that is still resized whole before 
 STRIP = 256  # rows that are padded and resized at a time
 
 
-def load_image_processor(folder: pathlib.Path, vision: VisionConfig) -> CLIPImageProcessorPil:
+def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> Any:
     """The image processor described in ``folder``, or CLIP's own at the tower's size if the folder describes none.
+
+    Returns:
+      A transformers CLIPImageProcessorPil, or a LlavaNextImageProcessorPil where pictures are tiled.
 
     Raises:
       UserError: the description cannot be read, is not of CLIP's kind (resize the short edge, cut out the centre), or
-        its crops are not of the tower's size.
+        its crops or tiles are not of the model's sizes.
     """
-    settings = _read_settings(folder)
-    if settings is None:
-        size = vision.image_size
-        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    size = config.vision.image_size
+    settings = _read_settings(folder) or {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+    }
+    kind: Any = CLIPImageProcessorPil
+    if config.tiling:
+        kind, points = LlavaNextImageProcessorPil, [list(point) for point in config.tiling.pinpoints]
+        if settings.setdefault("image_grid_pinpoints", points) != points:
+            raise UserError(
+                f"the image processor in {folder} tiles pictures into {settings['image_grid_pinpoints']}, the model "
+                f"into {points}: copy the preprocessor_config.json of this model"
+            )
     try:
-        processor = CLIPImageProcessorPil.from_dict(settings)
+        processor = kind.from_dict(settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"the image processor in {folder} cannot be read: {_one_line(error)}") from None
     if not (processor.do_resize and processor.do_center_crop and processor.size.shortest_edge):
         raise UserError(f"the image processor in {folder} is not supported: expected CLIP's, with size.shortest_edge")
     crop = (processor.crop_size.height, processor.crop_size.width)
-    if crop != (vision.image_size, vision.image_size):
+    if crop != (size, size):
         raise UserError(
             f"the image processor in {folder} makes crops of {crop[1]}x{crop[0]} pixels, but the vision tower takes "
-            f"{vision.image_size}x{vision.image_size}: copy the preprocessor_config.json of this model"
+            f"{size}x{size}: copy the preprocessor_config.json of this model"
         )
     return processor
 
@@ -92,6 +106,20 @@ def read_image(picture: Picture) -> Image.Image:
         raise UserError(f"{name}: cannot be read as a picture: {_one_line(error)}") from None
 
 
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) pixels of the upright picture in a file, of which only the head is read.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise UserError(f"{path}: cannot be read as a picture: {_one_line(error)}") from None
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise UserError(
@@ -119,6 +147,21 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     if grey.min() < 0 or grey.max() > 65535:
         raise UserError(f"has grey values {grey.min()}..{grey.max()}: save it with 8 or 16 bits a channel")
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+
+
+def as_tokens(image: Image.Image, processor: Any, config: LlavaConfig) -> ImageTokens:
+    """An RGB image as the model takes it: its crops, and which of their features are its tokens.
+
+    Args:
+      processor: of ``load_image_processor``.
+
+    Raises:
+      UserError: it is too narrow to be tiled.
+    """
+    if config.tiling is None:
+        return whole(to_crop(image, processor, config.image_aspect), config)
+    pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, h, w), the whole first
+    return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 
 
 def to_crop(image: Image.Image, processor: CLIPImageProcessorPil, aspect: Literal["square", "pad"]) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import NEWLINE, ImageTokens, level_of
 from pdrop_jax.inputs.conversation import (
     IMAGE_PLACEHOLDER,
     TEMPLATES,
@@ -20,7 +21,7 @@ from pdrop_jax.inputs.conversation import (
     render,
     token_ids,
 )
-from pdrop_jax.inputs.images import Picture, load_image_processor, open_image, to_crop
+from pdrop_jax.inputs.images import Picture, as_tokens, load_image_processor, open_image
 from pdrop_jax.schedule import Bucket
 
 MIN_TEXT_SLOTS = 32
@@ -34,57 +35,68 @@ class Row:
 
     Attributes:
       ids: token ids; IMAGE_PLACEHOLDER stands for a whole image.
-      crops: (h, w, 3) float32 for each placeholder, in order.
+      images: one for each placeholder, in order.
       labels: in training, for each of ``ids`` the id itself where it is a target, IGNORE elsewhere.
     """
 
     ids: Sequence[int] | np.ndarray
-    crops: Sequence[np.ndarray] = ()
+    images: Sequence[ImageTokens] = ()
     labels: Sequence[int] | np.ndarray | None = None
 
 
 def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int = 0) -> Bucket:
     """The smallest bucket that holds every row.
 
-    Text slots are 32, 64, 128, ... up to the model's positions, images 0, 1, 2, 4, ...: few shapes to compile.
+    Text slots are 32, 64, 128, ... up to the model's positions, images 0, 1, 2, 4, ..., each of one of
+    ``anyres.levels``: few shapes to compile.
 
     Raises:
       UserError: a row with its images and the new tokens needs more positions than the model has.
     """
-    most_text = most_images = 0
+    most_text = 0
     for number, row in enumerate(rows, 1):
-        images = sum(i == IMAGE_PLACEHOLDER for i in row.ids)
-        text = len(row.ids) - images
-        needed = text + images * config.image_tokens + max_new_tokens
+        images = sum(map(len, row.images))
+        text = int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum())
+        needed = text + images + max_new_tokens
         if needed > config.text.max_length:
             raise UserError(
-                f"prompt {number} needs {needed} positions ({text} text tokens + {images} x {config.image_tokens} "
-                f"image tokens + {max_new_tokens} new tokens) but the model has {config.text.max_length}: "
-                "shorten the prompt, give fewer pictures or ask for fewer new tokens"
+                f"prompt {number} needs {needed} positions ({text} text tokens + {images} image tokens of "
+                f"{len(row.images)} pictures + {max_new_tokens} new tokens) but the model has "
+                f"{config.text.max_length}: shorten the prompt, give fewer pictures or ask for fewer new tokens"
             )
-        most_text, most_images = max(most_text, text), max(most_images, images)
+        most_text = max(most_text, text)
     slots = min(max(_power_of_two(most_text), MIN_TEXT_SLOTS), config.text.max_length)
-    return Bucket(slots, (config.image_tokens,) * _power_of_two(most_images))
+    sizes = [[(len(image.crops), len(image)) for image in row.images] for row in rows]
+    return image_bucket(slots, sizes, config)
+
+
+def image_bucket(text: int, sizes: Sequence[Sequence[tuple[int, int]]], config: LlavaConfig) -> Bucket:
+    """The bucket of ``text`` slots for rows whose images have ``sizes``, (crops, tokens) each."""
+    places = _power_of_two(max(map(len, sizes), default=0))
+    columns = [[row[m] for row in sizes if m < len(row)] or [(1, 1)] for m in range(places)]
+    chosen = [level_of(max(c for c, _ in column), max(n for _, n in column), config) for column in columns]
+    return Bucket(text, tuple(tokens for _, tokens in chosen), sum(crops for crops, _ in chosen))
 
 
 def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: int = 1) -> Batch:
-    """Lay out rows as the arrays of a Batch: B = len(rows), C = len(bucket.images), Q = queries.
+    """Lay out rows as the arrays of a Batch: B = len(rows), Q = queries.
 
-    The m-th image of a row takes that row's crop m. B is not rounded up: a caller who varies it pays one compilation
+    The crops of a row's images lie one after another. B is not rounded up: a caller who varies it pays one compilation
     for each B.
 
     Without labels the query row is the last slot of the prompt. If any row has labels, the batch has, and the query
     rows of a row are the slots right before each run of targets; a row without target has its last text slot.
 
     Raises:
-      UserError: no rows, an empty row, a row that does not fit, placeholders and crops that differ in number, crops of
+      UserError: no rows, an empty row, a row that does not fit, placeholders and images that differ in number, crops of
         another size than the vision tower's, an id outside the vocabulary, labels that are not as many as the ids.
     """
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
-    B, S, C, size = len(rows), bucket.slots, len(bucket.images), config.vision.image_size
+    B, S, C, T, size = len(rows), bucket.slots, bucket.crops, config.taps, config.vision.image_size
     token_ids = np.zeros((B, S), np.int32)
-    feature_index = np.full((B, S), -1, np.int32)
+    feature_index = np.full((B, S, T), -1, np.int32)
+    feature_weight = np.zeros((B, S, T), np.float32)
     image_id = np.zeros((B, S), np.int32)
     length = np.zeros(B, np.int32)
     crops = np.zeros((B, C, size, size, 3), np.float32)
@@ -92,11 +104,16 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
     labels = np.full((B, S), IGNORE, np.int32) if any(row.labels is not None for row in rows) else None
     for b, row in enumerate(rows):
         _check_row(b + 1, row, config, bucket)
-        ids, features, images = expand(row.ids, config.image_tokens)
+        ids, images = expand(row.ids, [len(image) for image in row.images])
         n = length[b] = len(ids)
-        token_ids[b, :n], feature_index[b, :n], image_id[b, :n] = ids, features, images
-        for c, crop in enumerate(row.crops):
-            crops[b, c] = crop
+        token_ids[b, :n], image_id[b, :n] = ids, images
+        used = 0
+        for m, image in enumerate(row.images, 1):
+            index, feature_weight[b, :n][images == m] = image.widened(T)
+            pool = np.where(index == NEWLINE, C * config.image_tokens, index + used * config.image_tokens)
+            feature_index[b, :n][images == m] = pool
+            crops[b, used : used + len(image.crops)] = image.crops
+            used += len(image.crops)
         found = np.array([n - 1])
         if labels is not None:
             if row.labels is not None:
@@ -105,7 +122,8 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         if len(found) > queries:
             raise UserError(f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}")
         query_rows[b, : len(found)] = found
-    return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket)
+    weight = feature_weight if T > 1 else None
+    return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket, weight)
 
 
 def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
@@ -121,26 +139,28 @@ def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
     return text[-1:] if len(text) else np.array([len(labels) - 1])
 
 
-def expand(ids: Sequence[int] | np.ndarray, image_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Give each placeholder the slots of its image.
 
-    For ``[1, 7, -200, 8]`` and 3 image tokens::
+    For ``[1, 7, -200, 8]`` and an image of 3 tokens::
 
-      token_ids      1  7  0  0  0  8
-      feature_index -1 -1  0  1  2 -1
-      image_id       0  0  1  1  1  0
+      token_ids  1  7  0  0  0  8
+      image_id   0  0  1  1  1  0
+
+    Args:
+      sizes: tokens of each image.
 
     Returns:
-      token_ids, feature_index and image_id of one row, int32, as long as the row gets.
+      token_ids and image_id of one row, int32, as long as the row gets.
     """
     row = np.asarray(ids, np.int32)
     is_image = row == IMAGE_PLACEHOLDER
-    slots = np.where(is_image, image_tokens, 1)
+    slots = np.ones(len(row), int)
+    slots[is_image] = sizes
     in_image = np.repeat(is_image, slots)
     token_ids = np.where(in_image, 0, np.repeat(row, slots))
     image_id = np.where(in_image, np.repeat(np.cumsum(is_image), slots), 0)
-    feature_index = np.where(in_image, np.cumsum(in_image) - 1, -1)
-    return token_ids.astype(np.int32), feature_index.astype(np.int32), image_id.astype(np.int32)
+    return token_ids.astype(np.int32), image_id.astype(np.int32)
 
 
 def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> None:
@@ -151,21 +171,29 @@ def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> No
         raise UserError(f"prompt {number} has no tokens")
     if row.labels is not None and len(row.labels) != len(ids):
         raise UserError(f"prompt {number} has {len(ids)} tokens but {len(row.labels)} labels")
-    if placeholders != len(row.crops):
-        raise UserError(f"prompt {number} has {placeholders} image placeholders but {len(row.crops)} pictures")
+    if placeholders != len(row.images):
+        raise UserError(f"prompt {number} has {placeholders} image placeholders but {len(row.images)} pictures")
     if len(text) > bucket.text or placeholders > len(bucket.images):
         raise UserError(
             f"prompt {number} has {len(text)} text tokens and {placeholders} images, but its bucket holds "
             f"{bucket.text} and {len(bucket.images)}"
+        )
+    tokens, crops = [len(image) for image in row.images], sum(len(image.crops) for image in row.images)
+    if crops > bucket.crops or any(n > most for n, most in zip(tokens, bucket.images, strict=False)):
+        raise UserError(
+            f"prompt {number} has images of {tokens} tokens in {crops} crops, but its bucket holds "
+            f"{list(bucket.images)} in {bucket.crops}"
         )
     if len(text) and not 0 <= text.min() <= text.max() < vocab_size:
         raise UserError(
             f"prompt {number} has token ids {text.min()}..{text.max()} but the model knows 0..{vocab_size - 1}: "
             "the tokenizer belongs to another model"
         )
-    for crop in row.crops:
-        if crop.shape != (size, size, 3):
-            raise UserError(f"prompt {number} has a crop of shape {crop.shape}, the vision tower takes {size, size, 3}")
+    for image in row.images:
+        if image.crops.shape[1:] != (size, size, 3):
+            raise UserError(
+                f"prompt {number} has crops of shape {image.crops.shape[1:]}, the vision tower takes {size, size, 3}"
+            )
 
 
 def _power_of_two(n: int) -> int:
@@ -178,7 +206,7 @@ class Processor:
 
     Attributes:
       tokenizer: a transformers tokenizer.
-      image_processor: a transformers CLIPImageProcessorPil.
+      image_processor: see ``images.load_image_processor``.
     """
 
     config: LlavaConfig
@@ -193,7 +221,7 @@ class Processor:
           UserError: there is no tokenizer or it cannot be read; see also ``images.load_image_processor``.
         """
         folder = pathlib.Path(folder)
-        return cls(config, load_tokenizer(folder), load_image_processor(folder, config.vision))
+        return cls(config, load_tokenizer(folder), load_image_processor(folder, config))
 
     def __call__(
         self,
@@ -231,8 +259,8 @@ class Processor:
     def _row(self, prompt: Prompt, images: Sequence[Picture], template: str | None) -> Row:
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         text = render(place_images(turns, len(images)), template or self.config.template)
-        crops = [to_crop(open_image(image), self.image_processor, self.config.image_aspect) for image in images]
-        return Row(token_ids(self.tokenizer, text), crops)
+        tokens = [as_tokens(open_image(image), self.image_processor, self.config) for image in images]
+        return Row(token_ids(self.tokenizer, text), tokens)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

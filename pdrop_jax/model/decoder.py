@@ -5,8 +5,8 @@ or without caches (prefill, training), and ``run_token`` for one new token of ea
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,10 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, attend_cache, attention
 from pdrop_jax.model.buffer import TokenBuffer, compact
 from pdrop_jax.model.cache import StageCache, cache_prompt, write_token
-from pdrop_jax.model.layers import Params, Rope, rope_at, rope_tables, scan_layers
+from pdrop_jax.model.layers import Params, Remat, Rope, rematerialise, rope_at, rope_tables, scan_layers
 from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.model.ranking import choose, image_scores
 from pdrop_jax.schedule import DropSchedule, Stage
-
-Remat = Literal["none", "dots", "full"]
 
 
 @jax.tree_util.register_dataclass
@@ -55,15 +53,6 @@ def drop(
     scores = image_scores(config.text, next_layer, buffer, rope)
     keep = choose(buffer, scores, stage.ratio, max_count)
     return compact(buffer, keep, stage.slots), Drop(scores, keep, buffer.image_id, buffer.index)
-
-
-def rematerialise(layer: Callable, remat: Remat) -> Callable:
-    """``layer`` keeping for its gradient everything ("none"), its matrix products ("dots") or its input ("full")."""
-    if remat == "none":
-        return layer
-    policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def run_stages(

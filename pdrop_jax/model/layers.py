@@ -8,7 +8,7 @@ Dims: B batch, T tokens, N query heads, K key-value heads, H head dim, D model, 
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from pdrop_jax.model.attention import Implementation, attention
 
 M = TypeVar("M", bound=nnx.Module)
 Params = dict[str, Any]  # nested dict of arrays
+Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``rematerialise``
 Rope = tuple[jax.Array, jax.Array]  # cos, sin: (B, T, H/2) float32
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
@@ -178,6 +179,15 @@ def scan_layers(body: Callable, carry: Any, layers: Params | list[Params]) -> tu
         carry, y = body(carry, params, n)
         ys.append(y)
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys) if ys else None
+
+
+def rematerialise(layer: Callable, remat: Remat) -> Callable:
+    """``layer`` keeping for its gradient everything ("none"), its matrix products ("dots") or its input ("full")."""
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 @functools.cache

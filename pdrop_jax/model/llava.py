@@ -10,8 +10,8 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, aligned
 from pdrop_jax.model.buffer import TokenBuffer
 from pdrop_jax.model.cache import StageCache
-from pdrop_jax.model.decoder import Drop, Remat, run_stages, run_token
-from pdrop_jax.model.layers import Params, RMSNorm, bind
+from pdrop_jax.model.decoder import Drop, run_stages, run_token
+from pdrop_jax.model.layers import Params, Remat, RMSNorm, bind
 from pdrop_jax.model.vision import image_features
 from pdrop_jax.sharding import constrain
 
@@ -51,16 +51,20 @@ class DecodeState:
 
 
 def embed(
-    config: LlavaConfig, params: Params, batch: Batch, slots: int, implementation: Implementation = "auto"
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    slots: int,
+    implementation: Implementation = "auto",
+    remat: Remat = "none",
 ) -> TokenBuffer:
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
     hidden = embeddings_of(params, batch.token_ids)
-    index = jnp.asarray(batch.feature_index)
+    B, S = batch.token_ids.shape
     if batch.crops.shape[1]:
-        features = image_features(config, params, jnp.asarray(batch.crops), implementation)
-        picked = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
-        hidden = jnp.where((index >= 0)[..., None], picked, hidden)
-    B, S = index.shape
+        features = image_features(config, params, jnp.asarray(batch.crops), implementation, remat)
+        index = jnp.asarray(batch.feature_index)
+        hidden = jnp.where(index[..., :1] >= 0, _pick(features, index, batch.feature_weight), hidden)
     image_id = jnp.asarray(batch.image_id)
     image_count = (image_id[:, None] == jnp.arange(len(batch.bucket.images) + 1)[:, None]).sum(-1)  # (B, M + 1)
 
@@ -76,6 +80,16 @@ def embed(
         image_count=image_count,
         labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), -100),
     )
+
+
+def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | None) -> jax.Array:
+    """Features (B, P, D) at ``index`` (B, S, T), blended by ``weight`` (B, S, T) float32 -> (B, S, D)."""
+    B, S, T = index.shape
+    picked = jnp.take_along_axis(features, jnp.maximum(index, 0).reshape(B, S * T, 1), axis=1)
+    if weight is None:
+        return picked
+    blended = picked.reshape(B, S, T, -1) * jnp.asarray(weight)[..., None]
+    return blended.sum(2).astype(features.dtype)
 
 
 def embeddings_of(params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
@@ -108,7 +122,7 @@ def trunk(
 ) -> Output:
     """Everything but the head, without caches; ``logits`` is None."""
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
-    buffer = embed(config, params, batch, plan[0].slots, implementation)
+    buffer = embed(config, params, batch, plan[0].slots, implementation, remat)
     buffer, _, lengths, drops, hidden = run_stages(
         config,
         params["stages"],

@@ -5,6 +5,7 @@ The tree is a nested dict::
     vision.embed.{patch, class_token, position, norm}
     vision.layers.*        one stack (L, ...): the layers that run, up to the selected hidden state
     projector.linear_{0, 1}
+    newline.embedding      (D,), where pictures are tiled
     embed.embedding        (V, D)
     stages.{0, 1, ...}.*   one stack (L_s, ...) for each stage of the drop schedule
     norm.scale
@@ -46,6 +47,8 @@ def abstract_params(config: LlavaConfig, dtype: Any = jnp.float32) -> Params:
         "stages": {str(s): _stack_shapes(decoder_layer, stop - start) for s, (start, stop) in enumerate(ranges)},
         "norm": {"scale": leaf((D,), jnp.float32)},
     }
+    if config.tiling:
+        tree["newline"] = {"embedding": leaf((D,), jnp.float32)}
     if not config.text.tie_embeddings:
         tree["head"] = {"kernel": leaf((D, V), jnp.float32)}
     return jax.tree.map(lambda x: leaf(x.shape, dtype), tree)

@@ -6,6 +6,7 @@ import pytest
 
 from pdrop_jax.analysis.cost import average_tokens, decode_macs, paper_macs, prefill_macs, training_macs
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Row, assemble
 from pdrop_jax.model.llava import prefill
@@ -87,7 +88,7 @@ def test_the_compiler_counts_the_same():
     text = TextConfig(512, 512, 1024, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=128, max_length=512)
     vision = VisionConfig(112, 14, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=2)
     config, bucket = LlavaConfig(vision, text, DropSchedule((1,), (0.5,))), Bucket(64, (64,))
-    row = Row([*range(3, 35), IMAGE_PLACEHOLDER, *range(35, 67)], [np.zeros((112, 112, 3), np.float32)])
+    row = Row([*range(3, 35), IMAGE_PLACEHOLDER, *range(35, 67)], [whole(np.zeros((112, 112, 3), np.float32), config)])
     program = jax.jit(prefill, static_argnums=(0, 3), static_argnames="implementation")
     arguments = config, unstack(init_params(config)), assemble([row], config, bucket), 8
     flops = program.lower(*arguments, implementation="xla").compile().cost_analysis()["flops"]

@@ -32,7 +32,7 @@ def panel(picture, number, height=336, width=336):
 def processor(aspect, folder=None, size=336):
     config = LlavaConfig(vision=VisionConfig(image_size=size), image_aspect=aspect)
     folder = folder or pathlib.Path("/nonexistent")
-    return Processor(config, None, load_image_processor(folder, config.vision))
+    return Processor(config, None, load_image_processor(folder, config))
 
 
 def test_dropped_patches_are_dimmed_and_kept_ones_are_as_they_were():

@@ -33,6 +33,7 @@ ORIGINAL_7B = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
+ANYRES = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
 HF_7B = {
     "model_type": "llava",
     "image_token_index": 32000,
@@ -144,7 +145,10 @@ def test_a_config_survives_both_formats(config):
     ("base", "change", "message"),
     [
         (ORIGINAL_7B, {"model_type": "llava_mpt"}, "model_type 'llava_mpt' is not supported: llava_llama or llava"),
-        (ORIGINAL_7B, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' .* square or pad"),
+        (ORIGINAL_7B, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio anyres, mm_patch_merge_type 'flat'"),
+        (ORIGINAL_7B, ANYRES, r"tiled into \[\]: each side must be a multiple of the 336 pixels"),
+        (ORIGINAL_7B, ANYRES | {"image_grid_pinpoints": [[336, 500]]}, r"tiled into \[\(500, 336\)\]"),
+        (ORIGINAL_7B, ANYRES | {"image_grid_pinpoints": "(1x1)"}, "'\\(1x1\\)' is not a list of resolutions"),
         (ORIGINAL_7B, {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad'"),
         (ORIGINAL_7B, {"mm_projector_type": "identity"}, "'identity' is not supported: linear or mlp2x_gelu"),
         (ORIGINAL_7B, {"mm_projector_type": "mlp0x_gelu"}, "mlp0x_gelu"),
@@ -153,7 +157,7 @@ def test_a_config_survives_both_formats(config):
         (ORIGINAL_7B, {"mm_hidden_size": 768}, "mm_hidden_size is 768 .* hidden_size 1024"),
         (ORIGINAL_7B, {"mm_vision_tower": "somebody/tower"}, "'somebody/tower' is not at hand: .* --vision DIR"),
         (ORIGINAL_7B, {"mm_vision_select_layer": -30}, "names no hidden state"),
-        (HF_7B, {"model_type": "llava_next"}, "'llava_next' is not supported: llava_llama or llava"),
+        (HF_7B, {"model_type": "llava_next"}, "tiled into"),
         (HF_7B, {"projector_hidden_act": "relu"}, "'relu'"),
         (HF_7B, {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
         (HF_7B, {"vision_feature_layer": [-2, -5]}, "one layer"),

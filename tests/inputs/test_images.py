@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from pdrop_jax.config import VisionConfig
+from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.images import MAX_ASPECT, load_image_processor, open_image, to_crop
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RECORDED = json.loads((GOLDEN / "image_preprocess.json").read_text())
 SHIPPED = [name for name, image in RECORDED["images"].items() if image["file"]]
+
+
+def of_size(pixels):
+    return LlavaConfig(vision=VisionConfig(image_size=pixels))
 
 
 def clip(size):
@@ -45,7 +49,7 @@ def processed_whole(image, processor):
 def test_pixels_match_the_recorded_ones(name, mode, tmp_path):
     arrays = np.load(GOLDEN / "image_preprocess.npz")
     crop = to_crop(
-        open_image(GOLDEN / RECORDED["images"][name]["file"]), load_image_processor(tmp_path, VisionConfig()), mode
+        open_image(GOLDEN / RECORDED["images"][name]["file"]), load_image_processor(tmp_path, LlavaConfig()), mode
     )
     assert crop.dtype == np.float32
     assert crop.flags.c_contiguous
@@ -228,17 +232,17 @@ def test_decompression_bombs(tmp_path, monkeypatch, limit):
 
 
 def test_processor_of_the_folder(tmp_path):
-    assert load_image_processor(GOLDEN / "clip_tower", VisionConfig(image_size=56)).crop_size.height == 56
+    assert load_image_processor(GOLDEN / "clip_tower", of_size(56)).crop_size.height == 56
     nested = {"image_processor": {"size": {"shortest_edge": 42}, "crop_size": 42, "image_mean": [0.5, 0.25, 0.5]}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    processor = load_image_processor(tmp_path, VisionConfig(image_size=42))
+    processor = load_image_processor(tmp_path, of_size(42))
     assert tuple(processor.image_mean) == (0.5, 0.25, 0.5)
     assert to_crop(noise(50, 40), processor, "pad").shape == (42, 42, 3)
 
 
 def test_processor_of_another_size_is_refused():
     with pytest.raises(UserError, match=r"makes crops of 56x56 pixels, but the vision tower takes 336x336") as error:
-        load_image_processor(GOLDEN / "clip_tower", VisionConfig())
+        load_image_processor(GOLDEN / "clip_tower", LlavaConfig())
     assert "\n" not in str(error.value)
 
 
@@ -248,7 +252,7 @@ def test_processor_of_another_size_is_refused():
 def test_processor_that_cannot_be_used(tmp_path, text):
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(UserError, match=r"image processor in|preprocessor_config\.json") as error:
-        load_image_processor(tmp_path, VisionConfig(image_size=56))
+        load_image_processor(tmp_path, of_size(56))
     assert "\n" not in str(error.value)
 
 

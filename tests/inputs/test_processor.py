@@ -14,6 +14,7 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import Processor, Row, assemble, choose_bucket
+from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.images import to_crop
 from pdrop_jax.schedule import Bucket, DropSchedule
@@ -35,7 +36,7 @@ def processor():
 
 
 def crop(value=1.0):
-    return np.full((28, 28, 3), value, np.float32)
+    return whole(np.full((28, 28, 3), value, np.float32), CONFIG)
 
 
 def test_ragged_batch(processor):
@@ -44,7 +45,7 @@ def test_ragged_batch(processor):
         [RED, None, [RED, BLUE]],
     )
     assert batch.bucket == Bucket(32, (4, 4))
-    assert batch.token_ids.shape == batch.feature_index.shape == batch.image_id.shape == (3, 40)
+    assert batch.token_ids.shape == batch.feature_index.shape[:2] == batch.image_id.shape == (3, 40)
     assert batch.crops.shape == (3, 2, 28, 28, 3)
     assert {a.dtype for a in (batch.token_ids, batch.feature_index, batch.image_id, batch.length)} == {
         np.dtype("int32")
@@ -54,11 +55,11 @@ def test_ragged_batch(processor):
     np.testing.assert_array_equal(batch.query_rows[:, 0], batch.length - 1)
     # "plain" is tag, line break, question, line break: <s> image ▁ \n L o o k \n
     np.testing.assert_array_equal(batch.image_id[0, :7], [0, 1, 1, 1, 1, 0, 0])
-    np.testing.assert_array_equal(batch.feature_index[0, :7], [-1, 0, 1, 2, 3, -1, -1])
+    np.testing.assert_array_equal(batch.feature_index[0, :7, 0], [-1, 0, 1, 2, 3, -1, -1])
     assert batch.token_ids[0, batch.length[0] - 1] == 13
     assert not batch.image_id[1].any()
     assert (batch.feature_index[1] == -1).all()
-    np.testing.assert_array_equal(batch.feature_index[2][batch.image_id[2] == 2], [4, 5, 6, 7])
+    np.testing.assert_array_equal(batch.feature_index[2, :, 0][batch.image_id[2] == 2], [4, 5, 6, 7])
     np.testing.assert_array_equal(batch.crops[0, 0], to_crop(RED, processor.image_processor, "square"))
     np.testing.assert_array_equal(batch.crops[2, 0], batch.crops[0, 0])
     assert (batch.crops[2, 1, ..., 2] > batch.crops[2, 1, ..., 0]).all()
@@ -101,10 +102,11 @@ def test_buckets(text, images, bucket):
 
 
 def test_prompt_that_does_not_fit(processor):
-    row = Row([1] * 240 + [IMAGE_PLACEHOLDER] * 2)
+    row = Row([1] * 240 + [IMAGE_PLACEHOLDER] * 2, [crop()] * 2)
     assert choose_bucket([row], CONFIG, max_new_tokens=8).text == 256
     message = (
-        r"^prompt 2 needs 257 positions \(240 text tokens \+ 2 x 4 image tokens \+ 9 new tokens\) but the model has 256"
+        r"^prompt 2 needs 257 positions \(240 text tokens \+ 8 image tokens of 2 pictures \+ 9 new tokens\) but the "
+        r"model has 256"
     )
     with pytest.raises(UserError, match=message):
         choose_bucket([Row([1]), row], CONFIG, max_new_tokens=9)
@@ -118,7 +120,7 @@ def test_placeholders_become_slots():
     rows = [Row([1, 7, IMAGE_PLACEHOLDER, 8], [crop(2)]), Row([5])]
     batch = assemble(rows, CONFIG, Bucket(4, (4,)))
     assert batch.token_ids.tolist() == [[1, 7, 0, 0, 0, 0, 8, 0], [5, 0, 0, 0, 0, 0, 0, 0]]
-    assert batch.feature_index.tolist() == [[-1, -1, 0, 1, 2, 3, -1, -1], [-1] * 8]
+    assert batch.feature_index[..., 0].tolist() == [[-1, -1, 0, 1, 2, 3, -1, -1], [-1] * 8]
     assert batch.image_id.tolist() == [[0, 0, 1, 1, 1, 1, 0, 0], [0] * 8]
     assert batch.length.tolist() == [7, 1]
     assert batch.query_rows.tolist() == [[6], [0]]
@@ -141,7 +143,7 @@ def test_assembled_rows_say_what_went_in(all_ids):
             else:
                 expected.append((i, -1, 0))
         n = batch.length[b]
-        arrays = (batch.token_ids[b], batch.feature_index[b], batch.image_id[b])
+        arrays = (batch.token_ids[b], batch.feature_index[b, :, 0], batch.image_id[b])
         assert list(zip(*(a[:n].tolist() for a in arrays), strict=True)) == expected
         assert [set(a[n:].tolist()) - {pad} for a, pad in zip(arrays, (0, -1, 0), strict=True)] == [set()] * 3
         means = batch.crops[b].mean((1, 2, 3)).tolist()
@@ -217,7 +219,7 @@ def test_more_query_rows_than_a_prompt_needs():
         ([Row([IMAGE_PLACEHOLDER] * 2, [crop()] * 2)], "0 text tokens and 2 images, but its bucket holds 4 and 1"),
         ([Row([1, 320])], r"token ids 1\.\.320 but the model knows 0\.\.319: the tokenizer belongs to another model"),
         ([Row([-1])], r"token ids -1\.\.-1 but"),
-        ([Row([IMAGE_PLACEHOLDER], [np.zeros((3, 28, 28))])], r"crop of shape \(3, 28, 28\), .* takes \(28, 28, 3\)"),
+        ([Row([IMAGE_PLACEHOLDER], [whole(np.zeros((3, 28, 28)), CONFIG)])], r"shape \(3, 28, 28\), .* \(28, 28, 3\)"),
     ],
 )
 def test_rows_that_cannot_be_assembled(rows, message):

@@ -27,7 +27,7 @@ def abstract_batch(B=2, text=64, images=1):
 
     S = bucket.slots
     crops = jax.ShapeDtypeStruct((B, images, 336, 336, 3), jnp.float32)
-    return Batch(slots(S), slots(S), slots(S), slots(), crops, slots(1), bucket=bucket)
+    return Batch(slots(S), slots(S, 1), slots(S), slots(), crops, slots(1), bucket=bucket)
 
 
 @real_sizes

@@ -62,7 +62,7 @@ def make_batch(rows, bucket, query_rows=None, labels=None, image_tokens=IMAGE_TO
     """
     B, S = len(rows), bucket.slots
     token_ids, image_id = np.zeros((2, B, S), np.int32)
-    feature_index = np.full((B, S), -1, np.int32)
+    feature_index = np.full((B, S, 1), -1, np.int32)
     length = np.zeros(B, np.int32)
     for b, row in enumerate(rows):
         at = image = 0
@@ -71,7 +71,7 @@ def make_batch(rows, bucket, query_rows=None, labels=None, image_tokens=IMAGE_TO
                 token_ids[b, at] = item
                 at += 1
                 continue
-            feature_index[b, at : at - item] = image * image_tokens + np.arange(-item)
+            feature_index[b, at : at - item, 0] = image * image_tokens + np.arange(-item)
             image += 1
             image_id[b, at : at - item] = image
             at -= item

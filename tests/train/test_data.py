@@ -87,7 +87,7 @@ def test_rows_are_what_was_written(tmp_path, lines):
     processor = Processor.load(TOKENIZER, CONFIG)
     assert len(dataset) == 30
     assert not dataset.broken
-    assert dataset.sizes.images.tolist() == [int(n % 3 > 0) for n in range(30)]
+    assert dataset.sizes.crops.tolist() == [int(n % 3 > 0) for n in range(30)]
     assert dataset.sizes.queries.tolist() == [1 + n % 4 for n in range(30)]
     row, reason = dataset.row(4)
     assert reason is None
@@ -96,8 +96,8 @@ def test_rows_are_what_was_written(tmp_path, lines):
     learned = processor.tokenizer.decode([i for i in row.labels if i != IGNORE])
     assert learned.strip() == "n4 word word word word </s>"
     picture = open_image(tmp_path / "images/4.png")
-    np.testing.assert_array_equal(row.crops, [to_crop(picture, processor.image_processor, "square")])
-    assert not dataset.row(3)[0].crops
+    np.testing.assert_array_equal(row.images[0].crops, [to_crop(picture, processor.image_processor, "square")])
+    assert not dataset.row(3)[0].images
 
 
 BROKEN = {
@@ -205,20 +205,21 @@ def test_plans_are_repeatable_and_differ_by_seed_and_epoch(dataset, grouped):
 )
 def test_an_epoch_has_each_row_at_most_once_in_a_bucket_that_holds_it(text, batch_size, group, seed):
     text = np.array(text)
-    sizes = Sizes(text, text % 2, 1 + text % 5)
+    sizes = Sizes(text, text % 2, text % 2 * 4, 1 + text % 5)
     batches = batches_of(np.random.default_rng(seed), sizes, batch_size, group)
     assert batches.shape == (len(text) // batch_size, batch_size)
     assert len(np.unique(batches)) == batches.size
     slots = (50, 120, 300)
-    shapes = shapes_of(batches, sizes, slots, 7)
+    config = LlavaConfig(VisionConfig(image_size=28))  # 4 tokens a picture
+    shapes = shapes_of(batches, sizes, slots, config)
     for rows, (bucket, queries) in zip(batches, shapes, strict=True):
         smaller = [n for n in slots if n < bucket.text]
         assert max([0, *smaller]) < sizes.text[rows].max() <= bucket.text
-        assert bucket.images == (7,) * sizes.images[rows].max()
+        assert bucket.images == (4,) * sizes.crops[rows].max()
         assert queries in (1, 2, 4, 8)
         assert queries / 2 < sizes.queries[rows].max() <= queries
     if group:
-        both = (sizes.images[batches].min(1) != sizes.images[batches].max(1)).sum()
+        both = (sizes.crops[batches].min(1) != sizes.crops[batches].max(1)).sum()
         assert both <= 1
 
 
@@ -255,7 +256,7 @@ def test_batches_are_the_planned_rows(dataset):
         assert step.batch.crops.shape == (B, len(bucket.images), 28, 28, 3)
         for b, row in enumerate(rows):
             n = step.batch.length[b]
-            assert n == dataset.sizes.text[row] + 4 * dataset.sizes.images[row]
+            assert n == dataset.sizes.text[row] + dataset.sizes.tokens[row]
             assert (step.batch.query_rows[b] >= 0).sum() == dataset.sizes.queries[row]
             expected = dataset.row(row)[0]
             targets = step.batch.labels[b][step.batch.labels[b] != IGNORE]

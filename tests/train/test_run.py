@@ -239,7 +239,6 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
         ({"model_lora_rank": 4}, "for LoRA give a rank and name the group"),
         ({"model_layers": (1,)}, "model.layers and model.ratios belong together"),
         ({"model_layers": (9,), "model_ratios": (0.5,)}, "9"),
-        ({"data_image_aspect": "anyres"}, "not supported yet"),
         ({"run_batch_size": 25}, "24 usable rows, a batch takes 25"),
         ({"run_accumulate": 3}, "cannot be cut into 3 parts"),
     ],

@@ -1,0 +1,61 @@
+"""On which smallest TPU slice does a full fine-tune fit, with drops and without? Asked of the TPU compiler.
+
+Global batch 128, all devices along fsdp, a row a device at a time. Prints the README's rows as they are found:
+several hours on one core.
+"""
+
+import argparse
+import dataclasses
+
+from pdrop_jax.analysis.plan import MEMORY, devices_of
+
+SLICES = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
+}
+ROWS = 128
+STATE_BYTES = 12  # of a trained parameter: float32 itself and two moments
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["llava-1.5-7b", "llava-1.5-13b", "llava-next-7b"])
+    parser.add_argument("--chips", nargs="+", default=list(SLICES), choices=SLICES)
+    arguments = parser.parse_args()
+    devices = {f"{chip}:{size}": devices_of(f"{chip}:{size}") for chip in arguments.chips for size in SLICES[chip]}
+
+    from pdrop_jax.model.params import abstract_params, count
+    from pdrop_jax.schedule import Bucket, DropSchedule
+    from pdrop_jax.train.program import MODELS, Job, plan
+
+    for model in arguments.models:
+        make, groups = MODELS[model]
+        config = make()
+        state = STATE_BYTES * count(abstract_params(config))
+        bucket = Bucket(128, (2880,), 5) if config.tiling else Bucket(128, (576,))
+        for chip in arguments.chips:
+            capacity = MEMORY[chip] * 2**30
+            for schedule in (config.schedule, DropSchedule.none()):
+                job = Job(dataclasses.replace(config, schedule=schedule), "train", bucket, ROWS, groups=groups)
+                for size in SLICES[chip]:
+                    topology = f"{chip}:{size}"
+                    number = len(devices[topology])
+                    if state / number > capacity:
+                        continue
+                    parts = ROWS // number
+                    found = plan(dataclasses.replace(job, accumulate=parts), None, topology, devices[topology]).report
+                    gib = found.total_bytes / 2**30 if found.fits else found.excess_bytes / 2**30
+                    said = f"{gib:.2f} of {MEMORY[chip]} GiB" if found.fits else f"{gib:.2f} GiB too much"
+                    name = "PyramidDrop" if schedule.layers else "dense"
+                    print(
+                        f"| {model} | {name} | {topology} | {said} | {job.macs / number / 1e12:.1f} T |"
+                        f" {found.compile_seconds:.0f} s |",
+                        flush=True,
+                    )
+                    if found.fits:
+                        break
+
+
+if __name__ == "__main__":
+    main()
