@@ -37,7 +37,7 @@ class Dataset:
     Attributes:
       data: what was asked for.
       config: of the model.
-      image_processor: a transformers CLIPImageProcessorPil.
+      image_processor: a transformers CLIPImageProcessorPil or SiglipImageProcessorPil.
       ids: N rows of int32 token ids, IMAGE_PLACEHOLDER for a picture.
       spans: N rows of int32, start and stop of each run of targets in turn.
       pictures: N rows of uint8, the name of the picture in UTF-8, empty without one.

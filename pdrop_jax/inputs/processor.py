@@ -178,7 +178,7 @@ class Processor:
 
     Attributes:
       tokenizer: a transformers tokenizer.
-      image_processor: a transformers CLIPImageProcessorPil.
+      image_processor: a transformers CLIPImageProcessorPil or SiglipImageProcessorPil.
     """
 
     config: LlavaConfig

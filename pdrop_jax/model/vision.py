@@ -1,4 +1,4 @@
-"""Pictures to token embeddings: the CLIP tower up to the selected hidden state, then the projector."""
+"""Pictures to token embeddings: the vision tower up to the selected hidden state, then the projector."""
 
 from typing import Any
 
@@ -13,7 +13,10 @@ from pdrop_jax.sharding import constrain
 def vision_features(
     config: LlavaConfig, params: Params, pixels: jax.Array, implementation: Implementation = "auto"
 ) -> jax.Array:
-    """(P, h, w, 3) normalised pixels -> (P, 1 + patches, D_vision), the selected hidden state with the class token."""
+    """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
+
+    The tower's last norm is no part of any hidden state, as in transformers.
+    """
     x = bind(VisionEmbedding, config.vision, params=params["embed"])(pixels)
     if implementation == "splash":  # serves causal attention only: forcing it means the decoder
         implementation = "xla"
@@ -39,7 +42,7 @@ def image_features(
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
     x = vision_features(config, params["vision"], pixels, implementation)
-    x = x if config.keep_class_token else x[:, 1:]
+    x = x if config.keep_class_token else x[:, config.vision.class_tokens :]
     sizes = (config.vision.hidden_size, config.text.hidden_size, config.projector_layers)
     x = bind(Projector, *sizes, params=params["projector"])(x)
     return constrain(x.reshape(B, C * config.image_tokens, -1), "batch", None, None)
