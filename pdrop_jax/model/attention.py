@@ -64,12 +64,14 @@ def attention(
             f"cudnn attention needs bfloat16 or float16 on a GPU, got {q.dtype} on {jax.default_backend()}: "
             "use implementation='xla'"
         )
+    # A padding query behind a window sees padding only: hidden as well, it would be left without any key. No valid query
+    # needs it hidden, since the causal mask does that.
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
         is_causal=causal,
-        key_value_seq_lengths=length,
+        key_value_seq_lengths=length if window is None else None,
         local_window_size=None if window is None else (window - 1, 0),
         implementation=chosen,
     )

@@ -1,5 +1,6 @@
 """Export: back to the same names and bits, and to what transformers loads without a word."""
 
+import dataclasses
 import json
 import shutil
 
@@ -68,6 +69,30 @@ def test_there_and_back_to_the_original(name, tmp_path):
     assert {key: back[key] for key in same} == {key: source[key] for key in same}
     convert(tmp_path / "back", tmp_path / "again")
     assert checkpoint.load(tmp_path / "again")[0] == checkpoint.load(tmp_path / "ours")[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("llama_3", "llama"), ("mistral", "mistral"), ("qwen2_siglip_head", "qwen")]
+)
+def test_the_other_families_there_and_back_by_way_of_the_original_format(variant, kind, hf_folder, tmp_path):
+    convert(hf_folder[variant], tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "original", "original")
+    data = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert (data["model_type"], data["architectures"]) == (f"llava_{kind}", [f"Llava{kind.title()}ForCausalLM"])
+    convert(tmp_path / "original", tmp_path / "again")
+    config, again = (checkpoint.load(tmp_path / name)[0] for name in ("ours", "again"))
+    assert again == dataclasses.replace(config, image_token_id=None)
+    export(tmp_path / "again", tmp_path / "original again", "original")
+    assert_same(weights(tmp_path / "original again"), weights(tmp_path / "original"))
+
+
+def test_the_siglip_tower_beside_an_original_export_loads_in_transformers(torch_model, hf_folder, tmp_path):
+    convert(hf_folder["qwen2_siglip_head"], tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back", "original")
+    tower = transformers.AutoModel.from_pretrained(tmp_path / "back" / "siglip_tower")
+    expected = torch_model["qwen2_siglip_head"].model.vision_tower.state_dict()
+    assert tower.state_dict().keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in tower.state_dict().items())
 
 
 def test_the_tower_beside_an_original_export_loads_in_transformers(tmp_path):

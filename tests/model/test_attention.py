@@ -28,7 +28,8 @@ def plain_attention(q, k, v, causal, length, window=None):
     if window is not None:
         seen = seen & ~np.tri(q.shape[1], k.shape[1], -window, dtype=bool)
     weights = np.where(seen, np.exp(logits), 0)
-    return np.einsum("BNTS,BSNH->BTNH", weights / weights.sum(-1, keepdims=True), v)
+    total = np.maximum(weights.sum(-1, keepdims=True), 1e-99)  # a padding query may see nothing
+    return np.einsum("BNTS,BSNH->BTNH", weights / total, v)
 
 
 @HEADS
@@ -139,6 +140,7 @@ def test_a_window_hides_the_keys_before_it(N, K, window):
     expected = plain_attention(q, k, v, True, length, window)
     assert_close(ours[0], expected[0], atol=1e-6)
     assert_close(ours[1, :3], expected[1, :3], atol=1e-6)
+    assert np.isfinite(ours).all()
 
 
 @pytest.mark.parametrize("window", [1, 3, BLOCK, BLOCK + 5])
@@ -171,6 +173,7 @@ def test_the_tpu_kernel_agrees_with_xla_on_a_window(window):
     expected = attention(q, k, v, causal=True, length=length, window=window, implementation="xla")
     assert_close(ours[0], expected[0], atol=1e-5)
     assert_close(ours[1, :100], expected[1, :100], atol=1e-5)
+    assert np.isfinite(ours).all()
 
 
 def test_a_window_over_full_attention_is_refused():
