@@ -12,7 +12,7 @@ from pdrop_jax.schedule import DropSchedule
 
 FORMAT = "pdrop-jax-1"
 KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
-LLAMA_3_VOCABULARY = 128256
+LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000, and what was added
 
 
 @dataclasses.dataclass(frozen=True)

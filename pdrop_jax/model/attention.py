@@ -64,8 +64,8 @@ def attention(
             f"cudnn attention needs bfloat16 or float16 on a GPU, got {q.dtype} on {jax.default_backend()}: "
             "use implementation='xla'"
         )
-    # A padding query behind a window sees padding only: hidden as well, it would be left without any key. No valid query
-    # needs it hidden, since the causal mask does that.
+    # A padding query far behind the valid keys has only padding in its window: were that hidden, it would have no key.
+    # From valid queries the causal mask hides padding anyway.
     return jax.nn.dot_product_attention(
         q,
         k,

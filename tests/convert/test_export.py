@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tiny_torch import GOLDEN, VARIANTS, as_version_4, assert_same, edit_json, rewrite, weights
 
 from pdrop_jax import checkpoint
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert import exporter
 from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.importer import convert
@@ -43,8 +44,10 @@ def test_there_and_back_to_hugging_face(variant, hf_folder, tmp_path):
 def test_transformers_loads_the_export_as_the_same_model(variant, torch_model, hf_folder, tmp_path):
     convert(hf_folder[variant], tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back", "hf")
-    expected = torch_model[variant].state_dict()
-    loaded = load_in_torch(tmp_path / "back").state_dict()
+    model = load_in_torch(tmp_path / "back")
+    theirs, ours = (LlavaConfig.from_hf(m.config.to_dict()) for m in (torch_model[variant], model))
+    assert ours == theirs
+    expected, loaded = torch_model[variant].state_dict(), model.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], x) for name, x in expected.items())
 
