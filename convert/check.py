@@ -46,7 +46,9 @@ def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
 def fixed_row(config: LlavaConfig) -> Row:
     """A prompt of ids spread over the vocabulary with the picture as its third token, and a picture of waves."""
     V, size = config.text.vocab_size, config.vision.image_size
-    ids = [config.bos_token_id, *((np.arange(1, TEXT_TOKENS) * 7919) % (V - 1)).tolist()]  # never V - 1
+    ids = ((np.arange(TEXT_TOKENS) * 7919) % (V - 1)).tolist()  # never V - 1
+    if config.bos_token_id is not None:
+        ids[0] = config.bos_token_id
     t = np.linspace(0, 12, size, dtype=np.float32)
     picture = np.stack([np.sin(t[:, None] * a + t * b) for a, b in ((1, 0), (0, 1), (1, 1))], axis=-1)
     return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (whole(picture, config),))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pdrop_jax import checkpoint, storage
 from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, VisionConfig, read_json
 from pdrop_jax.errors import UserError
+from pdrop_jax.parts import ORIGINAL_TYPES
 
 from .files import DTYPES, DType, open_safetensors, write_safetensors
 from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
@@ -22,7 +23,12 @@ from .projector import projector_type
 
 Format = Literal["hf", "original"]
 SHARD_BYTES = 2**29
-TOWER_FOLDER = "clip_tower"
+ORIGINAL_CLASSES = {
+    "llama": "LlavaLlamaForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+    "qwen2": "LlavaQwenForCausalLM",
+}
+TOWER_CLASSES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,7 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
         (new / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         checkpoint.copy_files(model, new, checkpoint.COMPANIONS)
         if format == "original" and config.vision != VisionConfig():
-            _write_tower(model, new / TOWER_FOLDER, config, dtype, unrun)
+            _write_tower(model, new / _tower_folder(config), config, dtype, unrun)
         if format == "hf" and config.image_token_id is None:
             _complete_processor(new, theirs)
         return _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
@@ -86,7 +92,7 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.select_layer,
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
+        "vision_feature_select_strategy": _select_strategy(config),
         "tie_word_embeddings": config.text.tie_embeddings,
         "text_config": config.text.to_hf() | _special_tokens(config) | {"torch_dtype": dtype},
         "vision_config": config.vision.to_hf() | {"torch_dtype": dtype},
@@ -98,8 +104,8 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     return {
         **config.text.to_hf(),
         **_special_tokens(config),
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
+        "architectures": [ORIGINAL_CLASSES[config.text.family]],
+        "model_type": ORIGINAL_TYPES[config.text.family],
         "torch_dtype": dtype,
         "image_aspect_ratio": config.image_aspect,
         "mm_hidden_size": config.vision.hidden_size,
@@ -109,15 +115,23 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
         "mm_vision_select_layer": config.select_layer,
-        "mm_vision_tower": KNOWN_TOWER if config.vision == VisionConfig() else TOWER_FOLDER,
+        "mm_vision_tower": KNOWN_TOWER if config.vision == VisionConfig() else _tower_folder(config),
         "unfreeze_mm_vision_tower": True,  # or that code reads the tower by its name and not from the checkpoint
         "use_mm_proj": True,
     }
 
 
+def _tower_folder(config: LlavaConfig) -> str:
+    return f"{config.vision.kind}_tower"
+
+
+def _select_strategy(config: LlavaConfig) -> str:
+    return "full" if config.keep_class_token or not config.vision.class_tokens else "default"
+
+
 def _special_tokens(config: LlavaConfig) -> dict[str, Any]:
     eos = config.eos_token_ids
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else list(eos)}
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None}
 
 
 def with_image_token(config: LlavaConfig) -> LlavaConfig:
@@ -213,14 +227,14 @@ def _unrun_tensors(model: pathlib.Path, config: LlavaConfig, naming: Naming, dty
 def _write_tower(
     model: pathlib.Path, out: pathlib.Path, config: LlavaConfig, dtype: str, unrun: dict[str, np.ndarray]
 ) -> None:
-    """A folder that transformers' CLIPVisionModel loads, for the original code to read the tower's config from."""
+    """A folder that transformers loads as a vision model, for the original code to read the tower's config from."""
     out.mkdir()
-    tower = TOWERS["clip"]
+    tower = TOWERS["tower"]
     tensors = _torch_tensors(model, config, leaves(config, tower), dtype)
     prefix = NAMINGS["original"].vision
     tensors |= {tower.vision + name.removeprefix(prefix): x for name, x in unrun.items()}
     write_safetensors(out / "model.safetensors", tensors)
-    data = {"architectures": ["CLIPVisionModel"], "torch_dtype": dtype} | config.vision.to_hf()
+    data = {"architectures": [TOWER_CLASSES[config.vision.kind]], "torch_dtype": dtype} | config.vision.to_hf()
     (out / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     checkpoint.copy_files(model, out, ["preprocessor_config.json"])
 
@@ -229,14 +243,16 @@ def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
     """What transformers' processor needs to know and the original's files do not say: padding, and "<image>"."""
     path = folder / "preprocessor_config.json"
     if config.image_aspect == "pad" and path.exists():
-        settings = read_json(path) | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        settings = read_json(path)
+        settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        settings.setdefault("do_center_crop", config.vision.kind == "clip")
         path.write_text(json.dumps(settings, indent=2) + "\n")
     settings = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
-        "num_additional_image_tokens": 1,  # the class token
+        "num_additional_image_tokens": config.vision.class_tokens,
         "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
+        "vision_feature_select_strategy": _select_strategy(config),
     }
     (folder / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):

@@ -60,7 +60,7 @@ def write(
     Args:
       tokenizer: folder of the tokenizer; None is that of the source.
       dtype: of the arrays; None is float32 if the source's embedding is, otherwise bfloat16.
-      template: of its conversations; None is vicuna_v1.
+      template: of its conversations; None is what LLaVA used with such a language model.
 
     Raises:
       UserError: ``out`` exists, the template is not known or the tokenizer not there; nothing is written.

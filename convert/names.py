@@ -65,7 +65,7 @@ def _dense(ours: str, theirs: str, transform: Transform = LINEAR) -> Table:
 
 
 VISION: Table = {
-    "embed.patch.kernel": ("embeddings.patch_embedding.weight", CONV),
+    **_dense("embed.patch", "embeddings.patch_embedding", CONV),
     "embed.class_token": ("embeddings.class_embedding", SAME),
     "embed.position": ("embeddings.position_embedding.weight", SAME),
     **_norm("embed.norm", "pre_layrnorm"),
@@ -144,12 +144,12 @@ NAMINGS = {
     "hf-modules": _HF_MODULES,  # names of the modules since transformers 4.52
     "hf-5-modules": dataclasses.replace(_HF_MODULES, vision="model.vision_tower."),
 }
-TOWERS = {"clip": Naming("vision_model."), "clip-5": Naming("")}  # a vision tower in a folder of its own
+TOWERS = {"tower": Naming("vision_model."), "tower-5": Naming("")}  # a vision tower in a folder of its own
 
 # Present in some checkpoints, part of no model that runs: rotary tables, position ids, the text half of a full CLIP.
 IGNORED = re.compile(
     r"(.*\.rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids|text_model\..*"
-    r"|logit_scale|text_projection\.weight|visual_projection\.weight)"
+    r"|logit_scale|logit_bias|text_projection\.weight|visual_projection\.weight)"
 )
 
 
@@ -220,14 +220,28 @@ def projector_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
 
 
 def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
-    """Name -> shape of the tower's tensors that never run: layers after the selected one, and the last norm."""
+    """Name -> shape of the tower's tensors that never run: layers after the selected one, the last norm, the head."""
     whole = dataclasses.replace(config, select_layer=-1)
     tower = Naming(naming.vision)
     run = torch_shapes(config, tower)
-    norm = dict.fromkeys(
-        (f"{naming.vision}post_layernorm.{kind}" for kind in ("weight", "bias")), (config.vision.hidden_size,)
-    )
-    return {name: shape for name, shape in torch_shapes(whole, tower).items() if name not in run} | norm
+    D, F = config.vision.hidden_size, config.vision.intermediate_size
+    end: dict[str, Shape] = {"post_layernorm.weight": (D,), "post_layernorm.bias": (D,)}
+    if config.vision.pooling_head:
+        end |= {
+            "head.probe": (1, 1, D),
+            "head.attention.in_proj_weight": (3 * D, D),
+            "head.attention.in_proj_bias": (3 * D,),
+            "head.attention.out_proj.weight": (D, D),
+            "head.attention.out_proj.bias": (D,),
+            "head.layernorm.weight": (D,),
+            "head.layernorm.bias": (D,),
+            "head.mlp.fc1.weight": (F, D),
+            "head.mlp.fc1.bias": (F,),
+            "head.mlp.fc2.weight": (D, F),
+            "head.mlp.fc2.bias": (D,),
+        }
+    layers = {name: shape for name, shape in torch_shapes(whole, tower).items() if name not in run}
+    return layers | {naming.vision + name: shape for name, shape in end.items()}
 
 
 def closest(config: LlavaConfig, names: Iterable[str], namings: dict[str, Naming]) -> str:

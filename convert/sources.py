@@ -7,6 +7,7 @@ from typing import Any
 from pdrop_jax import checkpoint
 from pdrop_jax.config import FORMAT, LlavaConfig, VisionConfig, read_json
 from pdrop_jax.errors import UserError
+from pdrop_jax.parts import FAMILIES, ORIGINAL_TYPES
 from pdrop_jax.schedule import DropSchedule
 
 from .files import FLOATS, Tensors, read_folder
@@ -51,8 +52,8 @@ def open_source(
         or of another shape are all named.
     """
     data = _read_config(folder)
-    original = data.get("model_type") == "llava_llama"
-    if data.get("model_type") == "llama":
+    original = data.get("model_type") in ORIGINAL_TYPES.values()
+    if data.get("model_type") in FAMILIES:
         raise UserError(f"{folder} is a language model: make a LLaVA of it, --llm {folder} --vision DIR OUT")
     if vision and not original:
         raise UserError(f"{folder} holds its vision tower: --vision is for original LLaVA checkpoints without one")
@@ -92,8 +93,8 @@ def open_parts(
     What no part says is as in LLaVA-1.5: patch features of the last layer but one, pictures padded to squares.
 
     Args:
-      llm: folder of a LlamaForCausalLM such as Vicuna.
-      vision: folder of a CLIP vision tower.
+      llm: folder of a causal language model of one of the ``FAMILIES``, such as Vicuna.
+      vision: folder of a CLIP or SigLIP vision tower.
       projector: its file; None draws a new one.
       projector_layers: 1 is linear, 2 an MLP; None is as in ``projector``, without that 2.
       seed: of the new projector.
@@ -102,12 +103,13 @@ def open_parts(
       UserError: as ``open_source``.
     """
     data = _read_config(llm)
-    if data.get("model_type") != "llama":
-        raise UserError(f"--llm takes a LLaMA-family language model, {llm} has model_type {data.get('model_type')!r}")
+    if data.get("model_type") not in FAMILIES:
+        known = " or ".join(FAMILIES)
+        raise UserError(f"--llm takes a {known} language model, {llm} has model_type {data.get('model_type')!r}")
     tower = VisionConfig.from_hf(read_json(vision / "config.json"))
     layers = projector_layers or (num_layers(open_projector(projector)) if projector else 2)
     llava = {
-        "model_type": "llava_llama",
+        "model_type": ORIGINAL_TYPES[data["model_type"]],
         "image_aspect_ratio": "pad",
         "mm_hidden_size": tower.hidden_size,
         "mm_projector_type": projector_type(layers),

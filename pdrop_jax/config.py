@@ -1,4 +1,4 @@
-"""What a model is: three frozen dataclasses, read from either kind of config.json, saved as JSON with the schedule."""
+"""What a model is: a frozen dataclass, read from either kind of config.json, saved as JSON with the schedule."""
 
 import dataclasses
 import json
@@ -7,177 +7,12 @@ import re
 from typing import Any, Literal
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.parts import FAMILIES, ORIGINAL_TYPES, RopeScaling, TextConfig, VisionConfig, one_of
 from pdrop_jax.schedule import DropSchedule
 
 FORMAT = "pdrop-jax-1"
 KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP vision transformer. The defaults are ViT-L/14 at 336 pixels, LLaVA-1.5's tower."""
-
-    image_size: int = 336  # pixels
-    patch_size: int = 14  # pixels
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_layers: int = 24
-    num_heads: int = 16
-    norm_eps: float = 1e-5
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-
-    @property
-    def patches_a_side(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.patches_a_side**2
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @classmethod
-    def from_hf(cls, data: dict[str, Any]) -> "VisionConfig":
-        """From a ``clip_vision_model`` config; keys that are left out have transformers' CLIPVisionConfig defaults."""
-        kind = data.get("model_type", "clip_vision_model")
-        if kind not in ("clip_vision_model", "clip"):
-            raise UserError(f"vision model_type {kind!r} is not supported: clip_vision_model is")
-        if kind == "clip":
-            data = data.get("vision_config") or {}
-        return cls(
-            image_size=data.get("image_size", 224),
-            patch_size=data.get("patch_size", 32),
-            hidden_size=data.get("hidden_size", 768),
-            intermediate_size=data.get("intermediate_size", 3072),
-            num_layers=data.get("num_hidden_layers", 12),
-            num_heads=data.get("num_attention_heads", 12),
-            norm_eps=data.get("layer_norm_eps", 1e-5),
-            activation=_one_of("hidden_act", data.get("hidden_act", "quick_gelu"), ("quick_gelu", "gelu")),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        return {
-            "model_type": "clip_vision_model",
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "layer_norm_eps": self.norm_eps,
-            "hidden_act": self.activation,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of the rotary frequencies, as in transformers: ``linear`` or ``llama3``."""
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_length: int = 8192
-
-    @classmethod
-    def from_hf(cls, data: dict[str, Any] | None) -> "RopeScaling | None":
-        kind = (data or {}).get("rope_type", (data or {}).get("type", "default"))
-        if data is None or kind == "default":
-            return None
-        return cls(
-            kind=_one_of("rope scaling", kind, ("linear", "llama3")),
-            factor=float(data["factor"]),
-            low_freq_factor=float(data.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(data.get("high_freq_factor", 4.0)),
-            original_max_length=int(data.get("original_max_position_embeddings", 8192)),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        if self.kind == "linear":
-            return {"rope_type": "linear", "factor": self.factor}
-        return {
-            "rope_type": "llama3",
-            "factor": self.factor,
-            "low_freq_factor": self.low_freq_factor,
-            "high_freq_factor": self.high_freq_factor,
-            "original_max_position_embeddings": self.original_max_length,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """A LLaMA-family decoder. The defaults are LLaMA-2-7B, the language model of LLaVA-1.5-7B."""
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    head_dim: int = 128
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False  # bias of the attention's output projection
-    max_length: int = 4096  # positions
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads: not a multiple"
-            )
-
-    @classmethod
-    def from_hf(cls, data: dict[str, Any]) -> "TextConfig":
-        """From a LLaMA-family config; keys that are left out have transformers' LlamaConfig defaults."""
-        _one_of("language model_type", data.get("model_type", "llama"), ("llama", "llava_llama"))
-        _one_of("hidden_act", data.get("hidden_act", "silu"), ("silu",))
-        if data.get("mlp_bias"):
-            raise UserError("mlp_bias is not supported: LLaMA-family models of LLaVA have none")
-        num_heads = data.get("num_attention_heads", 32)
-        hidden_size = data.get("hidden_size", 4096)
-        rope = data.get("rope_parameters") or {}
-        return cls(
-            vocab_size=data.get("vocab_size", 32000),
-            hidden_size=hidden_size,
-            intermediate_size=data.get("intermediate_size", 11008),
-            num_layers=data.get("num_hidden_layers", 32),
-            num_heads=num_heads,
-            num_kv_heads=data.get("num_key_value_heads") or num_heads,
-            head_dim=data.get("head_dim") or hidden_size // num_heads,
-            rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 10000.0))),
-            rope_scaling=RopeScaling.from_hf(rope or data.get("rope_scaling")),
-            norm_eps=data.get("rms_norm_eps", 1e-6),
-            tie_embeddings=data.get("tie_word_embeddings", False),
-            qkv_bias=data.get("attention_bias", False),
-            output_bias=data.get("attention_bias", False),
-            max_length=data.get("max_position_embeddings", 2048),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        if self.qkv_bias != self.output_bias:
-            raise UserError("a LLaMA config has one attention_bias: q/k/v bias without output bias cannot be exported")
-        return {
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling else None,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tie_embeddings,
-            "attention_bias": self.qkv_bias,
-            "max_position_embeddings": self.max_length,
-        }
+LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000, and what was added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,12 +44,12 @@ class LlavaConfig:
     schedule: DropSchedule = DropSchedule()
     projector_layers: int = 2  # 1 is ``linear``, n is ``mlp{n}x_gelu``
     select_layer: int = -2  # hidden state of the vision tower that is projected; -1 is its last layer's output
-    keep_class_token: bool = False  # False is the feature selection "patch" (Hugging Face: "default")
+    keep_class_token: bool = False  # CLIP's: False is the feature selection "patch" (Hugging Face: "default")
     image_aspect: Literal["square", "pad"] = "square"
     tiling: Tiling | None = None  # None: a picture is one crop, made as image_aspect says
     template: str = "vicuna_v1"
     image_token_id: int | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1  # None: a text begins with nothing, as Qwen2's
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
@@ -233,6 +68,8 @@ class LlavaConfig:
             )
         if self.tiling and self.keep_class_token:
             raise UserError("tiles with class tokens are not supported: the feature selection must be patch")
+        if self.keep_class_token and not self.vision.class_tokens:
+            raise UserError(f"a {self.vision.kind} tower has no class token to keep")
         self.schedule.check(self.text.num_layers)
 
     @property
@@ -285,9 +122,9 @@ class LlavaConfig:
         """From the config.json of a PyTorch checkpoint.
 
         Args:
-          data: ``llava_llama`` (the original LLaVA code's, also of LLaVA-NeXT), ``llava`` or ``llava_next`` (Hugging
-            Face's).
-          vision: the tower of a ``llava_llama`` model, whose own config only names it; may be left out for LLaVA-1.5's.
+          data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
+            ``llava`` or ``llava_next`` (Hugging Face's).
+          vision: the tower of an original model, whose own config only names it; may be left out for LLaVA-1.5's.
           generation: generation_config.json, whose end tokens win.
           preprocessor: preprocessor_config.json; a Hugging Face model says only there whether pictures are padded.
           schedule: without one the paper's if the decoder has layers enough, otherwise nothing is dropped.
@@ -295,19 +132,24 @@ class LlavaConfig:
         Raises:
           UserError: something that is not supported.
         """
-        kind = _one_of("model_type", data.get("model_type"), ("llava_llama", "llava", "llava_next"))
-        fields = _llava_llama(data, vision) if kind == "llava_llama" else _llava(data, preprocessor or {})
-        text_data = data if kind == "llava_llama" else data.get("text_config") or {}
+        originals = tuple(ORIGINAL_TYPES.values())
+        original = one_of("model_type", data.get("model_type"), (*originals, "llava", "llava_next")) in originals
+        fields = _original(data, vision) if original else _llava(data, preprocessor or {})
+        text_data = data if original else data.get("text_config") or {}
         text = fields["text"]
-        bos = _first(text_data.get("bos_token_id"), 1)
-        eos = _first((generation or {}).get("eos_token_id"), text_data.get("eos_token_id"), 2)
+        defaults = FAMILIES[text.family]
+        bos = _first(text_data.get("bos_token_id"), defaults.get("bos_token_id"))
+        eos = _first(
+            (generation or {}).get("eos_token_id"), text_data.get("eos_token_id"), defaults.get("eos_token_id")
+        )
         if schedule is None:
             schedule = DropSchedule() if text.num_layers > DropSchedule().layers[-1] else DropSchedule.none()
         return cls(
             **fields,
             schedule=schedule,
+            template=_template(text),
             bos_token_id=bos,
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -365,16 +207,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return data
 
 
-def _llava_llama(data: dict[str, Any], vision: VisionConfig | None) -> dict[str, Any]:
+def _original(data: dict[str, Any], vision: VisionConfig | None) -> dict[str, Any]:
     """Fields of an original LLaVA model; keys that are left out have that code's defaults."""
     for key in ("mm_vision_select_layer", "mm_hidden_size"):
         if key not in data:
-            raise UserError(f"config.json has no {key}: it is no complete llava_llama config")
+            raise UserError(f"config.json has no {key}: it is no complete config of an original LLaVA")
     if data.get("mm_use_im_start_end"):
         raise UserError("mm_use_im_start_end is not supported: a picture stands between no marks in LLaVA-1.5")
-    aspect = _one_of("image_aspect_ratio", data.get("image_aspect_ratio") or "square", ("square", "pad", "anyres"))
+    aspect = one_of("image_aspect_ratio", data.get("image_aspect_ratio") or "square", ("square", "pad", "anyres"))
     merge = "spatial_unpad" if aspect == "anyres" else "flat"
-    _one_of(f"with image_aspect_ratio {aspect}, mm_patch_merge_type", data.get("mm_patch_merge_type", "flat"), (merge,))
+    one_of(f"with image_aspect_ratio {aspect}, mm_patch_merge_type", data.get("mm_patch_merge_type", "flat"), (merge,))
     feature = data.get("mm_vision_select_feature", "patch")
     kind = data.get("mm_projector_type", "linear")
     layers = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
@@ -393,7 +235,9 @@ def _llava_llama(data: dict[str, Any], vision: VisionConfig | None) -> dict[str,
         "text": TextConfig.from_hf(data),
         "projector_layers": int(layers[1]) if layers else 1,
         "select_layer": data["mm_vision_select_layer"],
-        "keep_class_token": _one_of("mm_vision_select_feature", feature, ("patch", "cls_patch")) == "cls_patch",
+        # The original code's SigLIP tower does not look at it.
+        "keep_class_token": one_of("mm_vision_select_feature", feature, ("patch", "cls_patch")) == "cls_patch"
+        and vision.class_tokens > 0,
         "image_aspect": "pad" if aspect == "anyres" else aspect,
         "tiling": _tiling(data, [1, 0], rounded=False) if aspect == "anyres" else None,
     }
@@ -410,7 +254,7 @@ def _tiling(data: dict[str, Any], order: list[int], *, rounded: bool) -> Tiling:
 
 def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
     """Fields of a Hugging Face model; keys that are left out have transformers' LlavaConfig defaults."""
-    _one_of("projector_hidden_act", data.get("projector_hidden_act", "gelu"), ("gelu",))
+    one_of("projector_hidden_act", data.get("projector_hidden_act", "gelu"), ("gelu",))
     if not data.get("multimodal_projector_bias", True):
         raise UserError("multimodal_projector_bias false is not supported: LLaVA's projector has a bias")
     select_layer = data.get("vision_feature_layer", -2)
@@ -419,24 +263,31 @@ def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]
     strategy = data.get("vision_feature_select_strategy", "default")
     text = dict(data.get("text_config") or {})
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or data.get("tie_word_embeddings"))
-    vision = data.get("vision_config")
+    vision = VisionConfig.from_hf(data["vision_config"]) if data.get("vision_config") else VisionConfig()
+    keep = one_of("vision_feature_select_strategy", strategy, ("default", "full")) == "full"
+    if not keep and not vision.class_tokens:
+        raise UserError(
+            "vision_feature_select_strategy 'default' cuts off a picture's first token as its class token, and a "
+            f"{vision.kind} tower has none: 'full' is supported"
+        )
     tiled = data["model_type"] == "llava_next"
     return {
-        "vision": VisionConfig.from_hf(vision) if vision else VisionConfig(),
+        "vision": vision,
         "tiling": _tiling(data, [0, 1], rounded=True) if tiled else None,
         "text": TextConfig.from_hf(text),
         "select_layer": select_layer,
-        "keep_class_token": _one_of("vision_feature_select_strategy", strategy, ("default", "full")) == "full",
+        "keep_class_token": keep and vision.class_tokens > 0,
         "image_aspect": "pad" if preprocessor.get("do_pad") else "square",
         "image_token_id": data.get("image_token_index", data.get("image_token_id", 32000)),
     }
 
 
 def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
+    return next((value for value in values if value is not None), None)
 
 
-def _one_of(what: str, value: Any, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise UserError(f"{what} {value!r} is not supported: {' or '.join(known)} is")
-    return value
+def _template(text: TextConfig) -> str:
+    """The conversations that LLaVA was trained with on such a language model; no checkpoint says it."""
+    if text.family == "llama":
+        return "llama_3" if text.vocab_size >= LLAMA_3_VOCABULARY else "vicuna_v1"
+    return "mistral_instruct" if text.family == "mistral" else "qwen"

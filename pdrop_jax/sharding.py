@@ -39,7 +39,7 @@ PARAMETERS: Mapping[str, Logical] = {
     r"projector\.linear_1\.bias": (None,),
     r"vision\.embed\.patch\.kernel": (None, None, None, "model"),
     r"vision\.embed\.position": (None, "model"),
-    r"vision\.embed\.(?:class_token|norm\.scale|norm\.bias)": (None,),
+    r"vision\.embed\.(?:class_token|patch\.bias|norm\.scale|norm\.bias)": (None,),
     _LAYER + r"attention\.[qkv]\.kernel": (None, "model", "heads", None),
     _LAYER + r"attention\.[qkv]\.bias": (None, "heads", None),
     _LAYER + r"attention\.o\.kernel": (None, "heads", None, "model"),

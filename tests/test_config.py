@@ -12,7 +12,7 @@ from pdrop_jax.schedule import DropSchedule
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
 UNUSUAL = LlavaConfig(
     vision=VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu"),
-    text=TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, 77),
+    text=TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, 77, "qwen2", 5),
     schedule=DropSchedule((1, 4), (0.3, 0.1), "original"),
     projector_layers=1,
     select_layer=-1,
@@ -23,6 +23,11 @@ UNUSUAL = LlavaConfig(
     bos_token_id=3,
     eos_token_ids=(4, 5),
 )
+SIGLIP = VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu_tanh", "siglip", True)
+NO_BOS = LlavaConfig(SIGLIP, TextConfig(sliding_window=7, family="mistral"), bos_token_id=None, eos_token_ids=())
+LLAMA = dataclasses.replace(UNUSUAL.text, family="llama", sliding_window=None)
+MISTRAL = dataclasses.replace(UNUSUAL.text, family="mistral", qkv_bias=False, output_bias=False)
+QWEN2 = dataclasses.replace(UNUSUAL.text, output_bias=False)
 
 
 def differing_fields(a, b):
@@ -32,11 +37,12 @@ def differing_fields(a, b):
 def test_every_field_of_the_unusual_config_differs_from_its_default():
     assert len(differing_fields(UNUSUAL, LlavaConfig())) == len(dataclasses.fields(LlavaConfig))
     assert len(differing_fields(UNUSUAL.text, TextConfig())) == len(dataclasses.fields(TextConfig))
-    kept = {"patch_size"}  # 28 pixels are 2 x 2 patches of 14
+    # 28 pixels are 2 x 2 patches of 14; only a CLIP tower has a class token to keep.
+    kept = {"patch_size", "kind", "pooling_head"}
     assert len(differing_fields(UNUSUAL.vision, VisionConfig())) == len(dataclasses.fields(VisionConfig)) - len(kept)
 
 
-@pytest.mark.parametrize("config", [UNUSUAL, LlavaConfig.llava_1_5_7b(), LlavaConfig.llava_1_5_13b()])
+@pytest.mark.parametrize("config", [UNUSUAL, NO_BOS, LlavaConfig.llava_1_5_7b(), LlavaConfig.llava_1_5_13b()])
 def test_json_round_trip(config):
     assert LlavaConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -50,12 +56,15 @@ def test_a_config_is_hashable():
     assert hash(UNUSUAL) == hash(dataclasses.replace(UNUSUAL))
 
 
-@pytest.mark.parametrize("config", [VisionConfig(), UNUSUAL.vision])
+@pytest.mark.parametrize("config", [VisionConfig(), UNUSUAL.vision, SIGLIP])
 def test_vision_config_survives_hugging_face(config):
     assert VisionConfig.from_hf(config.to_hf()) == config
 
 
-@pytest.mark.parametrize("config", [TextConfig(), UNUSUAL.text])
+@pytest.mark.parametrize(
+    "config",
+    [TextConfig(), LLAMA, MISTRAL, QWEN2, *(dataclasses.replace(x, sliding_window=None) for x in (MISTRAL, QWEN2))],
+)
 def test_text_config_survives_hugging_face(config):
     assert TextConfig.from_hf(config.to_hf()) == config
 
@@ -72,8 +81,48 @@ def test_rope_is_read_from_the_names_of_both_transformers_generations():
     assert (new.rope_theta, new.rope_scaling) == (5e5, RopeScaling("linear", 2.0))
 
 
-def test_a_clip_config_lends_its_vision_part():
-    assert VisionConfig.from_hf({"model_type": "clip", "vision_config": {"image_size": 28}}).image_size == 28
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_config_of_a_tower_with_its_text_half_lends_its_vision_part(kind):
+    found = VisionConfig.from_hf({"model_type": kind, "vision_config": {"image_size": 28}})
+    assert (found.image_size, found.kind) == (28, kind)
+
+
+def test_mistral_slides_unless_it_is_told_not_to():
+    assert TextConfig.from_hf({"model_type": "mistral"}).sliding_window == 4096
+    assert TextConfig.from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("data", "window"),
+    [
+        ({}, None),
+        ({"use_sliding_window": False, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 9}, 9),
+        ({"use_sliding_window": True, "max_window_layers": 32}, None),
+        ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 32}, 4096),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 32}, None),
+    ],
+)
+def test_qwen2_slides_if_it_is_told_to(data, window):
+    assert TextConfig.from_hf({"model_type": "qwen2"} | data).sliding_window == window
+
+
+def test_a_window_in_some_layers_only_is_refused():
+    data = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
+    with pytest.raises(UserError, match="max_window_layers is 28 of 32 layers: a sliding window in some layers only"):
+        TextConfig.from_hf(data)
+
+
+def test_a_window_that_hides_the_token_itself_is_refused():
+    with pytest.raises(UserError, match="sliding_window is 0: a token sees at least itself"):
+        TextConfig(sliding_window=0)
+
+
+def test_siglip_has_no_class_token():
+    assert (SIGLIP.num_patches, SIGLIP.class_tokens, LlavaConfig(SIGLIP, select_layer=-1).image_tokens) == (4, 0, 4)
+    with pytest.raises(UserError, match="a siglip tower has no class token to keep"):
+        LlavaConfig(SIGLIP, keep_class_token=True)
 
 
 def test_key_value_heads_default_to_the_attention_heads():
@@ -111,6 +160,7 @@ def test_a_schedule_that_does_not_fit_the_decoder_is_refused():
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"model_type": "gemma"}, "language model_type 'gemma' is not supported: llama or mistral or qwen2 is"),
     ],
 )
 def test_an_unsupported_language_model_is_refused(data, message):
@@ -119,16 +169,30 @@ def test_an_unsupported_language_model_is_refused(data, message):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [({"model_type": "siglip_vision_model"}, "siglip"), ({"hidden_act": "relu"}, "hidden_act")]
+    ("data", "message"),
+    [
+        ({"model_type": "dinov2"}, "vision model_type 'dinov2' is not supported: clip_vision_model or siglip_vision"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+    ],
 )
 def test_an_unsupported_vision_tower_is_refused(data, message):
     with pytest.raises(UserError, match=message):
         VisionConfig.from_hf(data)
 
 
-def test_query_bias_without_output_bias_cannot_be_exported():
-    with pytest.raises(UserError, match="cannot be exported"):
-        TextConfig(qkv_bias=True).to_hf()
+@pytest.mark.parametrize(
+    "config",
+    [
+        TextConfig(qkv_bias=True),
+        TextConfig(sliding_window=4),
+        dataclasses.replace(MISTRAL, qkv_bias=True, output_bias=True),
+        dataclasses.replace(QWEN2, output_bias=True),
+        dataclasses.replace(QWEN2, qkv_bias=False),
+    ],
+)
+def test_what_a_family_does_not_have_cannot_be_exported(config):
+    with pytest.raises(UserError, match=f"a {config.family} model with .* cannot be exported"):
+        config.to_hf()
 
 
 @pytest.mark.parametrize(

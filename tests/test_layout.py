@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop_jax.convert"}  # folder -> package
 
 # What each room may import besides itself. A room is the longest listed prefix of a module's name.
-BASE = {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.config", "pdrop_jax.batch"}
+BASE = {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.parts", "pdrop_jax.config", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
 LIBRARY = MODEL | {"pdrop_jax.inputs", "pdrop_jax.generation", "pdrop_jax.checkpoint", "pdrop_jax.storage"}
 APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "pdrop_jax": LIBRARY,
     "pdrop_jax.errors": set(),
     "pdrop_jax.schedule": {"pdrop_jax.errors"},
-    "pdrop_jax.config": {"pdrop_jax.errors", "pdrop_jax.schedule"},
+    "pdrop_jax.parts": {"pdrop_jax.errors"},
+    "pdrop_jax.config": {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.parts"},
     "pdrop_jax.batch": {"pdrop_jax.schedule"},
     "pdrop_jax.sharding": BASE,
     "pdrop_jax.model": MODEL,

@@ -1,5 +1,6 @@
 """Sharding rules, and the runs on eight devices."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -7,9 +8,10 @@ import sys
 
 import jax
 import pytest
-from tiny import GQA, MHA, llava_config, params_of
+from tiny import GQA, MHA, TWO_DROPS, VISION, llava_config, params_of
 
 from pdrop_jax import sharding
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora
 from pdrop_jax.model.params import abstract_params, path_name
@@ -17,9 +19,11 @@ from pdrop_jax.model.params import abstract_params, path_name
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("text", [MHA, GQA])
-def test_every_parameter_has_one_row(text):
-    config = llava_config(text)
+SIGLIP = dataclasses.replace(VISION, kind="siglip")
+
+
+@pytest.mark.parametrize("config", [llava_config(MHA), llava_config(GQA), LlavaConfig(SIGLIP, GQA, TWO_DROPS)])
+def test_every_parameter_has_one_row(config):
     params = jax.eval_shape(lambda params: add_lora(params, config, 2, 4.0), abstract_params(config))
     for path, x in jax.tree.leaves_with_path(params):
         assert len(sharding.logical_axes(path_name(path))) == x.ndim, path_name(path)

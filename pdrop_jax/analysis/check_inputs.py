@@ -15,7 +15,7 @@ from pdrop_jax.analysis.report import Figures, Row, error
 from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import grid_shape, token_table, unpadded
-from pdrop_jax.inputs.conversation import LLAVA_TEMPLATES, load_tokenizer, render, token_ids
+from pdrop_jax.inputs.conversation import TEMPLATES, load_tokenizer, render, token_ids
 from pdrop_jax.inputs.images import as_tokens, open_image
 from pdrop_jax.inputs.targets import tokenize, training_text, turns_of
 
@@ -97,8 +97,9 @@ def prompts(_folder: pathlib.Path, info: Any, _arrays: Any, _load: Any) -> Row:
     """Text of the templates that are ours, with and without the last answer."""
     turns = [tuple(turn) for turn in info["turns"]]
     found = []
-    for name in LLAVA_TEMPLATES:
-        recorded = info["templates"][name]
+    for name, recorded in info["templates"].items():
+        if name not in TEMPLATES:
+            continue
         texts = {
             "full_2_turns": turns,
             "generation_prompt_turn1": [(turns[0][0], None)],

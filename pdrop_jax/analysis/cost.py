@@ -54,7 +54,7 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     # Keys of all tokens, one query, their products.
     ranking = sum(stage.slots * D * K * H + D * N * H + stage.slots * N * H for stage in plan[:-1] if bucket.images)
     V, P = vision.hidden_size, vision.patch_size
-    tokens = vision.num_patches + 1
+    tokens = vision.class_tokens + vision.num_patches
     VN, VH = vision.num_heads, vision.head_dim
     tower = config.vision_layers * _layer(tokens, V, VN, VN, VH, 2 * V * vision.intermediate_size)
     tower += vision.num_patches * 3 * P**2 * V

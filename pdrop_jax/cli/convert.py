@@ -32,13 +32,14 @@ def run(
     Args:
       source: its folder, with config.json and safetensors or .bin files; left out with --llm.
       out: folder to write.
-      llm: folder of a LLaMA-family language model, to make a LLaVA of it and a vision tower.
+      llm: folder of a LLaMA, Mistral or Qwen2 language model, to make a LLaVA of it and a vision tower.
       vision: folder of the vision tower, for --llm or an original checkpoint that holds none.
       projector: file of a pretrained projector, mm_projector.bin or .safetensors, in place of the checkpoint's or a new
         one.
       projector_type: of the projector with --llm; without it that of --projector or mlp2x_gelu.
       seed: of a new projector.
-      template: of the conversations; without it vicuna_v1.
+      template: of the conversations; without it vicuna_v1 for LLaMA, llama_3 for Llama 3, mistral_instruct for Mistral,
+        qwen for Qwen2.
       tokenizer: folder of the tokenizer files, without it the checkpoint's or the language model's.
       dtype: to store, without it float32 if the checkpoint is, otherwise bfloat16.
       layers: drop image tokens after these many layers; without it 8 16 24 if the decoder has more. "none" drops none.

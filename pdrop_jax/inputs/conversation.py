@@ -77,10 +77,32 @@ TEMPLATES = {
         answered="<|im_end|>",
         end_token="<|im_end|>",
     ),
+    # The text that LLaVA-NeXT trains on. Its own conversation class writes <|start_header_id|> twice before user.
+    "llama_3": Template(
+        first_question=(
+            "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+            "You are able to understand the visual content that the user provides, "
+            "and assist the user with a variety of tasks using natural language.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n"
+        ),
+        question="<|start_header_id|>user<|end_header_id|>\n\n",
+        asked="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer="",
+        answered="<|eot_id|>",
+        end_token="<|eot_id|>",
+    ),
+    # "qwen_1_5" of LLaVA-NeXT, which its Qwen2 and OneVision models share.
+    "qwen": Template(
+        first_question="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        question="<|im_start|>user\n",
+        asked="<|im_end|>\n<|im_start|>assistant\n",
+        answer="",
+        answered="<|im_end|>\n",
+        end_token="<|im_end|>",
+    ),
     # Not of LLaVA: a question and its answer without any mark of who speaks, as the demo's model was taught.
     "bare": Template(first_question="", question="", asked="", answer=" ", answered="</s>", end_token="</s>"),
 }
-LLAVA_TEMPLATES = tuple(name for name in TEMPLATES if name != "bare")
 
 
 def template_named(name: str) -> Template:

@@ -3,39 +3,44 @@
 import os
 import pathlib
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pdrop_jax.config import LlavaConfig, read_json
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
+ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | LlavaNextImageProcessorPil
 
 MAX_ASPECT = 64  # long edge over short edge that is still resized whole before the centre crop
 STRIP = 256  # rows that are padded and resized at a time
 
 
-def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> Any:
-    """The image processor described in ``folder``, or CLIP's own at the tower's size if the folder describes none.
+def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProcessor:
+    """The image processor described in ``folder``, or the tower's usual one if the folder describes none.
 
     Returns:
-      A transformers CLIPImageProcessorPil, or a LlavaNextImageProcessorPil where pictures are tiled.
+      The one of transformers that works without torch; where pictures are tiled it makes the tiles.
 
     Raises:
-      UserError: the description cannot be read, is not of CLIP's kind (resize the short edge, cut out the centre), or
-        its crops or tiles are not of the model's sizes.
+      UserError: the description cannot be read, is neither of CLIP's kind (resize the short edge, cut out the centre)
+        nor of SigLIP's (resize both edges), or its crops or tiles are not of the model's sizes.
     """
-    size = config.vision.image_size
-    settings = _read_settings(folder) or {
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-    }
-    kind: Any = CLIPImageProcessorPil
+    side = config.vision.image_size
+    square = {"height": side, "width": side}
+    siglip = config.vision.kind == "siglip"
+    settings = _read_settings(folder) or (
+        {"size": square} if siglip else {"size": {"shortest_edge": side}, "crop_size": square}
+    )
+    size = settings.get("size")
+    both_edges = "height" in size if isinstance(size, dict) else siglip
+    kind: Any = SiglipImageProcessorPil if both_edges else CLIPImageProcessorPil
     if config.tiling:
         kind, points = LlavaNextImageProcessorPil, [list(point) for point in config.tiling.pinpoints]
         if settings.setdefault("image_grid_pinpoints", points) != points:
@@ -47,13 +52,21 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> Any:
         processor = kind.from_dict(settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"the image processor in {folder} cannot be read: {_one_line(error)}") from None
-    if not (processor.do_resize and processor.do_center_crop and processor.size.shortest_edge):
-        raise UserError(f"the image processor in {folder} is not supported: expected CLIP's, with size.shortest_edge")
-    crop = (processor.crop_size.height, processor.crop_size.width)
-    if crop != (size, size):
+    if both_edges:
+        cuts = settings.get("do_center_crop", "crop_size" in settings)
+        supported, crop = processor.do_resize and not cuts and processor.size.height, processor.size
+    else:
+        supported = processor.do_resize and processor.do_center_crop and processor.size.shortest_edge
+        crop = processor.crop_size
+    if not supported:
         raise UserError(
-            f"the image processor in {folder} makes crops of {crop[1]}x{crop[0]} pixels, but the vision tower takes "
-            f"{size}x{size}: copy the preprocessor_config.json of this model"
+            f"the image processor in {folder} is not supported: expected CLIP's, with size.shortest_edge, or SigLIP's, "
+            "with size.height and size.width"
+        )
+    if (crop.height, crop.width) != (side, side):
+        raise UserError(
+            f"the image processor in {folder} makes crops of {crop.width}x{crop.height} pixels, but the vision tower "
+            f"takes {side}x{side}: copy the preprocessor_config.json of this model"
         )
     return processor
 
@@ -149,7 +162,7 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
-def as_tokens(image: Image.Image, processor: Any, config: LlavaConfig) -> ImageTokens:
+def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:
     """An RGB image as the model takes it: its crops, and which of their features are its tokens.
 
     Args:
@@ -164,18 +177,21 @@ def as_tokens(image: Image.Image, processor: Any, config: LlavaConfig) -> ImageT
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 
 
-def to_crop(image: Image.Image, processor: CLIPImageProcessorPil, aspect: Literal["square", "pad"]) -> np.ndarray:
+def to_crop(image: Image.Image, processor: ImageProcessor, aspect: Literal["square", "pad"]) -> np.ndarray:
     """The model's input for a whole picture.
 
     Args:
       image: RGB.
-      aspect: "square" resizes the short edge and cuts out the centre; "pad" first makes the picture square with bars
-        of the mean colour.
+      aspect: "square" resizes the short edge and cuts out the centre, or with SigLIP's processor resizes both edges;
+        "pad" first makes the picture square with bars of the mean colour.
 
     Returns:
       (h, w, 3) float32, normalised.
     """
-    image = _pad_and_resize(image, processor) if aspect == "pad" else _trim(image)
+    if aspect == "pad":
+        image = _pad_and_resize(image, processor)
+    elif processor.do_center_crop:
+        image = _trim(image)
     pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]
     return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32)
 
@@ -192,13 +208,13 @@ def _trim(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if cut else image
 
 
-def _pad_and_resize(image: Image.Image, processor: CLIPImageProcessorPil) -> Image.Image:
-    """The picture in the middle of a square of the mean colour, resized to the processor's short edge.
+def _pad_and_resize(image: Image.Image, processor: ImageProcessor) -> Image.Image:
+    """The picture in the middle of a square of the mean colour, resized to the processor's size.
 
     Pillow resizes along rows first, then along columns, so rows can be padded and shortened strip by strip. The pixels
     are those of the whole square, but 20000x10 pixels never become 20000x20000.
     """
-    size, side = processor.size.shortest_edge, max(image.size)
+    size, side = processor.size.shortest_edge or processor.size.height, max(image.size)
     background = tuple(int(mean * 255) for mean in processor.image_mean)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     narrow = Image.new("RGB", (size, side), background)

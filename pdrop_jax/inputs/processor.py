@@ -265,8 +265,9 @@ class Processor:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: the model's EOS and whichever turn-ending tokens its tokenizer has, ascending."""
-        vocab = self.tokenizer.get_vocab()
-        ends = {vocab[t.end_token] for t in TEMPLATES.values() if t.end_token in vocab}
+        # Not its whole vocabulary: a mark of another model may be ordinary text to it.
+        special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}
+        ends = {special[t.end_token] for t in TEMPLATES.values() if t.end_token in special}
         return tuple(sorted(ends.union(self.config.eos_token_ids)))
 
     def decode(self, ids: Iterable[int]) -> str:

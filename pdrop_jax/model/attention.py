@@ -28,6 +28,7 @@ def attention(
     *,
     causal: bool,
     length: jax.Array | None = None,
+    window: int | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Scaled dot-product attention with the softmax in float32; query heads share key-value heads if N > K.
@@ -38,6 +39,7 @@ def attention(
       v: (B, S, K, H).
       causal: query t sees keys 0..t; T must equal S.
       length: (B,) int32, keys from ``length[b]`` on are not seen; None is S.
+      window: with ``causal``, query t sees keys t - window + 1 .. t (Mistral, section 2); None is all up to t.
       implementation: see the module.
 
     Returns:
@@ -49,21 +51,33 @@ def attention(
     chosen = _choose(q, k, causal) if implementation == "auto" else implementation
     if causal and q.shape[1] != k.shape[1]:
         raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
+    if window is not None and not causal:
+        raise ValueError("a sliding window is for causal attention")
+    if window is not None and window >= k.shape[1]:
+        window = None  # hides nothing
     if chosen == "splash":
-        return _splash(q, k, v, causal, length)
+        return _splash(q, k, v, causal, length, window)
     if chosen == "blocked":
-        return _blocked(q, k, v, causal, length)
+        return _blocked(q, k, v, causal, length, window)
     if chosen == "cudnn" and (q.dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() != "gpu"):
         raise UserError(
             f"cudnn attention needs bfloat16 or float16 on a GPU, got {q.dtype} on {jax.default_backend()}: "
             "use implementation='xla'"
         )
+    # A padding query far behind the valid keys has only padding in its window: were that hidden, it would have no key.
+    # From valid queries the causal mask hides padding anyway.
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=length, query_seq_lengths=None, implementation=chosen
+        q,
+        k,
+        v,
+        is_causal=causal,
+        key_value_seq_lengths=length if window is None else None,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=chosen,
     )
 
 
-def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, window: int | None = None) -> jax.Array:
     """``attention`` of one new token to a cache: a matrix-vector product for each head, no flash kernel helps.
 
     Args:
@@ -71,6 +85,7 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) ->
       k: (B, K, C, H), one layer of a cache.
       v: (B, K, C, H).
       length: (B,) int32, valid slots, the new token's own included.
+      window: how many of them the token sees, the last ones; None is all.
 
     Returns:
       (B, 1, N, H), dtype of q.
@@ -78,7 +93,10 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) ->
     B, _, N, H = q.shape
     q = q.reshape(B, k.shape[1], -1, H)  # (B, K, G, H)
     logits = jnp.einsum("BKGH,BKCH->BKGC", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    seen = jnp.arange(k.shape[2]) < length[:, None]  # (B, C)
+    slot = jnp.arange(k.shape[2])
+    seen = slot < length[:, None]  # (B, C)
+    if window is not None and window < k.shape[2]:
+        seen &= slot >= length[:, None] - window
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
     return jnp.einsum("BKGC,BKCH->BKGH", probs.astype(v.dtype), v).reshape(B, 1, N, H)
 
@@ -100,8 +118,10 @@ def _choose(q: jax.Array, k: jax.Array, causal: bool) -> Literal["xla", "blocked
     return "xla"
 
 
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, length: jax.Array | None) -> jax.Array:
-    """Exact softmax, a block of queries at a time, against no key behind the block's end if causal.
+def _blocked(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, length: jax.Array | None, window: int | None
+) -> jax.Array:
+    """Exact softmax, a block of queries at a time, against no key that all of the block cannot see.
 
     Half of the causal square is never computed, and a block's scores stay in the processor's cache between the
     products.
@@ -113,20 +133,21 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, length: jax
     blocks = []
     for start in range(0, T, BLOCK):
         rows = slice(start, min(start + BLOCK, T))
-        keys = slice(0, rows.stop if causal else S)
+        keys = slice(max(0, start - window + 1) if window else 0, rows.stop if causal else S)
         logits = jnp.einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k[:, :, keys], preferred_element_type=jnp.float32)
-        logits = jnp.where(_seen(rows, keys.stop, causal, length), logits * H**-0.5, -jnp.inf)
+        logits = jnp.where(_seen(rows, keys, causal, length, window), logits * H**-0.5, -jnp.inf)
         probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         blocks.append(jnp.einsum("BKGTS,BKSH->BKGTH", probs, v[:, :, keys]))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _seen(rows: slice, S: int, causal: bool, length: jax.Array | None) -> jax.Array:
-    """Which of S keys the queries ``rows`` see; broadcasts to (B, K, G, T, S)."""
-    key = jnp.arange(S)
+def _seen(rows: slice, keys: slice, causal: bool, length: jax.Array | None, window: int | None) -> jax.Array:
+    """Which of the keys ``keys`` the queries ``rows`` see; broadcasts to (B, K, G, T, S)."""
+    key = jnp.arange(keys.start, keys.stop)
     if causal:  # a valid query stands before all padding, so the causal mask hides it already
-        return key <= jnp.arange(rows.start, rows.stop)[:, None]
-    return jnp.ones(S, bool) if length is None else (key < length[:, None])[:, None, None, None]
+        query = jnp.arange(rows.start, rows.stop)[:, None]
+        return (key <= query) & (key > query - window) if window else key <= query
+    return jnp.ones(key.shape, bool) if length is None else (key < length[:, None])[:, None, None, None]
 
 
 def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
@@ -137,7 +158,7 @@ def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
     return ""
 
 
-def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:  # jax keeps the type private
+def _splash_kernel(num_heads: int, length: int, window: int | None, interpret: bool) -> Any:  # the type is private
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -152,12 +173,20 @@ def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:  # jax 
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(num_heads)])
-    return splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    shape = (length, length)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
+    heads = masks.MultiHeadMask([mask] * num_heads)
+    return splash.make_splash_mha_single_device(heads, block_sizes=blocks, interpret=interpret)
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, length: jax.Array | None, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    causal: bool,
+    length: jax.Array | None,
+    window: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     if objection := _splash_objection(q, k, causal):
         raise UserError(f"{objection}: use implementation='xla'")
@@ -165,22 +194,24 @@ def _splash(
     length = jnp.full(B, S, jnp.int32) if length is None else length
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _splash_local(q, k, v, length, interpret)
+        return _splash_local(q, k, v, length, window, interpret)
     # The compiler cannot cut a kernel: each device is given its rows and heads. Key-value heads that cannot be shared
     # out are repeated, so that every device has those of its queries.
     cut = partition(("batch", None, "heads", None), q.shape, mesh)
     if partition(("batch", None, "heads", None), k.shape, mesh) != cut:
         k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-    local = functools.partial(_splash_local, interpret=interpret)
+    local = functools.partial(_splash_local, window=window, interpret=interpret)
     specs = (cut, cut, cut, PartitionSpec(cut[0]))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(q, k, v, length)
 
 
-def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, interpret: bool) -> jax.Array:
+def _splash_local(
+    q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, window: int | None, interpret: bool
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     S, N, H = q.shape[1:]
     valid = (jnp.arange(S) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own
-    kernel = _splash_kernel(N, S, interpret)
+    kernel = _splash_kernel(N, S, window, interpret)
     q, k, v = (x.swapaxes(1, 2) for x in (q * H**-0.5, k, v))  # the kernel does not scale
     return jax.vmap(kernel)(q, k, v, splash.SegmentIds(valid, valid)).swapaxes(1, 2)

@@ -92,7 +92,8 @@ def run_stages(
 
         def body(x: jax.Array, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
-                out = attention(q, k, v, causal=True, length=length, implementation=implementation)
+                window = config.text.sliding_window
+                out = attention(q, k, v, causal=True, length=length, window=window, implementation=implementation)
                 return out, None if new_slots is None else cache_prompt(k, v, new_slots)
 
             out, cache = bind_layer(config.text, params)(x, rope, attend)
@@ -136,7 +137,7 @@ def run_token(
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache]:
                 written = write_token(cache, n, k, v, slot)
-                return attend_cache(q, written.k[n], written.v[n], slot + 1), written
+                return attend_cache(q, written.k[n], written.v[n], slot + 1, config.text.sliding_window), written
 
             return bind_layer(config.text, params)(x, rope, attend), None
 

@@ -81,12 +81,13 @@ class VisionMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.up(x)
-        h = h * jax.nn.sigmoid(1.702 * h) if self.activation == "quick_gelu" else jax.nn.gelu(h, approximate=False)
-        return self.down(h)
+        if self.activation == "quick_gelu":
+            return self.down(h * jax.nn.sigmoid(1.702 * h))
+        return self.down(jax.nn.gelu(h, approximate=self.activation == "gelu_tanh"))
 
 
 class VisionLayer(nnx.Module):
-    """A CLIP encoder layer: pre-norm, full attention. (B, T, D) -> (B, T, D)."""
+    """A CLIP or SigLIP encoder layer: pre-norm, full attention. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         D, N, H = config.hidden_size, config.num_heads, config.head_dim
@@ -103,21 +104,24 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEmbedding(nnx.Module):
-    """Patches, class token and positions of a CLIP tower. (B, h, w, 3) -> (B, 1 + patches, D)."""
+    """Patches and positions of a vision tower, CLIP's with a class token and a norm. (B, h, w, 3) -> (B, T, D)."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        D, P = config.hidden_size, config.patch_size
-        self.patch = nnx.Conv(3, D, (P, P), strides=P, padding="VALID", use_bias=False, rngs=rngs)
-        self.class_token = nnx.Param(jnp.zeros((D,)))
-        self.position = nnx.Param(jnp.zeros((1 + config.num_patches, D)))
-        self.norm = layer_norm(D, epsilon=config.norm_eps, rngs=rngs)
+        D, P, self.clip = config.hidden_size, config.patch_size, config.kind == "clip"
+        self.patch = nnx.Conv(3, D, (P, P), strides=P, padding="VALID", use_bias=not self.clip, rngs=rngs)
+        self.position = nnx.Param(jnp.zeros((config.class_tokens + config.num_patches, D)))
+        if self.clip:
+            self.class_token = nnx.Param(jnp.zeros((D,)))
+            self.norm = layer_norm(D, epsilon=config.norm_eps, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         patches = self.patch(pixels)
         B, _, _, D = patches.shape
+        tokens = patches.reshape(B, -1, D)
+        if not self.clip:
+            return tokens + self.position[...]
         class_token = jnp.broadcast_to(self.class_token[...], (B, 1, D))
-        tokens = jnp.concatenate([class_token, patches.reshape(B, -1, D)], axis=1)
-        return self.norm(tokens + self.position[...])
+        return self.norm(jnp.concatenate([class_token, tokens], axis=1) + self.position[...])
 
 
 class Projector(nnx.Module):

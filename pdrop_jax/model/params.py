@@ -2,7 +2,7 @@
 
 The tree is a nested dict::
 
-    vision.embed.{patch, class_token, position, norm}
+    vision.embed.{patch, class_token, position, norm}, of SigLIP {patch, position}
     vision.layers.*        one stack (L, ...): the layers that run, up to the selected hidden state
     projector.linear_{0, 1}
     newline.embedding      (D,), where pictures are tiled

@@ -16,9 +16,9 @@ from pdrop_jax.schedule import keep_table
 def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, rope: Rope) -> jax.Array:
     """Attention that the query rows pay to every slot in the layer after the boundary.
 
-    The next layer's norm, q and k projections and rope on the current hidden states, softmax over all causal keys in
-    float32, mean over heads, mean over the row's query rows. Keys need a projection, values do not, and queries only
-    at the query rows. No gradient flows through.
+    The next layer's norm, q and k projections and rope on the current hidden states, softmax in float32 over all keys
+    that the layer's attention lets the row see, mean over heads, mean over the row's query rows. Keys need a
+    projection, values do not, and queries only at the query rows. No gradient flows through.
 
     Args:
       next_layer: parameters of the first layer behind the boundary.
@@ -36,8 +36,11 @@ def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, ro
     B, Q, _, H = q.shape
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
     logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32) / H**0.5
-    causal = jnp.arange(buffer.slots) <= rows[..., None]  # (B, Q, S)
-    probs = jax.nn.softmax(jnp.where(causal[:, None, None], logits, -jnp.inf), axis=-1)
+    slot = jnp.arange(buffer.slots)
+    seen = slot <= rows[..., None]  # (B, Q, S)
+    if config.sliding_window is not None and config.sliding_window < buffer.slots:
+        seen &= slot > rows[..., None] - config.sliding_window
+    probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
     used = (buffer.query_rows >= 0).astype(jnp.float32)  # (B, Q)
     by_row = probs.mean((1, 2)) * used[..., None]  # (B, Q, S)
     return jax.lax.stop_gradient(by_row.sum(1) / jnp.maximum(used.sum(1), 1)[:, None])

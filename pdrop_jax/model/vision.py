@@ -1,4 +1,4 @@
-"""Pictures to token embeddings: the CLIP tower up to the selected hidden state, then the projector."""
+"""Pictures to token embeddings: the vision tower up to the selected hidden state, then the projector."""
 
 from typing import Any
 
@@ -27,7 +27,10 @@ def vision_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
 ) -> jax.Array:
-    """(P, h, w, 3) normalised pixels -> (P, 1 + patches, D_vision), the selected hidden state with the class token."""
+    """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
+
+    The tower's last norm is no part of any hidden state, as in transformers.
+    """
     x = bind(VisionEmbedding, config.vision, params=params["embed"])(constrain(pixels, "batch", None, None, None))
     if implementation == "splash":  # serves causal attention only: forcing it means the decoder
         implementation = "xla"
@@ -58,7 +61,7 @@ def image_features(
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
     x = vision_features(config, params["vision"], pixels, implementation, remat)
-    x = x if config.keep_class_token else x[:, 1:]
+    x = x if config.keep_class_token else x[:, config.vision.class_tokens :]
     sizes = (config.vision.hidden_size, config.text.hidden_size, config.projector_layers)
     x = bind(Projector, *sizes, params=params["projector"])(x)
     x = x.reshape(B, C * config.image_tokens, -1)

@@ -1,5 +1,6 @@
 """Export: back to the same names and bits, and to what transformers loads without a word."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 from tiny_torch import GOLDEN, VARIANTS, as_version_4, assert_same, edit_json, rewrite, weights
 
 from pdrop_jax import checkpoint
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert import exporter
 from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.importer import convert
@@ -42,8 +44,10 @@ def test_there_and_back_to_hugging_face(variant, hf_folder, tmp_path):
 def test_transformers_loads_the_export_as_the_same_model(variant, torch_model, hf_folder, tmp_path):
     convert(hf_folder[variant], tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back", "hf")
-    expected = torch_model[variant].state_dict()
-    loaded = load_in_torch(tmp_path / "back").state_dict()
+    model = load_in_torch(tmp_path / "back")
+    theirs, ours = (LlavaConfig.from_hf(m.config.to_dict()) for m in (torch_model[variant], model))
+    assert ours == theirs
+    expected, loaded = torch_model[variant].state_dict(), model.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], x) for name, x in expected.items())
 
@@ -68,6 +72,30 @@ def test_there_and_back_to_the_original(name, tmp_path):
     assert {key: back[key] for key in same} == {key: source[key] for key in same}
     convert(tmp_path / "back", tmp_path / "again")
     assert checkpoint.load(tmp_path / "again")[0] == checkpoint.load(tmp_path / "ours")[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("llama_3", "llama"), ("mistral", "mistral"), ("qwen2_siglip_head", "qwen")]
+)
+def test_the_other_families_there_and_back_by_way_of_the_original_format(variant, kind, hf_folder, tmp_path):
+    convert(hf_folder[variant], tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "original", "original")
+    data = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert (data["model_type"], data["architectures"]) == (f"llava_{kind}", [f"Llava{kind.title()}ForCausalLM"])
+    convert(tmp_path / "original", tmp_path / "again")
+    config, again = (checkpoint.load(tmp_path / name)[0] for name in ("ours", "again"))
+    assert again == dataclasses.replace(config, image_token_id=None)
+    export(tmp_path / "again", tmp_path / "original again", "original")
+    assert_same(weights(tmp_path / "original again"), weights(tmp_path / "original"))
+
+
+def test_the_siglip_tower_beside_an_original_export_loads_in_transformers(torch_model, hf_folder, tmp_path):
+    convert(hf_folder["qwen2_siglip_head"], tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back", "original")
+    tower = transformers.AutoModel.from_pretrained(tmp_path / "back" / "siglip_tower")
+    expected = torch_model["qwen2_siglip_head"].model.vision_tower.state_dict()
+    assert tower.state_dict().keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in tower.state_dict().items())
 
 
 def test_the_tower_beside_an_original_export_loads_in_transformers(tmp_path):

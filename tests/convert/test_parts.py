@@ -11,12 +11,13 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
-from tiny_torch import GOLDEN, assert_same, edit_json, rewrite, weights
+from tiny_torch import GOLDEN, VARIANTS, assert_same, edit_json, rewrite, weights
 
 from pdrop_jax import cli
 from pdrop_jax.checkpoint import load
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.check import compare
+from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.importer import convert, write
 from pdrop_jax.convert.sources import open_parts, open_source
 from pdrop_jax.errors import UserError
@@ -28,7 +29,7 @@ D, D_VISION = 48, 32
 
 def take_apart(model, root):
     """Saves a LlavaForConditionalGeneration as llm/, vision/ and mm_projector.bin."""
-    llm = transformers.LlamaForCausalLM(model.config.text_config)
+    llm = transformers.AutoModelForCausalLM.from_config(model.config.text_config)
     llm.model.load_state_dict(model.model.language_model.state_dict())
     llm.lm_head.weight = model.lm_head.weight
     llm.save_pretrained(root / "llm")
@@ -84,7 +85,7 @@ def refused(parts, tmp_path, message, lines=1, **kwargs):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("variant", ["mha", "gqa", "tied", "bias"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_parts_with_their_projector_are_the_whole(variant, taken_apart, hf_folder, tmp_path):
     parts = taken_apart[variant]
     config, arrays = join(parts, tmp_path / "out", projector=parts / "mm_projector.bin")
@@ -94,6 +95,41 @@ def test_parts_with_their_projector_are_the_whole(variant, taken_apart, hf_folde
     assert config == dataclasses.replace(summary.config, image_aspect="pad", image_token_id=None)
     unused = "unused.safetensors"
     assert_same(load_file(tmp_path / "out" / unused), load_file(tmp_path / "whole" / unused))
+
+
+def test_a_tower_may_be_half_of_a_siglip(taken_apart, tmp_path):
+    parts = shutil.copytree(taken_apart["qwen2_siglip_head"], tmp_path / "parts")
+    expected = join(parts, tmp_path / "expected", seed=1)
+    tower = transformers.SiglipVisionModel.from_pretrained(parts / "vision")
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text |= {"vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.SiglipConfig(text_config=text, vision_config=tower.config.to_dict())
+    whole = transformers.SiglipModel(config)
+    whole.vision_model.load_state_dict(tower.state_dict())
+    shutil.rmtree(parts / "vision")
+    whole.save_pretrained(parts / "vision")
+    config, arrays = join(parts, tmp_path / "out", seed=1)
+    assert config == expected[0]
+    assert_same(arrays, expected[1])
+
+
+@pytest.mark.parametrize("variant", ["mistral", "qwen2_siglip"])
+def test_joined_parts_go_to_transformers(variant, taken_apart, torch_model, tmp_path):
+    parts = shutil.copytree(taken_apart[variant], tmp_path / "parts")
+    (parts / "llm" / "tokenizer.model").unlink()
+    source = open_parts(parts / "llm", parts / "vision", projector=parts / "mm_projector.bin")
+    config = write(source, tmp_path / "ours").config
+    assert config.template == {"mistral": "mistral_instruct", "qwen2_siglip": "qwen"}[variant]
+    difference, largest = compare(source, tmp_path / "ours")
+    assert largest > 1
+    assert difference < 1e-4
+    export(tmp_path / "ours", tmp_path / "back", "hf")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "back")
+    expected = torch_model[variant].state_dict()
+    for name, x in model.state_dict().items():
+        rows = len(expected[name]) if x.ndim else None  # "<image>" has made the vocabulary larger
+        assert torch.equal(x[:rows], expected[name]), name
+    assert model.config.image_token_id == 71
 
 
 def test_a_language_model_in_shards_and_half_precision(parts, tmp_path):
@@ -263,12 +299,14 @@ def test_all_that_is_wrong_with_the_parts_is_reported_at_once(parts, tmp_path):
 
 def test_parts_of_another_kind(parts, hf, tmp_path):
     config = parts / "llm" / "config.json"
-    for kind in ("mistral", "llava_llama", "llava"):
+    for kind in ("gemma", "llava_llama", "llava"):
         edit_json(config, model_type=kind)
-        refused(parts, tmp_path, f"--llm takes a LLaMA-family language model, .*llm has model_type '{kind}'")
+        refused(
+            parts, tmp_path, f"--llm takes a llama or mistral or qwen2 language model, .*llm has model_type '{kind}'"
+        )
     edit_json(config, model_type="llama")
-    edit_json(parts / "vision" / "config.json", model_type="siglip_vision_model")
-    refused(parts, tmp_path, "vision model_type 'siglip_vision_model' is not supported")
+    edit_json(parts / "vision" / "config.json", model_type="dinov2")
+    refused(parts, tmp_path, "vision model_type 'dinov2' is not supported")
     shutil.rmtree(parts / "vision")
     refused(parts, tmp_path, "vision is no checkpoint: it has no config.json")
     convert(hf, tmp_path / "ours")

@@ -1,5 +1,6 @@
 """LlavaConfig from both kinds of config.json."""
 
+import dataclasses
 import json
 
 import pytest
@@ -68,6 +69,21 @@ OTHER = LlavaConfig(
     bos_token_id=3,
     eos_token_ids=(4, 5),
 )
+SIGLIP = VisionConfig(28, 14, 32, 64, 3, 4, 1e-6, "gelu_tanh", "siglip")
+QWEN2 = dataclasses.replace(
+    OTHER,
+    vision=SIGLIP,
+    text=dataclasses.replace(OTHER.text, family="qwen2", output_bias=False, sliding_window=6),
+    keep_class_token=False,
+    template="qwen",
+    bos_token_id=None,
+    eos_token_ids=(),
+)
+MISTRAL = dataclasses.replace(
+    OTHER,
+    text=dataclasses.replace(OTHER.text, family="mistral", qkv_bias=False, output_bias=False),
+    template="mistral_instruct",
+)
 
 
 def test_the_published_original_7b():
@@ -79,9 +95,45 @@ def test_the_published_hugging_face_7b():
     assert LlavaConfig.from_hf(HF_7B) == expected
 
 
-def test_keys_left_out_have_the_defaults_of_transformers():
-    theirs = transformers.LlavaConfig()
-    assert LlavaConfig.from_hf({"model_type": "llava"}) == LlavaConfig.from_hf(theirs.to_dict())
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("vision", ["clip_vision_model", "siglip_vision_model"])
+def test_keys_left_out_have_the_defaults_of_transformers(text, vision):
+    data = {"text_config": {"model_type": text}, "vision_config": {"model_type": vision}}
+    data |= {"model_type": "llava", "vision_feature_select_strategy": "full"}
+    theirs = transformers.LlavaConfig(
+        text_config=transformers.AutoConfig.for_model(text),
+        vision_config=transformers.AutoConfig.for_model(vision),
+        vision_feature_select_strategy="full",
+    )
+    assert LlavaConfig.from_hf(data) == LlavaConfig.from_hf(theirs.to_dict())
+
+
+def test_parts_left_out_are_those_of_transformers():
+    assert LlavaConfig.from_hf({"model_type": "llava"}) == LlavaConfig.from_hf(transformers.LlavaConfig().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "template"),
+    [
+        ({}, "vicuna_v1"),
+        ({"vocab_size": 128256}, "llama_3"),
+        ({"model_type": "mistral"}, "mistral_instruct"),
+        ({"model_type": "qwen2"}, "qwen"),
+    ],
+)
+def test_the_template_is_what_llava_used_with_such_a_language_model(text, template):
+    assert LlavaConfig.from_hf(HF_7B | {"text_config": text}).template == template
+
+
+def test_a_qwen2_without_special_tokens_has_none():
+    config = LlavaConfig.from_hf(HF_7B | {"text_config": {"model_type": "qwen2"}})
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_an_original_siglip_tower_has_no_class_token_to_select(feature):
+    data = ORIGINAL_7B | {"mm_hidden_size": 32, "mm_vision_select_feature": feature}
+    assert not LlavaConfig.from_hf(data, vision=SIGLIP).keep_class_token
 
 
 def test_a_config_that_transformers_writes_says_the_same_as_a_short_one():
@@ -131,7 +183,7 @@ def test_the_recorded_original_model_takes_its_tower_from_a_folder():
     assert (config.vision, config.image_tokens, config.image_aspect) == (vision, 16, "pad")
 
 
-@pytest.mark.parametrize("config", [OTHER, LlavaConfig.llava_1_5_13b()])
+@pytest.mark.parametrize("config", [OTHER, LlavaConfig.llava_1_5_13b(), QWEN2, MISTRAL])
 def test_a_config_survives_both_formats(config):
     original = original_config(config, "float32")
     assert LlavaConfig.from_hf(original, vision=config.vision, schedule=config.schedule) == config
@@ -144,7 +196,11 @@ def test_a_config_survives_both_formats(config):
 @pytest.mark.parametrize(
     ("base", "change", "message"),
     [
-        (ORIGINAL_7B, {"model_type": "llava_mpt"}, "model_type 'llava_mpt' is not supported: llava_llama or llava"),
+        (
+            ORIGINAL_7B,
+            {"model_type": "llava_mpt"},
+            "'llava_mpt' is not supported: llava_llama or llava_mistral or llava_qwen or",
+        ),
         (ORIGINAL_7B, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio anyres, mm_patch_merge_type 'flat'"),
         (ORIGINAL_7B, ANYRES, r"tiled into \[\]: each side must be a multiple of the 336 pixels"),
         (ORIGINAL_7B, ANYRES | {"image_grid_pinpoints": [[336, 500]]}, r"tiled into \[\(500, 336\)\]"),
@@ -162,8 +218,13 @@ def test_a_config_survives_both_formats(config):
         (HF_7B, {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
         (HF_7B, {"vision_feature_layer": [-2, -5]}, "one layer"),
         (HF_7B, {"vision_feature_select_strategy": "cls"}, "default or full"),
-        (HF_7B, {"text_config": {"model_type": "qwen2"}}, "'qwen2' is not supported"),
-        (HF_7B, {"vision_config": {"model_type": "siglip_vision_model"}}, "siglip"),
+        (HF_7B, {"text_config": {"model_type": "gemma"}}, "'gemma' is not supported: llama or mistral or qwen2 is"),
+        (HF_7B, {"vision_config": {"model_type": "dinov2"}}, "'dinov2' is not supported: clip_vision_model or siglip"),
+        (
+            HF_7B,
+            {"vision_config": {"model_type": "siglip_vision_model"}},
+            "'default' cuts off .* siglip tower has none",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused(base, change, message):

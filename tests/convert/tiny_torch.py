@@ -9,23 +9,40 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 VARIANTS = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {"num_key_value_heads": 2, "head_dim": 16},
     "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "bias": {"num_key_value_heads": 2, "attention_bias": True},
+    "llama_3": {
+        "num_key_value_heads": 2,
+        "rope_parameters": LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    },
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 6},
+    "qwen2_siglip": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True, "siglip": True},
+    "qwen2_siglip_head": {"model_type": "qwen2", "num_key_value_heads": 2, "siglip": True, "vision_use_head": True},
 }
 
 
-def tiny_llava(**text):
+def tiny_llava(*, model_type="llama", siglip=False, vision_use_head=False, **text):
     """A random LlavaForConditionalGeneration; norms and biases are random too, or a forgotten one would not show."""
     torch.manual_seed(0)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=14
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"image_size": 28, "patch_size": 14}
+    if siglip:
+        vision = transformers.SiglipVisionConfig(**sizes, vision_use_head=vision_use_head)
+    else:
+        vision = transformers.CLIPVisionConfig(**sizes)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    text = transformers.LlamaConfig(vocab_size=71, max_position_embeddings=128, **sizes, **text)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=70)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.AutoConfig.for_model(
+            model_type, vocab_size=71, max_position_embeddings=128, **sizes, **text
+        ),
+        image_token_index=70,
+        vision_feature_select_strategy="full" if siglip else "default",
+    )
     model = transformers.LlavaForConditionalGeneration(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.1, 0.3)

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG, LLAVA_TEMPLATES, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG, TEMPLATES, place_images, render, token_ids
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -29,7 +29,7 @@ def sentencepiece_model():
     return SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer/tokenizer.model"))
 
 
-@pytest.mark.parametrize("name", LLAVA_TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name in PROMPTS["templates"]])
 def test_templates_are_byte_exact(name):
     recorded = PROMPTS["templates"][name]
     (q1, a1), (q2, a2) = PROMPTS["turns"]
@@ -45,6 +45,33 @@ def test_plain_holds_one_turn():
     assert render([("<image>", "a cat")], "plain") == "<image>\na cat\n"
     with pytest.raises(UserError, match=r"^template 'plain' holds 1 turn, got 2: choose another template$"):
         render([("a", "b"), ("c", None)], "plain")
+
+
+def test_llama_3_is_the_text_that_llava_next_trains_on():
+    asked = (
+        "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able "
+        "to understand the visual content that the user provides, and assist the user with a variety of tasks using "
+        "natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    again = (
+        "a cat<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert render([("<image>\nWhat?", None)], "llama_3") == asked
+    assert render([("<image>\nWhat?", "a cat"), ("Why?", None)], "llama_3") == asked + again
+    assert render([("<image>\nWhat?", "a cat"), ("Why?", "sun")], "llama_3") == asked + again + "sun<|eot_id|>"
+
+
+def test_qwen_is_chatml_with_its_system_prompt():
+    asked = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    again = "a cat<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert render([("<image>\nWhat?", None)], "qwen") == asked
+    assert render([("<image>\nWhat?", "a cat"), ("Why?", None)], "qwen") == asked + again
+    assert render([("<image>\nWhat?", "a cat"), ("Why?", "sun")], "qwen") == asked + again + "sun<|im_end|>\n"
 
 
 def test_bare_has_no_marks_but_the_end_of_an_answer():

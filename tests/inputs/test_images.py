@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.errors import UserError
@@ -254,6 +256,35 @@ def test_processor_that_cannot_be_used(tmp_path, text):
     with pytest.raises(UserError, match=r"image processor in|preprocessor_config\.json") as error:
         load_image_processor(tmp_path, of_size(56))
     assert "\n" not in str(error.value)
+
+
+SIGLIP = LlavaConfig(VisionConfig(image_size=56, kind="siglip"))
+
+
+@pytest.mark.parametrize("settings", [None, {"image_processor_type": "SiglipImageProcessor", "do_center_crop": None}])
+def test_siglip_squeezes_a_picture_as_transformers_does(settings, tmp_path):
+    if settings is not None:
+        settings |= {"size": {"height": 56, "width": 56}, "crop_size": None}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    image = noise(90, 40)
+    expected = processed_whole(image, SiglipImageProcessorPil(size={"height": 56, "width": 56}))
+    np.testing.assert_array_equal(to_crop(image, load_image_processor(tmp_path, SIGLIP), "square"), expected)
+
+
+def test_siglip_pads_to_a_square_as_transformers_does(tmp_path):
+    settings = {"size": {"height": 56, "width": 56}, "do_center_crop": False, "do_pad": True}
+    settings |= {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 0.25]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    image = noise(90, 40)
+    expected = processed_whole(image, LlavaImageProcessorPil(**settings))
+    crop = to_crop(image, load_image_processor(tmp_path, SIGLIP), "pad")
+    np.testing.assert_allclose(crop, expected, atol=1e-6)
+
+
+def test_siglip_of_another_size_is_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 42, "width": 56}}))
+    with pytest.raises(UserError, match="makes crops of 56x42 pixels, but the vision tower takes 56x56"):
+        load_image_processor(tmp_path, SIGLIP)
 
 
 def test_works_without_torch(tmp_path):

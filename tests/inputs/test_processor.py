@@ -280,6 +280,14 @@ def test_stop_ids(processor):
     assert chatml.stop_ids == (2, 320)
 
 
+def test_a_mark_of_another_model_ends_no_answer_where_it_is_ordinary_text():
+    backend = Tokenizer(models.BPE({"a": 0, "</s>": 1}, []))
+    backend.add_special_tokens(["<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    config = dataclasses.replace(CONFIG, bos_token_id=None, eos_token_ids=())
+    assert Processor(config, tokenizer, None).stop_ids == (2,)
+
+
 def test_decode(processor):
     ids = processor.tokenizer(" What is it ? é", add_special_tokens=False)["input_ids"]
     assert processor.decode([1, *ids, 2]) == "What is it ? é"

@@ -17,7 +17,7 @@ def qkv(N, K, T=6, S=6, H=8, dtype=np.float32):
     return tuple(jnp.asarray(rng.standard_normal((2, n, heads, H)), dtype) for n, heads in ((T, N), (S, K), (S, K)))
 
 
-def plain_attention(q, k, v, causal, length):
+def plain_attention(q, k, v, causal, length, window=None):
     """In double precision; query head n reads key-value head n // G."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
@@ -25,8 +25,11 @@ def plain_attention(q, k, v, causal, length):
     seen = np.arange(k.shape[1]) < np.reshape(length, (-1, 1, 1, 1))
     if causal:
         seen = seen & np.tri(q.shape[1], k.shape[1], dtype=bool)
+    if window is not None:
+        seen = seen & ~np.tri(q.shape[1], k.shape[1], -window, dtype=bool)
     weights = np.where(seen, np.exp(logits), 0)
-    return np.einsum("BNTS,BSNH->BTNH", weights / weights.sum(-1, keepdims=True), v)
+    total = np.maximum(weights.sum(-1, keepdims=True), 1e-99)  # a padding query may see nothing
+    return np.einsum("BNTS,BSNH->BTNH", weights / total, v)
 
 
 @HEADS
@@ -126,6 +129,56 @@ def test_the_gradient_of_the_tpu_kernel_agrees_with_xla():
     for x, y in zip(ours, expected, strict=True):
         assert float(jnp.abs(y).max()) > 0.1
         assert_close(x, y, atol=1e-5)
+
+
+@HEADS
+@pytest.mark.parametrize("window", [1, 3, 6, 99])
+def test_a_window_hides_the_keys_before_it(N, K, window):
+    q, k, v = qkv(N, K)
+    length = np.array([6, 3], np.int32)
+    ours = attention(q, k, v, causal=True, length=length, window=window, implementation="xla")
+    expected = plain_attention(q, k, v, True, length, window)
+    assert_close(ours[0], expected[0], atol=1e-6)
+    assert_close(ours[1, :3], expected[1, :3], atol=1e-6)
+    assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("window", [1, 3, BLOCK, BLOCK + 5])
+@pytest.mark.parametrize("T", [5, 3 * BLOCK + 9])
+def test_blocked_agrees_with_xla_on_a_window(window, T):
+    q, k, v = qkv(4, 2, T=T, S=T)
+    length = jnp.array([T, T // 2])
+    ours = attention(q, k, v, causal=True, length=length, window=window, implementation="blocked")
+    expected = attention(q, k, v, causal=True, length=length, window=window, implementation="xla")
+    assert_close(ours[0], expected[0], atol=2e-6)
+    assert_close(ours[1, : T // 2], expected[1, : T // 2], atol=2e-6)
+    assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("window", [1, 3, 6, 99])
+def test_a_token_sees_the_end_of_a_cache_through_a_window(window):
+    q, k, v = qkv(4, 2, T=6)
+    length = jnp.array([4, 6])
+    last = q[jnp.arange(2), length - 1][:, None]
+    ours = attend_cache(last, k.swapaxes(1, 2), v.swapaxes(1, 2), length, window)
+    expected = attention(q, k, v, causal=True, length=length, window=window, implementation="xla")
+    assert_close(ours[:, 0], expected[jnp.arange(2), length - 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [3, 150])
+def test_the_tpu_kernel_agrees_with_xla_on_a_window(window):
+    q, k, v = qkv(4, 2, T=256, S=256, H=128)
+    length = jnp.array([256, 100])
+    ours = module._splash(q, k, v, causal=True, length=length, window=window, interpret=True)
+    expected = attention(q, k, v, causal=True, length=length, window=window, implementation="xla")
+    assert_close(ours[0], expected[0], atol=1e-5)
+    assert_close(ours[1, :100], expected[1, :100], atol=1e-5)
+    assert np.isfinite(ours).all()
+
+
+def test_a_window_over_full_attention_is_refused():
+    with pytest.raises(ValueError, match="sliding window is for causal"):
+        attention(*qkv(2, 2), causal=False, window=3)
 
 
 def test_causal_attention_of_a_chunk_is_refused():

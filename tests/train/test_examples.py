@@ -8,6 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
@@ -107,6 +109,44 @@ def test_targets_are_ids_and_decode_to_the_answers(tiny, turns, template):
     pieces = np.split(np.arange(len(target)), np.flatnonzero(np.diff(target)) + 1)
     decoded = [tiny.decode(example.ids[piece]) for piece in pieces if target[piece[0]]]
     assert [text.lstrip(" ") for text in decoded] == [text.lstrip(" ") for text in answers]
+
+
+def byte_level(bos, *marks):
+    """A tokenizer like Llama 3's or Qwen2's: bytes and a few merges, marks, a BOS or none."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[*([bos] if bos else []), *marks],
+        initial_alphabet=backend.pre_tokenizer.alphabet(),
+    )
+    backend.train_from_iterator(["system user assistant helpful assistant user"], trainer)
+    if bos:
+        template = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 0)])
+        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos)
+
+
+LLAMA_3 = byte_level("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+QWEN2 = byte_level(None, "<|im_start|>", "<|im_end|>")
+
+
+@examples(max_examples=100)
+@given(turns=TURNS, template=st.sampled_from(["llama_3", "qwen"]), image=st.booleans())
+def test_targets_of_byte_level_tokenizers_are_the_answers(turns, template, image):
+    assume(not any("<" in text for turn in turns for text in turn))
+    tokenizer = LLAMA_3 if template == "llama_3" else QWEN2
+    if image:
+        turns = [(f"<image>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+    example = example_of(tokenizer, turns, template)
+    assert example.ids.tolist() == token_ids(tokenizer, render(turns, template))
+    assert (example.ids == 0).sum() == 1 if template == "llama_3" else example.ids[0] == 0  # BOS, or <|im_start|>
+    target = example.labels != IGNORE
+    np.testing.assert_array_equal(example.labels[target], example.ids[target])
+    pieces = np.split(np.arange(len(target)), np.flatnonzero(np.diff(target)) + 1)
+    decoded = [tokenizer.decode(example.ids[piece]) for piece in pieces if target[piece[0]]]
+    assert decoded == [answer + TEMPLATES[template].answered for _, answer in turns]
 
 
 def test_many_conversations_at_once_are_each_by_itself(tiny):
