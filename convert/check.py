@@ -9,18 +9,19 @@ import numpy as np
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import whole
+from pdrop_jax.inputs.anyres import count, tiled, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.processor import Row, assemble
+from pdrop_jax.inputs.processor import Row, assemble, choose_bucket
 from pdrop_jax.model.llava import forward
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
-from .exporter import hf_config
+from .exporter import hf_class, hf_config
 from .files import DTYPES
 from .names import NAMINGS, leaves, unrun_shapes
 from .sources import Source
 
 TEXT_TOKENS = 12
+SIZE = 100, 200  # pixels, height and width that a tiled picture is said to have
 
 
 def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
@@ -44,29 +45,35 @@ def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
 
 
 def fixed_row(config: LlavaConfig) -> Row:
-    """A prompt of ids spread over the vocabulary with the picture as its third token, and a picture of waves."""
+    """A prompt of ids spread over the vocabulary with the picture as its third token, and a picture of waves.
+
+    Where pictures are tiled it is twice as wide as high, and every tile shows it whole.
+    """
     V, size = config.text.vocab_size, config.vision.image_size
     ids = ((np.arange(TEXT_TOKENS) * 7919) % (V - 1)).tolist()  # never V - 1
     if config.bos_token_id is not None:
         ids[0] = config.bos_token_id
     t = np.linspace(0, 12, size, dtype=np.float32)
     picture = np.stack([np.sin(t[:, None] * a + t * b) for a, b in ((1, 0), (0, 1), (1, 1))], axis=-1)
-    return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (whole(picture, config),))
+    image = whole(picture, config)
+    if config.tiling:
+        crops, _ = count(SIZE, config)
+        image = tiled(np.stack([picture * (n + 1) / crops for n in range(crops)]), SIZE, config)
+    return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (image,))
 
 
 def our_logits(model: pathlib.Path, row: Row) -> np.ndarray:
     """(S, V) float32 of the dense model."""
     config, params = checkpoint.load(model, schedule=DropSchedule.none())
-    batch = assemble([row], config, Bucket(TEXT_TOKENS, (config.image_tokens,)))
+    batch = assemble([row], config, choose_bucket([row], config))
     run = jax.jit(lambda params, batch: forward(config, params, batch, implementation="xla").logits)
-    return np.asarray(run(params, batch)[0])
+    return np.asarray(run(params, batch)[0, : batch.length[0]])
 
 
 def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> np.ndarray:
     """(S, V) float32 of transformers' model with the tensors of ``source``."""
     import torch
-    from transformers import LlavaConfig as HFConfig
-    from transformers import LlavaForConditionalGeneration
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -74,16 +81,21 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
     # Any id will do for the picture as long as the prompt has no other use for it.
     placeholder = config.text.vocab_size - 1
     data = hf_config(config, dtype) | {"image_token_index": placeholder}
-    model = LlavaForConditionalGeneration.from_pretrained(
+    _, architecture = hf_class(config)
+    model = getattr(transformers, architecture).from_pretrained(
         None,
-        config=HFConfig.from_dict(data),
+        config=transformers.AutoConfig.for_model(**data),
         state_dict=_torch_state(source, dtype),
         dtype=getattr(torch, dtype),
     )
-    ids = [n for i in row.ids for n in ([placeholder] * config.image_tokens if i == IMAGE_PLACEHOLDER else [i])]
-    pixels = torch.from_numpy(row.images[0].crops[0].transpose(2, 0, 1)[None].copy()).to(getattr(torch, dtype))
+    (image,) = row.images
+    ids = [n for i in row.ids for n in ([placeholder] * len(image) if i == IMAGE_PLACEHOLDER else [i])]
+    pixels = torch.from_numpy(image.crops.transpose(0, 3, 1, 2).copy()).to(getattr(torch, dtype))
+    picture = {"pixel_values": pixels}
+    if config.tiling:
+        picture = {"pixel_values": pixels[None], "image_sizes": torch.tensor([SIZE])}
     with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].float().numpy()
+        return model.eval()(input_ids=torch.tensor([ids]), **picture).logits[0].float().numpy()
 
 
 def _torch_state(source: Source, dtype: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
 
 
 def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    """config.json of transformers' LlavaForConditionalGeneration.
+    """config.json of the class of transformers that the model is, see ``hf_class``.
 
     Raises:
       UserError: the model has something that class cannot express.
@@ -83,10 +83,16 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
             f"transformers' LLaVA has a projector of 2 layers, this model's has {config.projector_layers}: "
             "use --format original"
         )
+    kind, architecture = hf_class(config)
+    tiling = config.tiling
+    own: dict[str, Any] = {"image_grid_pinpoints": [list(point) for point in tiling.pinpoints]} if tiling else {}
+    if tiling and tiling.max_tiles:
+        own["vision_aspect_ratio"] = f"anyres_max_{tiling.max_tiles}"
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [architecture],
+        "model_type": kind,
         "torch_dtype": dtype,
+        **own,
         "image_token_index": config.image_token_id,
         "image_seq_length": config.image_tokens,
         "projector_hidden_act": "gelu",
@@ -99,17 +105,35 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     }
 
 
+def hf_class(config: LlavaConfig) -> tuple[str, str]:
+    """The model_type of Hugging Face's code that ``config`` is, and the class of transformers."""
+    if config.tiling is None:
+        return "llava", "LlavaForConditionalGeneration"
+    if config.tiling.max_tiles is None:
+        return "llava_next", "LlavaNextForConditionalGeneration"
+    return "llava_onevision", "LlavaOnevisionForConditionalGeneration"
+
+
 def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    """config.json of the original LLaVA code."""
+    """config.json of the original LLaVA code.
+
+    Raises:
+      UserError: it is a OneVision, of which that code's names are not known here.
+    """
+    tiling = config.tiling
+    if tiling and tiling.max_tiles:
+        raise UserError("a OneVision model can be exported in Hugging Face's format only: --format hf")
+    points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
     return {
         **config.text.to_hf(),
         **_special_tokens(config),
         "architectures": [ORIGINAL_CLASSES[config.text.family]],
         "model_type": ORIGINAL_TYPES[config.text.family],
         "torch_dtype": dtype,
-        "image_aspect_ratio": config.image_aspect,
+        "image_aspect_ratio": "anyres" if tiling else config.image_aspect,
+        **({"image_grid_pinpoints": points} if tiling else {}),
         "mm_hidden_size": config.vision.hidden_size,
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": "spatial_unpad" if tiling else "flat",
         "mm_projector_type": projector_type(config.projector_layers),
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
@@ -242,13 +266,19 @@ def _write_tower(
 def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
     """What transformers' processor needs to know and the original's files do not say: padding, and "<image>"."""
     path = folder / "preprocessor_config.json"
-    if config.image_aspect == "pad" and path.exists():
+    if config.tiling and path.exists():
+        settings = read_json(path) | {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": [list(point) for point in config.tiling.pinpoints],
+        }
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    elif config.image_aspect == "pad" and path.exists():
         settings = read_json(path)
         settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
         settings.setdefault("do_center_crop", config.vision.kind == "clip")
         path.write_text(json.dumps(settings, indent=2) + "\n")
     settings = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaNextProcessor" if config.tiling else "LlavaProcessor",
         "image_token": "<image>",
         "num_additional_image_tokens": config.vision.class_tokens,
         "patch_size": config.vision.patch_size,

@@ -12,6 +12,7 @@ from pdrop_jax.schedule import DropSchedule
 
 FORMAT = "pdrop-jax-1"
 KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
+HF_TYPES = ("llava", "llava_next", "llava_onevision")  # model_type of Hugging Face's code
 LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000, and what was added
 
 
@@ -23,11 +24,13 @@ class Tiling:
       pinpoints: (height, width) pixels of the resolutions that a picture is resized into.
       max_tiles: of more features than those of so many tiles, fewer are made (OneVision's anyres_max_9); None is all.
       rounded: how many features a picture covers is rounded before it is truncated, as Hugging Face's code does.
+      alone: a picture is tiled only if its row has no other (OneVision).
     """
 
     pinpoints: tuple[tuple[int, int], ...]
     max_tiles: int | None = None
     rounded: bool = False
+    alone: bool = False
 
     @classmethod
     def next(cls, tile: int = 336) -> "Tiling":
@@ -123,7 +126,7 @@ class LlavaConfig:
 
         Args:
           data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
-            ``llava`` or ``llava_next`` (Hugging Face's).
+            ``llava``, ``llava_next`` or ``llava_onevision`` (Hugging Face's).
           vision: the tower of an original model, whose own config only names it; may be left out for LLaVA-1.5's.
           generation: generation_config.json, whose end tokens win.
           preprocessor: preprocessor_config.json; a Hugging Face model says only there whether pictures are padded.
@@ -133,7 +136,7 @@ class LlavaConfig:
           UserError: something that is not supported.
         """
         originals = tuple(ORIGINAL_TYPES.values())
-        original = one_of("model_type", data.get("model_type"), (*originals, "llava", "llava_next")) in originals
+        original = one_of("model_type", data.get("model_type"), (*originals, *HF_TYPES)) in originals
         fields = _original(data, vision) if original else _llava(data, preprocessor or {})
         text_data = data if original else data.get("text_config") or {}
         text = fields["text"]
@@ -252,6 +255,20 @@ def _tiling(data: dict[str, Any], order: list[int], *, rounded: bool) -> Tiling:
         raise UserError(f"image_grid_pinpoints {points!r} is not a list of resolutions [a, b] in pixels") from None
 
 
+def _hf_tiling(data: dict[str, Any]) -> Tiling | None:
+    """Raises UserError if a OneVision's vision_aspect_ratio is no anyres_max_N."""
+    if data["model_type"] == "llava":
+        return None
+    tiling = _tiling(data, [0, 1], rounded=True)
+    if data["model_type"] == "llava_next":
+        return tiling
+    aspect = data.get("vision_aspect_ratio", "anyres_max_9")
+    most = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect)
+    if not most:
+        raise UserError(f"vision_aspect_ratio {aspect!r} is not supported: anyres_max_9 (any number) is")
+    return dataclasses.replace(tiling, max_tiles=int(most[1]), alone=True)
+
+
 def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
     """Fields of a Hugging Face model; keys that are left out have transformers' LlavaConfig defaults."""
     one_of("projector_hidden_act", data.get("projector_hidden_act", "gelu"), ("gelu",))
@@ -270,10 +287,9 @@ def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]
             "vision_feature_select_strategy 'default' cuts off a picture's first token as its class token, and a "
             f"{vision.kind} tower has none: 'full' is supported"
         )
-    tiled = data["model_type"] == "llava_next"
     return {
         "vision": vision,
-        "tiling": _tiling(data, [0, 1], rounded=True) if tiled else None,
+        "tiling": _hf_tiling(data),
         "text": TextConfig.from_hf(text),
         "select_layer": select_layer,
         "keep_class_token": keep and vision.class_tokens > 0,

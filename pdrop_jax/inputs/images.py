@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pdrop_jax.config import LlavaConfig, read_json
@@ -16,7 +17,8 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
-ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | LlavaNextImageProcessorPil
+Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
+ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler
 
 MAX_ASPECT = 64  # long edge over short edge that is still resized whole before the centre crop
 STRIP = 256  # rows that are padded and resized at a time
@@ -42,7 +44,8 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
     both_edges = "height" in size if isinstance(size, dict) else siglip
     kind: Any = SiglipImageProcessorPil if both_edges else CLIPImageProcessorPil
     if config.tiling:
-        kind, points = LlavaNextImageProcessorPil, [list(point) for point in config.tiling.pinpoints]
+        kind = LlavaOnevisionImageProcessorPil if both_edges else LlavaNextImageProcessorPil
+        points = [list(point) for point in config.tiling.pinpoints]
         if settings.setdefault("image_grid_pinpoints", points) != points:
             raise UserError(
                 f"the image processor in {folder} tiles pictures into {settings['image_grid_pinpoints']}, the model "
@@ -162,19 +165,28 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
-def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:
+def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:
     """An RGB image as the model takes it: its crops, and which of their features are its tokens.
 
     Args:
       processor: of ``load_image_processor``.
+      alone: whether its row has no other.
 
     Raises:
       UserError: it is too narrow to be tiled.
     """
     if config.tiling is None:
         return whole(to_crop(image, processor, config.image_aspect), config)
+    if config.tiling.alone and not alone:
+        return whole(to_crop(image, plain(processor), "pad"), config)
     pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, h, w), the whole first
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
+
+
+def plain(tiler: Any) -> SiglipImageProcessorPil:
+    """A processor of whole pictures with a OneVision tiler's size and colours."""
+    names = ("size", "resample", "rescale_factor", "image_mean", "image_std")
+    return SiglipImageProcessorPil(**{name: getattr(tiler, name) for name in names})
 
 
 def to_crop(image: Image.Image, processor: ImageProcessor, aspect: Literal["square", "pad"]) -> np.ndarray:

@@ -259,7 +259,9 @@ class Processor:
     def _row(self, prompt: Prompt, images: Sequence[Picture], template: str | None) -> Row:
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         text = render(place_images(turns, len(images)), template or self.config.template)
-        tokens = [as_tokens(open_image(image), self.image_processor, self.config) for image in images]
+        tokens = [
+            as_tokens(open_image(image), self.image_processor, self.config, alone=len(images) == 1) for image in images
+        ]
         return Row(token_ids(self.tokenizer, text), tokens)
 
     @property

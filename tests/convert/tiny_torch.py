@@ -21,12 +21,20 @@ VARIANTS = {
     },
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 6},
     "qwen2_siglip": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True, "siglip": True},
+    "next_mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None, "kind": "llava_next"},
+    "onevision": {"model_type": "qwen2", "num_key_value_heads": 2, "siglip": True, "kind": "llava_onevision"},
     "qwen2_siglip_head": {"model_type": "qwen2", "num_key_value_heads": 2, "siglip": True, "vision_use_head": True},
 }
 
 
-def tiny_llava(*, model_type="llama", siglip=False, vision_use_head=False, **text):
-    """A random LlavaForConditionalGeneration; norms and biases are random too, or a forgotten one would not show."""
+PINPOINTS = {
+    "llava_next": [[28, 56], [56, 28], [56, 56]],
+    "llava_onevision": [[28 * h, 28 * w] for h in range(1, 4) for w in range(1, 4)],
+}
+
+
+def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_head=False, **text):
+    """A random model of transformers. Norms and biases are random too, or a forgotten one would not show."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     sizes |= {"image_size": 28, "patch_size": 14}
@@ -35,15 +43,20 @@ def tiny_llava(*, model_type="llama", siglip=False, vision_use_head=False, **tex
     else:
         vision = transformers.CLIPVisionConfig(**sizes)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
+    tiles = {} if kind == "llava" else {"image_grid_pinpoints": PINPOINTS[kind]}
+    if kind == "llava_onevision":
+        tiles["vision_aspect_ratio"] = "anyres_max_2"
+    config = transformers.AutoConfig.for_model(
+        kind,
         vision_config=vision,
         text_config=transformers.AutoConfig.for_model(
             model_type, vocab_size=71, max_position_embeddings=128, **sizes, **text
         ),
         image_token_index=70,
+        **tiles,
         vision_feature_select_strategy="full" if siglip else "default",
     )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.1, 0.3)
     return model
