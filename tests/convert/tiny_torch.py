@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -33,7 +34,7 @@ PINPOINTS = {
 }
 
 
-def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_head=False, **text):
+def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_head=False, image_token_index=70, **text):
     """A random model of transformers. Norms and biases are random too, or a forgotten one would not show."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -50,9 +51,9 @@ def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_hea
         kind,
         vision_config=vision,
         text_config=transformers.AutoConfig.for_model(
-            model_type, vocab_size=71, max_position_embeddings=128, **sizes, **text
+            model_type, **{"vocab_size": 71, "max_position_embeddings": 1024, **sizes, **text}
         ),
-        image_token_index=70,
+        image_token_index=image_token_index,
         **tiles,
         vision_feature_select_strategy="full" if siglip else "default",
     )
@@ -60,6 +61,18 @@ def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_hea
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.1, 0.3)
     return model
+
+
+def byte_tokenizer():
+    """A tokenizer whose tokens are bytes and some marks; the last is "<image>". It puts nothing in front of a text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({token: n for n, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<video>", "<image>"]})
+    fast.image_token, fast.video_token = "<image>", "<video>"
+    return fast
 
 
 def weights(folder):
