@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pdrop_jax.generation import Model as Model
     from pdrop_jax.generation import generate as generate
     from pdrop_jax.generation import load as load
+    from pdrop_jax.inputs.images import Video as Video
     from pdrop_jax.inputs.processor import Processor as Processor
     from pdrop_jax.schedule import Bucket as Bucket
     from pdrop_jax.schedule import DropSchedule as DropSchedule
@@ -37,6 +38,7 @@ _HOME = {
     "Processor": "inputs.processor",
     "TextConfig": "config",
     "UserError": "errors",
+    "Video": "inputs.images",
     "VisionConfig": "config",
     "generate": "generation",
     "load": "generation",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.inputs import image_bucket
+from pdrop_jax.inputs.anyres import level_of
 from pdrop_jax.schedule import Bucket
 
 MEGA = 50  # batches whose rows are sorted by length together
@@ -78,7 +78,9 @@ def shapes_of(
     """
     text = np.searchsorted(text_slots, sizes.text[batches].max(1))
     crops, tokens, queries = (x[batches].max(1).tolist() for x in (sizes.crops, sizes.tokens, sizes.queries))
-    return [
-        (image_bucket(text_slots[t], [[(c, n)] if c else []], config), 1 << (q - 1).bit_length())
-        for t, c, n, q in zip(text, crops, tokens, queries, strict=True)
-    ]
+    shapes = []
+    for t, c, n, q in zip(text, crops, tokens, queries, strict=True):
+        crops_slots, token_slots = level_of(c, n, config)
+        bucket = Bucket(text_slots[t], (token_slots,), crops_slots) if c else Bucket(text_slots[t])
+        shapes.append((bucket, 1 << (q - 1).bit_length()))
+    return shapes

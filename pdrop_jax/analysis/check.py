@@ -159,8 +159,8 @@ def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
         labels = arrays["labels"][b][valid] if "labels" in arrays else None
         rows.append(inputs.Row(ids[valid].tolist(), images, labels))
     text = max(sum(i != IMAGE_PLACEHOLDER for i in row.ids) for row in rows)
-    sizes = [[(len(image.crops), len(image)) for image in row.images] for row in rows]
-    return inputs.assemble(rows, config, inputs.image_bucket(text, sizes, config), QUERIES if "labels" in arrays else 1)
+    bucket = inputs.image_bucket(text, [row.images for row in rows], config)
+    return inputs.assemble(rows, config, bucket, QUERIES if "labels" in arrays else 1)
 
 
 def _image_tokens(config: LlavaConfig, arrays: Arrays, b: int) -> ImageTokens:

@@ -15,6 +15,7 @@ def run(
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT …]")],
     model: pathlib.Path | None = None,
     image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
+    video: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FRAME [FRAME …]")] = (),
     layers: Layers = None,
     ratios: Ratios = None,
     max_new_tokens: int = 64,
@@ -34,6 +35,7 @@ def run(
       prompt: one question, or a batch of them.
       model: a checkpoint; without it the small demo model that comes with the package.
       image: all pictures of the question; with several questions one picture for all or one for each.
+      video: frames of a video, in order, which are one image to the model; after the pictures of each question.
       layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
       max_new_tokens: length of an answer.
@@ -52,8 +54,11 @@ def run(
     images = _images_of(prompt, image)
 
     from pdrop_jax.generation import DEMO, generate, load
+    from pdrop_jax.inputs.images import Video
     from pdrop_jax.sharding import make_mesh
 
+    if video:
+        images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
         loaded = load(model or DEMO, schedule_of(layers, ratios), dtype, devices)

@@ -20,7 +20,7 @@ SHRINK_FROM = 1.1  # times as high and wide as Tiling.max_tiles allows
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokens:
-    """A picture as crops and the tokens that are made of their features.
+    """A picture, or a video, as crops and the tokens that are made of their features.
 
     n tokens of T features each, P crops.
 
@@ -28,11 +28,13 @@ class ImageTokens:
       crops: (P, h, w, 3) float32, normalised.
       index: (n, T) int32, features counted over all crops, or NEWLINE.
       weight: (n, T) float32, how a token is blended of them; None if T is 1 and nothing is blended.
+      video: whether its crops are the frames of a video.
     """
 
     crops: np.ndarray
     index: np.ndarray
     weight: np.ndarray | None = None
+    video: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -50,6 +52,23 @@ def whole(crop: np.ndarray, config: LlavaConfig) -> ImageTokens:
     """A picture that is one crop (h, w, 3): its tokens are its features, and a newline vector if there is one."""
     index = np.arange(config.image_tokens, dtype=np.int32)
     return ImageTokens(crop[None], np.append(index, np.int32(NEWLINE))[:, None] if config.tiling else index[:, None])
+
+
+def pooled(crops: np.ndarray, config: LlavaConfig) -> ImageTokens:
+    """The frames ``crops`` (F, h, w, 3) of a video as one image, each frame's features shrunk to half a side.
+
+    576 features become the 144 of LLaVA-NeXT-Video, means of four, and 729 OneVision's 196. A OneVision has its newline
+    vector behind them.
+    """
+    side = config.vision.patches_a_side
+    features = np.arange(side**2, dtype=np.int32) + config.image_tokens - side**2  # without a class token
+    index, weight = (x.reshape(-1, 4) for x in bilinear(features.reshape(side, side), -(-side // 2), -(-side // 2)))
+    index = (index + np.arange(len(crops), dtype=np.int32)[:, None, None] * config.image_tokens).reshape(-1, 4)
+    weight = np.tile(weight, (len(crops), 1))
+    if config.tiling and config.tiling.max_tiles:
+        index = np.append(index, np.full((1, 4), NEWLINE, np.int32), axis=0)
+        weight = np.append(weight, np.full((1, 4), 0.25, np.float32), axis=0)
+    return ImageTokens(crops, index, weight, video=True)
 
 
 def tiled(crops: np.ndarray, size: tuple[int, int], config: LlavaConfig) -> ImageTokens:
@@ -178,12 +197,15 @@ def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
     return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.vision.patches_a_side)[0])
 
 
-def level_of(crops: int, tokens: int, config: LlavaConfig) -> tuple[int, int]:
-    """The smallest of ``levels`` that holds so many.
+def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) -> tuple[int, int]:
+    """The smallest of ``levels`` that holds so many; of a video the frames are rounded up to a power of two.
 
     Raises:
       UserError: none does.
     """
+    if video:
+        frames = 1 << (crops - 1).bit_length()
+        return frames, -(-tokens // crops) * frames
     known = levels(config)
     for level in known:
         if crops <= level[0] and tokens <= level[1]:

@@ -1,8 +1,10 @@
 """Pictures: whatever Pillow can read -> RGB -> the normalised crop that the vision tower takes."""
 
+import dataclasses
 import os
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,9 +16,21 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pdrop_jax.config import LlavaConfig, read_json
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
+from pdrop_jax.inputs.anyres import ImageTokens, pooled, tiled, whole
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Frames of a video that are one image to the model: one ``<image>`` tag, one count at a drop.
+
+    Frames that shall be dropped each by its own count are pictures: one tag each.
+    """
+
+    frames: Sequence[Picture]
+
+
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
 ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler
 
@@ -183,10 +197,26 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 
 
-def plain(tiler: Any) -> SiglipImageProcessorPil:
-    """A processor of whole pictures with a OneVision tiler's size and colours."""
-    names = ("size", "resample", "rescale_factor", "image_mean", "image_std")
-    return SiglipImageProcessorPil(**{name: getattr(tiler, name) for name in names})
+def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:
+    """A video as one image: its frames are never tiled, and their features are shrunk.
+
+    Raises:
+      UserError: it has no frame, or one cannot be read.
+    """
+    if not video.frames:
+        raise UserError("a video needs at least one frame, got none")
+    aspect = "square" if config.tiling else config.image_aspect
+    own = plain(processor)
+    return pooled(np.stack([to_crop(open_image(frame), own, aspect) for frame in video.frames]), config)
+
+
+def plain(processor: Any) -> ImageProcessor:
+    """A processor of whole pictures with the size and colours of one that may tile them."""
+    names = ["size", "resample", "rescale_factor", "image_mean", "image_std"]
+    kind: Any = SiglipImageProcessorPil
+    if processor.do_center_crop:
+        kind, names = CLIPImageProcessorPil, [*names, "crop_size"]
+    return kind(**{name: getattr(processor, name) for name in names})
 
 
 def to_crop(image: Image.Image, processor: ImageProcessor, aspect: Literal["square", "pad"]) -> np.ndarray:

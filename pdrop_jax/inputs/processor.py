@@ -11,7 +11,7 @@ import numpy as np
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import NEWLINE, ImageTokens, level_of
+from pdrop_jax.inputs.anyres import NEWLINE, ImageTokens, level_of, levels
 from pdrop_jax.inputs.conversation import (
     IMAGE_PLACEHOLDER,
     TEMPLATES,
@@ -21,12 +21,13 @@ from pdrop_jax.inputs.conversation import (
     render,
     token_ids,
 )
-from pdrop_jax.inputs.images import Picture, as_tokens, load_image_processor, open_image
+from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
 from pdrop_jax.schedule import Bucket
 
 MIN_TEXT_SLOTS = 32
 
 Prompt = str | Sequence[Turn]
+Entry = Picture | Video | Sequence[Picture | Video] | None  # what a prompt speaks of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +67,16 @@ def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int 
             )
         most_text = max(most_text, text)
     slots = min(max(_power_of_two(most_text), MIN_TEXT_SLOTS), config.text.max_length)
-    sizes = [[(len(image.crops), len(image)) for image in row.images] for row in rows]
-    return image_bucket(slots, sizes, config)
+    return image_bucket(slots, [row.images for row in rows], config)
 
 
-def image_bucket(text: int, sizes: Sequence[Sequence[tuple[int, int]]], config: LlavaConfig) -> Bucket:
-    """The bucket of ``text`` slots for rows whose images have ``sizes``, (crops, tokens) each."""
-    places = _power_of_two(max(map(len, sizes), default=0))
-    columns = [[row[m] for row in sizes if m < len(row)] or [(1, 1)] for m in range(places)]
-    chosen = [level_of(max(c for c, _ in column), max(n for _, n in column), config) for column in columns]
-    return Bucket(text, tuple(tokens for _, tokens in chosen), sum(crops for crops, _ in chosen))
+def image_bucket(text: int, rows: Sequence[Sequence[ImageTokens]], config: LlavaConfig) -> Bucket:
+    """The bucket of ``text`` slots for rows of such images."""
+    places = _power_of_two(max(map(len, rows), default=0))
+    found = [[level_of(len(x.crops), len(x), config, x.video) for x in row] for row in rows]
+    columns = [[row[m] for row in found if m < len(row)] or levels(config)[:1] for m in range(places)]
+    crops = sum(max(crops for crops, _ in column) for column in columns)
+    return Bucket(text, tuple(max(tokens for _, tokens in column) for column in columns), crops)
 
 
 def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: int = 1) -> Batch:
@@ -93,7 +94,8 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
     """
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
-    B, S, C, T, size = len(rows), bucket.slots, bucket.crops, config.taps, config.vision.image_size
+    B, S, C, size = len(rows), bucket.slots, bucket.crops, config.vision.image_size
+    T = 4 if any(image.weight is not None for row in rows for image in row.images) else config.taps
     token_ids = np.zeros((B, S), np.int32)
     feature_index = np.full((B, S, T), -1, np.int32)
     feature_weight = np.zeros((B, S, T), np.float32)
@@ -226,7 +228,7 @@ class Processor:
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        images: Sequence[Picture | Sequence[Picture] | None] | None = None,
+        images: Sequence[Entry] | None = None,
         *,
         template: str | None = None,
         max_new_tokens: int = 0,
@@ -235,7 +237,8 @@ class Processor:
 
         Args:
           prompts: questions, or conversations as lists of (question, answer) whose last answer may be None.
-          images: for each prompt None, a picture or a list of pictures; see ``images.open_image`` for what is one.
+          images: for each prompt None, a picture, a ``Video`` or a list of them; see ``images.open_image`` for what
+            is a picture.
           template: a name in ``conversation.TEMPLATES``; the checkpoint's own if None.
           max_new_tokens: positions to leave for the answer; only checked, the batch has no slots for them.
 
@@ -247,8 +250,8 @@ class Processor:
             raise UserError("prompts must be a list of questions, got one string: put it in a list")
         if images is None:
             images = [None] * len(prompts)
-        if isinstance(images, Picture) or len(images) != len(prompts):
-            count = 1 if isinstance(images, Picture) else len(images)
+        if isinstance(images, Picture | Video) or len(images) != len(prompts):
+            count = 1 if isinstance(images, Picture | Video) else len(images)
             raise UserError(
                 f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a list "
                 "or None"
@@ -256,13 +259,16 @@ class Processor:
         rows = [self._row(prompt, _as_list(entry), template) for prompt, entry in zip(prompts, images, strict=True)]
         return assemble(rows, self.config, choose_bucket(rows, self.config, max_new_tokens))
 
-    def _row(self, prompt: Prompt, images: Sequence[Picture], template: str | None) -> Row:
+    def _row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None) -> Row:
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         text = render(place_images(turns, len(images)), template or self.config.template)
-        tokens = [
-            as_tokens(open_image(image), self.image_processor, self.config, alone=len(images) == 1) for image in images
-        ]
+        tokens = [self._tokens(image, alone=len(images) == 1) for image in images]
         return Row(token_ids(self.tokenizer, text), tokens)
+
+    def _tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
+        if isinstance(image, Video):
+            return frames_as_tokens(image, self.image_processor, self.config)
+        return as_tokens(open_image(image), self.image_processor, self.config, alone=alone)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -320,7 +326,7 @@ class TextStream:
         return new
 
 
-def _as_list(entry: Picture | Sequence[Picture] | None) -> Sequence[Picture]:
+def _as_list(entry: Entry) -> Sequence[Picture | Video]:
     if entry is None:
         return []
-    return [entry] if isinstance(entry, Picture) else entry
+    return [entry] if isinstance(entry, Picture | Video) else entry

@@ -138,6 +138,31 @@ def test_several_photos_each_dropped_by_its_own_count(family):
     ]
 
 
+@pytest.mark.parametrize("family", ["llava_onevision, qwen2"], indirect=True)
+def test_a_video(family):
+    """Three frames: features and logits are torch's; the clip is dropped by one count."""
+    model, _, folder = family
+    model.config.video_token_id = model.config.image_token_id - 1  # "<video>"
+    ours = pdrop_jax.load(folder, DropSchedule.none())
+    video = pdrop_jax.Video([photo(name) for name in PHOTOS])
+    batch = ours.processor(["What happens?"], [video])
+    n, is_image = int(batch.length[0]), batch.image_id[0] > 0
+    assert is_image.sum() == 3 * 1 + 1  # a frame's four features become one
+    assert batch.crops.shape[1] == 4  # frames of the bucket
+    pixels = torch.from_numpy(batch.crops[:, :3].transpose(0, 1, 4, 2, 3).copy())
+    ids = np.where(is_image, model.config.video_token_id, batch.token_ids[0])[None, :n]
+    with torch.no_grad():
+        features = model.get_video_features(pixels).pooler_output[0].numpy()
+        logits = model(input_ids=torch.from_numpy(ids), pixel_values_videos=pixels).logits[0].numpy()
+    pool = jax.jit(image_features, static_argnums=0)(ours.config, ours.params, batch.crops)
+    found = np.asarray(_pick(pool, batch.feature_index, batch.feature_weight)[0])[is_image]
+    np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5 * np.abs(features).max())
+    output = jax.jit(forward, static_argnums=0)(ours.config, ours.params, batch)
+    np.testing.assert_allclose(output.logits[0, :n], logits, atol=1e-4)
+    answer = pdrop_jax.generate(pdrop_jax.load(folder), ["What happens?"], [video], max_new_tokens=1)
+    assert [len(kept) for (kept,) in answer.kept[0]] == [2, 1]
+
+
 @pytest.mark.parametrize("family", ["llava_next, mistral with a window", "llava_onevision, qwen2"], indirect=True)
 def test_a_small_picture_beside_a_large_one_is_answered_as_alone(family):
     """A picture of three tiles in a bucket of the largest, and text beside both."""

@@ -13,9 +13,20 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import NEWLINE, bilinear, count, grid_shape, level_of, levels, token_table, unpadded, whole
+from pdrop_jax.inputs.anyres import (
+    NEWLINE,
+    bilinear,
+    count,
+    grid_shape,
+    level_of,
+    levels,
+    pooled,
+    token_table,
+    unpadded,
+    whole,
+)
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.images import as_tokens, image_size, load_image_processor
+from pdrop_jax.inputs.images import Video, as_tokens, frames_as_tokens, image_size, load_image_processor
 from pdrop_jax.inputs.processor import Row, assemble, choose_bucket
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -150,3 +161,29 @@ def test_a_processor_of_other_resolutions_is_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"tiles pictures into \[\[28, 56\]\], the model into .*: copy"):
         load_image_processor(tmp_path, TINY)
+
+
+def test_a_video_is_one_image_of_shrunk_frames(tmp_path):
+    """24 a side become 12, means of four; a bucket holds a power of two of frames."""
+    config = LlavaConfig(tiling=Tiling.next())
+    frames = np.zeros((3, 8, 8, 3), np.float32)
+    video = pooled(frames, config)
+    assert len(video) == 3 * 144
+    assert video.index[145].tolist() == [576 + n for n in (2, 3, 26, 27)]
+    assert set(video.weight.ravel().tolist()) == {0.25}
+    assert level_of(3, len(video), config, video=True) == (4, 4 * 144)
+    with pytest.raises(UserError, match="a video needs at least one frame, got none"):
+        frames_as_tokens(Video([]), load_image_processor(tmp_path, TINY), TINY)
+
+
+def test_a_video_beside_a_picture(tmp_path):
+    processor = load_image_processor(tmp_path, TINY)
+    rows = [
+        Row([IMAGE_PLACEHOLDER, 7], [frames_as_tokens(Video([picture(50, 50)] * 3), processor, TINY)]),
+        Row([IMAGE_PLACEHOLDER, 7], [as_tokens(picture(50, 50), processor, TINY)]),
+    ]
+    batch = assemble(rows, TINY, choose_bucket(rows, TINY))
+    assert (batch.bucket.images, batch.bucket.crops) == ((24,), 5)
+    assert batch.feature_index.shape == batch.feature_weight.shape == (2, 56, 4)
+    np.testing.assert_array_equal(batch.feature_index[0, 1], [4, 5, 6, 7])  # of the second frame
+    np.testing.assert_array_equal(batch.feature_weight[1, 1], [1, 0, 0, 0])
