@@ -1,6 +1,7 @@
 """Data sets: what is left out and why, what an epoch is made of, and that batches come again exactly."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import pickle
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pdrop_jax.batch import IGNORE
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig, TextConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import Processor
 from pdrop_jax.inputs.conversation import token_ids
@@ -79,6 +80,24 @@ def grouped(dataset):
 def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def test_tiles_are_planned_by_the_heads_of_the_files(tmp_path):
+    config = dataclasses.replace(CONFIG, tiling=Tiling.next(28))
+    data = write(tmp_path, mixed())
+    Image.new("RGB", (60, 60)).save(tmp_path / "images/1.png")
+    (tmp_path / "images/2.png").write_text("no picture")
+    dataset = open_dataset(data, config, TOKENIZER)
+    assert dataset.broken == {"corrupt picture": sum(n % 3 > 0 and n % 5 == 2 for n in range(30))}
+    numbers = [n for n in range(30) if n % 3 == 0 or n % 5 != 2]
+    expected = {True: (5, 4 + 20), False: (3, 4 + 2 * 5)}  # the whole; lines of two tiles and a newline
+    for row, n in enumerate(numbers):
+        size = (dataset.sizes.crops[row], dataset.sizes.tokens[row])
+        assert size == (expected[n % 5 == 1] if n % 3 else (0, 0))
+        images = dataset.row(row)[0].images
+        assert [(len(x.crops), len(x)) for x in images] == ([size] if n % 3 else [])
+    for step in itertools.islice(iter(pipeline(dataset, B, 0, 5)), 5):
+        assert step.batch.crops.shape[1] == step.batch.bucket.crops in (0, 3, 5)
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -226,7 +245,7 @@ def test_an_epoch_has_each_row_at_most_once_in_a_bucket_that_holds_it(text, batc
 def test_grouping_puts_like_lengths_together():
     rng = np.random.default_rng(0)
     text = rng.integers(1, 2000, 3000)
-    sizes = Sizes(text, np.ones_like(text), np.ones_like(text))
+    sizes = Sizes(text, *[np.ones_like(text)] * 3)
     spread = {g: np.ptp(text[batches_of(rng, sizes, 10, g)], axis=1).mean() for g in (False, True)}
     assert spread[True] < spread[False] / 20
     firsts = text[batches_of(rng, sizes, 10, True)[:, 0]]

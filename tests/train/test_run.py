@@ -11,6 +11,7 @@ import pytest
 from tiny_run import CONFIG, arrays_of, compiled_in, events, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint
+from pdrop_jax.config import Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import init_params
 from pdrop_jax.train import loop
@@ -209,6 +210,19 @@ def test_lora_is_merged_into_the_model(folder):
         for n in ("up", "down")
     ]
     assert all(x.max() > 1e-4 for x in changed)
+
+
+def test_a_model_that_knows_no_tiles_learns_them(folder):
+    """LLaVA-NeXT's recipe from LLaVA-1.5's parts: a newline vector is drawn, and learns; so does the tower."""
+    train(recipe_in(folder, data_image_aspect="anyres", model_groups=("vision", "projector", "llm")))
+    (_, start), (config, model) = (checkpoint.load(folder / name) for name in ("start", "run/model"))
+    assert config.tiling == Tiling.next(28)
+    assert model["newline"]["embedding"].shape == (32,)
+    before, after = (x["vision"]["layers"]["mlp"]["up"]["kernel"] for x in (start, model))
+    assert np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-4
+    assert len(losses(folder / "run")) == 6
+    train(recipe_in(folder, run_folder=str(folder / "on"), model_start=str(folder / "run/model"), run_steps=2))
+    assert checkpoint.load(folder / "on/model")[0].tiling == config.tiling
 
 
 def test_nothing_compiles_after_the_first_step_of_a_shape(folder):
