@@ -76,11 +76,11 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) ->
       (B, 1, N, H), dtype of q.
     """
     B, _, N, H = q.shape
-    q = q.reshape(B, k.shape[1], -1, H)  # (B, K, G, H)
+    q = q[:, 0].reshape(B, k.shape[1], -1, H)  # (B, K, G, H)
     logits = jnp.einsum("BKGH,BKCH->BKGC", q, k, preferred_element_type=jnp.float32) * H**-0.5
     seen = jnp.arange(k.shape[2]) < length[:, None]  # (B, C)
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
-    return jnp.einsum("BKGC,BKCH->BKGH", probs.astype(v.dtype), v).reshape(B, 1, N, H)
+    return jnp.einsum("BKGC,BKCH->BKGH", probs.astype(v.dtype), v).reshape(B, N, H)[:, None]
 
 
 def aligned(implementation: Implementation) -> int:
