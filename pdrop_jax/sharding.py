@@ -3,6 +3,7 @@
 A mesh has three axes. ``data`` holds copies of the parameters, ``fsdp`` cuts them and brings a layer's together when
 it runs, ``tensor`` cuts the heads, the mlp and the vocabulary and keeps them cut. The rows of a batch are cut over data
 and fsdp. Axes are of type Auto: the compiler decides what is moved, ``constrain`` tells it where it would guess wrong.
+With Explicit ones, where how an array is cut is part of its type, the model can be traced but is never run: a check.
 """
 
 import math
@@ -161,6 +162,29 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+
+
+def explicit(shape: Sequence[int], *axes: str | None) -> PartitionSpec | None:
+    """An operation's ``out_sharding``, for those whose operands do not settle it; None unless axes are Explicit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return partition(axes, shape, mesh) if mesh.are_all_axes_explicit else None
+
+
+def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any) -> jax.Array:
+    """``jax.lax.dot_general`` of a linear layer. With Explicit axes both must be cut alike along what is summed over.
+
+    Raises:
+      TypeError: they are not.
+    """
+    if jax.sharding.get_abstract_mesh().are_all_axes_explicit:
+        cuts = [list(jax.typeof(y).sharding.spec) for y in (x, kernel)]
+        ours, theirs = (
+            [cut.pop(axis) for axis in axes[::-1]] for cut, axes in zip(cuts, dimension_numbers[0], strict=True)
+        )
+        if ours != theirs:
+            raise TypeError(f"a sum over dimensions that are cut as {ours} and {theirs}")
+        settings["out_sharding"] = PartitionSpec(*cuts[0], *cuts[1])
+    return jax.lax.dot_general(x, kernel, dimension_numbers, **settings)
 
 
 def constrain_params(tree: Any) -> Any:

@@ -116,14 +116,23 @@ def test_a_drop_stays_within_the_rows_of_a_device(shape):
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])
 def test_the_tpu_kernel_is_given_the_rows_and_heads_of_a_device(shape):
-    """Two key-value heads: on four devices they are repeated."""
-    q, k, v = (jax.random.normal(jax.random.key(n), (4, 128, heads, 128)) for n, heads in enumerate((4, 2, 2)))
+    """Two key-value heads: on four devices they are repeated, and their gradients added up."""
+    inputs = [jax.random.normal(jax.random.key(n), (4, 128, heads, 128)) for n, heads in enumerate((4, 2, 2))]
     length = jnp.array([128, 50, 128, 7])
-    expected = attention(q, k, v, causal=True, length=length, implementation="xla")
-    with jax.set_mesh(mesh_of(shape)):
-        ours = jax.jit(functools.partial(_splash, causal=True, interpret=True))(q, k, v, length=length)
     valid = np.arange(128) < np.asarray(length)[:, None]
-    close(np.asarray(ours)[valid], np.asarray(expected)[valid])
+
+    def values_and_gradient(of):
+        def loss(inputs):
+            values = of(*inputs, causal=True, length=length)
+            return (jnp.sin(values) * valid[..., None, None]).sum(), values
+
+        (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
+        return np.asarray(values)[valid], gradient
+
+    expected = values_and_gradient(functools.partial(attention, implementation="xla"))
+    with jax.set_mesh(mesh_of(shape)):
+        ours = values_and_gradient(functools.partial(_splash, interpret=True))
+    close(ours, expected)
 
 
 @pytest.mark.parametrize("case", ["prefill_batch_ragged", "gqa_decode_greedy", "train_multi_turn"])

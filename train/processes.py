@@ -4,6 +4,7 @@ import contextlib
 import glob
 import importlib.util
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import jax
 from pdrop_jax.errors import UserError
 
 TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+START_SECONDS = 300  # for all processes to come
 DIED = "has another process died? The same command goes on after the last save"
 
 
@@ -35,7 +37,14 @@ def together(
     if not any(given) and not one_of_many(os.environ):
         yield
         return
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    me, where = (f", process {process_id} of {num_processes}", f" at {coordinator}") if coordinator else ("", "")
+    # When one is missing jax aborts the others and names nobody: it is the one without this line.
+    print(
+        f"pdrop train{me}, on {socket.gethostname()}: waiting for all processes{where}, at most {START_SECONDS} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=START_SECONDS)
     try:
         yield
     except (UserError, OSError) as error:

@@ -91,14 +91,14 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, wi
       (B, 1, N, H), dtype of q.
     """
     B, _, N, H = q.shape
-    q = q.reshape(B, k.shape[1], -1, H)  # (B, K, G, H)
+    q = q[:, 0].reshape(B, k.shape[1], -1, H)  # (B, K, G, H)
     logits = jnp.einsum("BKGH,BKCH->BKGC", q, k, preferred_element_type=jnp.float32) * H**-0.5
     slot = jnp.arange(k.shape[2])
     seen = slot < length[:, None]  # (B, C)
     if window is not None and window < k.shape[2]:
         seen &= slot >= length[:, None] - window
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
-    return jnp.einsum("BKGC,BKCH->BKGH", probs.astype(v.dtype), v).reshape(B, 1, N, H)
+    return jnp.einsum("BKGC,BKCH->BKGH", probs.astype(v.dtype), v).reshape(B, N, H)[:, None]
 
 
 def aligned(implementation: Implementation) -> int:

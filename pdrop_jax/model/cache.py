@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain, explicit
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,10 @@ def cache_prompt(k: jax.Array, v: jax.Array, new_slots: int) -> StageCache:
 def write_token(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, slot: jax.Array) -> StageCache:
     """Key and value (B, 1, K, H) of one new token into ``slot`` (B,) of each row; padding there is overwritten."""
     rows = jnp.arange(slot.shape[0])
-    return StageCache(cache.k.at[layer, rows, :, slot].set(k[:, 0]), cache.v.at[layer, rows, :, slot].set(v[:, 0]))
+    cut = explicit(cache.k.shape, None, "batch", "heads", None, None)
+    return StageCache(
+        *(old.at[layer, rows, :, slot].set(new[:, 0], out_sharding=cut) for old, new in ((cache.k, k), (cache.v, v)))
+    )
 
 
 def cache_bytes(caches: Sequence[StageCache | None]) -> int:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from pdrop_jax.config import TextConfig, VisionConfig
 from pdrop_jax.model.attention import Implementation, attention
+from pdrop_jax.sharding import dot_general, explicit
 
 M = TypeVar("M", bound=nnx.Module)
 Params = dict[str, Any]  # nested dict of arrays
@@ -23,7 +24,8 @@ Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, 
 Rope = tuple[jax.Array, jax.Array]  # cos, sin: (B, T, H/2) float32
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
-linear = functools.partial(nnx.Linear, use_bias=False)
+linear = functools.partial(nnx.Linear, use_bias=False, dot_general=dot_general)
+linear_general = functools.partial(nnx.LinearGeneral, dot_general=dot_general)
 layer_norm = functools.partial(nnx.LayerNorm, use_fast_variance=False)
 
 
@@ -36,11 +38,11 @@ class Attention(nnx.Module):
     """Projections of multi-head or grouped-query attention."""
 
     def __init__(self, D: int, N: int, K: int, H: int, *, qkv_bias: bool, output_bias: bool, rngs: nnx.Rngs):
-        project = functools.partial(nnx.LinearGeneral, D, use_bias=qkv_bias, rngs=rngs)
+        project = functools.partial(linear_general, D, use_bias=qkv_bias, rngs=rngs)
         self.q = project((N, H))
         self.k = project((K, H))
         self.v = project((K, H))
-        self.o = nnx.LinearGeneral((N, H), D, axis=(-2, -1), use_bias=output_bias, rngs=rngs)
+        self.o = linear_general((N, H), D, axis=(-2, -1), use_bias=output_bias, rngs=rngs)
 
 
 class GatedMLP(nnx.Module):
@@ -120,7 +122,8 @@ class VisionEmbedding(nnx.Module):
         tokens = patches.reshape(B, -1, D)
         if not self.clip:
             return tokens + self.position[...]
-        class_token = jnp.broadcast_to(self.class_token[...], (B, 1, D))
+        cut = explicit((B, 1, D), "batch", None, None)
+        class_token = jnp.broadcast_to(self.class_token[...], (B, 1, D), out_sharding=cut)
         return self.norm(jnp.concatenate([class_token, tokens], axis=1) + self.position[...])
 
 
@@ -160,7 +163,8 @@ def rope_at(tables: Rope, positions: jax.Array) -> Rope:
 
     XLA computes a gather once, while it fuses a sine into its readers and takes it anew for every head and layer.
     """
-    cos, sin = (table[0][positions] for table in tables)
+    cut = explicit((*positions.shape, tables[0].shape[-1]), "batch", None, None)
+    cos, sin = (table[0].at[positions].get(out_sharding=cut) for table in tables)
     return cos, sin
 
 

@@ -13,7 +13,7 @@ from pdrop_jax.model.cache import StageCache
 from pdrop_jax.model.decoder import Drop, run_stages, run_token
 from pdrop_jax.model.layers import Params, Remat, RMSNorm, bind
 from pdrop_jax.model.vision import image_features
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain, explicit
 
 
 @jax.tree_util.register_dataclass
@@ -94,8 +94,10 @@ def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | 
 
 def embeddings_of(params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
     """Token ids (B, T) -> (B, T, D)."""
+    ids = jnp.asarray(ids)
     table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
-    return constrain(jnp.asarray(table)[jnp.asarray(ids)], "batch", None, None)
+    cut = explicit((*ids.shape, table.shape[-1]), "batch", None, None)
+    return constrain(jnp.asarray(table).at[ids].get(out_sharding=cut), "batch", None, None)
 
 
 def logits_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:

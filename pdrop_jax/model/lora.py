@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import DecoderLayer, Params, bind, declare
+from pdrop_jax.sharding import explicit
 
 LORA = "lora"
 BLOCKS = {  # projection -> the part of a layer that it belongs to
@@ -43,7 +44,8 @@ def bind_layer(config: TextConfig, params: Params) -> DecoderLayer:
 def _adapted(base: Callable[[jax.Array], jax.Array], adapter: Params) -> Callable[[jax.Array], jax.Array]:
     def project(x: jax.Array) -> jax.Array:
         a, b, scale = (adapter[key].astype(x.dtype) for key in ("a", "b", "scale"))
-        low = jnp.tensordot(x, a, axes=a.ndim - 1)  # (B, T, R)
+        cut = explicit((*x.shape[:2], a.shape[-1]), "batch", None, None)
+        low = jnp.tensordot(x, a, axes=a.ndim - 1, out_sharding=cut)  # (B, T, R)
         return base(x) + jax.lax.stop_gradient(scale) * jnp.tensordot(low, b, axes=1)
 
     return project

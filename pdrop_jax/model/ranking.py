@@ -11,6 +11,7 @@ from pdrop_jax.model.buffer import TokenBuffer
 from pdrop_jax.model.layers import Params, Rope, rotate
 from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.schedule import keep_table
+from pdrop_jax.sharding import explicit
 
 
 def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, rope: Rope) -> jax.Array:
@@ -57,13 +58,15 @@ def choose(buffer: TokenBuffer, scores: jax.Array, ratio: float, max_count: int)
     Returns:
       (B, S) bool, False on padding.
     """
-    order = jnp.lexsort((-scores, buffer.image_id), axis=-1)  # by image, best first; stable
+    order = jax.vmap(jnp.lexsort)((-scores, buffer.image_id))  # by image, best first; stable
     place = jnp.argsort(order, axis=-1)  # where each slot stands in that order
     M = buffer.image_count.shape[1] - 1
     present = (buffer.image_id[:, None, :] == jnp.arange(M + 1)[:, None]).sum(-1)  # (B, M + 1)
     first = jnp.cumsum(present, axis=1) - present
     rank = place - jnp.take_along_axis(first, buffer.image_id, axis=1)  # within the slot's own image
-    counts = jnp.array(keep_table(max_count, ratio), jnp.int32)[jnp.minimum(buffer.image_count, max_count)]
+    table = jnp.array(keep_table(max_count, ratio), jnp.int32)
+    cut = explicit(buffer.image_count.shape, "batch", None)
+    counts = table.at[jnp.minimum(buffer.image_count, max_count)].get(out_sharding=cut)
     kept_image = rank < jnp.take_along_axis(counts, buffer.image_id, axis=1)
     valid = jnp.arange(buffer.slots) < buffer.length[:, None]
     return valid & ((buffer.image_id == 0) | kept_image)

@@ -1,5 +1,7 @@
 """When a process looks for others."""
 
+import socket
+
 import pytest
 
 from pdrop_jax.errors import UserError
@@ -25,6 +27,26 @@ def test_the_chips_of_a_cloud_tpu_are_recognised(monkeypatch, tmp_path):
 def test_a_process_alone_is_left_alone(monkeypatch):
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_: pytest.fail("nobody else is there"))
     with together():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("first:1", 2, 1), ", process 1 of 2, on {}: waiting for all processes at first:1, at most 300 s"),
+        ((), ", on {}: waiting for all processes, at most 300 s"),
+    ],
+)
+def test_a_process_says_that_it_has_come_before_it_waits(monkeypatch, capsys, given, says):
+    def initialize(*arguments, initialization_timeout):
+        assert arguments == (given or (None, None, None))
+        assert initialization_timeout == 300
+        assert capsys.readouterr().err == f"pdrop train{says.format(socket.gethostname())}\n"
+
+    monkeypatch.setattr(processes, "one_of_many", lambda _: True)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(processes.jax.distributed, "shutdown", lambda: None)
+    with together(*given):
         pass
 
 
