@@ -103,6 +103,19 @@ def test_a_token_attends_to_a_cache_as_to_keys_in_a_row(N, K):
 
 
 @HEADS
+def test_each_new_token_sees_the_cache_up_to_itself(N, K):
+    """In each row another number of tokens before, in more than one block, and slots behind that nothing is to see."""
+    S, T = BLOCK + 40, BLOCK + 9
+    q, k, v = qkv(N, K, T=S, S=S)
+    first = np.array([3, S - T - 5])
+    new = jnp.stack([q[b, n : n + T] for b, n in enumerate(first)])
+    ours = attend_cache(new, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first))
+    expected = plain_attention(q, k, v, True, [S, S])
+    for b, n in enumerate(first):
+        assert_close(ours[b], expected[b, n : n + T], atol=1e-5)
+
+
+@HEADS
 def test_the_tpu_kernel_agrees_with_xla(N, K):
     q, k, v = qkv(N, K, T=256, S=256, H=128)
     length = jnp.array([256, 100])
