@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from pdrop_jax.inputs.processor import Processor as Processor
     from pdrop_jax.schedule import Bucket as Bucket
     from pdrop_jax.schedule import DropSchedule as DropSchedule
+    from pdrop_jax.session import Answer as Answer
+    from pdrop_jax.session import Session as Session
 
 _HOME = {
+    "Answer": "session",
     "DEMO": "generation",
     "Batch": "batch",
     "Bucket": "schedule",
@@ -36,6 +39,7 @@ _HOME = {
     "LlavaConfig": "config",
     "Model": "generation",
     "Processor": "inputs.processor",
+    "Session": "session",
     "TextConfig": "config",
     "UserError": "errors",
     "Video": "inputs.images",

@@ -116,9 +116,16 @@ def start(
       capacity: slots for new tokens.
     """
     logits, model, drops = prefill(config, params, batch, capacity, implementation=implementation)
+    return first_token(logits, model, capacity, key, sampling, stop_ids), drops
+
+
+def first_token(
+    logits: jax.Array, model: DecodeState, capacity: int, key: jax.Array, sampling: Sampling, stop_ids: jax.Array
+) -> State:
+    """The state with one new token of each row, drawn from ``logits`` (B, V)."""
     B = logits.shape[0]
     state = State(jnp.zeros((B, capacity), jnp.int32), jnp.int32(0), jnp.zeros(B, bool), key, model)
-    return _append(state, logits, sampling, stop_ids), drops
+    return _append(state, logits, sampling, stop_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -232,23 +239,34 @@ def generate(
     Raises:
       UserError: unreadable picture, image tags and pictures do not match, prompt too long, bad sampling values.
     """
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            "need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-            f"{max_new_tokens}, {temperature}, {top_k}, {top_p}"
-        )
-    if implementation == "splash" and jax.default_backend() != "tpu":
-        raise UserError(f"splash attention needs a TPU, this is a {jax.default_backend()}: use 'auto'")
+    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_implementation(implementation)
     batch = model.processor(prompts, images, max_new_tokens=max_new_tokens)
     return generate_batch(
         model,
         batch,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(np.float32(temperature or 1), np.int32(top_k), np.float32(top_p), temperature == 0),
+        sampling=sampling,
         seed=seed,
         implementation=implementation,
         stream=stream,
     )
+
+
+def make_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> Sampling:
+    """Raises UserError for values that make no sense."""
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            "need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{max_new_tokens}, {temperature}, {top_k}, {top_p}"
+        )
+    return Sampling(np.float32(temperature or 1), np.int32(top_k), np.float32(top_p), temperature == 0)
+
+
+def check_implementation(implementation: Implementation) -> None:
+    """Raises UserError for an attention that this machine does not have."""
+    if implementation == "splash" and jax.default_backend() != "tpu":
+        raise UserError(f"splash attention needs a TPU, this is a {jax.default_backend()}: use 'auto'")
 
 
 def generate_batch(
@@ -262,41 +280,70 @@ def generate_batch(
     stream: Callable[[int, str], None] | None = None,
 ) -> Generation:
     """``generate`` from a prepared batch."""
-    if model.mesh is not None:
-        rows = batch_sharding(model.mesh, len(batch.length))
-        batch = jax.tree.map(lambda x: jax.device_put(x, rows), batch)
-    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
-        return _generate(model, batch, max_new_tokens, sampling, seed, implementation, stream)
+    config, processor = model.config, model.processor
+    stop_ids = np.array(processor.stop_ids, np.int32)
+    timer = Timer()
+    with on_devices(model):
+        state, drops = timer.call(
+            start,
+            config,
+            model.params,
+            rows_on_devices(model, batch),
+            jax.random.key(seed),
+            sampling,
+            stop_ids,
+            capacity=capacity_for(max_new_tokens),
+            implementation=implementation,
+        )
+        prefill_seconds = timer.lap()
+        size = cache_bytes(state.model.caches)
+        lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
+        state, token_ids = finish(model, state, max_new_tokens, sampling, stop_ids, timer, stream)
+    return Generation(
+        texts=[processor.decode(ids) for ids in token_ids],
+        token_ids=token_ids,
+        stage_lengths=lengths.tolist(),
+        image_tokens=[np.bincount(row)[1:].tolist() for row in np.asarray(batch.image_id)],
+        kept=kept_tokens(batch, jax.device_get(drops)),
+        compile_seconds=timer.compile_seconds,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=timer.lap(),
+        cache_bytes=size,
+    )
 
 
-def _generate(
+def capacity_for(max_new_tokens: int) -> int:
+    return -(-max_new_tokens // CAPACITY_STEP) * CAPACITY_STEP
+
+
+def on_devices(model: Model) -> contextlib.AbstractContextManager:
+    """The context for jitted calls: the model's mesh, if it has one."""
+    return contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
+
+
+def rows_on_devices(model: Model, batch: Batch) -> Batch:
+    """The batch's rows shared out over the model's mesh, if it has one."""
+    if model.mesh is None:
+        return batch
+    rows = batch_sharding(model.mesh, len(batch.length))
+    return jax.tree.map(lambda x: jax.device_put(x, rows), batch)
+
+
+def finish(
     model: Model,
-    batch: Batch,
+    state: State,
     max_new_tokens: int,
     sampling: Sampling,
-    seed: int,
-    implementation: Implementation,
+    stop_ids: np.ndarray,
+    timer: "Timer",
     stream: Callable[[int, str], None] | None,
-) -> Generation:
-    config, params, processor = model.config, model.params, model.processor
-    stop_ids = np.array(processor.stop_ids, np.int32)
-    capacity = -(-max_new_tokens // CAPACITY_STEP) * CAPACITY_STEP
-    timer = _Timer()
-    state, drops = timer.call(
-        start,
-        config,
-        params,
-        batch,
-        jax.random.key(seed),
-        sampling,
-        stop_ids,
-        capacity=capacity,
-        implementation=implementation,
-    )
-    prefill_seconds = timer.lap()
-    size = cache_bytes(state.model.caches)
-    lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
-    streams = [processor.stream() for _ in lengths] if stream else []
+) -> tuple[State, list[list[int]]]:
+    """Decodes till every row is done or has its ``max_new_tokens``; consumes ``state``.
+
+    Returns:
+      (state, new tokens of each row without the stop token).
+    """
+    streams = [model.processor.stream() for _ in state.done] if stream else []
     sent = 0
     while True:
         step, done, tokens = jax.device_get((state.step, state.done.all(), state.tokens))
@@ -308,22 +355,9 @@ def _generate(
                 stream(row, piece)
         sent = int(step)
         if over:
-            break
+            return state, [_until_stop(row[:sent], stop_ids) for row in tokens]
         until = min(step + STREAM_EVERY, max_new_tokens) if stream else max_new_tokens
-        state = timer.call(decode, config, params, state, np.int32(until), sampling, stop_ids)
-    decode_seconds = timer.lap()
-    token_ids = [_until_stop(row[:sent], stop_ids) for row in tokens]
-    return Generation(
-        texts=[processor.decode(ids) for ids in token_ids],
-        token_ids=token_ids,
-        stage_lengths=lengths.tolist(),
-        image_tokens=[np.bincount(row)[1:].tolist() for row in np.asarray(batch.image_id)],
-        kept=kept_tokens(batch, jax.device_get(drops)),
-        compile_seconds=timer.compile_seconds,
-        prefill_seconds=prefill_seconds,
-        decode_seconds=decode_seconds,
-        cache_bytes=size,
-    )
+        state = timer.call(decode, model.config, model.params, state, np.int32(until), sampling, stop_ids)
 
 
 def kept_tokens(batch: Batch, drops: Sequence[Drop]) -> list[list[list[list[int]]]]:
@@ -341,7 +375,7 @@ def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
     return ids[: stops[0] if len(stops) else None].tolist()
 
 
-class _Timer:
+class Timer:
     """Seconds of jitted calls, with compilation apart."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
 LIBRARY = MODEL | {"pdrop_jax.inputs", "pdrop_jax.generation", "pdrop_jax.checkpoint", "pdrop_jax.storage"}
 APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
-    "pdrop_jax": LIBRARY,
+    "pdrop_jax": LIBRARY | {"pdrop_jax.session"},
     "pdrop_jax.errors": set(),
     "pdrop_jax.schedule": {"pdrop_jax.errors"},
     "pdrop_jax.parts": {"pdrop_jax.errors"},
@@ -30,10 +30,11 @@ MAY_IMPORT = {
     "pdrop_jax.storage": {"pdrop_jax.config", "pdrop_jax.errors"},
     "pdrop_jax.checkpoint": MODEL | {"pdrop_jax.storage"},
     "pdrop_jax.generation": LIBRARY,
+    "pdrop_jax.session": LIBRARY,
     "pdrop_jax.analysis": LIBRARY,
     "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis"},
     "pdrop_jax.convert": LIBRARY | {"pdrop_jax.analysis"},
-    "pdrop_jax.cli": LIBRARY | APPLICATIONS,
+    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.session"},
 }
 
 

@@ -256,10 +256,11 @@ class Processor:
                 f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a list "
                 "or None"
             )
-        rows = [self._row(prompt, _as_list(entry), template) for prompt, entry in zip(prompts, images, strict=True)]
+        rows = [self.row(prompt, as_list(entry), template) for prompt, entry in zip(prompts, images, strict=True)]
         return assemble(rows, self.config, choose_bucket(rows, self.config, max_new_tokens))
 
-    def _row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None) -> Row:
+    def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
+        """One row; see ``__call__`` for what it takes and raises."""
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         text = render(place_images(turns, len(images)), template or self.config.template)
         tokens = [self._tokens(image, alone=len(images) == 1) for image in images]
@@ -326,7 +327,7 @@ class TextStream:
         return new
 
 
-def _as_list(entry: Entry) -> Sequence[Picture | Video]:
+def as_list(entry: Entry) -> Sequence[Picture | Video]:
     if entry is None:
         return []
     return [entry] if isinstance(entry, Picture | Video) else entry

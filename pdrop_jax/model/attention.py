@@ -77,28 +77,36 @@ def attention(
     )
 
 
-def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, window: int | None = None) -> jax.Array:
-    """``attention`` of one new token to a cache: a matrix-vector product for each head, no flash kernel helps.
+def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, window: int | None = None) -> jax.Array:
+    """``attention`` of new tokens to a cache in which they stand already: each sees the slots up to its own.
+
+    One token is a matrix-vector product for each head, where no flash kernel helps. More are taken in blocks, as in
+    ``blocked``, or their scores would fill the memory.
 
     Args:
-      q: (B, 1, N, H).
+      q: (B, T, N, H).
       k: (B, K, C, H), one layer of a cache.
       v: (B, K, C, H).
-      length: (B,) int32, valid slots, the new token's own included.
-      window: how many of them the token sees, the last ones; None is all.
+      first: (B,) int32, slot of a row's first new token.
+      window: how many slots a token sees, its own included; None is all.
 
     Returns:
-      (B, 1, N, H), dtype of q.
+      (B, T, N, H), dtype of q.
     """
-    B, _, N, H = q.shape
-    q = q[:, 0].reshape(B, k.shape[1], -1, H)  # (B, K, G, H)
-    logits = jnp.einsum("BKGH,BKCH->BKGC", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    slot = jnp.arange(k.shape[2])
-    seen = slot < length[:, None]  # (B, C)
-    if window is not None and window < k.shape[2]:
-        seen &= slot >= length[:, None] - window
-    probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
-    return jnp.einsum("BKGC,BKCH->BKGH", probs.astype(v.dtype), v).reshape(B, N, H)[:, None]
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    blocks = []
+    for start in range(0, T, BLOCK):
+        block = q[:, start : start + BLOCK].reshape(B, -1, K, N // K, H)
+        logits = jnp.einsum("BTKGH,BKCH->BKGTC", block, k, preferred_element_type=jnp.float32) * H**-0.5
+        own = (first[:, None] + jnp.arange(start, start + block.shape[1]))[..., None]  # (B, T, 1)
+        slot = jnp.arange(k.shape[2])
+        seen = slot <= own  # (B, T, C)
+        if window is not None and window < k.shape[2]:
+            seen &= slot > own - window
+        probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
+        blocks.append(jnp.einsum("BKGTC,BKCH->BTKGH", probs.astype(v.dtype), v).reshape(B, -1, N, H))
+    return jnp.concatenate(blocks, axis=1)
 
 
 def aligned(implementation: Implementation) -> int:

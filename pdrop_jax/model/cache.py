@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.sharding import constrain, explicit
 
 
@@ -34,13 +36,37 @@ def cache_prompt(k: jax.Array, v: jax.Array, new_slots: int) -> StageCache:
     return StageCache(pad(k), pad(v))
 
 
-def write_token(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, slot: jax.Array) -> StageCache:
-    """Key and value (B, 1, K, H) of one new token into ``slot`` (B,) of each row; padding there is overwritten."""
-    rows = jnp.arange(slot.shape[0])
+def empty_caches(config: LlavaConfig, rows: int, dtype: DTypeLike) -> tuple[StageCache | None, ...]:
+    """A cache without slots for each stage, None for a stage without layers; see ``grow``."""
+    text = config.text
+    counts = (stop - start for start, stop in config.schedule.layer_ranges(text.num_layers))
+    empty = (jnp.zeros((n, rows, text.num_kv_heads, 0, text.head_dim), dtype) for n in counts)
+    return tuple(StageCache(x, x) if len(x) else None for x in empty)
+
+
+def grow(cache: StageCache, slots: int) -> StageCache:
+    """``cache`` with ``slots`` slots; it has no more than that."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, slots - x.shape[3]), (0, 0)])
+        return constrain(x, None, "batch", "heads", None, None)
+
+    return StageCache(pad(cache.k), pad(cache.v))
+
+
+def write_tokens(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, first: jax.Array) -> StageCache:
+    """Keys and values (B, T, K, H) of new tokens into the slots from ``first`` (B,) on; what stands there is lost.
+
+    What would stand behind the last slot is left out: a chunk's padding may reach there.
+    """
+    rows = jnp.arange(first.shape[0])[:, None]
+    slots = first[:, None] + jnp.arange(k.shape[1])  # (B, T)
     cut = explicit(cache.k.shape, None, "batch", "heads", None, None)
-    return StageCache(
-        *(old.at[layer, rows, :, slot].set(new[:, 0], out_sharding=cut) for old, new in ((cache.k, k), (cache.v, v)))
-    )
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[layer, rows, :, slots].set(new, mode="drop", out_sharding=cut)
+
+    return StageCache(write(cache.k, k), write(cache.v, v))
 
 
 def cache_bytes(caches: Sequence[StageCache | None]) -> int:

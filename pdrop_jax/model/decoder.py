@@ -1,7 +1,8 @@
 """The decoder: a stage is a run over its layers, a stage boundary is a drop.
 
-The three ways through it share the layers and differ in what the queries see: ``run_stages`` over whole buffers, with
-or without caches (prefill, training), and ``run_token`` for one new token of each row (decode).
+The ways through it share the layers and differ in what the queries see: ``run_stages`` over whole buffers, with or
+without caches (prefill, training), ``run_on_cache`` for tokens behind those that a stage has cached, and ``run_token``
+for one such token in all stages (decode).
 """
 
 import dataclasses
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, attend_cache, attention
 from pdrop_jax.model.buffer import TokenBuffer, compact
-from pdrop_jax.model.cache import StageCache, cache_prompt, write_token
+from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
 from pdrop_jax.model.layers import Params, Remat, Rope, rematerialise, rope_at, rope_tables, scan_layers
 from pdrop_jax.model.lora import bind_layer
-from pdrop_jax.model.ranking import choose, image_scores
+from pdrop_jax.model.ranking import Past, choose, image_scores
 from pdrop_jax.schedule import DropSchedule, Stage
 
 
@@ -47,10 +48,16 @@ def positions_of(schedule: DropSchedule, buffer: TokenBuffer) -> jax.Array:
 
 
 def drop(
-    config: LlavaConfig, stage: Stage, next_layer: Params, buffer: TokenBuffer, rope: Rope, max_count: int
+    config: LlavaConfig,
+    stage: Stage,
+    next_layer: Params,
+    buffer: TokenBuffer,
+    rope: Rope,
+    max_count: int,
+    past: Past | None = None,
 ) -> tuple[TokenBuffer, Drop]:
     """One stage boundary: score, choose, compact. ``rope`` is the buffer's. Returns (buffer of ``stage``, Drop)."""
-    scores = image_scores(config.text, next_layer, buffer, rope)
+    scores = image_scores(config.text, next_layer, buffer, rope, past)
     keep = choose(buffer, scores, stage.ratio, max_count)
     return compact(buffer, keep, stage.slots), Drop(scores, keep, buffer.image_id, buffer.index)
 
@@ -62,15 +69,17 @@ def run_stages(
     buffer: TokenBuffer,
     image_sizes: Sequence[int],
     *,
+    first: int = 0,
     new_slots: int | None = None,
     implementation: Implementation = "auto",
     remat: Remat = "none",
     keep_hidden: bool = False,
 ) -> tuple[TokenBuffer, tuple[StageCache | None, ...], tuple[jax.Array, ...], tuple[Drop, ...], list[Any]]:
-    """Runs all layers over ``buffer``, dropping at each boundary.
+    """Runs the stages from ``first`` on over ``buffer``, dropping at each boundary.
 
     Args:
       stages: parameters, one entry for each stage of ``plan``.
+      buffer: what left the stage before ``first``, before the drop between them.
       image_sizes: largest token count of each image of a row; empty means that nothing can be dropped.
       new_slots: make a cache for each stage, with so many slots for tokens to come; None makes none.
       remat: what a layer keeps for its gradient.
@@ -82,10 +91,10 @@ def run_stages(
     drops, caches, lengths, hidden = [], [], [], []
     tables = rope_tables(config.text, jnp.arange(buffer.slots)[None])
     rope = rope_at(tables, positions_of(config.schedule, buffer))
-    for s, stage in enumerate(plan):
+    for s, stage in enumerate(plan[first:], first):
         layers = stages[str(s)]
         if s and image_sizes:
-            buffer, dropped = drop(config, stage, _first(layers), buffer, rope, max(image_sizes))
+            buffer, dropped = drop(config, stage, first_layer(layers), buffer, rope, max(image_sizes))
             drops.append(dropped)
             rope = rope_at(tables, positions_of(config.schedule, buffer))
         length = buffer.length
@@ -108,6 +117,42 @@ def run_stages(
     return buffer, tuple(caches), tuple(lengths), tuple(drops), hidden
 
 
+def run_on_cache(
+    config: LlavaConfig,
+    layers: Params | list[Params],
+    x: jax.Array,
+    cache: StageCache | None,
+    first: jax.Array,
+    rope: Rope,
+) -> tuple[jax.Array, StageCache | None]:
+    """New tokens of each row through one stage, behind those in its cache.
+
+    Rows of another number of tokens are padded on the right: a token sees none behind it, and what padding leaves in
+    the cache is overwritten by the next tokens.
+
+    Args:
+      layers: the stage's parameters.
+      x: (B, T, D).
+      cache: None if the stage has no layers.
+      first: (B,) int32, valid slots of the cache; the tokens stand in those behind.
+      rope: at the tokens' positions.
+
+    Returns:
+      ((B, T, D), cache).
+    """
+
+    def body(carry: Any, params: Params, n: Any) -> tuple[Any, None]:
+        x, cache = carry
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache]:
+            written = write_tokens(cache, n, k, v, first)
+            return attend_cache(q, written.k[n], written.v[n], first, config.text.sliding_window), written
+
+        return bind_layer(config.text, params)(x, rope, attend), None
+
+    return scan_layers(body, (x, cache), layers)[0]
+
+
 def run_token(
     config: LlavaConfig,
     stages: Params,
@@ -128,23 +173,12 @@ def run_token(
     """
     filled = []
     for s, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
-        slot = length + step  # (B,)
-        position = slot if config.schedule.positions == "dense" else lengths[0] + step
+        position = step + (length if config.schedule.positions == "dense" else lengths[0])
         rope = rope_tables(config.text, position[:, None])
-
-        def body(carry: Any, params: Params, n: Any, rope: Any = rope, slot: jax.Array = slot) -> tuple[Any, None]:
-            x, cache = carry
-
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache]:
-                written = write_token(cache, n, k, v, slot)
-                return attend_cache(q, written.k[n], written.v[n], slot + 1, config.text.sliding_window), written
-
-            return bind_layer(config.text, params)(x, rope, attend), None
-
-        (x, cache), _ = scan_layers(body, (x, cache), stages[str(s)])
+        x, cache = run_on_cache(config, stages[str(s)], x, cache, length + step, rope)
         filled.append(cache)
     return x, tuple(filled)
 
 
-def _first(layers: Params | list[Params]) -> Params:
+def first_layer(layers: Params | list[Params]) -> Params:
     return layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)

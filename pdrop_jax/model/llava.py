@@ -60,11 +60,16 @@ def embed(
 ) -> TokenBuffer:
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
     hidden = embeddings_of(params, batch.token_ids)
-    B, S = batch.token_ids.shape
     if batch.crops.shape[1]:
         features = image_features(config, params, jnp.asarray(batch.crops), implementation, remat)
         index = jnp.asarray(batch.feature_index)
         hidden = jnp.where(index[..., :1] >= 0, _pick(features, index, batch.feature_weight), hidden)
+    return buffer_of(batch, hidden, slots)
+
+
+def buffer_of(batch: Batch, hidden: jax.Array, slots: int) -> TokenBuffer:
+    """The batch's tokens with ``hidden`` (B, S, D) before any drop, padded to ``slots`` slots."""
+    B, S = batch.token_ids.shape
     image_id = jnp.asarray(batch.image_id)
     image_count = (image_id[:, None] == jnp.arange(len(batch.bucket.images) + 1)[:, None]).sum(-1)  # (B, M + 1)
 
@@ -173,9 +178,13 @@ def prefill(
     buffer, caches, lengths, drops, _ = run_stages(
         config, params["stages"], plan, buffer, batch.bucket.images, new_slots=new_slots, implementation=implementation
     )
+    return next_logits(config, params, buffer), DecodeState(caches, lengths), drops
+
+
+def next_logits(config: LlavaConfig, params: Params, buffer: TokenBuffer) -> jax.Array:
+    """Logits (B, V) float32 after the last token of each row, from what left the last layer."""
     last = jnp.take_along_axis(buffer.hidden, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, D)
-    logits = logits_of(config, params, final_norm(config, params, last))
-    return logits[:, 0], DecodeState(caches, lengths), drops
+    return logits_of(config, params, final_norm(config, params, last))[:, 0]
 
 
 def decode_step(

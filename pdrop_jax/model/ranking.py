@@ -13,8 +13,12 @@ from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.schedule import keep_table
 from pdrop_jax.sharding import explicit
 
+Past = tuple[jax.Array, jax.Array]  # keys (B, K, C, H) of tokens before the buffer's, and how many, (B,)
 
-def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, rope: Rope) -> jax.Array:
+
+def image_scores(
+    config: TextConfig, next_layer: Params, buffer: TokenBuffer, rope: Rope, past: Past | None = None
+) -> jax.Array:
     """Attention that the query rows pay to every slot in the layer after the boundary.
 
     The next layer's norm, q and k projections and rope on the current hidden states, softmax in float32 over all keys
@@ -24,6 +28,7 @@ def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, ro
     Args:
       next_layer: parameters of the first layer behind the boundary.
       rope: (B, S, H/2) each, at the positions of the current tokens.
+      past: what the next layer has cached, which takes its part of the softmax; None is nothing.
 
     Returns:
       (B, S) float32.
@@ -37,11 +42,22 @@ def image_scores(config: TextConfig, next_layer: Params, buffer: TokenBuffer, ro
     B, Q, _, H = q.shape
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
     logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32) / H**0.5
+    window = config.sliding_window
     slot = jnp.arange(buffer.slots)
     seen = slot <= rows[..., None]  # (B, Q, S)
-    if config.sliding_window is not None and config.sliding_window < buffer.slots:
-        seen &= slot > rows[..., None] - config.sliding_window
-    probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
+    if window is not None:
+        seen &= slot > rows[..., None] - window
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+    if past is not None:
+        keys, length = past
+        before = jnp.einsum("BQKGH,BKCH->BKGQC", q, keys, preferred_element_type=jnp.float32) / H**0.5
+        slot = jnp.arange(keys.shape[2])
+        there = jnp.broadcast_to(slot < length[:, None, None], (B, Q, len(slot)))
+        if window is not None:
+            there &= slot > (length[:, None] + rows)[..., None] - window
+        before = jnp.where(there[:, None, None], before, -jnp.inf)
+        logits = jnp.concatenate([logits, before], axis=-1)
+    probs = jax.nn.softmax(logits, axis=-1)[..., : buffer.slots]
     used = (buffer.query_rows >= 0).astype(jnp.float32)  # (B, Q)
     by_row = probs.mean((1, 2)) * used[..., None]  # (B, Q, S)
     return jax.lax.stop_gradient(by_row.sum(1) / jnp.maximum(used.sum(1), 1)[:, None])

@@ -1,6 +1,7 @@
 """The ``pdrop`` command as a user types it: exit codes, what is printed where."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import subprocess
@@ -14,7 +15,9 @@ from PIL import Image
 
 from pdrop_jax.cli import main
 from pdrop_jax.convert.importer import convert
+from pdrop_jax.generation import load
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.session import Session
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -156,6 +159,45 @@ def test_unreadable_and_odd_pictures(pdrop, fails, model, tmp_path):
         Image.new(mode, size).save(odd)
         result = pdrop("generate", "--model", model, "--prompt", "Hi", "--image", odd, "--max-new-tokens", 1)
         assert result.code == 0, result.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def answers_of(model, questions):
+    session = Session(load(model))
+    return [session.ask(question, image, max_new_tokens=4).text for question, image in questions]
+
+
+def test_chat_answers_line_by_line(pdrop, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Who is it?\n/image {PHOTO}\nAnd <image>?\n\nnot asked\n"))
+    result = pdrop("chat", "--model", model, "--image", PHOTO, "--max-new-tokens", 4)
+    assert (result.code, result.stderr) == (0, "")
+    texts = answers_of(model, [("Who is it?", PHOTO), ("And <image>?", PHOTO)])
+    assert result.stdout == "".join(text + "\n" for text in texts)
+
+
+def test_a_mistake_ends_a_chat_from_a_pipe(pdrop, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/image nowhere.png\nWho is it?\n"))
+    result = pdrop("chat", "--model", model, "--max-new-tokens", 4)
+    assert (result.code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert "nowhere.png" in result.stderr
+
+
+def test_a_chat_at_a_terminal_goes_on_after_a_mistake(pdrop, model, monkeypatch):
+    lines = ["/image nowhere.png", "word " * 3000, "<image>", f"/image {PHOTO}", "Who is it?"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(lines)))
+    result = pdrop("chat", "--model", model, "--max-new-tokens", 4)
+    assert result.code == 0
+    (text,) = answers_of(model, [("Who is it?", PHOTO)])
+    assert result.stdout == "> " * 5 + text + "\n> "
+    mistakes = [
+        line for line in result.stderr.splitlines() if "nowhere" in line or "positions" in line or "tag" in line
+    ]
+    assert len(mistakes) == 3
 
 
 def test_unknown_commands_list_the_known_ones(pdrop):

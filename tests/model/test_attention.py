@@ -101,8 +101,21 @@ def test_blocked_takes_the_softmax_of_a_bfloat16_model_in_float32():
 def test_a_token_attends_to_a_cache_as_to_keys_in_a_row(N, K):
     q, k, v = qkv(N, K, T=1)
     length = jnp.array([4, 6])
-    ours = attend_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), length)
+    ours = attend_cache(q, k.swapaxes(1, 2), v.swapaxes(1, 2), length - 1)
     assert_close(ours, attention(q, k, v, causal=False, length=length, implementation="xla"), atol=1e-6)
+
+
+@HEADS
+def test_each_new_token_sees_the_cache_up_to_itself(N, K):
+    """In each row another number of tokens before, in more than one block, and slots behind that nothing is to see."""
+    S, T = BLOCK + 40, BLOCK + 9
+    q, k, v = qkv(N, K, T=S, S=S)
+    first = np.array([3, S - T - 5])
+    new = jnp.stack([q[b, n : n + T] for b, n in enumerate(first)])
+    ours = attend_cache(new, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first))
+    expected = plain_attention(q, k, v, True, [S, S])
+    for b, n in enumerate(first):
+        assert_close(ours[b], expected[b, n : n + T], atol=1e-5)
 
 
 @HEADS

@@ -1,0 +1,101 @@
+"""Seconds from a later question of a conversation to the first token of its answer: both ways of a session, and anew.
+
+Random weights of LLaVA-1.5's shape with a small vision tower, one picture in the first question, drops after a quarter,
+a half and three quarters of the layers. The contenders take turns within each repeat, and medians are printed.
+
+    python benchmarks/chat.py     # 24 layers, D=1024, 576 image tokens, float32
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.generation import Model, generate
+from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.model.params import init_params, unstack
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.session import Session
+
+TOKENIZER = pathlib.Path(__file__).parent.parent / "examples/tiny_tokenizer"
+QUESTIONS = ("What is on the table?", "Who put it there?", "And why?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    layers: int = 24
+    hidden: int = 1024
+    mlp: int = 2752
+    heads: int = 16
+    image_tokens: int = 576  # a square number
+    new_tokens: int = 8
+    repeats: int = 5
+    json: bool = False
+
+    def model(self) -> Model:
+        side = int(self.image_tokens**0.5)
+        config = LlavaConfig(
+            vision=VisionConfig(image_size=14 * side, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2),
+            text=TextConfig(
+                vocab_size=32000,
+                hidden_size=self.hidden,
+                intermediate_size=self.mlp,
+                num_layers=self.layers,
+                num_heads=self.heads,
+                num_kv_heads=self.heads,
+                head_dim=self.hidden // self.heads,
+            ),
+            schedule=DropSchedule(tuple(self.layers * n // 4 for n in (1, 2, 3)), (0.5, 0.25, 0.125)),
+            template="mistral_instruct",
+        )
+        params = init_params(config)
+        if jax.default_backend() == "cpu":
+            params = unstack(params)
+        return Model(config, params, Processor.load(TOKENIZER, config))
+
+
+def main(flags: Flags) -> None:
+    """Prints a table, or JSON."""
+    model = flags.model()
+    size = model.config.vision.image_size
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    rounds = [one_round(model, picture, flags.new_tokens) for _ in range(flags.repeats + 1)][1:]  # the first compiles
+    results = [
+        {
+            "turn": turn + 1,
+            "tokens": rounds[0]["rerank"][turn]["tokens"],
+            **{name: statistics.median(r[name][turn]["seconds"] for r in rounds) for name in rounds[0]},
+        }
+        for turn in range(len(QUESTIONS))
+    ]
+    if flags.json:
+        print(json.dumps({"flags": dataclasses.asdict(flags), "results": results}, indent=2))
+        return
+    print("| turn | tokens | keep | rerank | anew |")
+    print("|---|---|---|---|---|")
+    for row in results:
+        print(f"| {row['turn']} | {row['tokens']} | " + " | ".join(f"{row[n]:.3f} s" for n in rounds[0]) + " |")
+
+
+def one_round(model: Model, picture: np.ndarray, new_tokens: int) -> dict[str, list[dict[str, Any]]]:
+    """For each contender and turn the tokens of the conversation and the seconds to the first new one."""
+    found: dict[str, list[dict[str, Any]]] = {"keep": [], "rerank": [], "anew": []}
+    sessions = {"keep": Session(model, "keep"), "rerank": Session(model, "rerank")}
+    for turn, question in enumerate(QUESTIONS):
+        for name, session in sessions.items():
+            answer = session.ask(question, None if turn else picture, max_new_tokens=new_tokens)
+            found[name].append({"tokens": answer.stage_lengths[0], "seconds": answer.prefill_seconds})
+        turns = sessions["rerank"].turns
+        whole = generate(model, [[*turns[:-1], (turns[-1][0], None)]], [picture], max_new_tokens=1)
+        found["anew"].append({"tokens": whole.stage_lengths[0][0], "seconds": whole.prefill_seconds})
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))

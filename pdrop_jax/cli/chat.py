@@ -1,0 +1,93 @@
+"""``pdrop chat``: several questions about pictures, each on the cache of those before."""
+
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress, schedule_of
+from pdrop_jax.errors import UserError
+
+IMAGE = "/image "
+
+
+def run(
+    model: pathlib.Path | None = None,
+    image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
+    mode: Literal["keep", "rerank"] = "rerank",
+    layers: Layers = None,
+    ratios: Ratios = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    mesh: Mesh = (),
+) -> None:
+    """Answer questions, one a line, till an empty line. "/image FILE" puts a picture into the next question.
+
+    Args:
+      model: a checkpoint; without it the small demo model that comes with the package.
+      image: pictures of the first question.
+      mode: "rerank", every question chooses its own image tokens; "keep", those that an earlier one dropped are gone.
+      layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
+      ratios: share of the image tokens kept at each drop.
+      max_new_tokens: length of an answer.
+      temperature: 0 is greedy.
+      top_k: draw from this many best tokens, 0 is all.
+      top_p: draw from the best tokens up to this probability mass.
+      seed: of the drawing.
+      dtype: of the computation, without it the checkpoint's own.
+      attention: implementation.
+      mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
+    """
+    from pdrop_jax.generation import DEMO, load
+    from pdrop_jax.inputs.images import open_image
+    from pdrop_jax.session import Session
+    from pdrop_jax.sharding import make_mesh
+
+    pictures: list[Any] = [open_image(path) for path in image]
+    with progress("loading"):
+        devices = make_mesh(mesh_sizes(mesh)) if mesh else None
+        session = Session(
+            load(model or DEMO, schedule_of(layers, ratios), dtype, devices), mode, implementation=attention
+        )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    live = sys.stdin.isatty()
+    while line := _read(live):
+        try:
+            if line.startswith(IMAGE):
+                pictures.append(open_image(line.removeprefix(IMAGE).strip()))
+                continue
+            answer = session.ask(line, pictures, seed=seed, stream=_print_piece, **options)
+        except UserError as error:
+            if not live:
+                raise
+            print(error, file=sys.stderr)
+            continue
+        print()
+        pictures = []
+        if live:
+            seconds = answer.compile_seconds + answer.prefill_seconds
+            tokens = f"{answer.stage_lengths[0]} tokens, {answer.cached} of them cached"
+            print(f"({tokens}; first word after {seconds:.2f} s)", file=sys.stderr)
+
+
+def _read(live: bool) -> str:
+    """The next line without white space around it; empty at the end."""
+    try:
+        return input("> " if live else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
