@@ -119,6 +119,23 @@ def test_a_decode_step_needs_no_second_cache(folder):
     assert report["temporary_bytes"] < 0.05 * cache
 
 
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_int8_weights_take_half_the_bytes_and_no_plain_copy(folder, mode):
+    options = ("--mode", mode, "--mesh", "fsdp=8", "--batch", "8", "--layers", "none", "--json")
+    plain, quantized = (planned(folder, *options, *more) for more in ((), ("--quantize", "int8")))
+    assert (plain.returncode, quantized.returncode) == (0, 0), plain.stderr + quantized.stderr
+    (plain,), (quantized,) = (json.loads(done.stdout)["plans"] for done in (plain, quantized))
+    layer = 2 * 256 * 512 + 2 * 256 * 256 + 3 * 256 * 512  # of q and o, k and v, the mlp
+    saved = 2 * layer // 8  # of two layers one byte a weight, on each of eight devices
+    assert plain["argument_bytes"] - quantized["argument_bytes"] == pytest.approx(saved, rel=0.05)
+    assert quantized["temporary_bytes"] < 1.05 * plain["temporary_bytes"]
+
+
+def test_training_is_not_quantized(capsys):
+    with pytest.raises(UserError, match="give --mode prefill or --mode decode"):
+        run("llava-1.5-7b", "v5e:2x4", quantize="int8")
+
+
 def test_rows_that_cannot_be_cut(folder):
     done = planned(folder, "--batch", "12")
     assert done.returncode == 2
