@@ -7,7 +7,8 @@ The weights of q, k, v, o, gate, up and down become int8, with a float32 scale f
 
 Everything else stays as it is: activations, biases, norms, the embedding table, the head, the vision tower and the
 projector. A layer multiplies by ``qvalue * scale``, rounded to the dtype of its activations. On a TPU that happens
-inside the matrix product: what is read from memory is int8.
+inside the matrix product: what is read from memory is int8. Kernels cut along fsdp are brought together in that dtype,
+so cut along tensor.
 """
 
 import functools
