@@ -16,7 +16,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -29,6 +29,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import abstract_params, restage
+from pdrop_jax.model.quantized import is_quantized, quantize_decoder
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import shardings
 
@@ -62,12 +63,14 @@ def save(
       single_file: the arrays as one file, for a small model that is shipped.
 
     Raises:
-      UserError: ``folder`` exists, or ``params`` does not fit ``config`` or carries LoRA adapters.
+      UserError: ``folder`` exists, or ``params`` does not fit ``config``, carries LoRA adapters or is quantized.
       OSError: the disk is full or may not be written; nothing is left behind.
     """
     if has_lora(params):
         raise UserError("the parameters carry LoRA adapters, a checkpoint holds plain ones: merge_lora them first")
     arrays = flatten_dict(params, sep=".")
+    if any(map(is_quantized, arrays.values())):
+        raise UserError("the parameters are quantized, a checkpoint holds plain ones: load them without quantize")
     check_shapes(_shapes(config), _nonempty_shapes(arrays), "the parameters do not fit the config")
     with new_folder(folder, sum(x.nbytes for x in arrays.values())) as new:
         (storage.write_single_file if single_file else storage.write)(new, arrays.items())
@@ -79,7 +82,12 @@ def save(
 
 
 def load(
-    folder: str | os.PathLike, *, schedule: DropSchedule | None = None, dtype: Any = None, mesh: Mesh | None = None
+    folder: str | os.PathLike,
+    *,
+    schedule: DropSchedule | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    quantize: Literal["int8"] | None = None,
 ) -> tuple[LlavaConfig, Params]:
     """Reads a checkpoint onto the default device or a mesh.
 
@@ -87,26 +95,31 @@ def load(
       schedule: moves the stage boundaries to these; None keeps the checkpoint's own.
       dtype: of the arrays; None keeps each array's own.
       mesh: every device reads its part of an array, see ``sharding``.
+      quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantized``.
 
     Returns:
       The config, with ``schedule`` if one is given, and the parameters stacked by its stages.
 
     Raises:
-      UserError: ``folder`` is no checkpoint or a damaged one, its arrays do not fit its config, or the schedule does
-        not fit the decoder.
+      UserError: ``folder`` is no checkpoint or a damaged one, its arrays do not fit its config, the schedule does
+        not fit the decoder, or ``quantize`` is something else.
     """
+    if quantize not in (None, "int8"):
+        raise UserError(f"weights cannot be quantized to {quantize!r}: choose 'int8'")
     folder = pathlib.Path(folder)
     config = LlavaConfig.load(folder)
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     targets = abstract_arrays(folder, config, dtype, mesh=mesh)
-    # Moving a stage boundary copies arrays; done for one decoder array at a time that is not the whole model twice.
-    whole = result.schedule.layers == config.schedule.layers
+    # Both copy arrays; done for one decoder array at a time that is not the whole model twice.
+    whole = result.schedule.layers == config.schedule.layers and not quantize
     parts = [list(targets)] if whole else _by_array(targets)
     arrays: dict[str, jax.Array] = {}
     for names in parts:
         part = restore(folder, {name: targets[name] for name in names})
         if "stages" in part:
             part = restage(part, config, result.schedule)
+        if quantize:
+            part = quantize_decoder(part)
         arrays |= flatten_dict(part, sep=".")
     return result, unflatten_dict(arrays, sep=".")
 

@@ -10,7 +10,7 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +165,7 @@ def load(
     schedule: DropSchedule | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    quantize: Literal["int8"] | None = None,
 ) -> Model:
     """Loads a converted or trained checkpoint.
 
@@ -173,15 +174,19 @@ def load(
       schedule: None is the checkpoint's own.
       dtype: of parameters and activations, float32 or bfloat16; None is the checkpoint's own.
       mesh: devices to share the work, see ``sharding.make_mesh``; None is one device.
+      quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantized``; activations stay
+        ``dtype``.
 
     Raises:
-      UserError: the folder is no checkpoint, it is damaged, or the schedule does not fit the decoder.
+      UserError: the folder is no checkpoint, it is damaged, the schedule does not fit the decoder, or ``quantize`` is
+        something else.
     """
     if folder == DEMO and not DEMO.exists():
         raise UserError("this installation has no demo model: name the folder of a checkpoint, --model DIR")
-    config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh)
+    config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize)
     processor = Processor.load(pathlib.Path(folder), config)
-    if jax.default_backend() == "cpu" and mesh is None:
+    # Quantized stacks are scanned on a CPU too: of a list of layers XLA makes all the plain weights at once.
+    if jax.default_backend() == "cpu" and mesh is None and not quantize:
         params = unstack(params)
     return Model(config, params, processor, mesh)
 

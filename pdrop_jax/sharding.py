@@ -88,6 +88,8 @@ def logical_axes(name: str) -> Logical:
     Raises:
       ValueError: no row or more than one fits, or two dimensions of it are cut along the same mesh axis.
     """
+    # Both arrays of a quantized kernel lie as the kernel does; the scales, of size 1 along inputs, are not cut there.
+    name = re.sub(r"\.kernel\.(?:qvalue|scale)$", ".kernel", name)
     rows = [axes for pattern, axes in PARAMETERS.items() if re.fullmatch(pattern, name)]
     if len(rows) != 1:
         raise ValueError(f"{len(rows)} rows of the sharding table fit {name}, expected one")

@@ -25,6 +25,7 @@ from pdrop_jax.model.attention import _splash, attention
 from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import embed, forward
+from pdrop_jax.model.quantized import quantize_decoder
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import Mesh, Optimizer
@@ -148,6 +149,22 @@ def test_parameters_are_cut():
     kernel = params["stages"]["0"]["attention"]["q"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_quantized_on_a_mesh(tmp_path):
+    """Loaded in int8 each part where the table wants it, and the answers are those of one device."""
+    checkpoint.save(tmp_path / "model", CONFIG, params_of(CONFIG))
+    mesh = mesh_of((2, 2, 2))
+    _, params = checkpoint.load(tmp_path / "model", mesh=mesh, quantize="int8")
+    expected = quantize_decoder(params_of(CONFIG))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    for x, where in zip(jax.tree.leaves(params), jax.tree.leaves(sharding.shardings(params, mesh)), strict=True):
+        assert x.sharding.is_equivalent_to(where, x.ndim)
+    assert params["stages"]["0"]["mlp"]["up"]["kernel"].qvalue.addressable_shards[0].data.shape == (1, 16, 24)
+    batch = jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), BATCH)
+    with jax.set_mesh(mesh):
+        tokens = answer(params, batch)
+    np.testing.assert_array_equal(tokens, answer(expected, BATCH))
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

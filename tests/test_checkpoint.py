@@ -19,6 +19,7 @@ from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import abstract_params, restage
+from pdrop_jax.model.quantized import quantize_decoder
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(
@@ -275,3 +276,16 @@ def test_a_damaged_config(change, saved):
 def test_a_schedule_that_does_not_fit(saved):
     with pytest.raises(UserError, match="drop after layer 6 in a decoder of 6 layers"):
         checkpoint.load(saved, schedule=DropSchedule((6,), (0.5,)))
+
+
+@pytest.mark.parametrize("schedule", [None, DropSchedule((3,), (0.5,))], ids=["own", "moved"])
+def test_loaded_in_int8(schedule, saved, params):
+    config, found = checkpoint.load(saved, schedule=schedule, quantize="int8")
+    assert_equal(found, quantize_decoder(restage(params, CONFIG, config.schedule)))
+
+
+def test_what_cannot_be_quantized(saved, params, tmp_path):
+    with pytest.raises(UserError, match="cannot be quantized to 'int4': choose 'int8'"):
+        checkpoint.load(saved, quantize="int4")
+    with pytest.raises(UserError, match="are quantized, a checkpoint holds plain ones"):
+        checkpoint.save(tmp_path / "int8", CONFIG, quantize_decoder(params))

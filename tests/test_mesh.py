@@ -15,6 +15,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora
 from pdrop_jax.model.params import abstract_params, path_name
+from pdrop_jax.model.quantized import quantize_decoder
 
 HERE = pathlib.Path(__file__).parent
 
@@ -27,6 +28,17 @@ def test_every_parameter_has_one_row(config):
     params = jax.eval_shape(lambda params: add_lora(params, config, 2, 4.0), abstract_params(config))
     for path, x in jax.tree.leaves_with_path(params):
         assert len(sharding.logical_axes(path_name(path))) == x.ndim, path_name(path)
+
+
+def test_a_quantized_kernel_is_cut_as_the_kernel_and_its_scales_along_the_outputs():
+    mesh = jax.sharding.AbstractMesh((1, 2, 4), sharding.AXES)
+    params = jax.eval_shape(quantize_decoder, abstract_params(llava_config(MHA)))
+    layer = sharding.shardings(params, mesh)["stages"]["0"]
+    up, down, o = layer["mlp"]["up"]["kernel"], layer["mlp"]["down"]["kernel"], layer["attention"]["o"]["kernel"]
+    spec = jax.sharding.PartitionSpec
+    assert (up.qvalue.spec, up.scale.spec) == (spec(None, "fsdp", "tensor"), spec(None, None, "tensor"))
+    assert (down.qvalue.spec, down.scale.spec) == (spec(None, "tensor", "fsdp"), spec(None, None, "fsdp"))
+    assert (o.qvalue.spec, o.scale.spec) == (spec(None, "tensor", None, "fsdp"), spec(None, None, None, "fsdp"))
 
 
 def test_every_row_is_of_some_parameter():

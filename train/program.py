@@ -18,6 +18,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import Sampling, State, decode, start
 from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.quantized import quantize_decoder
 from pdrop_jax.schedule import Bucket
 from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, partition
 
@@ -41,6 +42,7 @@ class Job:
       rows: of a batch, all devices together.
       accumulate: parts that a training step's rows are cut into.
       groups: what is trained, of "vision", "projector" and "llm".
+      quantize: the decoder's weights in inference, see ``model.quantized``.
     """
 
     config: LlavaConfig
@@ -49,6 +51,7 @@ class Job:
     rows: int
     accumulate: int = 1
     groups: tuple[str, ...] = GROUPS
+    quantize: Literal["int8"] | None = None
 
     @property
     def macs(self) -> float:
@@ -144,7 +147,8 @@ def lower(job: Job, mesh: Mesh) -> Any:
         program, arguments = train_step, (config, optimizer, train_state, batch)
         settings = {"accumulate": job.accumulate, "implementation": "splash"}
     else:
-        params = abstract(abstract_params(config, jnp.bfloat16), mesh)
+        params = abstract_params(config, jnp.bfloat16)
+        params = abstract(jax.eval_shape(quantize_decoder, params) if job.quantize else params, mesh)
         greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)

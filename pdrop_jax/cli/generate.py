@@ -24,6 +24,7 @@ def run(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: Literal["int8"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
     picture: pathlib.Path | None = None,
@@ -44,6 +45,7 @@ def run(
       top_p: draw from the best tokens up to this probability mass.
       seed: of the drawing.
       dtype: of the computation, without it the checkpoint's own.
+      quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
       picture: file to draw the kept patches into, stage by stage; for one question.
@@ -61,7 +63,7 @@ def run(
         images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
-        loaded = load(model or DEMO, schedule_of(layers, ratios), dtype, devices)
+        loaded = load(model or DEMO, schedule_of(layers, ratios), dtype, devices, quantize)
     live = sys.stdout.isatty() and not json_output and len(prompt) == 1
     with progress("compiling and answering"):
         answer = generate(

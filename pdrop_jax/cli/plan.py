@@ -24,6 +24,7 @@ def run(
     accumulate: int = 1,
     layers: Layers = None,
     ratios: Ratios = None,
+    quantize: Literal["int8"] | None = None,
     dense: bool = True,
     suggest: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -40,10 +41,14 @@ def run(
       accumulate: parts that a training step's rows are cut into.
       layers: drop image tokens after these many layers; without it the model's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
+      quantize: the weights of the decoder's linear layers in inference; the rest stays bfloat16.
       dense: compile the same without drops, beside it.
       suggest: try meshes, and for each the fewest parts of a training step, or the most rows, that fit.
       json_output: print one JSON object instead of a table.
     """
+    if quantize and mode == "train":
+        raise UserError("--quantize is of inference: give --mode prefill or --mode decode")
+
     from pdrop_jax.analysis.plan import devices_of
 
     devices = devices_of(topology)
@@ -58,7 +63,7 @@ def run(
     schedule = schedule_of(layers, ratios)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     crops = sum(level_of(1, tokens, config)[0] for tokens in bucket[1:])
-    job = program.Job(config, mode, Bucket(bucket[0], bucket[1:], crops), batch, accumulate, groups)
+    job = program.Job(config, mode, Bucket(bucket[0], bucket[1:], crops), batch, accumulate, groups, quantize)
     if suggest:
         if mesh:
             raise UserError("--suggest tries meshes of its own: leave out --mesh")
@@ -74,9 +79,11 @@ def run(
                 plans.append(program.plan(each, mesh_sizes(mesh) or None, topology, devices))
     results = [_result(found, len(devices)) for found in plans]
     if json_output:
-        print(json.dumps({"model": model, "mode": mode, "topology": topology, "bucket": bucket, "plans": results}))
+        asked = {"model": model, "mode": mode, "topology": topology, "bucket": bucket, "quantize": quantize}
+        print(json.dumps({**asked, "plans": results}))
         return
-    print(f"{model}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}\n")
+    weights = f", {quantize} weights" if quantize else ""
+    print(f"{model}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}{weights}\n")
     print(_table(results) if results else "no mesh fits")
     if not any(x["fits"] for x in results):
         advice = TRAINING_ADVICE if mode == "train" else INFERENCE_ADVICE

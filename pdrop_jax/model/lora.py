@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import DecoderLayer, Params, bind, declare
+from pdrop_jax.model.quantized import dequantize
 from pdrop_jax.sharding import explicit
 
 LORA = "lora"
@@ -32,8 +33,9 @@ BLOCKS = {  # projection -> the part of a layer that it belongs to
 
 
 def bind_layer(config: TextConfig, params: Params) -> DecoderLayer:
-    """The decoder layer with arrays ``params``; what its projections have of adapters is added."""
-    layer = bind(DecoderLayer, config, params={key: x for key, x in params.items() if key != LORA})
+    """The decoder layer with arrays ``params``, quantized or not; what its projections have of adapters is added."""
+    plain = {key: x for key, x in params.items() if key != LORA}
+    layer = bind(DecoderLayer, config, params=dequantize(plain))
     for block, adapters in params.get(LORA, {}).items():
         module = getattr(layer, block)
         for name, adapter in adapters.items():

@@ -119,6 +119,25 @@ def test_a_decode_step_needs_no_second_cache(folder):
     assert report["temporary_bytes"] < 0.05 * cache
 
 
+def test_int8_weights_take_half_the_bytes_and_no_plain_copy(folder):
+    common = ("--mode", "decode", "--mesh", "data=4", "tensor=2", "--batch", "8", "--layers", "none", "--json")
+    runs = [planned(folder, *common, *more) for more in ((), ("--quantize", "int8"))]
+    assert [done.returncode for done in runs] == [0, 0], runs
+    plain, quantized = (json.loads(done.stdout)["plans"][0] for done in runs)
+    weights = (
+        2 * (2 * 256 * 512 + 2 * 256 * 256 + 3 * 256 * 512) // 2
+    )  # q and o, k and v, the mlp: two layers, cut in two
+    scales = 2 * ((512 + 2 * 256 + 2 * 512) // 2 + 2 * 256)  # of all but o and down cut in two
+    saved = plain["argument_bytes"] - quantized["argument_bytes"]
+    assert saved == pytest.approx(weights - 4 * scales, rel=0.01)  # a byte for each weight
+    assert quantized["temporary_bytes"] - plain["temporary_bytes"] < 0.25 * 2 * weights  # of a copy in bfloat16
+
+
+def test_training_is_not_quantized(capsys):
+    with pytest.raises(UserError, match="give --mode prefill or --mode decode"):
+        run("llava-1.5-7b", "v5e:2x4", quantize="int8")
+
+
 def test_rows_that_cannot_be_cut(folder):
     done = planned(folder, "--batch", "12")
     assert done.returncode == 2

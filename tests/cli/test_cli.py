@@ -15,7 +15,7 @@ from PIL import Image
 
 from pdrop_jax.cli import main
 from pdrop_jax.convert.importer import convert
-from pdrop_jax.generation import load
+from pdrop_jax.generation import generate, load
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.session import Session
 
@@ -105,6 +105,14 @@ def test_a_batch_answers_as_each_question_alone(pdrop, model):
     alone = [json.loads(pdrop(*common, question).stdout) for question in questions]
     assert [row["token_ids"] for row in together] == [answer["token_ids"] for answer in alone]
     assert [row["kept"] for row in together] == [answer["kept"] for answer in alone]
+
+
+def test_int8_weights(pdrop, model):
+    common = ("generate", "--model", model, "--image", PHOTO, "--max-new-tokens", 8, "--json", "--prompt", "Who is it?")
+    answer = json.loads(pdrop(*common, "--quantize", "int8").stdout)
+    expected = generate(load(model, quantize="int8"), ["Who is it?"], [PHOTO], max_new_tokens=8)
+    assert answer["token_ids"] == expected.token_ids[0]
+    assert answer["kept"] == expected.kept[0]
 
 
 def test_another_schedule_than_the_checkpoints_own(pdrop, model):

@@ -1,0 +1,123 @@
+"""How far int8 weights are from bfloat16 ones, on the demo model and pictures that it was not trained on.
+
+The bfloat16 model answers greedily. Then each contender is given the same questions and, token by token, the same
+answers; compared is what it would have said next, KL(bfloat16 || contender) in nats and the best token. Last, each
+answers by itself. float32 is the yardstick: it shows what rounding to bfloat16 does alone.
+
+    python benchmarks/quantized.py                  # five or six questions about each of 200 pictures
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.generation import Generation, Model, Sampling, generate_batch, load
+from pdrop_jax.model.llava import decode_step, prefill
+from pdrop_jax.train.demo.evaluate import BATCH, NEW_TOKENS, Case, draw_cases
+
+GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8 weights": {"dtype": "bfloat16", "quantize": "int8"},
+    "float32": {"dtype": "float32"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    pictures: int = 200
+    seed: int = 0
+
+
+def main(flags: Flags) -> None:
+    """Prints a table, a column for each contender."""
+    models = {name: load(**options) for name, options in CONTENDERS.items()}
+    first = next(iter(models))
+    cases = draw_cases(flags.pictures, flags.seed)
+    found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in models}
+    for start in tqdm(range(0, len(cases), BATCH), unit=" batches", disable=None):
+        group = cases[start : start + BATCH]
+        batch = models[first].processor([case.turns for case in group], [case.picture for case in group])
+        said = answer(models[first], batch)
+        tokens, used = table_of(said)
+        expected = follow(models[first].config, models[first].params, batch, tokens)
+        for name, model in models.items():
+            ours = follow(model.config, model.params, batch, tokens)
+            kl, same = jax.device_get(compare(expected, ours))
+            found[name].append((kl[used], same[used], *compare_answers(said, answer(model, batch), group)))
+    print_table(models, {name: [np.concatenate(x) for x in zip(*parts, strict=True)] for name, parts in found.items()})
+
+
+def answer(model: Model, batch: Batch) -> Generation:
+    return generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=GREEDY)
+
+
+def table_of(said: Generation) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (B, T) int32, and which of them (B, T) were chosen: the stop token, written as 0, is the last."""
+    tokens = np.zeros((len(said.token_ids), NEW_TOKENS), np.int32)
+    for row, ids in zip(tokens, said.token_ids, strict=True):
+        row[: len(ids)] = ids
+    lengths = np.array([len(ids) for ids in said.token_ids])
+    return tokens, np.arange(NEW_TOKENS) <= lengths[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def follow(config: LlavaConfig, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
+    """Log probabilities (B, T, V) of what comes next, before each of ``tokens`` (B, T)."""
+    T = tokens.shape[1]
+    first, state, _ = prefill(config, params, batch, T)
+
+    def step(state: Any, n: jax.Array) -> tuple[Any, jax.Array]:
+        logits, state = decode_step(config, params, tokens[:, n], state, n)
+        return state, logits
+
+    _, later = jax.lax.scan(step, state, jnp.arange(T - 1))
+    return jax.nn.log_softmax(jnp.concatenate([first[None], later]).swapaxes(0, 1))
+
+
+@jax.jit
+def compare(expected: jax.Array, ours: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of log probabilities (B, T, V): KL(expected || ours), and whether the best token is the same; (B, T) each."""
+    kl = jnp.sum(jnp.exp(expected) * (expected - ours), axis=-1)
+    return kl, expected.argmax(-1) == ours.argmax(-1)
+
+
+def compare_answers(said: Generation, ours: Generation, cases: list[Case]) -> tuple[np.ndarray, ...]:
+    """For each row: the same answer, the right answer, the share of the last stage's image tokens that are the same."""
+    rows = zip(said.texts, ours.texts, cases, said.kept, ours.kept, strict=True)
+    return tuple(
+        np.transpose([(a == b, b == case.answer, np.isin(x[-1][0], y[-1][0]).mean()) for a, b, case, x, y in rows])
+    )
+
+
+def print_table(models: dict[str, Model], found: dict[str, list[np.ndarray]]) -> None:
+    def row(label: str, column: int, form: str) -> list[str]:
+        return [label, *(format(parts[column].mean(), form) for parts in found.values())]
+
+    kl, _, same, *_ = next(iter(found.values()))
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(model.params)) for model in models.values()]
+    largest = [f"{parts[0].max():.1e}" for parts in found.values()]
+    rows = [
+        ["", *found],
+        ["---"] * (len(found) + 1),
+        ["parameters", *(f"{size / 1e6:.1f} MB" for size in sizes)],
+        row(f"KL of {len(kl):,} next tokens, mean", 0, ".1e"),
+        ["largest", *largest],
+        row("the same best token", 1, ".2%"),
+        row(f"the same answer, of {len(same):,}", 2, ".2%"),
+        row("the right answer", 3, ".1%"),
+        row("the same image tokens in the last stage", 4, ".1%"),
+    ]
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))
