@@ -98,25 +98,30 @@ def plan(job: Job, sizes: dict[str, int] | None, topology: str, devices: Sequenc
     return Plan(job, dict(mesh.shape), compile_report(lambda: lower(job, mesh), topology))
 
 
-def suggest(job: Job, topology: str, devices: Sequence[jax.Device]) -> Iterator[Plan]:
-    """Tries meshes of fsdp and tensor, and yields what fits on each of them.
+def suggest(job: Job, devices: int, compiled: Callable[[Job, dict[str, int]], Plan]) -> list[Plan]:
+    """What fits on each mesh of fsdp and tensor; first what moves the fewest bytes a row between so many ``devices``.
 
     In training the rows stay and are cut into more and more parts until they fit. In inference they are doubled for as
-    long as they fit, and the last that did is yielded.
+    long as they fit, and the last that did is taken. MACs are no reason to choose: they are shared out on any mesh.
+
+    Args:
+      compiled: ``plan`` on a mesh of these sizes.
     """
+    found = []
     for tensor in TENSOR:
-        if len(devices) % tensor or job.config.text.num_heads % tensor:
+        if devices % tensor or job.config.text.num_heads % tensor:
             continue
-        sizes = {"fsdp": len(devices) // tensor, "tensor": tensor}
+        sizes = {"fsdp": devices // tensor, "tensor": tensor}
         best = None
         for attempt in _attempts(job, sizes["fsdp"]):
-            tried = plan(attempt, sizes, topology, devices)
+            tried = compiled(attempt, sizes)
             best = tried if tried.report.fits else best
             enough = tried.report.fits if job.mode == "train" else not tried.report.fits
             if enough:
                 break
         if best:
-            yield best
+            found.append(best)
+    return sorted(found, key=lambda plan: plan.report.moved_bytes / plan.job.rows)
 
 
 def _attempts(job: Job, shards: int) -> Iterator[Job]:

@@ -60,6 +60,10 @@ class Report:
     def fits(self) -> bool:
         return not self.excess_bytes
 
+    @property
+    def moved_bytes(self) -> int:
+        return sum(size for _, size in self.collectives.values())
+
 
 def devices_of(topology: str) -> list[Any]:
     """The devices of "v5e:4x8". To be called before jax is imported: it sets what libtpu wants to find.

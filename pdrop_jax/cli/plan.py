@@ -43,7 +43,8 @@ def run(
       ratios: share of the image tokens kept at each drop.
       quantize: the weights of the decoder's linear layers in inference; the rest stays bfloat16.
       dense: compile the same without drops, beside it.
-      suggest: try meshes, and for each the fewest parts of a training step, or the most rows, that fit.
+      suggest: try meshes, and for each the fewest parts of a training step, or the most rows, that fit;
+        first the one that moves the fewest bytes a row.
       json_output: print one JSON object instead of a table.
     """
     if quantize and mode == "train":
@@ -64,19 +65,21 @@ def run(
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     crops = sum(level_of(1, tokens, config)[0] for tokens in bucket[1:])
     job = program.Job(config, mode, Bucket(bucket[0], bucket[1:], crops), batch, accumulate, groups, quantize)
+
+    def compiled(job: program.Job, sizes: dict[str, int] | None) -> program.Plan:
+        where = f" on {_axes(sizes)}" if sizes else ""
+        with progress(f"compiling {_name(job)}, rows {_rows(job.rows, job.accumulate)}{where}"):
+            return program.plan(job, sizes, topology, devices)
+
     if suggest:
         if mesh:
             raise UserError("--suggest tries meshes of its own: leave out --mesh")
-        with progress("compiling for several meshes"):
-            plans = list(program.suggest(job, topology, devices))
+        plans = program.suggest(job, len(devices), compiled)
     else:
         jobs = [job]
         if dense and config.schedule.layers:
             jobs.append(dataclasses.replace(job, config=dataclasses.replace(config, schedule=DropSchedule.none())))
-        plans = []
-        for each in jobs:
-            with progress(f"compiling {_name(each)}"):
-                plans.append(program.plan(each, mesh_sizes(mesh) or None, topology, devices))
+        plans = [compiled(each, mesh_sizes(mesh) or None) for each in jobs]
     results = [_result(found, len(devices)) for found in plans]
     if json_output:
         asked = {"model": model, "mode": mode, "topology": topology, "bucket": bucket, "quantize": quantize}
@@ -94,6 +97,14 @@ def _name(job: Any) -> str:
     return "PyramidDrop" if job.config.schedule.layers else "dense"
 
 
+def _rows(rows: int, parts: int) -> str:
+    return f"{rows} in {parts} parts" if parts > 1 else f"{rows}"
+
+
+def _axes(sizes: dict[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
 def _result(found: Any, devices: int) -> dict[str, Any]:
     job, report = found.job, found.report
     return {
@@ -102,6 +113,7 @@ def _result(found: Any, devices: int) -> dict[str, Any]:
         "rows": job.rows,
         "accumulate": job.accumulate,
         "fits": report.fits,
+        "moved_bytes": report.moved_bytes,
         "macs": job.macs / devices,
         **dataclasses.asdict(report),
     }
@@ -122,8 +134,8 @@ def _table(results: list[dict[str, Any]]) -> str:
     rows = [
         ["", *(x["model"] for x in results)],
         ["---"] * (len(results) + 1),
-        ["mesh", *(" ".join(f"{axis}={size}" for axis, size in x["mesh"].items()) for x in results)],
-        ["rows", *(f"{x['rows']} in {x['accumulate']} parts" for x in results)],
+        ["mesh", *(_axes(x["mesh"]) for x in results)],
+        ["rows", *(_rows(x["rows"], x["accumulate"]) for x in results)],
         ["fits", *map(verdict, results)],
         ["arguments", *of("argument_bytes")],
         ["temporaries", *of("temporary_bytes")],
@@ -133,6 +145,6 @@ def _table(results: list[dict[str, Any]]) -> str:
     for kind in dict.fromkeys(kind for x in results for kind, (times, _) in x["collectives"].items() if times):
         pairs = [x["collectives"].get(kind, (0, 0)) for x in results]
         rows.append([kind, *(f"{times} times, {size / gib:.2f} GiB" for times, size in pairs)])
-    rows.append(["moved by them", *(f"{sum(n for _, n in x['collectives'].values()) / gib:.2f} GiB" for x in results)])
+    rows.append(["moved by them", *of("moved_bytes")])
     rows.append(["compiled in", *(f"{x['compile_seconds']:.0f} s" for x in results)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -176,9 +176,17 @@ def test_a_token_sees_the_end_of_a_cache_through_a_window(window):
     q, k, v = qkv(4, 2, T=6)
     length = jnp.array([4, 6])
     last = q[jnp.arange(2), length - 1][:, None]
-    ours = attend_cache(last, k.swapaxes(1, 2), v.swapaxes(1, 2), length, window)
+    ours = attend_cache(last, k.swapaxes(1, 2), v.swapaxes(1, 2), length - 1, window)
     expected = attention(q, k, v, causal=True, length=length, window=window, implementation="xla")
     assert_close(ours[:, 0], expected[jnp.arange(2), length - 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 3, 6, 99])
+def test_a_chunk_sees_a_cache_through_a_window(window):
+    q, k, v = qkv(4, 2, T=6)
+    ours = attend_cache(q[:, 2:5], k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.array([2, 2]), window)
+    expected = attention(q, k, v, causal=True, length=jnp.array([6, 6]), window=window, implementation="xla")
+    assert_close(ours, expected[:, 2:5], atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [3, 150])
