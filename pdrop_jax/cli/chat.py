@@ -55,7 +55,12 @@ def run(
         session = Session(
             load(model or DEMO, schedule_of(layers, ratios), dtype, devices), mode, implementation=attention
         )
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     live = sys.stdin.isatty()
     while line := _read(live):
         try:
