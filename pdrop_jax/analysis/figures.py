@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.images import Picture, open_image, to_crop
+from pdrop_jax.inputs.anyres import ImageTokens, grid_shape
+from pdrop_jax.inputs.images import Picture, open_image
 from pdrop_jax.inputs.processor import Processor
 
 LONG_EDGE = 336  # pixels; a smaller image is enlarged by a whole factor
@@ -30,17 +32,25 @@ def kept_picture(image: Image.Image, kept: Sequence[Sequence[int]], grid: int | 
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     count = rows * columns
-    stages = [range(count), *kept]
+    return _band(image, [(_mask(tokens, rows, columns), len(tokens)) for tokens in [range(count), *kept]])
+
+
+def _band(image: Image.Image, stages: Sequence[tuple[np.ndarray, int]]) -> Image.Image:
+    """``image`` once a stage, side by side.
+
+    Args:
+      stages: what is left at each, as a mask (rows, columns), and of how many tokens.
+    """
     factor = max(1, LONG_EDGE // max(image.size))
     panel = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     caption = TEXT + GAP
     width = GAP + len(stages) * (panel.width + GAP)
     canvas = Image.new("RGB", (width, GAP + panel.height + caption + GAP), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
-    for number, tokens in enumerate(stages, 1):
+    for number, (mask, count) in enumerate(stages, 1):
         left = GAP + (number - 1) * (panel.width + GAP)
-        canvas.paste(_dimmed(panel, _mask(tokens, rows, columns)), (left, GAP))
-        text = f"stage {number}: {len(tokens)} of {count}"
+        canvas.paste(_dimmed(panel, mask), (left, GAP))
+        text = f"stage {number}: {count} of {stages[0][1]}"
         draw.text((left, GAP + panel.height + GAP // 2), text, fill="black", font=font)
     return canvas
 
@@ -65,24 +75,10 @@ def _dimmed(panel: Image.Image, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def as_seen(picture: Picture, processor: Processor) -> Image.Image:
-    """The crop of ``picture`` that the vision tower takes, as a picture again: what its tokens cover.
-
-    Raises:
-      UserError: see ``inputs.images.open_image``.
-    """
-    settings = processor.image_processor
-    crop = to_crop(open_image(picture), settings, processor.config.image_aspect)
-    if settings.do_normalize:
-        crop = crop * np.array(settings.image_std) + np.array(settings.image_mean)
-    scale = 1 / settings.rescale_factor if settings.do_rescale else 1.0
-    return Image.fromarray((crop * scale).round().clip(0, 255).astype(np.uint8))
-
-
 def answer_picture(
     pictures: Sequence[Picture], kept: Sequence[Sequence[Sequence[int]]], processor: Processor
 ) -> Image.Image:
-    """What stayed of every picture of one answer, a row for each picture.
+    """What stayed of every picture of one answer, a row for each picture; where it is tiled one more for its tiles.
 
     Args:
       kept: [stage boundary][image] -> tokens, a row of ``Generation.kept``.
@@ -92,19 +88,50 @@ def answer_picture(
     """
     if not pictures:
         raise UserError("there is no picture to draw the kept tokens of: give one, --image FILE")
-    vision, first = processor.config.vision, int(processor.config.keep_class_token)
-    side = vision.image_size // vision.patch_size
     bands = []
     for number, picture in enumerate(pictures):
-        # A class token, where it is kept, is the first and covers no part of the picture.
-        patches = [[token - first for token in images[number] if token >= first] for images in kept]
-        bands.append(kept_picture(as_seen(picture, processor), patches, side))
-    canvas = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)), "white")
+        image = processor.tokens(picture, alone=len(pictures) == 1)
+        stages = [np.arange(len(image)), *(np.array(images[number], int) for images in kept)]
+        for first, rows, columns in _panels(open_image(picture), image, processor.config):
+            crops = image.crops[first : first + rows * columns]
+            cells = [_cells(image.index[tokens], first, rows, columns, processor.config) for tokens in stages]
+            bands.append(_band(as_seen(crops.reshape(rows, columns, *crops.shape[1:]), processor), cells))
+    canvas = Image.new("RGB", (max(band.width for band in bands), sum(band.height for band in bands)), "white")
     top = 0
     for band in bands:
         canvas.paste(band, (0, top))
         top += band.height
     return canvas
+
+
+def _panels(picture: Image.Image, image: ImageTokens, config: LlavaConfig) -> list[tuple[int, int, int]]:
+    """What is drawn of an image, as first crop and rows and columns of crops: its whole, and its tiles."""
+    if config.tiling is None or len(image.crops) == 1:
+        return [(0, 1, 1)]
+    return [(0, 1, 1), (1, *grid_shape((picture.height, picture.width), config.tiling, config.vision.image_size))]
+
+
+def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: LlavaConfig) -> tuple[np.ndarray, int]:
+    """Mask over the patches of some crops that tokens of features ``index`` (n, T) cover, and how many tokens do."""
+    side, features = config.vision.patches_a_side, config.image_tokens
+    patch = index % features - (features - side**2)  # a class token, where it is kept, covers no part of the picture
+    crop = index // features - first
+    here = (index >= 0) & (patch >= 0) & (crop >= 0) & (crop < rows * columns)
+    mask = np.zeros((rows * columns, side**2), bool)
+    mask[crop[here], patch[here]] = True
+    mask = mask.reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, columns * side)
+    return mask, int(here.any(1).sum())
+
+
+def as_seen(crops: np.ndarray, processor: Processor) -> Image.Image:
+    """Crops (rows, columns, h, w, 3) that the vision tower takes as one picture again: what their tokens cover."""
+    settings = processor.image_processor
+    if settings.do_normalize:
+        crops = crops * np.array(settings.image_std) + np.array(settings.image_mean)
+    scale = 1 / settings.rescale_factor if settings.do_rescale else 1.0
+    rows, columns, h, w, _ = crops.shape
+    pixels = crops.swapaxes(1, 2).reshape(rows * h, columns * w, 3) * scale
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike) -> None:

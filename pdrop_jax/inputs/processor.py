@@ -263,10 +263,11 @@ class Processor:
         """One row; see ``__call__`` for what it takes and raises."""
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         text = render(place_images(turns, len(images)), template or self.config.template)
-        tokens = [self._tokens(image, alone=len(images) == 1) for image in images]
+        tokens = [self.tokens(image, alone=len(images) == 1) for image in images]
         return Row(token_ids(self.tokenizer, text), tokens)
 
-    def _tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
+    def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
+        """A picture as the model takes it; ``alone`` says whether its row has no other."""
         if isinstance(image, Video):
             return frames_as_tokens(image, self.image_processor, self.config)
         return as_tokens(open_image(image), self.image_processor, self.config, alone=alone)

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdrop_jax.analysis.figures import DIM, GAP, answer_picture, as_seen, check_picture_path, kept_picture, save_picture
+from pdrop_jax.analysis.figures import (
+    DIM,
+    GAP,
+    TEXT,
+    answer_picture,
+    as_seen,
+    check_picture_path,
+    kept_picture,
+    save_picture,
+)
 from pdrop_jax.cli import main
-from pdrop_jax.config import LlavaConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
 from pdrop_jax.convert.importer import convert
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.images import load_image_processor
@@ -27,6 +36,10 @@ DIMMED = round(255 * DIM + 160 * (1 - DIM))
 def panel(picture, number, height=336, width=336):
     left = GAP + (number - 1) * (width + GAP)
     return np.asarray(picture)[GAP : GAP + height, left : left + width]
+
+
+def seen(photo, processor):
+    return np.asarray(as_seen(processor.tokens(photo, alone=True).crops[None], processor))
 
 
 def processor(aspect, folder=None, size=336):
@@ -71,10 +84,10 @@ def test_a_token_outside_the_grid():
 def test_square_shows_the_centre_and_pad_shows_everything():
     photo = Image.new("RGB", (300, 100), (0, 0, 0))
     photo.paste((255, 255, 255), (100, 0, 200, 100))
-    square = np.asarray(as_seen(photo, processor("square")))
+    square = seen(photo, processor("square"))
     assert square.shape == (336, 336, 3)
     assert (square[:, 20:-20] > 250).all()
-    padded = np.asarray(as_seen(photo, processor("pad")))
+    padded = seen(photo, processor("pad"))
     bar = [int(mean * 255) for mean in processor("pad").image_processor.image_mean]
     assert np.abs(padded[10].astype(int) - bar).max() <= 1
     assert (padded[168, 168] > 250).all()
@@ -82,11 +95,11 @@ def test_square_shows_the_centre_and_pad_shows_everything():
 
 
 def test_a_photo_is_seen_as_it_is():
-    seen = np.asarray(as_seen(PHOTO, processor("square")), int)
+    ours = seen(PHOTO, processor("square")).astype(int)
     photo = Image.open(PHOTO).convert("RGB")
     assert photo.width == photo.height
     same = np.asarray(photo.resize((336, 336), Image.Resampling.BICUBIC), int)
-    assert np.abs(seen - same).max() <= 1
+    assert np.abs(ours - same).max() <= 1
 
 
 def test_several_pictures_are_several_rows():
@@ -97,6 +110,21 @@ def test_several_pictures_are_several_rows():
     np.testing.assert_array_equal(np.asarray(picture)[: single.height], np.asarray(single))
     with pytest.raises(UserError, match="no picture"):
         answer_picture([], [], processor("square"))
+
+
+def test_tiles_are_a_row_of_their_own():
+    """Of two tiles side by side, a token of the second lies right of the middle."""
+    config = LlavaConfig(vision=VisionConfig(image_size=28), tiling=Tiling(((28, 56),)))
+    tiled = Processor(config, None, load_image_processor(pathlib.Path("/nonexistent"), config))
+    image = Image.new("RGB", (56, 28), "white")
+    kept = [[[3, 6]]]  # the whole's last token, and in the first line the first of the second tile
+    picture = answer_picture([image], kept, tiled)
+    whole = np.asarray(picture)[GAP : GAP + 336]
+    assert (whole[168:, GAP + 336 + GAP + 168 : GAP + 336 + GAP + 336] == 255).all()
+    assert (whole[:168, GAP + 336 + GAP :][:, :336] < 255).all()
+    tiles = np.asarray(picture)[picture.height - (GAP + TEXT + GAP) - 168 :][:168, GAP + 336 + GAP :][:, :336]
+    cells = tiles.reshape(2, 84, 4, 84, 3).min((1, 3, 4)) == 255
+    assert cells.tolist() == [[False, False, True, False], [False] * 4]
 
 
 def test_saving(tmp_path):
