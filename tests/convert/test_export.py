@@ -74,6 +74,23 @@ def test_there_and_back_to_the_original(name, tmp_path):
     assert checkpoint.load(tmp_path / "again")[0] == checkpoint.load(tmp_path / "ours")[0]
 
 
+def test_tiles_there_and_back(tmp_path):
+    """LLaVA-NeXT's original to itself, and to what transformers loads as its LLaVA-NeXT."""
+    convert(GOLDEN / "model_anyres", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back", "original")
+    assert_same(weights(tmp_path / "back"), weights(GOLDEN / "model_anyres"))
+    source, back = (json.loads((x / "config.json").read_text()) for x in (GOLDEN / "model_anyres", tmp_path / "back"))
+    for key in ("image_aspect_ratio", "image_grid_pinpoints", "mm_patch_merge_type"):
+        assert back[key] == source[key]
+    export(tmp_path / "ours", tmp_path / "hf", "hf")
+    model = load_in_torch(tmp_path / "hf")
+    assert type(model) is transformers.LlavaNextForConditionalGeneration
+    newline = weights(GOLDEN / "model_anyres")["model.image_newline"]
+    np.testing.assert_array_equal(model.model.image_newline.detach().numpy(), newline)
+    ours = checkpoint.load(tmp_path / "ours")[0].tiling
+    assert convert(tmp_path / "hf", tmp_path / "again").config.tiling == dataclasses.replace(ours, rounded=True)
+
+
 @pytest.mark.parametrize(
     ("variant", "kind"), [("llama_3", "llama"), ("mistral", "mistral"), ("qwen2_siglip_head", "qwen")]
 )

@@ -1,5 +1,6 @@
 """LLaVA-NeXT and OneVision from a real photo to the answer, each beside its own processor and class of transformers."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -7,15 +8,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax.traverse_util import flatten_dict
 from PIL import Image
 from tiny_torch import GOLDEN, byte_tokenizer, tiny_llava
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 import pdrop_jax
+from pdrop_jax import checkpoint
+from pdrop_jax.batch import IGNORE
 from pdrop_jax.convert.importer import convert
+from pdrop_jax.convert.names import NAMINGS, leaves
 from pdrop_jax.inputs.conversation import render
+from pdrop_jax.inputs.processor import assemble, choose_bucket
 from pdrop_jax.model.llava import _pick, forward
+from pdrop_jax.model.loss import loss_of
 from pdrop_jax.model.vision import image_features
 from pdrop_jax.schedule import DropSchedule
 
@@ -136,6 +143,38 @@ def test_several_photos_each_dropped_by_its_own_count(family):
     assert [[len(kept) for kept in boundary] for boundary in answer.kept[0]] == [
         [int(count * ratio) for count in counts] for ratio in (0.5, 0.25)
     ]
+
+
+def test_the_gradient_of_every_part(family):
+    """Dense, of an answer about a photo: newline vector and tower too."""
+    model, processor, folder = family
+    config, params = checkpoint.load(folder, schedule=DropSchedule.none())
+    ours = pdrop_jax.load(folder, DropSchedule.none()).processor
+    theirs = theirs_of(processor, config.template, "What is this?", [photo(PHOTOS[1])])
+    ids = theirs["input_ids"][0]
+    labels = torch.where(torch.arange(len(ids)) >= len(ids) - 5, ids, -100)
+    model.zero_grad()
+    loss = model(**theirs, labels=labels[None]).loss
+    loss.backward()
+
+    row = ours.row("What is this?", [photo(PHOTOS[1])])
+    row = dataclasses.replace(row, labels=[*[IGNORE] * (len(row.ids) - 5), *row.ids[-5:]])
+    batch = assemble([row], config, choose_bucket([row], config))
+    mean = jax.jit(jax.value_and_grad(lambda params: loss_of(config, params, batch)[0] / 5))
+    found, gradient = mean(params)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    arrays = flatten_dict(jax.device_get(gradient), sep=".")
+    own = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    compared = set()
+    for leaf in leaves(config, NAMINGS["hf-5-modules"]):
+        parts = arrays[leaf.path] if leaf.stacked else [arrays[leaf.path]]
+        for name, part in zip(leaf.names, parts, strict=True):
+            expected = own[name]
+            np.testing.assert_allclose(
+                leaf.transform.to_torch(part), expected, atol=1e-4 * np.abs(expected).max() + 1e-6, err_msg=name
+            )
+            compared.add(name)
+    assert compared == own.keys()
 
 
 @pytest.mark.parametrize("family", ["llava_onevision, qwen2"], indirect=True)
