@@ -68,6 +68,8 @@ def run(
                 pictures.append(open_image(line.removeprefix(IMAGE).strip()))
                 continue
             answer = session.ask(line, pictures, seed=seed, stream=_print_piece, **options)
+        except KeyboardInterrupt:
+            break
         except UserError as error:
             if not live:
                 raise
