@@ -39,8 +39,7 @@ class Report:
       argument_bytes: parameters, optimizer state, batch, caches.
       temporary_bytes: beside them while it runs.
       output_bytes: what is not written over an argument.
-      total_bytes: of all that is alive at once, at the worst moment. Less than the three together: what is done with
-        makes room.
+      total_bytes: of all that is alive at once, at the worst moment: what is done with makes room.
       capacity_bytes: of the device.
       excess_bytes: by how much it does not fit; 0 if it does. If not, the other figures are 0: there is no program.
       collectives: kind -> (how often it runs, bytes of all its results).
