@@ -14,6 +14,8 @@ import jax
 
 from pdrop_jax.errors import UserError
 
+from .roll_call import roll_call
+
 TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 START_SECONDS = 300  # for all processes to come
 DIED = "has another process died? The same command goes on after the last save"
@@ -28,8 +30,9 @@ def together(
     Under SLURM and on Cloud TPUs the processes find each other; elsewhere all three arguments say how.
 
     Raises:
-      UserError: some of the three are given and others not. Of several processes, one in which anything is raised ends
-        at once: any other way out waits for the others, which wait for this one.
+      UserError: some of the three are given and others not, or a process does not come; see ``roll_call``. Of several
+        processes, one in which anything is raised ends at once: any other way out waits for the others, which wait for
+        this one.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -38,12 +41,14 @@ def together(
         yield
         return
     me, where = (f", process {process_id} of {num_processes}", f" at {coordinator}") if coordinator else ("", "")
-    # When one is missing jax aborts the others and names nobody: it is the one without this line.
+    # Where nobody tells the numbers before jax starts, the one that is missing is the one without this line.
     print(
         f"pdrop train{me}, on {socket.gethostname()}: waiting for all processes{where}, at most {START_SECONDS} s",
         file=sys.stderr,
         flush=True,
     )
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        roll_call(coordinator, num_processes, process_id, START_SECONDS)
     jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=START_SECONDS)
     try:
         yield

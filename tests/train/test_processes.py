@@ -1,12 +1,16 @@
 """When a process looks for others."""
 
+import contextlib
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.train import processes
 from pdrop_jax.train.processes import one_of_many, together
+from pdrop_jax.train.roll_call import roll_call
 
 
 def test_slurm_is_recognised():
@@ -44,6 +48,7 @@ def test_a_process_says_that_it_has_come_before_it_waits(monkeypatch, capsys, gi
         assert capsys.readouterr().err == f"pdrop train{says.format(socket.gethostname())}\n"
 
     monkeypatch.setattr(processes, "one_of_many", lambda _: True)
+    monkeypatch.setattr(processes, "roll_call", lambda *_: None)
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes.jax.distributed, "shutdown", lambda: None)
     with together(*given):
@@ -53,3 +58,66 @@ def test_a_process_says_that_it_has_come_before_it_waits(monkeypatch, capsys, gi
 def test_half_an_address_is_refused():
     with pytest.raises(UserError, match="belong together"), together(coordinator="localhost:1"):
         pass
+
+
+def calls(numbers, num_processes, seconds=1.0):
+    """What each process of ``numbers`` is told, all at once: "" or the error."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+
+    def call(number):
+        try:
+            roll_call(where, num_processes, number, seconds)
+        except UserError as error:
+            return str(error).replace(where, "HERE")
+        return ""
+
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        return list(pool.map(call, numbers))
+
+
+def test_all_processes_come():
+    assert calls(range(5), 5, seconds=60) == [""] * 5
+
+
+def test_those_that_come_are_told_who_is_missing():
+    expected = "of 5 processes these have not come: 2, 4 (waited 1 s at HERE)"
+    assert calls([0, 1, 3], 5) == [expected] * 3
+
+
+def test_without_the_first_process_nobody_waits_for_ever():
+    (told,) = calls([1], 2)
+    assert told.startswith("process 0 has not come: ")
+
+
+def test_a_number_that_two_processes_have():
+    assert "two processes are number 1 (waited 60 s at HERE)" in calls([0, 1, 1], 3, seconds=60)
+
+
+def test_somebody_else_at_the_door():
+    """A stranger's words are no process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def knock():
+        while True:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", port)) as line:
+                line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                line.recv(1)
+                return
+
+    with ThreadPoolExecutor(3) as pool:
+        stranger = pool.submit(knock)
+        first = pool.submit(roll_call, f"localhost:{port}", 2, 0, 60)
+        time.sleep(0.5)
+        pool.submit(roll_call, f"localhost:{port}", 2, 1, 60).result()
+        first.result()
+        stranger.result()
+
+
+@pytest.mark.parametrize(("coordinator", "number"), [("localhost", 0), ("localhost:no", 0), ("localhost:1", 2)])
+def test_addresses_and_numbers_that_are_none(coordinator, number):
+    with pytest.raises(UserError, match="expected HOST:PORT of process 0, and a number of 0 to 1"):
+        roll_call(coordinator, 2, number, 1)
