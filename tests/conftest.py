@@ -18,6 +18,13 @@ hypothesis.settings.register_profile("pdrop", deadline=None, max_examples=20, de
 hypothesis.settings.load_profile("pdrop")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A process that keeps all that it has compiled runs out of memory maps (vm.max_map_count), and LLVM aborts it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["legacy0", "legacy1"])
 def llama(request, tmp_path_factory):
     """The tokenizer that the golden ids were recorded with, and its setting of ``legacy``."""
