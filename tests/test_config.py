@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pdrop_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig, RopeScaling, TextConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
@@ -25,6 +25,7 @@ UNUSUAL = LlavaConfig(
 )
 SIGLIP = VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu_tanh", "siglip", True)
 NO_BOS = LlavaConfig(SIGLIP, TextConfig(sliding_window=7, family="mistral"), bos_token_id=None, eos_token_ids=())
+TILED = LlavaConfig(SIGLIP, tiling=Tiling(((28, 56), (84, 28)), max_tiles=3, rounded=True, alone=True))
 LLAMA = dataclasses.replace(UNUSUAL.text, family="llama", sliding_window=None)
 MISTRAL = dataclasses.replace(UNUSUAL.text, family="mistral", qkv_bias=False, output_bias=False)
 QWEN2 = dataclasses.replace(UNUSUAL.text, output_bias=False)
@@ -35,14 +36,17 @@ def differing_fields(a, b):
 
 
 def test_every_field_of_the_unusual_config_differs_from_its_default():
-    assert len(differing_fields(UNUSUAL, LlavaConfig())) == len(dataclasses.fields(LlavaConfig))
+    assert (
+        len(differing_fields(UNUSUAL, LlavaConfig())) == len(dataclasses.fields(LlavaConfig)) - 1
+    )  # tiling, or classes
+    assert len(differing_fields(TILED.tiling, Tiling.next())) == len(dataclasses.fields(Tiling))
     assert len(differing_fields(UNUSUAL.text, TextConfig())) == len(dataclasses.fields(TextConfig))
     # 28 pixels are 2 x 2 patches of 14; only a CLIP tower has a class token to keep.
     kept = {"patch_size", "kind", "pooling_head"}
     assert len(differing_fields(UNUSUAL.vision, VisionConfig())) == len(dataclasses.fields(VisionConfig)) - len(kept)
 
 
-@pytest.mark.parametrize("config", [UNUSUAL, NO_BOS, LlavaConfig.llava_1_5_7b(), LlavaConfig.llava_1_5_13b()])
+@pytest.mark.parametrize("config", [UNUSUAL, NO_BOS, TILED, LlavaConfig.llava_1_5_7b(), LlavaConfig.llava_next_13b()])
 def test_json_round_trip(config):
     assert LlavaConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 

@@ -12,7 +12,7 @@ from test_generation import BLUE, COMPILED, RED, TOKENIZER
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import Model, generate
-from pdrop_jax.inputs.conversation import LLAVA_TEMPLATES, render, token_ids
+from pdrop_jax.inputs.conversation import TEMPLATES, render, token_ids
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import DropSchedule
@@ -206,7 +206,7 @@ def test_a_mode_that_is_not_known():
         Session(model(), "drop")
 
 
-@pytest.mark.parametrize("template", [name for name in LLAVA_TEMPLATES if name != "plain"])
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "plain"])
 def test_a_conversation_begins_with_the_tokens_of_its_earlier_prompts(llama, template):
     """So all of a prompt is found in the cache, whatever stands at the edges; and after it the answer's own tokens."""
     tokenizer, _ = llama
@@ -215,6 +215,6 @@ def test_a_conversation_begins_with_the_tokens_of_its_earlier_prompts(llama, tem
     for n in (1, 2):
         prompt = token_ids(tokenizer, render([*turns[: n - 1], (turns[n - 1][0], None)], template))
         assert whole[: len(prompt)] == prompt
-        if template != "chatml_direct":  # where no space stands before an answer, as a tokenizer puts it
+        if TEMPLATES[template].answer:  # a space stands before an answer, as the tokenizer puts one
             answer = tokenizer(turns[n - 1][1], add_special_tokens=False)["input_ids"]
             assert whole[len(prompt) :][: len(answer)] == answer

@@ -63,7 +63,10 @@ def run(
     config = known() if known else LlavaConfig.load(pathlib.Path(model))
     schedule = schedule_of(layers, ratios)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
-    crops = sum(level_of(1, tokens, config)[0] for tokens in bucket[1:])
+    if config.tiling:
+        crops = sum(level_of(1, tokens, config)[0] for tokens in bucket[1:])
+    else:
+        crops = -(-sum(bucket[1:]) // config.image_tokens)
     job = program.Job(config, mode, Bucket(bucket[0], bucket[1:], crops), batch, accumulate, groups, quantize)
 
     def compiled(job: program.Job, sizes: dict[str, int] | None) -> program.Plan:

@@ -157,7 +157,7 @@ def test_rows_that_cannot_be_cut(folder):
 )
 def test_what_fits_is_suggested(mode, batch, fits, expected):
     def compiled(job, sizes):
-        report = plan.Report(0, 0, 0, 1, 0 if fits(job) else 1, {}, 0.0)
+        report = plan.Report(0, 0, 0, 0, 1, 0 if fits(job) else 1, {}, 0.0)
         return program.Plan(job, sizes, report)
 
     found = program.suggest(program.Job(CONFIG, mode, Bucket(112, (144,)), batch), 8, compiled)
@@ -167,14 +167,14 @@ def test_what_fits_is_suggested(mode, batch, fits, expected):
 def test_the_mesh_that_moves_least_a_row_comes_first():
     def compiled(job, sizes):  # more rows on a mesh of more devices along tensor, and more bytes
         fits, moved = job.rows <= 8 * sizes["tensor"], {1: 80, 2: 96, 4: 256}[sizes["tensor"]]
-        return program.Plan(job, sizes, plan.Report(0, 0, 0, 1, not fits, {"all-gather": (1, moved)}, 0.0))
+        return program.Plan(job, sizes, plan.Report(0, 0, 0, 0, 1, not fits, {"all-gather": (1, moved)}, 0.0))
 
     found = program.suggest(program.Job(CONFIG, "prefill", Bucket(112, (144,)), 8), 8, compiled)
     assert [(x.mesh["tensor"], x.job.rows) for x in found] == [(2, 16), (4, 32), (1, 8)]
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch, capsys):
-    report = plan.Report(0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
+    report = plan.Report(0, 0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
     monkeypatch.setattr(plan, "devices_of", lambda topology: [None] * 8)
     monkeypatch.setattr(program, "plan", lambda job, *_: program.Plan(job, {"fsdp": 8}, report))
     run("llava-next-7b", "v5e:2x4", bucket=(128, 2880))
