@@ -94,7 +94,12 @@ def theirs_of(processor, template, question, images):
     return processor(text=text, images=images, return_tensors="pt")
 
 
-@pytest.mark.parametrize("name", PHOTOS)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for n, family in enumerate(MODELS) for name in (PHOTOS if n in (0, 4) else PHOTOS[1:2])],
+    indirect=["family"],
+    scope="module",
+)
 def test_from_the_photo_to_the_answer(family, name):
     model, processor, folder = family
     ours = pdrop_jax.load(folder, DropSchedule.none())
