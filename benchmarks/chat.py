@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from inference import Flags as Shape
 
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.generation import Model, generate
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import init_params, unstack
@@ -39,21 +39,10 @@ class Flags:
     json: bool = False
 
     def model(self) -> Model:
-        side = int(self.image_tokens**0.5)
-        config = LlavaConfig(
-            vision=VisionConfig(image_size=14 * side, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2),
-            text=TextConfig(
-                vocab_size=32000,
-                hidden_size=self.hidden,
-                intermediate_size=self.mlp,
-                num_layers=self.layers,
-                num_heads=self.heads,
-                num_kv_heads=self.heads,
-                head_dim=self.hidden // self.heads,
-            ),
-            schedule=DropSchedule(tuple(self.layers * n // 4 for n in (1, 2, 3)), (0.5, 0.25, 0.125)),
-            template="mistral_instruct",
-        )
+        shape = Shape(self.layers, self.hidden, self.mlp, self.heads, image_tokens=self.image_tokens)
+        quarters = tuple(self.layers * n // 4 for n in (1, 2, 3))
+        schedule = DropSchedule(quarters, (0.5, 0.25, 0.125))
+        config = dataclasses.replace(shape.config(), schedule=schedule, template="mistral_instruct")
         params = init_params(config)
         if jax.default_backend() == "cpu":
             params = unstack(params)

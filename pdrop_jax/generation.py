@@ -235,7 +235,7 @@ def generate(
 
     Args:
       prompts: B questions.
-      images: for each row None, a picture or several (path, PIL image or uint8 array).
+      images: for each row None, a picture or several (path, PIL image or uint8 array), or a ``Video``.
       temperature: 0 is greedy.
       top_k: draw from this many best tokens; 0 is all.
       top_p: draw from the best tokens up to this probability mass.

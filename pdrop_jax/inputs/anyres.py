@@ -6,6 +6,7 @@ that made it fit, a newline vector behind every row. All of that is one table of
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -184,6 +185,7 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     return [alone, *((1 + n, max(sizes)) for n, sizes in found.items() if sizes)]
 
 
+@functools.lru_cache(4096)  # a data set has few sizes among many pictures
 def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
     """(crops, tokens) of a picture of ``size`` (height, width) pixels.
 
