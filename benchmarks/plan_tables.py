@@ -25,19 +25,19 @@ def main() -> None:
     arguments = parser.parse_args()
     devices = {f"{chip}:{size}": devices_of(f"{chip}:{size}") for chip in arguments.chips for size in SLICES[chip]}
 
+    from pdrop_jax.config import config_of
     from pdrop_jax.model.params import abstract_params, count
     from pdrop_jax.schedule import Bucket, DropSchedule
-    from pdrop_jax.train.program import MODELS, Job, plan
+    from pdrop_jax.train.program import Job, groups_of, plan
 
     for model in arguments.models:
-        make, groups = MODELS[model]
-        config = make()
+        config = config_of(model)
         state = STATE_BYTES * count(abstract_params(config))
         bucket = Bucket(128, (2880,), 5) if config.tiling else Bucket(128, (576,))
         for chip in arguments.chips:
             capacity = MEMORY[chip] * 2**30
             for schedule in (config.schedule, DropSchedule.none()):
-                job = Job(dataclasses.replace(config, schedule=schedule), "train", bucket, ROWS, groups=groups)
+                job = Job(dataclasses.replace(config, schedule=schedule), "train", bucket, ROWS, groups=groups_of(config))
                 for size in SLICES[chip]:
                     topology = f"{chip}:{size}"
                     number = len(devices[topology])

@@ -32,6 +32,7 @@ class Batch:
         outside training.
       bucket: static; S and the length of every later buffer follow from it.
       feature_weight: (B, S, T) float32, how the features of a token are blended; None if T is 1.
+      scores: (B, S) float32, the caller's own for the score "given", the larger stay; None otherwise.
     """
 
     token_ids: Array
@@ -43,3 +44,4 @@ class Batch:
     labels: Array | None = None
     bucket: Bucket = dataclasses.field(default=Bucket(0), metadata={"static": True})
     feature_weight: Array | None = None
+    scores: Array | None = None

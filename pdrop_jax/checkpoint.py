@@ -30,6 +30,7 @@ from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.model.quantized import is_quantized, quantize_decoder
+from pdrop_jax.model.scores import find_score
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import shardings
 
@@ -102,13 +103,14 @@ def load(
 
     Raises:
       UserError: ``folder`` is no checkpoint or a damaged one, its arrays do not fit its config, the schedule does
-        not fit the decoder, or ``quantize`` is something else.
+        not fit the decoder or names a score that is unknown or not for it, or ``quantize`` is something else.
     """
     if quantize not in (None, "int8"):
         raise UserError(f"weights cannot be quantized to {quantize!r}: choose 'int8'")
     folder = pathlib.Path(folder)
     config = LlavaConfig.load(folder)
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
+    find_score(result)
     targets = abstract_arrays(folder, config, dtype, mesh=mesh)
     # Both copy arrays; done for one decoder array at a time that is not the whole model twice.
     whole = result.schedule.layers == config.schedule.layers and not quantize

@@ -197,6 +197,19 @@ class LlavaConfig:
             raise UserError(f"{path} is damaged, copy or convert it again: {error}") from None
 
 
+MODELS = {
+    "llava-1.5-7b": LlavaConfig.llava_1_5_7b,
+    "llava-1.5-13b": LlavaConfig.llava_1_5_13b,
+    "llava-next-7b": LlavaConfig.llava_next_7b,
+    "llava-next-13b": LlavaConfig.llava_next_13b,
+}
+
+
+def config_of(model: str) -> LlavaConfig:
+    """The config of one of ``MODELS``, or of a checkpoint's folder; UserError if it is neither."""
+    return MODELS[model]() if model in MODELS else LlavaConfig.load(pathlib.Path(model))
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in ``path``; UserError if it is missing or is none."""
     try:

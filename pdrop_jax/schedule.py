@@ -5,12 +5,19 @@ The schedule fixes every shape of the model, so a plan made here is all that tra
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pdrop_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from pdrop_jax.parts import TextConfig
+
 Positions = Literal["dense", "original"]
+
+# Where ``for_budget`` may drop, as shares of the depth; the earlier, the smaller a budget can be had.
+DEPTHS = ((1 / 4, 1 / 2, 3 / 4), (1 / 16, 1 / 4, 1 / 2), (1 / 16, 1 / 8, 3 / 16, 1 / 4))
+GENTLE = 0.25  # a drop that leaves less of what it finds is the last resort
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,8 @@ class DropSchedule:
 
     Ratios are cumulative: they count from the original number of tokens, ``int(n * ratio)`` with Python's truncation.
     ``positions="dense"`` renumbers the tokens after each drop as the official code does; ``"original"`` keeps the
-    numbers they had before the first drop.
+    numbers they had before the first drop. ``score`` names what the choice goes by, see ``model.scores``; ``seed`` is
+    of the score "random".
 
     Raises:
       UserError: lists of different length, layers that do not ascend, ratios that rise or leave 0..1.
@@ -64,6 +72,8 @@ class DropSchedule:
     layers: tuple[int, ...] = (8, 16, 24)
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     positions: Positions = "dense"
+    score: str = "pyramiddrop"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
@@ -81,11 +91,72 @@ class DropSchedule:
             raise UserError(f"keep ratios are shares of the original tokens and must not rise, got {list(self.ratios)}")
         if self.positions not in ("dense", "original"):
             raise UserError(f"positions must be 'dense' or 'original', got {self.positions!r}")
+        if self.score == "none" and any(self.ratios):
+            raise UserError(f"score 'none' tells no token from another: ratios must be 0, got {list(self.ratios)}")
 
     @classmethod
     def none(cls) -> "DropSchedule":
         """Dense LLaVA: nothing is dropped."""
         return cls((), ())
+
+    @classmethod
+    def geometric(cls, layers: Sequence[int], ratio: float) -> "DropSchedule":
+        """Every drop leaves the share ``ratio`` of what it finds: the paper's lambda."""
+        return cls(tuple(layers), tuple(ratio**n for n in range(1, len(layers) + 1)))
+
+    @classmethod
+    def for_budget(
+        cls,
+        text: "TextConfig",
+        *,
+        average_tokens: float | None = None,
+        macs: float | None = None,
+        cache_bytes: float | None = None,
+        layers: Sequence[int] | None = None,
+        image_tokens: int = 576,
+        itemsize: int = 2,
+    ) -> "DropSchedule":
+        """The gentlest geometric schedule within one budget, all of which count one image of ``image_tokens``.
+
+        Args:
+          text: of the model, ``config.text``.
+          average_tokens: image tokens that a layer sees, averaged over layers.
+          macs: of the language model for the image tokens, by the paper's formula (section 3.3).
+          cache_bytes: keys and values of the image tokens.
+          layers: where to drop. None takes the latest of three choices that the budget allows without any drop leaving
+            less than a quarter of what it finds, or else the gentlest.
+          itemsize: bytes of a number in the cache.
+
+        Raises:
+          UserError: not one budget, or one that no ratio meets; it says what dropping everything leaves.
+        """
+        budgets = {"average tokens": average_tokens, "MACs": macs, "cache bytes": cache_bytes}
+        given = {name: budget for name, budget in budgets.items() if budget is not None}
+        if len(given) != 1:
+            raise UserError(f"a schedule is for one budget, of average tokens, MACs or cache bytes: got {len(given)}")
+        ((name, budget),) = given.items()
+
+        def cost(schedule: DropSchedule) -> float:
+            if name == "MACs":
+                return paper_macs(text, schedule, image_tokens)
+            if name == "cache bytes":
+                return layer_tokens(text, schedule, image_tokens) * token_bytes(text, itemsize)
+            return layer_tokens(text, schedule, image_tokens) / text.num_layers
+
+        if cost(cls.none()) <= budget:
+            return cls.none()
+        L = text.num_layers
+        choices = [layers] if layers else [sorted({max(1, round(depth * L)) for depth in depths}) for depths in DEPTHS]
+        found = [(choice, _largest(lambda r, c=choice: cost(cls.geometric(c, r)) <= budget)) for choice in choices]
+        possible = [(choice, ratio) for choice, ratio in found if ratio is not None]
+        if not possible:
+            floor = min(cost(cls.geometric(choice, 0.0)) for choice in choices)
+            raise UserError(
+                f"a budget of {budget:,.10g} {name} cannot be had with drops after layers {list(choices[-1])}: "
+                f"dropping everything there leaves {floor:,.10g}; drop earlier or allow more"
+            )
+        gentle = [each for each in possible if each[1] >= GENTLE]
+        return cls.geometric(*(gentle[0] if gentle else max(possible, key=lambda each: each[1])))
 
     def check(self, num_layers: int) -> None:
         """Raises UserError if a drop falls outside a decoder of ``num_layers`` layers."""
@@ -115,11 +186,59 @@ class DropSchedule:
         return tuple(stages)
 
     def to_json(self) -> dict[str, Any]:
-        return {"layers": list(self.layers), "ratios": list(self.ratios), "positions": self.positions}
+        """Without score and seed where they are the paper's: checkpoints older than the choice say the same."""
+        data = {"layers": list(self.layers), "ratios": list(self.ratios), "positions": self.positions}
+        paper = {field.name: field.default for field in dataclasses.fields(self)}
+        return data | {name: getattr(self, name) for name in ("score", "seed") if getattr(self, name) != paper[name]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "DropSchedule":
-        return cls(tuple(data["layers"]), tuple(data["ratios"]), data.get("positions", "dense"))
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in names})
+
+
+# For a decoder of 32 layers and 576 image tokens: the paper's own, and averages of 192, 128 and 64 tokens over layers.
+# The paper prints results for these averages (table 4) but no schedules; its first author names these layers.
+PRESETS = {
+    "paper": DropSchedule(),
+    "tokens-192": DropSchedule.geometric((2, 8, 16), 0.560),
+    "tokens-128": DropSchedule.geometric((2, 8, 16), 0.420),
+    "tokens-64": DropSchedule.geometric((2, 8, 16), 0.192),
+}
+
+
+def paper_macs(text: "TextConfig", schedule: DropSchedule, image_tokens: int) -> float:
+    """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
+
+    Multiply-accumulates of the image tokens only: no text, vision tower, projector, head or ranking, full attention
+    squares, query heads as many as key-value heads, n = tokens * ratio as it comes, not truncated.
+    """
+    D, F = text.hidden_size, text.intermediate_size
+    stages = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
+    counts = [(stage.num_layers, image_tokens * stage.ratio) for stage in stages]
+    return sum(L * (4 * n * D**2 + 2 * n**2 * D + 3 * n * D * F) for L, n in counts)
+
+
+def layer_tokens(text: "TextConfig", schedule: DropSchedule, image_tokens: int) -> int:
+    """Image tokens that the layers see, added up."""
+    plan = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
+    return sum(stage.num_layers * stage.slots for stage in plan)
+
+
+def token_bytes(text: "TextConfig", itemsize: int) -> int:
+    """Key and value of one token in one layer, of numbers of ``itemsize`` bytes."""
+    return 2 * text.num_kv_heads * text.head_dim * itemsize
+
+
+def _largest(fits: Callable[[float], bool]) -> float | None:
+    """The largest ratio in thousandths that ``fits``, which larger ones do not."""
+    low, high = 0, 1000  # fits(low) if any does, fits(high) does not
+    if not fits(0.0):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle / 1000) else (low, middle)
+    return low / 1000
 
 
 def keep_count(n: int, ratio: float) -> int:

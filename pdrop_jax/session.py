@@ -44,6 +44,7 @@ from pdrop_jax.model.cache import StageCache, cache_bytes, empty_caches, grow
 from pdrop_jax.model.decoder import Drop
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.llava import DecodeState
+from pdrop_jax.model.scores import find_score, given
 
 Mode = Literal["keep", "rerank"]
 
@@ -125,6 +126,11 @@ class Session:
         if mode not in get_args(Mode):
             raise UserError(f"mode must be 'keep' or 'rerank', got {mode!r}")
         check_implementation(implementation)
+        score = find_score(model.config)
+        if score.last_layer or score.class_attention or score.hint is given:
+            raise UserError(
+                f"a conversation cannot be ranked by {model.config.schedule.score!r}: it needs what no cache keeps"
+            )
         self.turns: list[Turn] = []
         self._model = model
         self._mode = mode

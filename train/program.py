@@ -72,13 +72,9 @@ class Plan:
     report: Report
 
 
-# LLaVA-NeXT trains its tower too.
-MODELS: dict[str, tuple[Callable[[], LlavaConfig], tuple[str, ...]]] = {
-    "llava-1.5-7b": (LlavaConfig.llava_1_5_7b, GROUPS),
-    "llava-1.5-13b": (LlavaConfig.llava_1_5_13b, GROUPS),
-    "llava-next-7b": (LlavaConfig.llava_next_7b, ("vision", *GROUPS)),
-    "llava-next-13b": (LlavaConfig.llava_next_13b, ("vision", *GROUPS)),
-}
+def groups_of(config: LlavaConfig) -> tuple[str, ...]:
+    """What a full fine-tune trains: of LLaVA-NeXT, which cuts pictures into tiles, the tower too."""
+    return ("vision", *GROUPS) if config.tiling else GROUPS
 
 
 def plan(job: Job, sizes: dict[str, int] | None, topology: str, devices: Sequence[jax.Device]) -> Plan:

@@ -1,28 +1,14 @@
-"""Multiply-accumulates (MACs) of a model: by the paper's formula, and all of them. Pure Python."""
+"""What a prompt costs: multiply-accumulates (MACs) by part, tokens, cache. Pure Python."""
 
 import dataclasses
 from collections.abc import Collection
 
-from pdrop_jax.config import LlavaConfig, TextConfig
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.schedule import Bucket, DropSchedule, layer_tokens, paper_macs, token_bytes
 
-
-def paper_macs(config: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
-    """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
-
-    Image tokens only: no text, vision tower, projector, head or ranking, full attention squares, query heads as many as
-    key-value heads, n = tokens * ratio as it comes, not truncated.
-    """
-    D, F = config.hidden_size, config.intermediate_size
-    stages = schedule.plan(config.num_layers, Bucket(0, (image_tokens,)))
-    counts = [(stage.num_layers, image_tokens * stage.ratio) for stage in stages]
-    return sum(L * (4 * n * D**2 + 2 * n**2 * D + 3 * n * D * F) for L, n in counts)
-
-
-def average_tokens(config: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
-    """Image tokens that a layer sees, averaged over layers."""
-    plan = schedule.plan(config.num_layers, Bucket(0, (image_tokens,)))
-    return sum(stage.num_layers * stage.slots for stage in plan) / config.num_layers
+# Query rows that a score asks of the next layer: all of the text, one, or, for those that are not named, none. What a
+# score of the user's costs is not known.
+ONE_ROW = ("pyramiddrop", "fastv", "feather", "last_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +37,12 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
     plan = config.schedule.plan(text.num_layers, bucket)
     decoder = sum(stage.num_layers * _layer(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan)
-    # Keys of all tokens, one query, their products.
-    ranking = sum(stage.slots * D * K * H + D * N * H + stage.slots * N * H for stage in plan[:-1] if bucket.images)
+    score = config.schedule.score
+    rows = bucket.text if score == "all_text" else 1
+    # Keys of all tokens, the queries, their products.
+    ranking = sum(stage.slots * D * K * H + rows * (D * N * H + stage.slots * N * H) for stage in plan[:-1])
+    if not bucket.images or score not in (*ONE_ROW, "all_text"):
+        ranking = 0
     V, P = vision.hidden_size, vision.patch_size
     tokens = vision.class_tokens + vision.num_patches
     VN, VH = vision.num_heads, vision.head_dim
@@ -60,6 +50,58 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     tower += vision.num_patches * 3 * P**2 * V
     projector = config.image_tokens * (V * D + (config.projector_layers - 1) * D**2)
     return PrefillMacs(bucket.crops * tower, bucket.crops * projector, decoder, ranking, D * text.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a prompt of ``text_tokens`` and one image costs.
+
+    Attributes:
+      image_tokens: of each stage.
+      average_tokens: image tokens that a layer sees, averaged over layers.
+      paper_macs: see ``schedule.paper_macs``.
+      prefill: all MACs, attention as full squares.
+      text_macs: those of the decoder that the text alone would cost.
+      causal_macs: those of the prefill that a causal attention need not do: queries with keys behind them.
+      image_cache_bytes: keys and values of the image tokens.
+      cache_bytes: of all tokens.
+    """
+
+    schedule: DropSchedule
+    text_tokens: int
+    image_tokens: tuple[int, ...]
+    average_tokens: float
+    paper_macs: float
+    prefill: PrefillMacs
+    text_macs: int
+    causal_macs: int
+    image_cache_bytes: int
+    cache_bytes: int
+
+
+def cost_of(config: LlavaConfig, bucket: Bucket, itemsize: int = 2) -> Cost:
+    """The cost of a prompt that fills ``bucket``, which has one image or none.
+
+    Args:
+      itemsize: bytes of a number in the cache.
+    """
+    text, schedule, image_tokens = config.text, config.schedule, sum(bucket.images)
+    plan = schedule.plan(text.num_layers, bucket)
+    images, in_cache = layer_tokens(text, schedule, image_tokens), token_bytes(text, itemsize)
+    alone = dataclasses.replace(config, schedule=DropSchedule.none())
+    behind = sum(stage.num_layers * stage.slots * (stage.slots - 1) for stage in plan)
+    return Cost(
+        schedule,
+        bucket.text,
+        tuple(stage.slots - bucket.text for stage in plan),
+        images / text.num_layers,
+        paper_macs(text, schedule, image_tokens),
+        prefill_macs(config, bucket),
+        prefill_macs(alone, Bucket(bucket.text)).decoder,
+        behind * text.num_heads * text.head_dim,
+        images * in_cache,
+        (images + bucket.text * text.num_layers) * in_cache,
+    )
 
 
 def training_macs(config: LlavaConfig, bucket: Bucket, targets: float, trained: Collection[str]) -> float:

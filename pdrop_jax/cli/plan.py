@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -54,20 +53,15 @@ def run(
 
     devices = devices_of(topology)
 
-    from pdrop_jax.config import LlavaConfig
-    from pdrop_jax.inputs.anyres import level_of
-    from pdrop_jax.schedule import Bucket, DropSchedule
+    from pdrop_jax.config import config_of
+    from pdrop_jax.inputs.anyres import bucket_for
+    from pdrop_jax.schedule import DropSchedule
     from pdrop_jax.train import program
 
-    known, groups = program.MODELS.get(model, (None, program.GROUPS))
-    config = known() if known else LlavaConfig.load(pathlib.Path(model))
-    schedule = schedule_of(layers, ratios)
+    config, schedule = config_of(model), schedule_of(layers, ratios)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
-    if config.tiling:
-        crops = sum(level_of(1, tokens, config)[0] for tokens in bucket[1:])
-    else:
-        crops = -(-sum(bucket[1:]) // config.image_tokens)
-    job = program.Job(config, mode, Bucket(bucket[0], bucket[1:], crops), batch, accumulate, groups, quantize)
+    slots = bucket_for(bucket[0], bucket[1:], config)
+    job = program.Job(config, mode, slots, batch, accumulate, program.groups_of(config), quantize)
 
     def compiled(job: program.Job, sizes: dict[str, int] | None) -> program.Plan:
         where = f" on {_axes(sizes)}" if sizes else ""

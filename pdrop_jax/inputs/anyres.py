@@ -8,12 +8,14 @@ that made it fit, a newline vector behind every row. All of that is one table of
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
+from pdrop_jax.schedule import Bucket
 
 NEWLINE = -1  # in a table: the newline vector
 SHRINK_FROM = 1.1  # times as high and wide as Tiling.max_tiles allows
@@ -197,6 +199,19 @@ def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
     tile = config.vision.image_size
     rows, columns = grid_shape(size, config.tiling, tile)
     return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.vision.patches_a_side)[0])
+
+
+def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
+    """The bucket of ``text`` slots and images of so many tokens, with the crops that pictures of that size have.
+
+    Raises:
+      UserError: the model cuts no picture into so many tokens.
+    """
+    if config.tiling:
+        crops = sum(level_of(1, tokens, config)[0] for tokens in images)
+    else:
+        crops = -(-sum(images) // config.image_tokens)
+    return Bucket(text, tuple(images), crops)
 
 
 def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) -> tuple[int, int]:

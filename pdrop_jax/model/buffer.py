@@ -23,6 +23,7 @@ class TokenBuffer:
       query_rows: (B, Q) int32, slots that rank the image tokens; -1 is unused.
       image_count: (B, M + 1) int32, tokens of each image before the first drop; column 0 counts the rest.
       labels: (B, S) int32 next-token targets, or None.
+      hint: (B, S) float32, what the schedule's score knows of a token before the decoder, see ``scores.Score``; or None.
     """
 
     hidden: jax.Array
@@ -32,6 +33,7 @@ class TokenBuffer:
     query_rows: jax.Array
     image_count: jax.Array
     labels: jax.Array | None = None
+    hint: jax.Array | None = None
 
     @property
     def slots(self) -> int:
@@ -76,4 +78,5 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
         length=length,
         query_rows=jnp.where(buffer.query_rows < 0, -1, query_rows),
         labels=None if buffer.labels is None else gather(buffer.labels, -100),
+        hint=None if buffer.hint is None else gather(buffer.hint, 0),
     )

@@ -18,7 +18,8 @@ from pdrop_jax.model.buffer import TokenBuffer, compact
 from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
 from pdrop_jax.model.layers import Params, Remat, Rope, rematerialise, rope_at, rope_tables, scan_layers
 from pdrop_jax.model.lora import bind_layer
-from pdrop_jax.model.ranking import Past, choose, image_scores
+from pdrop_jax.model.ranking import choose
+from pdrop_jax.model.scores import Boundary, find_score
 from pdrop_jax.schedule import DropSchedule, Stage
 
 
@@ -28,7 +29,7 @@ class Drop:
     """What happened at one stage boundary; all (B, S) over the buffer before the drop.
 
     Attributes:
-      scores: float32, see ``ranking.image_scores``.
+      scores: float32, see ``scores``.
       keep: bool.
       image_id: int32, 0 for text and padding.
       index: int32, slot before the first drop.
@@ -47,17 +48,10 @@ def positions_of(schedule: DropSchedule, buffer: TokenBuffer) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(buffer.slots), buffer.index.shape)
 
 
-def drop(
-    config: LlavaConfig,
-    stage: Stage,
-    next_layer: Params,
-    buffer: TokenBuffer,
-    rope: Rope,
-    max_count: int,
-    past: Past | None = None,
-) -> tuple[TokenBuffer, Drop]:
-    """One stage boundary: score, choose, compact. ``rope`` is the buffer's. Returns (buffer of ``stage``, Drop)."""
-    scores = image_scores(config.text, next_layer, buffer, rope, past)
+def drop(stage: Stage, at: Boundary, max_count: int) -> tuple[TokenBuffer, Drop]:
+    """One stage boundary: score, choose, compact. Returns (buffer of ``stage``, Drop)."""
+    buffer = at.buffer
+    scores = jax.lax.stop_gradient(find_score(at.config).rank(at))
     keep = choose(buffer, scores, stage.ratio, max_count)
     return compact(buffer, keep, stage.slots), Drop(scores, keep, buffer.image_id, buffer.index)
 
@@ -89,26 +83,33 @@ def run_stages(
       (last buffer, caches, valid length (B,) of each stage, drops, layer inputs of each stage).
     """
     drops, caches, lengths, hidden = [], [], [], []
+    follows = find_score(config).last_layer and bool(image_sizes)
+    last_layer = last_input = None
     tables = rope_tables(config.text, jnp.arange(buffer.slots)[None])
     rope = rope_at(tables, positions_of(config.schedule, buffer))
     for s, stage in enumerate(plan[first:], first):
         layers = stages[str(s)]
         if s and image_sizes:
-            buffer, dropped = drop(config, stage, first_layer(layers), buffer, rope, max(image_sizes))
+            at = Boundary(config, s - 1, buffer, rope, first_layer(layers), None, last_layer, last_input)
+            buffer, dropped = drop(stage, at, max(image_sizes))
             drops.append(dropped)
             rope = rope_at(tables, positions_of(config.schedule, buffer))
         length = buffer.length
 
-        def body(x: jax.Array, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
+        def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
+            x = carry[0]
+
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
                 window = config.text.sliding_window
                 out = attention(q, k, v, causal=True, length=length, window=window, implementation=implementation)
                 return out, None if new_slots is None else cache_prompt(k, v, new_slots)
 
             out, cache = bind_layer(config.text, params)(x, rope, attend)
-            return out, (cache, x if keep_hidden else None)
+            return (out, x if follows else None), (cache, x if keep_hidden else None)
 
-        x, outputs = scan_layers(rematerialise(body, remat), buffer.hidden, layers)
+        start = (buffer.hidden, buffer.hidden if follows else None)
+        (x, last_input), outputs = scan_layers(rematerialise(body, remat), start, layers)
+        last_layer = _layer(layers, -1) if follows and stage.num_layers else None
         cache, inputs = outputs or (None, None)  # a stage may be without layers
         buffer = dataclasses.replace(buffer, hidden=x)
         caches.append(cache)
@@ -181,4 +182,8 @@ def run_token(
 
 
 def first_layer(layers: Params | list[Params]) -> Params:
-    return layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)
+    return _layer(layers, 0)
+
+
+def _layer(layers: Params | list[Params], n: int) -> Params:
+    return layers[n] if isinstance(layers, list) else jax.tree.map(lambda x: x[n], layers)

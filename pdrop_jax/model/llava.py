@@ -12,6 +12,7 @@ from pdrop_jax.model.buffer import TokenBuffer
 from pdrop_jax.model.cache import StageCache
 from pdrop_jax.model.decoder import Drop, run_stages, run_token
 from pdrop_jax.model.layers import Params, Remat, RMSNorm, bind
+from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.vision import image_features
 from pdrop_jax.sharding import constrain, explicit
 
@@ -59,19 +60,30 @@ def embed(
     remat: Remat = "none",
 ) -> TokenBuffer:
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
-    hidden = embeddings_of(params, batch.token_ids)
+    hidden, attention = embeddings_of(params, batch.token_ids), None
     if batch.crops.shape[1]:
-        features = image_features(config, params, jnp.asarray(batch.crops), implementation, remat)
+        follows = find_score(config).class_attention
+        features, seen = image_features(config, params, jnp.asarray(batch.crops), implementation, remat, follows)
         index = jnp.asarray(batch.feature_index)
         hidden = jnp.where(index[..., :1] >= 0, _pick(features, index, batch.feature_weight), hidden)
-    return buffer_of(batch, hidden, slots)
+        if seen is not None:
+            attention = jnp.where(index[..., 0] >= 0, _pick(seen, index, batch.feature_weight)[..., 0], 0.0)
+    return buffer_of(config, batch, hidden, slots, attention)
 
 
-def buffer_of(batch: Batch, hidden: jax.Array, slots: int) -> TokenBuffer:
-    """The batch's tokens with ``hidden`` (B, S, D) before any drop, padded to ``slots`` slots."""
+def buffer_of(
+    config: LlavaConfig, batch: Batch, hidden: jax.Array, slots: int, attention: jax.Array | None = None
+) -> TokenBuffer:
+    """The batch's tokens with ``hidden`` (B, S, D) before any drop, padded to ``slots`` slots.
+
+    Args:
+      attention: (B, S) float32, that of the class tokens.
+    """
     B, S = batch.token_ids.shape
     image_id = jnp.asarray(batch.image_id)
     image_count = (image_id[:, None] == jnp.arange(len(batch.bucket.images) + 1)[:, None]).sum(-1)  # (B, M + 1)
+
+    hint = find_score(config).hint if batch.bucket.images else None
 
     def pad(x: jax.Array, value: int = 0) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, slots - S)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
@@ -84,6 +96,7 @@ def buffer_of(batch: Batch, hidden: jax.Array, slots: int) -> TokenBuffer:
         query_rows=jnp.asarray(batch.query_rows),
         image_count=image_count,
         labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), -100),
+        hint=None if hint is None else pad(hint(config, batch, attention)),
     )
 
 

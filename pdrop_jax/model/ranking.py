@@ -19,11 +19,7 @@ Past = tuple[jax.Array, jax.Array]  # keys (B, K, C, H) of tokens before the buf
 def image_scores(
     config: TextConfig, next_layer: Params, buffer: TokenBuffer, rope: Rope, past: Past | None = None
 ) -> jax.Array:
-    """Attention that the query rows pay to every slot in the layer after the boundary.
-
-    The next layer's norm, q and k projections and rope on the current hidden states, softmax in float32 over all keys
-    that the layer's attention lets the row see, mean over heads, mean over the row's query rows. Keys need a
-    projection, values do not, and queries only at the query rows. No gradient flows through.
+    """PyramidDrop's score: attention that the query rows pay to every slot in the layer after the boundary.
 
     Args:
       next_layer: parameters of the first layer behind the boundary.
@@ -33,21 +29,55 @@ def image_scores(
     Returns:
       (B, S) float32.
     """
-    layer = bind_layer(config, next_layer)
-    h = layer.attention_norm(jax.lax.stop_gradient(buffer.hidden))
-    rows = jnp.maximum(buffer.query_rows, 0)  # (B, Q)
-    h_rows, cos, sin = (jnp.take_along_axis(x, rows[..., None], axis=1) for x in (h, *rope))
-    q = rotate(layer.attention.q(h_rows), (cos, sin))
-    k = rotate(layer.attention.k(h), rope)
+    return attention_paid(config, next_layer, buffer.hidden, buffer.query_rows, rope, past)
+
+
+def attention_paid(
+    config: TextConfig,
+    params: Params,
+    hidden: jax.Array,
+    query_rows: jax.Array,
+    rope: Rope | None,
+    past: Past | None = None,
+    among: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of some rows to every slot in one layer, mean over heads, mean over the rows.
+
+    The layer's norm, q and k projections and rope on its input, softmax in float32 over all keys that the layer's
+    attention lets the row see. Keys need a projection, values do not, and queries only at the query rows. No gradient
+    flows through.
+
+    Args:
+      params: of the layer.
+      hidden: (B, S, D), its input.
+      query_rows: (B, Q) int32; -1 is unused.
+      rope: (B, S, H/2) each; None rotates nothing.
+      past: keys that the layer has cached, which take their part of the softmax.
+      among: (B, S) bool, slots that the softmax is over; None is all.
+
+    Returns:
+      (B, S) float32.
+    """
+    layer = bind_layer(config, params)
+    h = layer.attention_norm(jax.lax.stop_gradient(hidden))
+    rows = jnp.maximum(query_rows, 0)  # (B, Q)
+    q = layer.attention.q(jnp.take_along_axis(h, rows[..., None], axis=1))
+    k = layer.attention.k(h)
+    if rope is not None:
+        cos, sin = (jnp.take_along_axis(x, rows[..., None], axis=1) for x in rope)
+        q, k = rotate(q, (cos, sin)), rotate(k, rope)
     B, Q, _, H = q.shape
+    S, window = hidden.shape[1], config.sliding_window
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
     logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32) / H**0.5
-    window = config.sliding_window
-    slot = jnp.arange(buffer.slots)
+    slot = jnp.arange(S)
     seen = slot <= rows[..., None]  # (B, Q, S)
     if window is not None:
         seen &= slot > rows[..., None] - window
-    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+    if among is not None:
+        seen &= among[:, None]
+    hidden_from = jnp.finfo(jnp.float32).min  # finite: of ``among`` a row may see nothing
+    logits = jnp.where(seen[:, None, None], logits, hidden_from)
     if past is not None:
         keys, length = past
         before = jnp.einsum("BQKGH,BKCH->BKGQC", q, keys, preferred_element_type=jnp.float32) / H**0.5
@@ -55,10 +85,10 @@ def image_scores(
         there = jnp.broadcast_to(slot < length[:, None, None], (B, Q, len(slot)))
         if window is not None:
             there &= slot > (length[:, None] + rows)[..., None] - window
-        before = jnp.where(there[:, None, None], before, -jnp.inf)
+        before = jnp.where(there[:, None, None], before, hidden_from)
         logits = jnp.concatenate([logits, before], axis=-1)
-    probs = jax.nn.softmax(logits, axis=-1)[..., : buffer.slots]
-    used = (buffer.query_rows >= 0).astype(jnp.float32)  # (B, Q)
+    probs = jax.nn.softmax(logits, axis=-1)[..., :S]
+    used = (query_rows >= 0).astype(jnp.float32)  # (B, Q)
     by_row = probs.mean((1, 2)) * used[..., None]  # (B, Q, S)
     return jax.lax.stop_gradient(by_row.sum(1) / jnp.maximum(used.sum(1), 1)[:, None])
 

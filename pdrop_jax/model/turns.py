@@ -16,6 +16,7 @@ from pdrop_jax.model.cache import StageCache
 from pdrop_jax.model.decoder import Drop, drop, first_layer, run_on_cache, run_stages
 from pdrop_jax.model.layers import Params, Rope, rope_at, rope_tables
 from pdrop_jax.model.llava import DecodeState, buffer_of, embed, next_logits
+from pdrop_jax.model.scores import Boundary
 
 
 def keep(
@@ -47,8 +48,8 @@ def keep(
         layers = params["stages"][str(s)]
         if s and chunk.bucket.images and cache is not None:  # no stage but the first is without layers
             rope = _rope_behind(config, tables, buffer, first, state.lengths[0])
-            largest, past = max(chunk.bucket.images), (cache.k[0], first)
-            buffer, dropped = drop(config, stage, first_layer(layers), buffer, rope, largest, past)
+            at = Boundary(config, s - 1, buffer, rope, first_layer(layers), past=(cache.k[0], first))
+            buffer, dropped = drop(stage, at, max(chunk.bucket.images))
             drops.append(dropped)
         rope = _rope_behind(config, tables, buffer, first, state.lengths[0])
         x, cache = run_on_cache(config, layers, buffer.hidden, cache, first, rope)
@@ -100,7 +101,7 @@ def rerank(
     hidden = hidden.at[jnp.arange(len(slots))[:, None], slots].set(x, mode="drop")
 
     plan = config.schedule.plan(config.text.num_layers, whole.bucket, aligned(implementation))
-    buffer = buffer_of(whole, hidden[:, : whole.bucket.slots], plan[0].slots)
+    buffer = buffer_of(config, whole, hidden[:, : whole.bucket.slots], plan[0].slots)
     buffer, caches, lengths, drops, _ = run_stages(
         config,
         params["stages"],

@@ -26,20 +26,40 @@ def vision_features(
     pixels: jax.Array,
     implementation: Implementation = "auto",
     remat: Remat = "none",
-) -> jax.Array:
+    class_attention: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
     """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
 
     The tower's last norm is no part of any hidden state, as in transformers.
+
+    Args:
+      class_attention: also return (P, T) float32, what the class token attends to in the last layer that runs, mean
+        over heads; None without it.
     """
     x = bind(VisionEmbedding, config.vision, params=params["embed"])(constrain(pixels, "batch", None, None, None))
     if implementation == "splash":  # serves causal attention only: forcing it means the decoder
         implementation = "xla"
 
-    def body(x: jax.Array, layer: Params, n: Any) -> tuple[jax.Array, None]:
-        x = bind(VisionLayer, config.vision, params=layer)(x, implementation)
-        return constrain(x, "batch", None, None), None
+    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
+        x = carry[0]
+        out = bind(VisionLayer, config.vision, params=layer)(x, implementation)
+        return (constrain(out, "batch", None, None), x if class_attention else None), None
 
-    return scan_layers(rematerialise(body, remat), x, params["layers"])[0]
+    start = (x, x if class_attention else None)
+    (x, last_input), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
+    if last_input is None:
+        return x, None
+    layers = params["layers"]
+    last = layers[-1] if isinstance(layers, list) else jax.tree.map(lambda leaf: leaf[-1], layers)
+    return x, class_attention_of(bind(VisionLayer, config.vision, params=last), last_input)
+
+
+def class_attention_of(layer: VisionLayer, x: jax.Array) -> jax.Array:
+    """A layer's input (P, T, D_vision) -> (P, T) float32, attention of its first token, mean over heads."""
+    h = layer.attention_norm(jax.lax.stop_gradient(x))
+    q, k = layer.attention.q(h[:, :1])[:, 0], layer.attention.k(h)
+    logits = jnp.einsum("PNH,PTNH->PNT", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    return jax.nn.softmax(logits, axis=-1).mean(1)
 
 
 def image_features(
@@ -48,24 +68,30 @@ def image_features(
     crops: jax.Array,
     implementation: Implementation = "auto",
     remat: Remat = "none",
-) -> jax.Array:
+    class_attention: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
     """A row's crops as its pool of feature vectors.
 
     Args:
       crops: (B, C, h, w, 3) normalised pixels, C > 0.
 
     Returns:
-      (B, C * image_tokens, D), dtype of the parameters; one vector more, the newline, where pictures are tiled.
+      (B, C * image_tokens, D), dtype of the parameters; one vector more, the newline, where pictures are tiled. And
+      with ``class_attention`` as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
-    x = vision_features(config, params["vision"], pixels, implementation, remat)
-    x = x if config.keep_class_token else x[:, config.vision.class_tokens :]
+    x, attention = vision_features(config, params["vision"], pixels, implementation, remat, class_attention)
+    first = 0 if config.keep_class_token else config.vision.class_tokens
+    x = x[:, first:]
     sizes = (config.vision.hidden_size, config.text.hidden_size, config.projector_layers)
     x = bind(Projector, *sizes, params=params["projector"])(x)
     x = x.reshape(B, C * config.image_tokens, -1)
     if config.tiling:
         newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, x.shape[-1]))
         x = jnp.concatenate([x, newline], axis=1)
-    return constrain(x, "batch", None, None)
+    if attention is not None:
+        attention = attention[:, first:].reshape(B, C * config.image_tokens, 1)
+        attention = jnp.pad(attention, [(0, 0), (0, x.shape[1] - attention.shape[1]), (0, 0)])
+    return constrain(x, "batch", None, None), attention

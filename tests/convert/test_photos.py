@@ -116,7 +116,7 @@ def test_from_the_photo_to_the_answer(family, name):
         features = model.get_image_features(theirs["pixel_values"], theirs["image_sizes"]).pooler_output[0].numpy()
         logits = model(**theirs).logits[0].numpy()
         new = model.generate(**theirs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].numpy()
-    pool = jax.jit(image_features, static_argnums=0)(ours.config, ours.params, batch.crops)
+    pool, _ = jax.jit(image_features, static_argnums=0)(ours.config, ours.params, batch.crops)
     found = np.asarray(_pick(pool, batch.feature_index, batch.feature_weight)[0])[is_image]
     np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5 * np.abs(features).max())
     output = jax.jit(forward, static_argnums=0)(ours.config, ours.params, batch)
@@ -138,7 +138,7 @@ def test_several_photos_each_dropped_by_its_own_count(family):
     more = {"batch_num_images": theirs["batch_num_images"]} if "batch_num_images" in theirs else {}
     with torch.no_grad():
         features = model.get_image_features(theirs["pixel_values"], theirs["image_sizes"], **more).pooler_output
-    pool = jax.jit(image_features, static_argnums=0)(ours.config, ours.params, batch.crops)
+    pool, _ = jax.jit(image_features, static_argnums=0)(ours.config, ours.params, batch.crops)
     found = np.asarray(_pick(pool, batch.feature_index, batch.feature_weight)[0])[is_image]
     expected = torch.cat(list(features)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
@@ -198,7 +198,7 @@ def test_a_video(family):
     with torch.no_grad():
         features = model.get_video_features(pixels).pooler_output[0].numpy()
         logits = model(input_ids=torch.from_numpy(ids), pixel_values_videos=pixels).logits[0].numpy()
-    pool = jax.jit(image_features, static_argnums=0)(ours.config, ours.params, batch.crops)
+    pool, _ = jax.jit(image_features, static_argnums=0)(ours.config, ours.params, batch.crops)
     found = np.asarray(_pick(pool, batch.feature_index, batch.feature_weight)[0])[is_image]
     np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5 * np.abs(features).max())
     output = jax.jit(forward, static_argnums=0)(ours.config, ours.params, batch)

@@ -155,7 +155,7 @@ def test_clip_tower(activation, select_layer):
     vision = VisionConfig.from_hf(hf_config.to_dict())
     config = LlavaConfig(vision, schedule=DropSchedule.none(), select_layer=select_layer)
     params = vision_params(weights(module), vision, config.vision_layers)
-    ours = jax.jit(vision_features, static_argnums=0)(config, params, pixels)
+    ours = jax.jit(vision_features, static_argnums=0)(config, params, pixels)[0]
     assert_close(ours, theirs)
 
 

@@ -27,6 +27,7 @@ from pdrop_jax.model.cache import empty_caches, grow, write_tokens
 from pdrop_jax.model.decoder import drop, first_layer, positions_of, run_stages
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import DecodeState
+from pdrop_jax.model.scores import Boundary
 from pdrop_jax.schedule import Bucket, DropSchedule
 
 # Three conversations of three turns, each turn a row: a negative number is an image of that many tokens.
@@ -169,7 +170,8 @@ def without_cache(config, params, row):
                 before = np.pad(image_id, (old, 0))  # what was kept stays, as text does
                 asked = packed(joined([*chosen, part]), before, image_tokens[n])
                 rope = rope_tables(config.text, positions_of(config.schedule, asked))
-                keep = np.asarray(drop_(config, stage, first_layer(layers), asked, rope, 8)[1].keep[0])
+                at = Boundary(config, s - 1, asked, rope, first_layer(layers))
+                keep = np.asarray(drop_(stage, at, 8)[1].keep[0])
                 stays = keep[old : old + len(image_id)]
                 chosen.append(tuple(x[stays] for x in part))
                 image_ids[n] = image_id[stays]
@@ -184,7 +186,7 @@ def without_cache(config, params, row):
 
 
 embed = jax.jit(llava.embed, static_argnames=("config", "slots"))
-drop_ = jax.jit(drop, static_argnames=("config", "stage", "max_count"))
+drop_ = jax.jit(drop, static_argnames=("stage", "max_count"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan"))

@@ -1,0 +1,218 @@
+"""What image tokens are chosen by: small functions behind one signature, found by the schedule's ``score``.
+
+A score looks at a ``Boundary`` and gives every slot a number; of each image the tokens with the largest stay. The names:
+
+=============  =========================================================================================================
+pyramiddrop    attention of the query rows in the next layer (PyramidDrop, section 3.2)
+fastv          attention of the query rows in the last layer that ran (FastV, section 4)
+feather        the next layer's without rope, softmax over image tokens; at the first drop every third token of every
+               third line stays first (FEATHER, section 5)
+v2drop         how far the last layer moved the hidden state, L2 norm (V2Drop)
+last_text      as pyramiddrop, asked by the last text token up to each query row
+all_text       as pyramiddrop, asked by every text token that is no target
+norm           L2 norm of the hidden state
+random         a number drawn for the token, from the schedule's seed and the row's text
+none           nothing: all image tokens go (early exit)
+cls            attention of the vision tower's class token in the last layer that runs, mean over heads
+given          ``Batch.scores``
+=============  =========================================================================================================
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.batch import IGNORE, Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.buffer import TokenBuffer
+from pdrop_jax.model.layers import Params, Rope
+from pdrop_jax.model.ranking import Past, attention_paid, image_scores
+
+GRID = 3  # FEATHER's stride
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """What a score may look at.
+
+    Attributes:
+      config: static.
+      number: static, 0 at the first drop.
+      buffer: tokens before the drop; ``hidden`` is the next layer's input.
+      rope: (B, S, H/2) each, at the buffer's positions.
+      next_layer: parameters of the layer behind the boundary.
+      past: what the next layer has cached of earlier turns, or None.
+      last_layer: parameters of the layer before the boundary; None before the first layer.
+      last_input: (B, S, D), what that layer got; None unless the score asks for it.
+    """
+
+    config: LlavaConfig = dataclasses.field(metadata={"static": True})
+    number: int = dataclasses.field(metadata={"static": True})
+    buffer: TokenBuffer
+    rope: Rope
+    next_layer: Params
+    past: Past | None = None
+    last_layer: Params | None = None
+    last_input: jax.Array | None = None
+
+
+Rank = Callable[[Boundary], jax.Array]
+Hint = Callable[[LlavaConfig, Batch, jax.Array | None], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A way to rank image tokens.
+
+    Attributes:
+      rank: ``Boundary`` -> (B, S) float32, the larger stays; only slots of one image are compared. No gradient flows.
+      hint: what is known before the decoder, ``(config, batch, attention) -> (B, S) float32``, found in
+        ``buffer.hint``; ``attention`` is the class token's, (B, S) float32, or None.
+      last_layer: whether ``rank`` looks at ``last_layer`` and ``last_input``.
+      class_attention: whether ``hint`` looks at ``attention``.
+    """
+
+    rank: Rank
+    hint: Hint | None = None
+    last_layer: bool = False
+    class_attention: bool = False
+
+
+def pyramiddrop(at: Boundary) -> jax.Array:
+    return image_scores(at.config.text, at.next_layer, at.buffer, at.rope, at.past)
+
+
+def fastv(at: Boundary) -> jax.Array:
+    assert at.last_layer is not None
+    assert at.last_input is not None
+    return attention_paid(at.config.text, at.last_layer, at.last_input, at.buffer.query_rows, at.rope)
+
+
+def feather(at: Boundary) -> jax.Array:
+    buffer, among = at.buffer, at.buffer.image_id > 0
+    scores = attention_paid(at.config.text, at.next_layer, buffer.hidden, buffer.query_rows, None, among=among)
+    return scores if at.number else scores + buffer.hint  # attention is never above 1
+
+
+def v2drop(at: Boundary) -> jax.Array:
+    assert at.last_input is not None
+    change = at.buffer.hidden.astype(jnp.float32) - at.last_input.astype(jnp.float32)
+    return jnp.linalg.norm(change, axis=-1)
+
+
+def last_text(at: Boundary) -> jax.Array:
+    slot = jnp.arange(at.buffer.slots)
+    text = jnp.where(at.buffer.image_id == 0, slot, -1)  # (B, S)
+    last = jax.lax.cummax(text, axis=1)  # the last text slot up to each slot
+    rows = at.buffer.query_rows
+    rows = jnp.where(rows < 0, -1, jnp.take_along_axis(last, jnp.maximum(rows, 0), axis=1))
+    return _asked_by(at, rows)
+
+
+def all_text(at: Boundary) -> jax.Array:
+    buffer = at.buffer
+    slot = jnp.arange(buffer.slots)
+    asks = (buffer.image_id == 0) & (slot < buffer.length[:, None])
+    if buffer.labels is not None:
+        asks &= buffer.labels == IGNORE
+    return _asked_by(at, jnp.where(asks, slot, -1))
+
+
+def norm(at: Boundary) -> jax.Array:
+    return jnp.linalg.norm(at.buffer.hidden.astype(jnp.float32), axis=-1)
+
+
+def none(at: Boundary) -> jax.Array:
+    return jnp.zeros(at.buffer.image_id.shape, jnp.float32)
+
+
+def hinted(at: Boundary) -> jax.Array:
+    assert at.buffer.hint is not None
+    return at.buffer.hint
+
+
+def noise(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
+    """Uniform in 0..1. A row draws by its own text, so that it keeps the same tokens in any batch."""
+    ids = jnp.asarray(batch.token_ids).astype(jnp.uint32)
+    text = (ids * (2 * jnp.arange(ids.shape[1], dtype=jnp.uint32) + 1)).sum(1)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.schedule.seed), text)
+    return jax.vmap(lambda key: jax.random.uniform(key, ids.shape[1:]))(keys)
+
+
+def grid(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
+    """1 at tokens that stand on every third line and column of their crop's patches, counted from the first."""
+    index = jnp.asarray(batch.feature_index)[..., 0]  # a blended token stands where its first feature does
+    side, features = config.vision.patches_a_side, config.image_tokens
+    patch = index % features - (features - side**2)  # a class token, where it is kept, stands nowhere
+    here = (index >= 0) & (index < batch.bucket.crops * features) & (patch >= 0)
+    return (here & (patch // side % GRID == 0) & (patch % side % GRID == 0)).astype(jnp.float32)
+
+
+def class_attention(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
+    assert attention is not None
+    return attention
+
+
+def given(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
+    if batch.scores is None:
+        raise UserError("score 'given' ranks by the batch's own scores, and it has none: set Batch.scores")
+    return jnp.asarray(batch.scores, jnp.float32)
+
+
+def _asked_by(at: Boundary, rows: jax.Array) -> jax.Array:
+    return attention_paid(at.config.text, at.next_layer, at.buffer.hidden, rows, at.rope, at.past)
+
+
+SCORES: dict[str, Score] = {
+    "pyramiddrop": Score(pyramiddrop),
+    "fastv": Score(fastv, last_layer=True),
+    "feather": Score(feather, hint=grid),
+    "v2drop": Score(v2drop, last_layer=True),
+    "last_text": Score(last_text),
+    "all_text": Score(all_text),
+    "norm": Score(norm),
+    "random": Score(hinted, hint=noise),
+    "none": Score(none),
+    "cls": Score(hinted, hint=class_attention, class_attention=True),
+    "given": Score(hinted, hint=given),
+}
+
+
+def register_score(name: str, score: Score | Rank) -> None:
+    """Makes ``DropSchedule(score=name)`` rank by a function of yours. Compiled programs know a score by its name.
+
+    Example::
+
+        register_score("negative_norm", lambda at: -jnp.linalg.norm(at.buffer.hidden, axis=-1))
+
+    Raises:
+      UserError: the name is taken.
+    """
+    if name in SCORES:
+        raise UserError(f"there is a score {name!r} already: choose another name")
+    SCORES[name] = score if isinstance(score, Score) else Score(score)
+
+
+def find_score(config: LlavaConfig) -> Score:
+    """The score of the schedule.
+
+    Raises:
+      UserError: there is none of that name, or it needs what the model does not have.
+    """
+    name = config.schedule.score
+    if name not in SCORES:
+        near = difflib.get_close_matches(name, SCORES, 1)
+        raise UserError(
+            f"unknown score {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"one of {', '.join(SCORES)}")
+        )
+    score = SCORES[name]
+    if score.last_layer and 0 in config.schedule.layers:
+        raise UserError(f"score {name!r} looks at the layer before a drop, and there is none before layer 0")
+    if score.class_attention and not config.vision.class_tokens:
+        raise UserError(f"score {name!r} needs a class token, and a {config.vision.kind} tower has none")
+    return score
