@@ -37,7 +37,9 @@ def main() -> None:
         for chip in arguments.chips:
             capacity = MEMORY[chip] * 2**30
             for schedule in (config.schedule, DropSchedule.none()):
-                job = Job(dataclasses.replace(config, schedule=schedule), "train", bucket, ROWS, groups=groups_of(config))
+                job = Job(
+                    dataclasses.replace(config, schedule=schedule), "train", bucket, ROWS, groups=groups_of(config)
+                )
                 for size in SLICES[chip]:
                     topology = f"{chip}:{size}"
                     number = len(devices[topology])

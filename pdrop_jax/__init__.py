@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pdrop_jax.generation import load as load
     from pdrop_jax.inputs.images import Video as Video
     from pdrop_jax.inputs.processor import Processor as Processor
+    from pdrop_jax.model.scores import Score as Score
+    from pdrop_jax.model.scores import register_score as register_score
     from pdrop_jax.schedule import Bucket as Bucket
     from pdrop_jax.schedule import DropSchedule as DropSchedule
     from pdrop_jax.session import Answer as Answer
@@ -39,6 +41,7 @@ _HOME = {
     "LlavaConfig": "config",
     "Model": "generation",
     "Processor": "inputs.processor",
+    "Score": "model.scores",
     "Session": "session",
     "TextConfig": "config",
     "UserError": "errors",
@@ -46,6 +49,7 @@ _HOME = {
     "VisionConfig": "config",
     "generate": "generation",
     "load": "generation",
+    "register_score": "model.scores",
 }
 __all__ = list(_HOME)
 

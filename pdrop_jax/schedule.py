@@ -4,6 +4,7 @@ The schedule fixes every shape of the model, so a plan made here is all that tra
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,7 +103,7 @@ class DropSchedule:
     @classmethod
     def geometric(cls, layers: Sequence[int], ratio: float) -> "DropSchedule":
         """Every drop leaves the share ``ratio`` of what it finds: the paper's lambda."""
-        return cls(tuple(layers), tuple(ratio**n for n in range(1, len(layers) + 1)))
+        return cls(tuple(layers), tuple(round(ratio**n, 6) for n in range(1, len(layers) + 1)))
 
     @classmethod
     def for_budget(
@@ -147,7 +148,11 @@ class DropSchedule:
             return cls.none()
         L = text.num_layers
         choices = [layers] if layers else [sorted({max(1, round(depth * L)) for depth in depths}) for depths in DEPTHS]
-        found = [(choice, _largest(lambda r, c=choice: cost(cls.geometric(c, r)) <= budget)) for choice in choices]
+
+        def fits(layers: Sequence[int], ratio: float) -> bool:
+            return cost(cls.geometric(layers, ratio)) <= budget
+
+        found = [(choice, _largest(functools.partial(fits, choice))) for choice in choices]
         possible = [(choice, ratio) for choice, ratio in found if ratio is not None]
         if not possible:
             floor = min(cost(cls.geometric(choice, 0.0)) for choice in choices)

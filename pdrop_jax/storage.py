@@ -108,6 +108,17 @@ def write_single_file(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -
         )
 
 
+@contextlib.contextmanager
+def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a name beside ``path`` with its ending; what is written there takes its place when all went well."""
+    new = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def trim_memory() -> None:
     """Gives back what glibc keeps of the buffers that orbax's threads have freed, about as much as the last array."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc, nothing to do

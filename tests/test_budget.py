@@ -82,7 +82,9 @@ def test_layers_follow_the_depth():
 @pytest.mark.parametrize("name", ["macs", "cache_bytes"])
 def test_other_budgets_give_the_schedule_of_that_cost(name):
     wanted = pyramid(0.5)
-    cost = paper_macs(SEVEN, wanted, 576) if name == "macs" else layer_tokens(SEVEN, wanted, 576) * token_bytes(SEVEN, 2)
+    cost = (
+        paper_macs(SEVEN, wanted, 576) if name == "macs" else layer_tokens(SEVEN, wanted, 576) * token_bytes(SEVEN, 2)
+    )
     assert DropSchedule.for_budget(SEVEN, **{name: cost}).ratios[0] == pytest.approx(0.5, abs=0.0011)
 
 

@@ -12,6 +12,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, grid_shape
 from pdrop_jax.inputs.images import Picture, open_image
 from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.storage import written_aside
 
 LONG_EDGE = 336  # pixels; a smaller image is enlarged by a whole factor
 GAP = 8  # pixels between the panels
@@ -143,12 +144,8 @@ def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
     """
     path = pathlib.Path(path)
     check_picture_path(path)
-    new = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    try:
+    with written_aside(path) as new:
         image.save(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def check_picture_path(path: pathlib.Path) -> None:

@@ -1,7 +1,6 @@
 """Charts of costs and studies, by matplotlib, which the extra ``plots`` installs."""
 
 import importlib.util
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -45,3 +44,18 @@ def cost_plot(costs: Sequence[Cost], num_layers: int) -> Any:
     macs.set_yticks(range(len(costs)), ["with drops" if cost.schedule.layers else "dense" for cost in costs])
     macs.legend(fontsize="small")
     return figure
+
+
+def check_plot_path(path: pathlib.Path) -> None:
+    """Raises UserError if no plot has that ending, or there is no such folder."""
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{path}: no plot ends in {path.suffix!r}: use {', '.join(ENDINGS)}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+
+
+def save_plot(figure: Any, path: pathlib.Path) -> None:
+    """Writes ``figure`` in the format that the name ends in; see ``check_plot_path`` for what it raises."""
+    check_plot_path(path)
+    with written_aside(path) as new:
+        figure.savefig(new, dpi=150)

@@ -18,6 +18,7 @@ def run(
     mode: Literal["keep", "rerank"] = "rerank",
     layers: Layers = None,
     ratios: Ratios = None,
+    score: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -35,6 +36,7 @@ def run(
       mode: "rerank", every question chooses its own image tokens; "keep", those that an earlier one dropped are gone.
       layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
+      score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
       max_new_tokens: length of an answer.
       temperature: 0 is greedy.
       top_k: draw from this many best tokens, 0 is all.
@@ -53,7 +55,7 @@ def run(
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
         session = Session(
-            load(model or DEMO, schedule_of(layers, ratios), dtype, devices), mode, implementation=attention
+            load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices), mode, implementation=attention
         )
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

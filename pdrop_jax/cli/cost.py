@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Ratios, ScoreName, schedule_of
+from pdrop_jax.cli.options import Layers, Ratios, schedule_of
 from pdrop_jax.errors import UserError
 
 
@@ -15,7 +15,7 @@ def run(
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "llava-1.5-7b",
     layers: Layers = None,
     ratios: Ratios = None,
-    score: ScoreName = None,
+    score: str | None = None,
     average_tokens: float | None = None,
     macs: float | None = None,
     cache_bytes: float | None = None,
@@ -45,22 +45,30 @@ def run(
     from pdrop_jax.analysis.cost import cost_of
     from pdrop_jax.config import config_of
     from pdrop_jax.inputs.anyres import bucket_for, levels
+    from pdrop_jax.model.scores import find_score
     from pdrop_jax.schedule import DropSchedule
 
     config = config_of(model)
     tokens = levels(config)[-1][1] if image_tokens is None else image_tokens
     if tokens < 1 or text_tokens < 1:
         raise UserError(f"need at least one image token and one text token, got {tokens} and {text_tokens}")
-    budget = {"average_tokens": average_tokens, "macs": macs, "cache_bytes": cache_bytes}
-    if any(value is not None for value in budget.values()):
+    if (average_tokens, macs, cache_bytes) != (None, None, None):
         if ratios is not None:
             raise UserError("a budget finds the ratios: leave out --ratios")
-        drops = None if layers is None else schedule_of(layers, (0.0,) * len(layers)).layers
-        schedule = DropSchedule.for_budget(config.text, **budget, layers=drops, image_tokens=tokens)
+        drops = None if layers is None else schedule_of(layers, (0.0,) * len(layers))
+        schedule = DropSchedule.for_budget(
+            config.text,
+            average_tokens=average_tokens,
+            macs=macs,
+            cache_bytes=cache_bytes,
+            layers=None if drops is None else drops.layers,
+            image_tokens=tokens,
+        )
     else:
         schedule = schedule_of(layers, ratios) or config.schedule
     if score:
         schedule = dataclasses.replace(schedule, score=score)
+        find_score(dataclasses.replace(config, schedule=schedule))
     bucket = bucket_for(text_tokens, (tokens,), config)
     schedules = dict.fromkeys((DropSchedule.none(), schedule))
     costs = [cost_of(dataclasses.replace(config, schedule=each), bucket) for each in schedules]

@@ -18,6 +18,7 @@ def run(
     video: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FRAME [FRAME …]")] = (),
     layers: Layers = None,
     ratios: Ratios = None,
+    score: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -39,6 +40,7 @@ def run(
       video: frames of a video, in order, which are one image to the model; after the pictures of each question.
       layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
+      score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
       max_new_tokens: length of an answer.
       temperature: 0 is greedy.
       top_k: draw from this many best tokens, 0 is all.
@@ -63,7 +65,7 @@ def run(
         images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
-        loaded = load(model or DEMO, schedule_of(layers, ratios), dtype, devices, quantize)
+        loaded = load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices, quantize)
     live = sys.stdout.isatty() and not json_output and len(prompt) == 1
     with progress("compiling and answering"):
         answer = generate(

@@ -23,7 +23,7 @@ class TokenBuffer:
       query_rows: (B, Q) int32, slots that rank the image tokens; -1 is unused.
       image_count: (B, M + 1) int32, tokens of each image before the first drop; column 0 counts the rest.
       labels: (B, S) int32 next-token targets, or None.
-      hint: (B, S) float32, what the schedule's score knows of a token before the decoder, see ``scores.Score``; or None.
+      hint: (B, S) float32, what the schedule's score knows of a token before the decoder (``scores.Score``), or None.
     """
 
     hidden: jax.Array

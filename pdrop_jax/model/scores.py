@@ -1,6 +1,6 @@
 """What image tokens are chosen by: small functions behind one signature, found by the schedule's ``score``.
 
-A score looks at a ``Boundary`` and gives every slot a number; of each image the tokens with the largest stay. The names:
+A score looks at a ``Boundary`` and gives every slot a number; of each image the tokens with the largest stay:
 
 =============  =========================================================================================================
 pyramiddrop    attention of the query rows in the next layer (PyramidDrop, section 3.2)
@@ -96,7 +96,7 @@ def fastv(at: Boundary) -> jax.Array:
 def feather(at: Boundary) -> jax.Array:
     buffer, among = at.buffer, at.buffer.image_id > 0
     scores = attention_paid(at.config.text, at.next_layer, buffer.hidden, buffer.query_rows, None, among=among)
-    return scores if at.number else scores + buffer.hint  # attention is never above 1
+    return scores if at.number else scores + hinted(at)  # attention is never above 1
 
 
 def v2drop(at: Boundary) -> jax.Array:

@@ -13,6 +13,7 @@ from pdrop_jax.model.llava import prefill
 from pdrop_jax.model.params import init_params, unstack
 from pdrop_jax.schedule import Bucket, DropSchedule
 
+
 def test_prefill_counted_by_hand():
     config = LlavaConfig(
         vision=VisionConfig(4, 2, 8, 16, 2, 2),  # 4 patches; one of its two layers runs

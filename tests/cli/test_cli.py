@@ -1,19 +1,16 @@
 """The ``pdrop`` command as a user types it: exit codes, what is printed where."""
 
-import dataclasses
 import io
 import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from command import PDROP
 from PIL import Image
 
-from pdrop_jax.cli import main
 from pdrop_jax.convert.importer import convert
 from pdrop_jax.generation import generate, load
 from pdrop_jax.schedule import DropSchedule
@@ -23,41 +20,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 PHOTO = GOLDEN / "img_astronaut_square_small.png"
 TOKENIZER = ROOT / "examples" / "tiny_tokenizer"
-
-
-@dataclasses.dataclass
-class Result:
-    code: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def pdrop(monkeypatch, capfd) -> Callable[..., Result]:
-    """Runs the command in this process, which has compiled the model already; see also ``test_a_real_process``."""
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["pdrop", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return Result(int(end.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def fails(pdrop) -> Callable[..., str]:
-    """Runs the command and gives the one line that a user's mistake prints: exit code 2, nothing on stdout."""
-
-    def run(*args: object) -> str:
-        result = pdrop(*args)
-        assert result.code == 2, result
-        assert result.stdout == ""
-        (line,) = result.stderr.strip().splitlines()
-        return line
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import VisionEmbedding, bind
 from pdrop_jax.model.params import restage
-from pdrop_jax.model.scores import SCORES, Boundary, Score, find_score, register_score
+from pdrop_jax.model.scores import SCORES, Score, find_score, register_score
 from pdrop_jax.model.vision import vision_features
 from pdrop_jax.parts import VisionConfig
 from pdrop_jax.schedule import Bucket, DropSchedule
@@ -50,7 +50,7 @@ def layer_params(n):
 
 
 def attention(layer, x, row, seen, positions=None):
-    """Softmax of one query row of one sample over the keys ``seen`` (S,), mean over heads; without positions no rope."""
+    """Softmax of one query row over the keys ``seen`` (S,), mean over heads; without positions no rope."""
     N, K, H = GQA.num_heads, GQA.num_kv_heads, GQA.head_dim
     h = x / np.sqrt((x**2).mean(-1, keepdims=True) + GQA.norm_eps) * layer["attention_norm"]["scale"]
     q, k = (
@@ -221,7 +221,10 @@ def test_a_score_of_the_users(monkeypatch):
     [
         (config_of("pyramidrop"), "unknown score 'pyramidrop': did you mean 'pyramiddrop'?"),
         (config_of("zzz"), f"unknown score 'zzz': one of {', '.join(SCORES)}"),
-        (config_of("v2drop", (0, 2)), "score 'v2drop' looks at the layer before a drop, and there is none before layer 0"),
+        (
+            config_of("v2drop", (0, 2)),
+            "score 'v2drop' looks at the layer before a drop, and there is none before layer 0",
+        ),
         (
             dataclasses.replace(config_of("cls"), vision=VisionConfig(16, 4, 16, 24, 2, 2, kind="siglip")),
             "score 'cls' needs a class token, and a siglip tower has none",
