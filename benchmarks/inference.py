@@ -148,7 +148,7 @@ def _is_list(x: Any) -> bool:
 def time_ours(config: LlavaConfig, params: Any, batch: Batch, new_tokens: int) -> Timed:
     key = jax.random.key(0)
     began = time.perf_counter()
-    state, _ = jax.block_until_ready(start(config, params, batch, key, GREEDY, NEVER, capacity=64))
+    state, *_ = jax.block_until_ready(start(config, params, batch, key, GREEDY, NEVER, capacity=64))
     prefilled = time.perf_counter()
     jax.block_until_ready(decode(config, params, state, np.int32(new_tokens), GREEDY, NEVER))
     return prefilled - began, (time.perf_counter() - prefilled) / (new_tokens - 1)

@@ -28,7 +28,8 @@ from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import Drop
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.llava import DecodeState, decode_step, prefill
-from pdrop_jax.model.params import unstack
+from pdrop_jax.model.params import restage, unstack
+from pdrop_jax.model.scores import find_score
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import batch_sharding
 
@@ -108,15 +109,18 @@ def start(
     *,
     capacity: int,
     implementation: Implementation = "auto",
-) -> tuple[State, tuple[Drop, ...]]:
+) -> tuple[State, jax.Array, tuple[Drop, ...]]:
     """Prefill and the first new token of each row.
 
     Args:
       stop_ids: (n,) int32.
       capacity: slots for new tokens.
+
+    Returns:
+      (state, logits (B, V) float32 that the token is drawn from, drops).
     """
     logits, model, drops = prefill(config, params, batch, capacity, implementation=implementation)
-    return first_token(logits, model, capacity, key, sampling, stop_ids), drops
+    return first_token(logits, model, capacity, key, sampling, stop_ids), logits, drops
 
 
 def first_token(
@@ -191,6 +195,19 @@ def load(
     return Model(config, params, processor, mesh)
 
 
+def reschedule(model: Model, schedule: DropSchedule) -> Model:
+    """``model`` with the stage boundaries of another schedule, its arrays shared where they need not be cut anew.
+
+    Raises:
+      UserError: the schedule does not fit the decoder, or its score the model.
+    """
+    config = dataclasses.replace(model.config, schedule=schedule)
+    find_score(config)
+    params = restage(model.params, model.config, schedule)
+    processor = dataclasses.replace(model.processor, config=config)
+    return dataclasses.replace(model, config=config, params=params, processor=processor)
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """Answers of a batch and what they took.
@@ -201,6 +218,8 @@ class Generation:
       stage_lengths: [row][stage], valid tokens that the stage saw of the prompt.
       image_tokens: [row][image], tokens before the first drop.
       kept: [row][stage boundary][image], indices of the image tokens that stayed, counted within the image.
+      scores: [row][stage boundary][image], float32 score of each of the image's tokens; NaN where it had gone before.
+      first_logits: (B, V) float32 on the device, what the first new token is drawn from.
       compile_seconds: 0 when the shapes were seen before.
       prefill_seconds: up to the first new token.
       decode_seconds: all tokens after the first.
@@ -212,6 +231,8 @@ class Generation:
     stage_lengths: list[list[int]]
     image_tokens: list[list[int]]
     kept: list[list[list[list[int]]]]
+    scores: list[list[list[np.ndarray]]]
+    first_logits: jax.Array
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -289,7 +310,7 @@ def generate_batch(
     stop_ids = np.array(processor.stop_ids, np.int32)
     timer = Timer()
     with on_devices(model):
-        state, drops = timer.call(
+        state, logits, drops = timer.call(
             start,
             config,
             model.params,
@@ -304,12 +325,15 @@ def generate_batch(
         size = cache_bytes(state.model.caches)
         lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
         state, token_ids = finish(model, state, max_new_tokens, sampling, stop_ids, timer, stream)
+    drops = jax.device_get(drops)
     return Generation(
         texts=[processor.decode(ids) for ids in token_ids],
         token_ids=token_ids,
         stage_lengths=lengths.tolist(),
         image_tokens=[np.bincount(row)[1:].tolist() for row in np.asarray(batch.image_id)],
-        kept=kept_tokens(batch, jax.device_get(drops)),
+        kept=kept_tokens(batch, drops),
+        scores=token_scores(batch, drops),
+        first_logits=logits,
         compile_seconds=timer.compile_seconds,
         prefill_seconds=prefill_seconds,
         decode_seconds=timer.lap(),
@@ -367,11 +391,30 @@ def finish(
 
 def kept_tokens(batch: Batch, drops: Sequence[Drop]) -> list[list[list[list[int]]]]:
     """[row][stage boundary][image] -> indices within the image of the tokens that stayed."""
+
+    def stayed(row: int, at: Drop, image: int, slots: np.ndarray) -> list[int]:
+        return (at.index[row][at.keep[row] & (at.image_id[row] == image)] - slots[0]).tolist()
+
+    return _by_image(batch, drops, stayed)
+
+
+def token_scores(batch: Batch, drops: Sequence[Drop]) -> list[list[list[np.ndarray]]]:
+    """[row][stage boundary][image] -> (n,) float32 scores of the image's tokens, NaN of those gone before."""
+
+    def scored(row: int, at: Drop, image: int, slots: np.ndarray) -> np.ndarray:
+        scores, here = np.full(len(slots), np.nan, np.float32), at.image_id[row] == image
+        scores[at.index[row][here] - slots[0]] = at.scores[row][here]
+        return scores
+
+    return _by_image(batch, drops, scored)
+
+
+def _by_image(batch: Batch, drops: Sequence[Drop], found: Callable[..., Any]) -> list[list[list[Any]]]:
+    """[row][stage boundary][image] of ``found(row, drop, image, slots of the image's tokens)``."""
     rows = []
     for row, image_id in enumerate(np.asarray(batch.image_id)):
-        firsts = {int(m): int(np.argmax(image_id == m)) for m in np.unique(image_id) if m}
-        stays = [[d.index[row][d.keep[row] & (d.image_id[row] == m)] - at for m, at in firsts.items()] for d in drops]
-        rows.append([[kept.tolist() for kept in images] for images in stays])
+        slots = {int(m): np.flatnonzero(image_id == m) for m in np.unique(image_id) if m}
+        rows.append([[found(row, at, m, where) for m, where in slots.items()] for at in drops])
     return rows
 
 

@@ -61,7 +61,7 @@ def one_device():
 
 def answer(params, batch):
     stop = np.array([-1], np.int32)
-    state, _ = start(CONFIG, params, batch, jax.random.key(0), GREEDY, stop, capacity=8)
+    state, *_ = start(CONFIG, params, batch, jax.random.key(0), GREEDY, stop, capacity=8)
     return decode(CONFIG, params, state, np.int32(8), GREEDY, stop).tokens
 
 

@@ -1,8 +1,8 @@
-"""Pictures of what stays: each image once a stage, the dropped patches dimmed. Pillow only."""
+"""Pictures of what stays, each image once a stage, the dropped patches dimmed, and of the scores. Pillow only."""
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +18,10 @@ LONG_EDGE = 336  # pixels; a smaller image is enlarged by a whole factor
 GAP = 8  # pixels between the panels
 TEXT = 14  # height of a label's letters, pixels
 DIM = 0.2  # what is left of a dropped patch's brightness
+HOT = (255, 0, 0)  # colour of the largest score
+
+
+Panel = tuple[Callable[[Image.Image], Image.Image], str]  # what is drawn over the image, and the caption below
 
 
 def kept_picture(image: Image.Image, kept: Sequence[Sequence[int]], grid: int | tuple[int, int]) -> Image.Image:
@@ -33,26 +37,20 @@ def kept_picture(image: Image.Image, kept: Sequence[Sequence[int]], grid: int | 
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     count = rows * columns
-    return _band(image, [(_mask(tokens, rows, columns), len(tokens)) for tokens in [range(count), *kept]])
+    return _band(image, _dimmed([(_mask(tokens, rows, columns), len(tokens)) for tokens in [range(count), *kept]]))
 
 
-def _band(image: Image.Image, stages: Sequence[tuple[np.ndarray, int]]) -> Image.Image:
-    """``image`` once a stage, side by side.
-
-    Args:
-      stages: what is left at each, as a mask (rows, columns), and of how many tokens.
-    """
+def _band(image: Image.Image, panels: Sequence[Panel]) -> Image.Image:
+    """``image`` once for each panel, side by side."""
     factor = max(1, LONG_EDGE // max(image.size))
-    panel = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    caption = TEXT + GAP
-    width = GAP + len(stages) * (panel.width + GAP)
-    canvas = Image.new("RGB", (width, GAP + panel.height + caption + GAP), "white")
+    large = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    width = GAP + len(panels) * (large.width + GAP)
+    canvas = Image.new("RGB", (width, GAP + large.height + TEXT + GAP + GAP), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
-    for number, (mask, count) in enumerate(stages, 1):
-        left = GAP + (number - 1) * (panel.width + GAP)
-        canvas.paste(_dimmed(panel, mask), (left, GAP))
-        text = f"stage {number}: {count} of {stages[0][1]}"
-        draw.text((left, GAP + panel.height + GAP // 2), text, fill="black", font=font)
+    for number, (paint, caption) in enumerate(panels):
+        left = GAP + number * (large.width + GAP)
+        canvas.paste(paint(large), (left, GAP))
+        draw.text((left, GAP + large.height + GAP // 2), caption, fill="black", font=font)
     return canvas
 
 
@@ -66,14 +64,38 @@ def _mask(tokens: Sequence[int], rows: int, columns: int) -> np.ndarray:
     return mask.reshape(rows, columns)
 
 
-def _dimmed(panel: Image.Image, mask: np.ndarray) -> Image.Image:
-    rows, columns = mask.shape
-    y = np.arange(panel.height) * rows // panel.height  # the patch of each line of pixels
-    x = np.arange(panel.width) * columns // panel.width
-    light = np.where(mask[y][:, x], 1.0, DIM)[..., None]
-    # A grey base keeps a dark patch that stays apart from a dark patch that was dropped.
-    pixels = np.asarray(panel) * light + 160 * (1 - light)
-    return Image.fromarray(pixels.round().astype(np.uint8))
+def _dimmed(stages: Sequence[tuple[np.ndarray, int]]) -> list[Panel]:
+    """A panel for each stage, from what is left at it, as a mask (rows, columns), and of how many tokens."""
+
+    def panel(mask: np.ndarray) -> Callable[[Image.Image], Image.Image]:
+        # A grey base keeps a dark patch that stays apart from a dark patch that was dropped.
+        return lambda image: _blend(image, np.where(mask, 1.0, DIM), np.full(3, 160))
+
+    whole = stages[0][1]
+    return [(panel(mask), f"stage {n}: {count} of {whole}") for n, (mask, count) in enumerate(stages, 1)]
+
+
+def _heated(heats: Sequence[np.ndarray]) -> list[Panel]:
+    """A panel for each boundary, from the score of each patch (rows, columns), NaN where there is no token any more."""
+
+    def panel(heat: np.ndarray) -> Callable[[Image.Image], Image.Image]:
+        here = ~np.isnan(heat)
+        low, high = (heat[here].min(), heat[here].max()) if here.any() else (0.0, 0.0)
+        share = (np.where(here, heat, low) - low) / max(high - low, np.finfo(np.float32).tiny)
+        light = np.where(here, 1 - 0.85 * share, DIM)
+        return lambda image: _blend(image, light, np.where(here[..., None], HOT, 160))
+
+    return [(panel(heat), f"scores of drop {n}") for n, heat in enumerate(heats, 1)]
+
+
+def _blend(image: Image.Image, light: np.ndarray, base: np.ndarray) -> Image.Image:
+    """``image`` over ``base``, a colour or one of each patch, with the share ``light`` (rows, columns) of its own."""
+    rows, columns = light.shape
+    y = np.arange(image.height) * rows // image.height  # the patch of each line of pixels
+    x = np.arange(image.width) * columns // image.width
+    share = light[y][:, x][..., None]
+    base = base if base.ndim == 1 else base[y][:, x]
+    return Image.fromarray((np.asarray(image) * share + base * (1 - share)).round().astype(np.uint8))
 
 
 def answer_picture(
@@ -87,16 +109,48 @@ def answer_picture(
     Raises:
       UserError: there is no picture.
     """
+
+    def panels(number: int, cells: Cells, image: ImageTokens) -> list[Panel]:
+        stages = [np.arange(len(image)), *(np.array(images[number], int) for images in kept)]
+        return _dimmed([_covered(*cells, tokens) for tokens in stages])
+
+    return _rows(pictures, processor, panels)
+
+
+def score_picture(
+    pictures: Sequence[Picture], scores: Sequence[Sequence[np.ndarray]], processor: Processor
+) -> Image.Image:
+    """Heat maps of what each drop went by, laid out as in ``answer_picture``; red is the largest of the image.
+
+    Args:
+      scores: [stage boundary][image] -> (n,), a row of ``Generation.scores``.
+
+    Raises:
+      UserError: there is no picture, or nothing was dropped.
+    """
+    if not scores:
+        raise UserError("there are no scores to draw: nothing is dropped by this schedule")
+
+    def panels(number: int, cells: Cells, image: ImageTokens) -> list[Panel]:
+        return _heated([_hottest(*cells, images[number]) for images in scores])
+
+    return _rows(pictures, processor, panels)
+
+
+def _rows(
+    pictures: Sequence[Picture], processor: Processor, panels: Callable[[int, "Cells", ImageTokens], list[Panel]]
+) -> Image.Image:
     if not pictures:
-        raise UserError("there is no picture to draw the kept tokens of: give one, --image FILE")
+        raise UserError("there is no picture to draw the tokens of: give one, --image FILE")
     bands = []
     for number, picture in enumerate(pictures):
         image = processor.tokens(picture, alone=len(pictures) == 1)
-        stages = [np.arange(len(image)), *(np.array(images[number], int) for images in kept)]
         for first, rows, columns in _panels(open_image(picture), image, processor.config):
             crops = image.crops[first : first + rows * columns]
-            cells = [_cells(image.index[tokens], first, rows, columns, processor.config) for tokens in stages]
-            bands.append(_band(as_seen(crops.reshape(rows, columns, *crops.shape[1:]), processor), cells))
+            seen = as_seen(crops.reshape(rows, columns, *crops.shape[1:]), processor)
+            bands.append(
+                _band(seen, panels(number, _cells(image.index, first, rows, columns, processor.config), image))
+            )
     canvas = Image.new("RGB", (max(band.width for band in bands), sum(band.height for band in bands)), "white")
     top = 0
     for band in bands:
@@ -112,16 +166,37 @@ def _panels(picture: Image.Image, image: ImageTokens, config: LlavaConfig) -> li
     return [(0, 1, 1), (1, *grid_shape((picture.height, picture.width), config.tiling, config.vision.image_size))]
 
 
-def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: LlavaConfig) -> tuple[np.ndarray, int]:
-    """Mask over the patches of some crops that tokens of features ``index`` (n, T) cover, and how many tokens do."""
+Cells = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # see ``_cells``
+
+
+def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: LlavaConfig) -> Cells:
+    """Where the tokens of features ``index`` (n, T) lie on crops ``first`` on, laid out as (rows, columns) of them.
+
+    Returns:
+      (cell (n, T) in the grid of patches, whether a feature lies on it at all (n, T), (rows, columns) of patches).
+    """
     side, features = config.vision.patches_a_side, config.image_tokens
     patch = index % features - (features - side**2)  # a class token, where it is kept, covers no part of the picture
     crop = index // features - first
     here = (index >= 0) & (patch >= 0) & (crop >= 0) & (crop < rows * columns)
-    mask = np.zeros((rows * columns, side**2), bool)
-    mask[crop[here], patch[here]] = True
-    mask = mask.reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, columns * side)
-    return mask, int(here.any(1).sum())
+    y = crop // columns * side + patch // side
+    x = crop % columns * side + patch % side
+    return y * columns * side + x, here, (rows * side, columns * side)
+
+
+def _covered(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], tokens: np.ndarray) -> tuple[np.ndarray, int]:
+    """Mask of the patches that ``tokens`` cover, and how many of them cover any."""
+    mask = np.zeros(grid, bool)
+    mask.flat[cell[tokens][here[tokens]]] = True
+    return mask, int(here[tokens].any(1).sum())
+
+
+def _hottest(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], scores: np.ndarray) -> np.ndarray:
+    """Of each patch the largest of the scores (n,) of tokens on it; NaN if there is none."""
+    heat = np.full(grid, np.nan, np.float32)
+    tokens, taps = np.nonzero(here)
+    np.fmax.at(heat.reshape(-1), cell[tokens, taps], scores[tokens])
+    return heat
 
 
 def as_seen(crops: np.ndarray, processor: Processor) -> Image.Image:

@@ -29,6 +29,7 @@ def run(
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
     picture: pathlib.Path | None = None,
+    heatmap: pathlib.Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answer one question, or several as one batch.
@@ -51,10 +52,12 @@ def run(
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
       picture: file to draw the kept patches into, stage by stage; for one question.
+      heatmap: file to draw the scores into that each drop went by; for one question.
       json_output: print one JSON object instead of text.
     """
-    if picture:
-        _check_picture(picture, prompt, image)
+    for option, path in (("--picture", picture), ("--heatmap", heatmap)):
+        if path:
+            _check_picture(option, path, prompt, image)
     images = _images_of(prompt, image)
 
     from pdrop_jax.generation import DEMO, generate, load
@@ -80,10 +83,13 @@ def run(
             implementation=attention,
             stream=_print_piece if live else None,
         )
-    if picture:
-        from pdrop_jax.analysis.figures import answer_picture, save_picture
+    if picture or heatmap:
+        from pdrop_jax.analysis.figures import answer_picture, save_picture, score_picture
 
-        save_picture(answer_picture(image, answer.kept[0], loaded.processor), picture)
+        if picture:
+            save_picture(answer_picture(image, answer.kept[0], loaded.processor), picture)
+        if heatmap:
+            save_picture(score_picture(image, answer.scores[0], loaded.processor), heatmap)
     if json_output:
         print(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False))
         return
@@ -96,14 +102,14 @@ def run(
         print(f"{picture}: image tokens of each stage, {' -> '.join(map(str, counts))}")
 
 
-def _check_picture(picture: pathlib.Path, prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> None:
+def _check_picture(option: str, path: pathlib.Path, prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> None:
     if len(prompts) != 1:
-        raise UserError(f"--picture shows what one question keeps, but there are {len(prompts)}: ask one at a time")
+        raise UserError(f"{option} shows what one question keeps, but there are {len(prompts)}: ask one at a time")
     if not images:
-        raise UserError("--picture shows what is kept of a picture, but there is none: give one, --image FILE")
+        raise UserError(f"{option} shows what is kept of a picture, but there is none: give one, --image FILE")
     from pdrop_jax.analysis.figures import check_picture_path
 
-    check_picture_path(picture)
+    check_picture_path(path)
 
 
 def _images_of(prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> list[Any]:

@@ -92,13 +92,17 @@ def count(params: Params) -> int:
 
 
 def restage(params: Params, config: LlavaConfig, schedule: DropSchedule) -> Params:
-    """Moves the stage boundaries of stacked ``params`` from ``config.schedule`` to ``schedule``. Values are unchanged.
+    """Moves the stage boundaries of ``params`` from ``config.schedule`` to ``schedule``. Values are unchanged.
 
-    Works on numpy and jax arrays; stacks that keep their layers are passed on, not copied.
+    Works on stacks of numpy and jax arrays, of which those that keep their layers are passed on, not copied, and on
+    lists of layers.
     """
     L = config.text.num_layers
     old, new = config.schedule.layer_ranges(L), schedule.layer_ranges(L)
     stacks = [params["stages"][str(s)] for s in range(len(old))]
+    if any(isinstance(stack, list) for stack in stacks):
+        layers = [layer for stack in stacks for layer in stack]
+        return {**params, "stages": {str(s): layers[slice(*edges)] for s, edges in enumerate(new)}}
 
     def stack_of(start: int, stop: int) -> Params:
         if (start, stop) in old:

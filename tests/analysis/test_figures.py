@@ -17,6 +17,7 @@ from pdrop_jax.analysis.figures import (
     check_picture_path,
     kept_picture,
     save_picture,
+    score_picture,
 )
 from pdrop_jax.cli import main
 from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
@@ -100,6 +101,22 @@ def test_a_photo_is_seen_as_it_is():
     assert photo.width == photo.height
     same = np.asarray(photo.resize((336, 336), Image.Resampling.BICUBIC), int)
     assert np.abs(ours - same).max() <= 1
+
+
+def test_a_heat_map_is_red_where_the_score_is_largest_and_dim_where_nothing_is_left():
+    scores = np.arange(576, dtype=np.float32)
+    second = np.where(scores < 288, np.nan, -scores)
+    picture = score_picture([WHITE], [[scores], [second]], processor("square"))
+    first, then = (panel(picture, n).reshape(24, 14, 24, 14, 3)[:, 7, :, 7] for n in (1, 2))
+    assert first[0, 0].tolist() == [255, 255, 255]
+    assert first[-1, -1].tolist() == [255, 38, 38]  # 0.15 of white
+    green = first[..., 1].reshape(-1).astype(int)
+    assert (np.diff(green) <= 0).all()
+    assert (then[:12] == DIMMED).all()
+    assert then[12, 0].tolist() == [255, 38, 38]
+    assert then[-1, -1].tolist() == [255, 255, 255]
+    with pytest.raises(UserError, match="nothing is dropped by this schedule"):
+        score_picture([WHITE], [], processor("square"))
 
 
 def test_several_pictures_are_several_rows():
