@@ -198,8 +198,7 @@ class DropSchedule:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "DropSchedule":
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in names})
+        return cls(**data | {"layers": data["layers"], "ratios": data["ratios"]})  # KeyError without them
 
 
 # For a decoder of 32 layers and 576 image tokens: the paper's own, and averages of 192, 128 and 64 tokens over layers.

@@ -4,6 +4,12 @@ import json
 import os
 import pathlib
 
+# Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. The recorded vectors
+# are replayed by programs as shipped (tests/analysis/test_check.py).
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+)
+
 import hypothesis
 import jax
 import pytest

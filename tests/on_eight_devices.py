@@ -26,6 +26,7 @@ from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import embed, forward
 from pdrop_jax.model.quantized import quantize_decoder
+from pdrop_jax.model.scores import Boundary
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import Mesh, Optimizer
@@ -104,7 +105,7 @@ def test_a_drop_stays_within_the_rows_of_a_device(shape):
         buffer = embed(CONFIG, params, batch, plan[0].slots)
         rope = rope_tables(CONFIG.text, positions_of(CONFIG.schedule, buffer))
         first = jax.tree.map(lambda x: x[0], params["stages"]["1"])
-        return drop(CONFIG, plan[1], first, buffer, rope, max(BATCH.bucket.images))[0].hidden
+        return drop(plan[1], Boundary(CONFIG, 0, buffer, rope, first), max(BATCH.bucket.images))[0].hidden
 
     with jax.set_mesh(mesh):
         text = jax.jit(boundary).lower(params, batch).compile().as_text()

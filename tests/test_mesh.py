@@ -80,7 +80,8 @@ def test_without_a_mesh_nothing_is_constrained():
 
 
 def test_on_eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", HERE / "on_eight_devices.py"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, done.stdout
