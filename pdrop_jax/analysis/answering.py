@@ -7,7 +7,7 @@ the sizes of the pictures, of which only the heads are read; pictures themselves
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Generator, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -79,7 +79,7 @@ def answer_all(
     seed: int = 0,
     implementation: Implementation = "auto",
     answered: Container[int] = (),
-) -> Iterator[tuple[list[int], Generation]]:
+) -> Generator[tuple[list[int], Generation]]:
     """Answers batch by batch, see ``plan`` for their order.
 
     The last batch of a bucket is filled up with its last question, of which the surplus answers are left out. What a

@@ -5,20 +5,19 @@ order of the questions and renamed to ``A.jsonl``. A line is LLaVA's::
 
     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 
-``metadata`` says what the answers depend on, see ``describe``; ``answer_id`` is a hash of that and of the question, so a
+``metadata`` says what the answers depend on, see ``describe``. ``answer_id`` is a hash of that and of the question: a
 run goes on only with its own answers.
 """
 
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -33,9 +32,18 @@ from pdrop_jax.model.attention import Implementation
 from pdrop_jax.schedule import DropSchedule
 
 from .answering import answer_all
-from .questions import Question, parse, read_lines, read_questions
+from .journal import Answer, Journal
+from .questions import Question, read_lines, read_questions
 
-Answer = dict[str, Any]  # a line of an answer file
+# Keys of ``describe`` as messages name them.
+LABELS = {
+    "fingerprint": "model",
+    "schedule": "schedule",
+    "dtype": "dtype",
+    "quantize": "quantization",
+    "max_new_tokens": "max_new_tokens",
+    "sampling": "sampling",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +108,7 @@ def evaluate(
     ids = answer_ids(asked, metadata)
     if target.exists():
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
+        Journal(target).path.unlink(missing_ok=True)  # of a run that was killed right after it had renamed its answers
         return Evaluation(target, len(asked), 0, time.perf_counter() - began)
     with Journal(target) as journal:
         check_answers(journal.path, journal.answers.values(), asked, ids, metadata)
@@ -173,7 +182,7 @@ def answer_ids(questions: Sequence[Question], metadata: Mapping[str, Any]) -> li
 
 def check_answers(
     path: pathlib.Path,
-    answers: Sequence[Answer] | Any,
+    answers: Collection[Answer],
     questions: Sequence[Question],
     ids: Sequence[str],
     metadata: Mapping[str, Any],
@@ -181,112 +190,31 @@ def check_answers(
 ) -> None:
     """Raises UserError unless every answer is one to ``questions`` under ``metadata``; ``whole``: and all are there."""
     what_to_do = f"name another file, --out FILE, or remove {path} to start again"
-    texts: dict[str, list[str]] = collections.defaultdict(list)
+    texts: dict[str, list[str]] = {}
     for question in questions:
-        texts[str(question.id)].append(question.text)
+        texts.setdefault(str(question.id), []).append(question.text)
     known = set(ids)
     for answer in answers:
-        if answer.get("answer_id") in known:
-            continue
-        name, theirs = answer.get("question_id"), answer.get("metadata")
-        theirs = theirs if isinstance(theirs, dict) else {}
-        for key, ours in metadata.items():
-            if theirs.get(key) != ours:
-                raise UserError(
-                    f"{path} holds answers of another {LABELS[key]}: {_short(theirs.get(key))}, this run has "
-                    f"{_short(ours)}; {what_to_do}"
-                )
-        if str(name) not in texts:
-            raise UserError(f"{path} holds an answer to question {name!r}, which is not asked; {what_to_do}")
-        if answer.get("prompt") not in texts[str(name)]:
-            raise UserError(
-                f"{path} holds an answer to question {name!r} when it read {_short(answer.get('prompt'))}, now it reads "
-                f"{_short(texts[str(name)][0])}; {what_to_do}"
-            )
-        raise UserError(f"{path} holds an answer to question {name!r} about another picture; {what_to_do}")
-    if whole:
-        there = [answer["answer_id"] for answer in answers]
-        if sorted(there) != sorted(ids):
-            raise UserError(f"{path} holds {len(there)} answers to {len(ids)} questions; {what_to_do}")
+        if answer.get("answer_id") not in known:
+            raise UserError(f"{path} holds {_difference(answer, texts, metadata)}; {what_to_do}")
+    if whole and sorted(answer["answer_id"] for answer in answers) != sorted(ids):
+        raise UserError(f"{path} holds {len(answers)} answers to {len(ids)} questions; {what_to_do}")
 
 
-LABELS = {
-    "fingerprint": "model",
-    "schedule": "schedule",
-    "dtype": "dtype",
-    "quantize": "quantization",
-    "max_new_tokens": "max_new_tokens",
-    "sampling": "sampling",
-}
-
-
-class Journal:
-    """The unfinished answers beside ``target``, held by one process at a time; a torn last line is cut off.
-
-    Attributes:
-      answers: by ``answer_id``, those that have been written.
-
-    Raises:
-      UserError: another process holds it, or a line is malformed.
-    """
-
-    def __init__(self, target: pathlib.Path) -> None:
-        self.target = target
-        self.path = target.with_name(target.name + ".unfinished")
-        self.answers: dict[str, Answer] = {}
-
-    def __enter__(self) -> "Journal":
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
-        try:
-            self._lock()
-            self._read()
-        except BaseException:
-            self._file.close()
-            raise
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if not self.answers:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
-
-    def append(self, answers: Iterator[Answer]) -> None:
-        """Writes answers through to the disk."""
-        new = list(answers)
-        self._file.write(b"".join(map(_encoded, new)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.answers |= {answer["answer_id"]: answer for answer in new}
-
-    def finish(self, ids: Sequence[str]) -> None:
-        """Writes all answers in the order of ``ids`` aside, and renames that to ``target``."""
-        aside = self.target.with_name(self.target.name + ".ordered")
-        with aside.open("wb") as file:
-            file.writelines(_encoded(self.answers[answer_id]) for answer_id in ids)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.target)
-        self.path.unlink()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is being written by another process: wait for it") from None
-
-    def _read(self) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rpartition(b"\n")[0].split(b"\n") if b"\n" in content else []
-        self._file.truncate(sum(len(line) + 1 for line in whole))
-        for number, line in enumerate(whole, 1):
-            answer = parse(line, f"{self.path} line {number}")
-            self.answers[str(answer.get("answer_id"))] = answer
-
-
-def _encoded(answer: Answer) -> bytes:
-    return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+def _difference(answer: Answer, texts: Mapping[str, Sequence[str]], metadata: Mapping[str, Any]) -> str:
+    """What tells ``answer`` from those to questions of such ``texts`` by id under ``metadata``."""
+    theirs = answer.get("metadata")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    for key, ours in metadata.items():
+        if theirs.get(key) != ours:
+            return f"answers of another {LABELS[key]}: {_short(theirs.get(key))}, this run has {_short(ours)}"
+    asked = f"an answer to question {answer.get('question_id')!r}"
+    now = texts.get(str(answer.get("question_id")))
+    if now is None:
+        return f"{asked}, which is not in the file of questions"
+    if answer.get("prompt") not in now:
+        return f"{asked} when it read {_short(answer.get('prompt'))}, now it reads {_short(now[0])}"
+    return f"{asked} about another picture"
 
 
 def _line(question: Question, text: str, answer_id: str, folder: pathlib.Path, metadata: Mapping[str, Any]) -> Answer:

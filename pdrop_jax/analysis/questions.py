@@ -127,7 +127,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _asked(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A record of LLaVA's conversations with the first question as its text, as llava.eval.model_vqa_science asks it."""
+    """A record of LLaVA's conversations with its first question as text, as llava.eval.model_vqa_science asks it."""
     first = (value(record, "conversations", list, where) or [None])[0]
     if not isinstance(first, dict):
         raise UserError(f"{where}: its conversation is empty")
@@ -147,7 +147,7 @@ def _question(record: dict[str, Any], where: str, images: pathlib.Path) -> Quest
     tags = text.count(IMAGE_TAG)
     if tags not in (0, len(names)):
         raise UserError(
-            f"{where}: question {question_id!r} has {tags} <image> tags but {len(names)} pictures: name one for each tag"
+            f"{where}: question {question_id!r} has {tags} <image> tags but {len(names)} pictures: name one for each"
         )
     for key in ("question_id", "text", "image"):
         fields.pop(key, None)
