@@ -100,7 +100,7 @@ def value(record: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], w
     Raises:
       UserError: it is missing, or of none of ``kinds``.
     """
-    if key not in record:
+    if not isinstance(record, dict) or key not in record:
         raise UserError(f"{where} has no {key!r}")
     found = record[key]
     if not isinstance(found, kinds) or isinstance(found, bool):

@@ -4,7 +4,6 @@ import os
 import pathlib
 import re
 
-from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.conversation import IMAGE_TAG
 
 from ..questions import read_json, value
@@ -24,11 +23,10 @@ def score_scienceqa(answers: str | os.PathLike, annotations: str | os.PathLike, 
       UserError: a file is malformed, there is no such split, or answers and annotations are not of the same questions.
     """
     folder = pathlib.Path(annotations)
-    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
-    if split not in splits:
-        raise UserError(f"{folder / 'pid_splits.json'} has no split {split!r}: there are {', '.join(splits)}")
+    problems, splits = read_json(folder / "problems.json"), folder / "pid_splits.json"
     found = read_answers(answers)
-    check_complete(answers, [answer.id for answer in found], map(str, splits[split]))
+    wanted = value(read_json(splits), split, list, str(splits))
+    check_complete(answers, [answer.id for answer in found], map(str, wanted))
     right, with_image = [], []
     for answer in found:
         where = f"{folder / 'problems.json'} problem {answer.id}"

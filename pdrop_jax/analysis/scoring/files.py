@@ -58,7 +58,7 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
 
 def check_complete(path: str | os.PathLike, found: Iterable[Hashable], wanted: Iterable[Hashable]) -> None:
     """Raises UserError unless a file has exactly the ``wanted`` answers, each as often as it is wanted."""
-    there, due = collections.Counter(found), collections.Counter(wanted)
+    there, due = collections.Counter(iter(found)), collections.Counter(iter(wanted))
     wrong = [
         f"{what} {difference.total():,}: {_names(difference)}"
         for what, difference in (("lacks", due - there), ("has too many by", there - due))

@@ -82,7 +82,8 @@ def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> S
     types: dict[str, list[float]] = {}
     for answer in found:
         where = f"{path} question {answer.id}"
-        truths = [" ".join(str(truth["answer"]).split()) for truth in value(records[answer.id], "answers", list, where)]
+        people = value(records[answer.id], "answers", list, where)
+        truths = [_on_one_line(value(person, "answer", str, where)) for person in people]
         text = evalai(answer.text)
         if len(set(truths)) > 1:
             truths = [without_articles(without_punctuation(truth)) for truth in truths]
@@ -120,6 +121,10 @@ def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
             right["open" if structure == "query" else "binary"].append(answer.text.rstrip(".").lower() == truth)
     groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in right.items()}
     return Score("gqa", sum(map(len, right.values())), {"accuracy": mean([*right["binary"], *right["open"]])}, groups)
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _records(data: Any, key: str, path: pathlib.Path) -> list[Mapping[str, Any]]:
