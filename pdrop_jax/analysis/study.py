@@ -222,7 +222,7 @@ def ask(
     size, sampling = len(questions), make_sampling(max_new_tokens, 0.0, 0, 1.0)
     found: list[tuple[str, np.ndarray, Any, Any]] = [("", np.empty(0), (), ())] * size
     groups = plan(model.processor, questions, batch_size, max_new_tokens)
-    for group, batch in read_batches(model.processor, questions, groups, batch_size):
+    for group, batch in zip(groups, read_batches(model.processor, questions, groups, batch_size), strict=True):
         if given is not None:
             batch = _with_scores(batch, [given[number] for number in group.questions])
         answer = generate_batch(model, batch, max_new_tokens=max_new_tokens, sampling=sampling)

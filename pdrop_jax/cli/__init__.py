@@ -10,6 +10,8 @@ from pdrop_jax.errors import exit_on_error
 COMMANDS = {
     "generate": "answer questions about pictures",
     "chat": "answer questions about pictures one after another",
+    "eval": "answer a file of questions",
+    "score": "score a file of answers as the benchmark does",
     "train": "train a model as a recipe says",
     "convert": "make a checkpoint of ours out of a PyTorch one",
     "export": "write a checkpoint that transformers or the original LLaVA loads, or one of ours",

@@ -261,10 +261,17 @@ class Processor:
 
     def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
         """One row; see ``__call__`` for what it takes and raises."""
+        ids = self.ids(prompt, len(images), template)
+        return Row(ids, [self.tokens(image, alone=len(images) == 1) for image in images])
+
+    def ids(self, prompt: Prompt, num_images: int, template: str | None = None) -> list[int]:
+        """Token ids of a row with so many pictures, IMAGE_PLACEHOLDER for each of them.
+
+        Raises:
+          UserError: it has tags, but another number of them.
+        """
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
-        text = render(place_images(turns, len(images)), template or self.config.template)
-        tokens = [self.tokens(image, alone=len(images) == 1) for image in images]
-        return Row(token_ids(self.tokenizer, text), tokens)
+        return token_ids(self.tokenizer, render(place_images(turns, num_images), template or self.config.template))
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
         """A picture as the model takes it; ``alone`` says whether its row has no other."""

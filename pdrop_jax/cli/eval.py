@@ -1,0 +1,80 @@
+"""``pdrop eval``: answer a file of questions."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Annotated, Literal
+
+import tyro
+
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, schedule_of
+
+
+def run(
+    model: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="MODEL")],
+    questions: pathlib.Path,
+    out: pathlib.Path,
+    images: pathlib.Path = pathlib.Path(),
+    layers: Layers = None,
+    ratios: Ratios = None,
+    score: str | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: Literal["int8"] | None = None,
+    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    mesh: Mesh = (),
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Answer every question of a file. Killed at any moment, the same command goes on where it was.
+
+    Args:
+      model: a checkpoint.
+      questions: LLaVA's JSON lines, or its JSON list of conversations.
+      out: file for the answers, LLaVA's JSON lines; until it is complete they are in OUT.unfinished.
+      images: folder of the pictures.
+      layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
+      ratios: share of the image tokens kept at each drop.
+      score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
+      batch_size: questions answered at a time.
+      max_new_tokens: length of an answer.
+      temperature: 0 is greedy.
+      top_k: draw from this many best tokens, 0 is all.
+      top_p: draw from the best tokens up to this probability mass.
+      seed: of the drawing.
+      dtype: of the computation, without it the checkpoint's own.
+      quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
+      attention: implementation.
+      mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
+      json_output: print one JSON object instead of text.
+    """
+    from pdrop_jax.analysis.evaluate import evaluate
+    from pdrop_jax.sharding import make_mesh
+
+    result = evaluate(
+        model,
+        questions,
+        images,
+        out,
+        schedule=schedule_of(layers, ratios, score),
+        dtype=dtype,
+        quantize=quantize,
+        mesh=make_mesh(mesh_sizes(mesh)) if mesh else None,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        implementation=attention,
+    )
+    if json_output:
+        print(json.dumps(dataclasses.asdict(result), default=str))
+    elif result.answered:
+        print(f"{out}: {result.questions:,} answers, {result.answered:,} of them new, {result.seconds:.1f} s")
+    else:
+        print(f"{out}: all {result.questions:,} questions were answered before")
