@@ -10,7 +10,8 @@ Everything is compared with the dense model on the same questions:
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -146,22 +147,19 @@ def run_study(
 
     expected = _field(questions, ANSWER)
     clusters = [question.images[0] if question.images else question.id for question in questions]
-    once = {"max_new_tokens": max_new_tokens}
+    asking = functools.partial(ask, questions=questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
     whole = reschedule(model, DropSchedule.none())
-    reference = ask(whole, questions, batch_size=batch_size, **once)
-    effects = {
-        name: effect_of(reference, answers, expected) for name, answers in _noises(whole, questions, batch_size, once)
-    }
+    reference = asking(whole)
+    noises = _noises(whole, questions, batch_size, asking)
+    effects = {name: effect_of(reference, answers, expected) for name, answers in noises}
     rows = []
     with tqdm(settings, "settings", disable=None) as bar:
         for setting in bar:
             bar.set_postfix_str(f"{setting.group}: {setting.name}")
             given = None
             if setting is other:
-                own = ask(reschedule(model, schedule), questions, batch_size=batch_size, **once)
-                given = stays_for_another(own, clusters)
-            changed = reschedule(model, setting.schedule)
-            answers = ask(changed, questions, batch_size=batch_size, given=given, **once)
+                given = stays_for_another(asking(reschedule(model, schedule)), clusters)
+            answers = asking(reschedule(model, setting.schedule), given=given)
             rows.append((setting, effect_of(reference, answers, expected)))
     rows += [(Setting("noise", name, DropSchedule.none()), effect) for name, effect in effects.items()]
     n = config.image_tokens
@@ -235,17 +233,17 @@ def ask(
 
 
 def _noises(
-    model: Model, questions: Sequence[Question], batch_size: int, settings: Any
+    model: Model, questions: Sequence[Question], batch_size: int, asking: Callable[..., Answers]
 ) -> Iterator[tuple[str, Answers]]:
     """The dense ``model`` asked in ways that should not matter."""
-    yield "nothing", ask(model, questions, batch_size=batch_size + 1, **settings)
+    yield "nothing", asking(model, batch_size=batch_size + 1)
     dtype = jnp.bfloat16 if _dtype(model) == jnp.float32 else jnp.float32
     cast = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(dtype), model.params))
-    yield jnp.dtype(dtype).name, ask(cast, questions, batch_size=batch_size, **settings)
+    yield jnp.dtype(dtype).name, asking(cast)
     reworded = _field(questions, REWORDED)
     if reworded:
         asked = [dataclasses.replace(old, text=text) for old, text in zip(questions, reworded, strict=True)]
-        yield "other words", ask(model, asked, batch_size=batch_size, **settings)
+        yield "other words", asking(model, questions=asked)
 
 
 def _field(questions: Sequence[Question], name: str) -> list[str] | None:
