@@ -46,8 +46,7 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
       UserError: a question does not fit the model, tags and pictures differ in number, the head of a picture cannot be
         read, or there is no such batch size.
     """
-    if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    check_batch_size(batch_size)
     buckets: dict[Bucket, list[tuple[int, np.ndarray]]] = {}
     with tqdm(questions, "measuring", unit=" questions", disable=None, delay=2, leave=False) as bar:
         for number, question in enumerate(bar):
@@ -65,6 +64,12 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
         for at in range(0, len(buckets[bucket]), batch_size)
     ]
     return [Group(bucket, [number for number, _ in part], [ids for _, ids in part]) for bucket, part in parts]
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises UserError if a batch of so many rows cannot be."""
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
 
 
 def answer_all(

@@ -31,7 +31,7 @@ from pdrop_jax.generation import check_implementation, load, make_sampling
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.schedule import DropSchedule
 
-from .answering import answer_all
+from .answering import answer_all, check_batch_size
 from .journal import Answer, Journal
 from .questions import Question, read_lines, read_questions
 
@@ -101,11 +101,12 @@ def evaluate(
     began = time.perf_counter()
     make_sampling(max_new_tokens, temperature, top_k, top_p)
     check_implementation(implementation)
+    check_batch_size(batch_size)
     folder, target = pathlib.Path(model), pathlib.Path(out)
     asked = read_questions(questions, images)
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     metadata = describe(folder, schedule, dtype, quantize, max_new_tokens, drawing if temperature else None)
-    ids = answer_ids(asked, metadata)
+    ids = answer_ids(asked, metadata, images)
     if target.exists():
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
         Journal(target).path.unlink(missing_ok=True)  # of a run that was killed right after it had renamed its answers
@@ -167,12 +168,16 @@ def describe(
     }
 
 
-def answer_ids(questions: Sequence[Question], metadata: Mapping[str, Any]) -> list[str]:
-    """A hash for each question of what its answer depends on; a question that stands repeatedly counts its times."""
+def answer_ids(questions: Sequence[Question], metadata: Mapping[str, Any], images: str | os.PathLike) -> list[str]:
+    """A hash for each question of what its answer depends on; a question that stands repeatedly counts its times.
+
+    Args:
+      images: the folder that pictures are named from, so that it may be moved.
+    """
     times: collections.Counter[str] = collections.Counter()
     ids = []
     for question in questions:
-        pictures = [pathlib.Path(str(image)).name for image in question.images]
+        pictures = [os.path.relpath(str(image), images or ".") for image in question.images]
         asked = json.dumps([question.id, question.text, pictures, metadata], sort_keys=True)
         content = f"{asked} {times[asked]}".encode()
         times[asked] += 1
@@ -195,9 +200,9 @@ def check_answers(
         texts.setdefault(str(question.id), []).append(question.text)
     known = set(ids)
     for answer in answers:
-        if answer.get("answer_id") not in known:
+        if str(answer.get("answer_id")) not in known:
             raise UserError(f"{path} holds {_difference(answer, texts, metadata)}; {what_to_do}")
-    if whole and sorted(answer["answer_id"] for answer in answers) != sorted(ids):
+    if whole and sorted(str(answer["answer_id"]) for answer in answers) != sorted(ids):
         raise UserError(f"{path} holds {len(answers)} answers to {len(ids)} questions; {what_to_do}")
 
 

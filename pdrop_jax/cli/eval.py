@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Annotated, Literal
 
 import tyro
@@ -29,7 +30,7 @@ def run(
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> None:
+) -> int:
     """Answer every question of a file. Killed at any moment, the same command goes on where it was.
 
     Args:
@@ -55,26 +56,34 @@ def run(
     from pdrop_jax.analysis.evaluate import evaluate
     from pdrop_jax.sharding import make_mesh
 
-    result = evaluate(
-        model,
-        questions,
-        images,
-        out,
-        schedule=schedule_of(layers, ratios, score),
-        dtype=dtype,
-        quantize=quantize,
-        mesh=make_mesh(mesh_sizes(mesh)) if mesh else None,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        implementation=attention,
-    )
+    try:
+        result = evaluate(
+            model,
+            questions,
+            images,
+            out,
+            schedule=schedule_of(layers, ratios, score),
+            dtype=dtype,
+            quantize=quantize,
+            mesh=make_mesh(mesh_sizes(mesh)) if mesh else None,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            implementation=attention,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"pdrop eval: stopped; the answers so far are in {out}.unfinished, the same command goes on",
+            file=sys.stderr,
+        )
+        return 130
     if json_output:
         print(json.dumps(dataclasses.asdict(result), default=str))
     elif result.answered:
         print(f"{out}: {result.questions:,} answers, {result.answered:,} of them new, {result.seconds:.1f} s")
     else:
         print(f"{out}: all {result.questions:,} questions were answered before")
+    return 0
