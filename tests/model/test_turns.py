@@ -42,7 +42,7 @@ CONFIGS = {
 }
 ROOM = 48  # slots of every cache
 
-keep = jax.jit(turns.keep, static_argnames=("config",))
+keep = jax.jit(turns.keep, static_argnames=("config", "slots"))
 rerank = jax.jit(turns.rerank, static_argnames=("config", "new_slots"))
 
 
@@ -114,7 +114,7 @@ def test_tokens_decoded_after_rerank_are_those_after_a_prefill():
 def keep_turns(config, params):
     state = nothing(config)
     for turn in range(3):
-        logits, state, drops = keep(config, params, chunk_at(turn), state)
+        logits, state, drops = keep(config, params, chunk_at(turn), state, WHOLE.slots)
         yield logits, state, drops
 
 
@@ -123,8 +123,8 @@ def test_later_text_reads_what_the_first_question_left():
     config = CONFIGS["gqa_original_positions"]
     params = params_of(config)
     first = chunk_at(0)
-    _, state, _ = keep(config, params, first, nothing(config))
-    logits, _, _ = keep(config, params, make_batch([[5, 6], [6, 7, 8, 9], [13]], CHUNK), state)
+    _, state, _ = keep(config, params, first, nothing(config), WHOLE.slots)
+    logits, _, _ = keep(config, params, make_batch([[5, 6], [6, 7, 8, 9], [13]], CHUNK), state, WHOLE.slots)
     rows = [[1, -8, 4, 5, 6], [1, 9, -3, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 13]]
     whole = make_batch(rows, Bucket(8, (8,)), query_rows=first.query_rows)
     out = forward(config, params, dataclasses.replace(whole, crops=first.crops))
