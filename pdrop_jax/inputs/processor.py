@@ -117,8 +117,11 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         used = 0
         for m, image in enumerate(row.images, 1):
             index, feature_weight[b, :n][images == m] = image.widened(T)
-            pool = np.where(index == NEWLINE, C * config.image_tokens, index + used * config.image_tokens)
-            feature_index[b, :n][images == m] = pool
+            first, features = 0, config.image_tokens
+            if image.video and config.frame_tokens:
+                first, features = C * config.image_tokens, config.frame_tokens
+            newline = C * (config.image_tokens + config.frame_tokens)
+            feature_index[b, :n][images == m] = np.where(index == NEWLINE, newline, first + used * features + index)
             crops[b, used : used + len(image.crops)] = image.crops
             used += len(image.crops)
         found = np.array([n - 1])
