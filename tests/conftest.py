@@ -29,6 +29,18 @@ def _forget_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """XLA's passes run as ever, LLVM's optimisation of what they leave does not: compiling takes half the time.
+
+    For modules that compare what programs compute, and spend their time on compiling them.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["legacy0", "legacy1"])
 def llama(request, tmp_path_factory):
     """The tokenizer that the golden ids were recorded with, and its setting of ``legacy``."""

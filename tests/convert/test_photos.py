@@ -32,6 +32,7 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.data import open_dataset
 from pdrop_jax.train.recipe import Data
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 PHOTOS = ("img_china_small.png", "img_flower_tall_small.png", "img_astronaut_square_small.png")
 MODELS = {
     "llava_next, vicuna": ("llava_next", {"num_key_value_heads": 4}),

@@ -29,6 +29,7 @@ from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import DecodeState
 from pdrop_jax.schedule import Bucket, DropSchedule
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 # Three conversations of three turns, each turn a row: a negative number is an image of that many tokens.
 CHUNKS = [
     [[1, -8, 4], [1, 9, -3, 5], [1, 2, 3, 4, 5]],
@@ -138,14 +139,14 @@ def packed(tokens, image_id, image_tokens):
     n = len(index)
 
     def pad(x):
-        return jnp.pad(jnp.asarray(x), [(0, ROOM - n)] + [(0, 0)] * (x.ndim - 1))[None]
+        return np.pad(x, [(0, ROOM - n)] + [(0, 0)] * (x.ndim - 1))[None]
 
-    count, query = jnp.array([[0, image_tokens]]), jnp.array([[n - 1]])
-    return TokenBuffer(pad(hidden), pad(image_id), pad(index), jnp.array([n]), query, count)
+    count, query = np.array([[0, image_tokens]], np.int32), np.array([[n - 1]], np.int32)
+    return TokenBuffer(pad(hidden), pad(image_id), pad(index), np.array([n], np.int32), query, count)
 
 
 def joined(parts):
-    return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))
+    return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
 
 def without_cache(config, params, row):
@@ -157,7 +158,8 @@ def without_cache(config, params, row):
     for turn in range(3):
         chunk = row_of(chunk_at(turn), row)
         n, before = int(chunk.length[0]), sum(len(x) for x in image_ids)
-        parts.append((embed(config, params, chunk, chunk.bucket.slots).hidden[0, :n], before + np.arange(n)))
+        hidden = np.asarray(embed(config, params, chunk, chunk.bucket.slots).hidden)
+        parts.append((hidden[0, :n], (before + np.arange(n)).astype(np.int32)))
         image_ids.append(chunk.image_id[0, :n])
     kept, image_tokens = [], [int(x.sum()) for x in image_ids]
     for s, stage in enumerate(config.schedule.plan(config.text.num_layers, Bucket(ROOM))):

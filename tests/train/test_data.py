@@ -327,6 +327,7 @@ def test_rows_of_several_pictures(tmp_path):
             assert ((labels[before] == IGNORE) & (labels[before + 1] != IGNORE)).all()
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_a_row_weighs_in_a_mixed_batch_what_it_weighs_alone(tmp_path):
     """Rows of one and of three pictures: loss, gradient and kept tokens, with drops, each in its own bucket or not."""
     dataset = open_dataset(write(tmp_path, [several(1), several(3)]), TINY, TOKENIZER)
