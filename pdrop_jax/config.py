@@ -56,8 +56,9 @@ class LlavaConfig:
     keep_class_token: bool = False  # CLIP's: False is the feature selection "patch" (Hugging Face: "default")
     image_aspect: Literal["square", "pad"] = "square"
     tiling: Tiling | None = None  # None: a picture is one crop, made as image_aspect says
-    frame_stride: int | None = None  # features a side that a frame's are averaged over before they are projected, as in
-    # Hugging Face's LLaVA-NeXT-Video; None: a video's frames are halved behind the projector
+    # A video's frames are averaged over squares of so many features a side before the projector, as in Hugging Face's
+    # LLaVA-NeXT-Video; None: their features are resized to half a side behind it.
+    frame_stride: int | None = None
     template: str = "vicuna_v1"
     image_token_id: int | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
     video_token_id: int | None = None  # id of "<video>", likewise
