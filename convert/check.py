@@ -9,7 +9,7 @@ import numpy as np
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import count, tiled, whole
+from pdrop_jax.inputs.anyres import count, pooled, tiled, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Row, assemble, choose_bucket
 from pdrop_jax.model.llava import forward
@@ -47,10 +47,11 @@ def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
 def fixed_row(config: LlavaConfig) -> Row:
     """A prompt of ids spread over the vocabulary with the picture as its third token, and a picture of waves.
 
-    Where pictures are tiled it is twice as wide as high, and every tile shows it whole.
+    Where pictures are tiled it is twice as wide as high, and every tile shows it whole. A model that knows videos also
+    has one of two frames at the end.
     """
     V, size = config.text.vocab_size, config.vision.image_size
-    ids = ((np.arange(TEXT_TOKENS) * 7919) % (V - 1)).tolist()  # never V - 1
+    ids = ((np.arange(TEXT_TOKENS) * 7919) % (V - 2)).tolist()  # never the last two
     if config.bos_token_id is not None:
         ids[0] = config.bos_token_id
     t = np.linspace(0, 12, size, dtype=np.float32)
@@ -59,7 +60,11 @@ def fixed_row(config: LlavaConfig) -> Row:
     if config.tiling:
         crops, _ = count(SIZE, config)
         image = tiled(np.stack([picture * (n + 1) / crops for n in range(crops)]), SIZE, config)
-    return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (image,))
+    row = Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (image,))
+    if config.video_token_id is None:
+        return row
+    video = pooled(np.stack([picture, picture[::-1]]), config)
+    return Row([*row.ids[:-2], IMAGE_PLACEHOLDER, *row.ids[-2:]], (image, video))
 
 
 def our_logits(model: pathlib.Path, row: Row) -> np.ndarray:
@@ -78,9 +83,9 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
 
     logging.disable_progress_bar()
 
-    # Any id will do for the picture as long as the prompt has no other use for it.
-    placeholder = config.text.vocab_size - 1
-    data = hf_config(config, dtype) | {"image_token_index": placeholder}
+    # Any ids will do for the picture and the video as long as the prompt has no other use for them.
+    placeholders = [config.text.vocab_size - 1, config.text.vocab_size - 2]
+    data = hf_config(config, dtype) | dict(zip(("image_token_index", "video_token_index"), placeholders, strict=True))
     _, architecture = hf_class(config)
     model = getattr(transformers, architecture).from_pretrained(
         None,
@@ -88,14 +93,19 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
         state_dict=_torch_state(source, dtype),
         dtype=getattr(torch, dtype),
     )
-    (image,) = row.images
-    ids = [n for i in row.ids for n in ([placeholder] * len(image) if i == IMAGE_PLACEHOLDER else [i])]
-    pixels = torch.from_numpy(image.crops.transpose(0, 3, 1, 2).copy()).to(getattr(torch, dtype))
-    picture = {"pixel_values": pixels}
+    shown = iter([[placeholders[image.video]] * len(image) for image in row.images])
+    ids = [n for i in row.ids for n in (next(shown) if i == IMAGE_PLACEHOLDER else [i])]
+    inputs = {"input_ids": torch.tensor([ids])}
+    for image in row.images:
+        pixels = torch.from_numpy(image.crops.transpose(0, 3, 1, 2).copy()).to(getattr(torch, dtype))
+        if image.video:
+            inputs["pixel_values_videos"] = pixels[None]
+        else:
+            inputs["pixel_values"] = pixels[None] if config.tiling else pixels
     if config.tiling:
-        picture = {"pixel_values": pixels[None], "image_sizes": torch.tensor([SIZE])}
+        inputs["image_sizes"] = torch.tensor([SIZE])
     with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([ids]), **picture).logits[0].float().numpy()
+        return model.eval()(**inputs).logits[0].float().numpy()
 
 
 def _torch_state(source: Source, dtype: str) -> dict[str, Any]:

@@ -88,6 +88,10 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     own: dict[str, Any] = {"image_grid_pinpoints": [list(point) for point in tiling.pinpoints]} if tiling else {}
     if tiling and tiling.max_tiles:
         own["vision_aspect_ratio"] = f"anyres_max_{tiling.max_tiles}"
+    if config.frame_stride:
+        own |= {"spatial_pool_mode": "average", "spatial_pool_stride": config.frame_stride}
+    if config.video_token_id is not None:
+        own["video_token_index"] = config.video_token_id
     return {
         "architectures": [architecture],
         "model_type": kind,
@@ -107,6 +111,8 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
 
 def hf_class(config: LlavaConfig) -> tuple[str, str]:
     """The model_type of Hugging Face's code that ``config`` is, and the class of transformers."""
+    if config.frame_stride:
+        return "llava_next_video", "LlavaNextVideoForConditionalGeneration"
     if config.tiling is None:
         return "llava", "LlavaForConditionalGeneration"
     if config.tiling.max_tiles is None:
@@ -118,11 +124,12 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """config.json of the original LLaVA code.
 
     Raises:
-      UserError: it is a OneVision, of which that code's names are not known here.
+      UserError: it is a OneVision or a LLaVA-NeXT-Video, of which that code's names are not known here.
     """
     tiling = config.tiling
-    if tiling and tiling.max_tiles:
-        raise UserError("a OneVision model can be exported in Hugging Face's format only: --format hf")
+    kind, _ = hf_class(config)
+    if kind in ("llava_onevision", "llava_next_video"):
+        raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
     points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
     return {
         **config.text.to_hf(),

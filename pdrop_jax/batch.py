@@ -22,7 +22,8 @@ class Batch:
     Attributes:
       token_ids: (B, S) int32, text ids; 0 at image slots and padding.
       feature_index: (B, S, T) int32, which vectors of the row's feature pool stand here; -1 for text and padding. The
-        pool is the features of all crops, one after another, and then the newline vector if the model has one.
+        pool is the features of all crops, one after another; those that all crops have as frames of a video
+        (``LlavaConfig.frame_tokens``); the newline vector if the model has one.
       image_id: (B, S) int32, 0 for text and padding, m for a token of the row's m-th image.
       length: (B,) int32, valid slots.
       crops: (B, C, h, w, 3) float32, normalised pixels; unused crops are zero. C may be 0.

@@ -43,7 +43,12 @@ TOKENIZER = (
     "merges.txt",
     "chat_template*",
 )
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
+PROCESSOR = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
 COMPANIONS = TOKENIZER + PROCESSOR
 MOST_NAMES = 20  # of an error message
 

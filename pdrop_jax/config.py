@@ -12,7 +12,13 @@ from pdrop_jax.schedule import DropSchedule
 
 FORMAT = "pdrop-jax-1"
 KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
-HF_TYPES = ("llava", "llava_next", "llava_onevision")  # model_type of Hugging Face's code
+# model_type of Hugging Face's code -> ids of "<image>" and "<video>" that transformers takes if a config has none.
+HF_TYPES: dict[str, tuple[int, int | None]] = {
+    "llava": (32000, None),
+    "llava_next": (32000, None),
+    "llava_next_video": (32001, 32000),
+    "llava_onevision": (151646, 151647),
+}
 LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000, and what was added
 
 
@@ -50,8 +56,12 @@ class LlavaConfig:
     keep_class_token: bool = False  # CLIP's: False is the feature selection "patch" (Hugging Face: "default")
     image_aspect: Literal["square", "pad"] = "square"
     tiling: Tiling | None = None  # None: a picture is one crop, made as image_aspect says
+    # A video's frames are averaged over squares of so many features a side before the projector, as in Hugging Face's
+    # LLaVA-NeXT-Video; None: their features are resized to half a side behind it.
+    frame_stride: int | None = None
     template: str = "vicuna_v1"
     image_token_id: int | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
+    video_token_id: int | None = None  # id of "<video>", likewise
     bos_token_id: int | None = 1  # None: a text begins with nothing, as Qwen2's
     eos_token_ids: tuple[int, ...] = (2,)
 
@@ -73,6 +83,10 @@ class LlavaConfig:
             raise UserError("tiles with class tokens are not supported: the feature selection must be patch")
         if self.keep_class_token and not self.vision.class_tokens:
             raise UserError(f"a {self.vision.kind} tower has no class token to keep")
+        if self.frame_stride is not None and not 1 <= self.frame_stride <= self.vision.patches_a_side:
+            raise UserError(
+                f"frames of {self.vision.patches_a_side} features a side cannot be averaged over {self.frame_stride}"
+            )
         self.schedule.check(self.text.num_layers)
 
     @property
@@ -86,6 +100,11 @@ class LlavaConfig:
     def image_tokens(self) -> int:
         """Features of one crop: its tokens, unless pictures are tiled."""
         return self.vision.num_patches + self.keep_class_token
+
+    @property
+    def frame_tokens(self) -> int:
+        """Features that a crop also has as a frame of a video, where those are averaged before the projector."""
+        return (self.vision.patches_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
 
     @property
     def taps(self) -> int:
@@ -126,7 +145,7 @@ class LlavaConfig:
 
         Args:
           data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
-            ``llava``, ``llava_next`` or ``llava_onevision`` (Hugging Face's).
+            ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's).
           vision: the tower of an original model, whose own config only names it; may be left out for LLaVA-1.5's.
           generation: generation_config.json, whose end tokens win.
           preprocessor: preprocessor_config.json; a Hugging Face model says only there whether pictures are padded.
@@ -273,7 +292,7 @@ def _hf_tiling(data: dict[str, Any]) -> Tiling | None:
     if data["model_type"] == "llava":
         return None
     tiling = _tiling(data, [0, 1], rounded=True)
-    if data["model_type"] == "llava_next":
+    if data["model_type"] != "llava_onevision":
         return tiling
     aspect = data.get("vision_aspect_ratio", "anyres_max_9")
     most = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect)
@@ -294,6 +313,11 @@ def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]
     text = dict(data.get("text_config") or {})
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or data.get("tie_word_embeddings"))
     vision = VisionConfig.from_hf(data["vision_config"]) if data.get("vision_config") else VisionConfig()
+    image_id, video_id = HF_TYPES[data["model_type"]]
+    stride = None
+    if data["model_type"] == "llava_next_video":
+        one_of("spatial_pool_mode", data.get("spatial_pool_mode", "average"), ("average",))
+        stride = data.get("spatial_pool_stride", 2)
     keep = one_of("vision_feature_select_strategy", strategy, ("default", "full")) == "full"
     if not keep and not vision.class_tokens:
         raise UserError(
@@ -307,7 +331,9 @@ def _llava(data: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]
         "select_layer": select_layer,
         "keep_class_token": keep and vision.class_tokens > 0,
         "image_aspect": "pad" if preprocessor.get("do_pad") else "square",
-        "image_token_id": data.get("image_token_index", data.get("image_token_id", 32000)),
+        "frame_stride": stride,
+        "image_token_id": data.get("image_token_index", data.get("image_token_id", image_id)),
+        "video_token_id": video_id and data.get("video_token_index", data.get("video_token_id", video_id)),
     }
 
 

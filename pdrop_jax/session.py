@@ -210,6 +210,7 @@ class Session:
                 jax.random.fold_in(jax.random.key(seed), len(turns)),
                 sampling,
                 stop_ids,
+                slots=whole.bucket.slots,
                 capacity=capacity,
                 implementation=self._implementation,
             )
@@ -244,7 +245,7 @@ class Session:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "capacity", "implementation"), donate_argnames=("model", "hidden")
+    jax.jit, static_argnames=("config", "slots", "capacity", "implementation"), donate_argnames=("model", "hidden")
 )
 def _start_turn(
     config: LlavaConfig,
@@ -258,6 +259,7 @@ def _start_turn(
     sampling: Sampling,
     stop_ids: jax.Array,
     *,
+    slots: int,
     capacity: int,
     implementation: Implementation,
 ) -> tuple[State, jax.Array | None, tuple[Drop, ...]]:
@@ -266,12 +268,13 @@ def _start_turn(
     Args:
       whole, hidden: see ``turns.rerank``; without them the image tokens stay.
       model: of the turn before, with room in its caches.
+      slots: of the whole conversation.
       back: () int32, tokens that are cached but not counted in ``model.lengths``; negative if the last are to be left.
     """
     lengths = tuple(n + back for n in model.lengths)
     if whole is None or hidden is None:
         before = DecodeState(model.caches, lengths)
-        logits, after, drops = turns.keep(config, params, chunk, before, implementation=implementation)
+        logits, after, drops = turns.keep(config, params, chunk, before, slots, implementation=implementation)
     else:
         logits, after, hidden, drops = turns.rerank(
             config,

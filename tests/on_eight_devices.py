@@ -11,22 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from PIL import Image
 from tiny import llava_config, params_of, training_batch
 from tiny_run import CONFIG as RUN_CONFIG
-from tiny_run import arrays_of, compiled_in, losses, recipe_in, write_data, write_start
+from tiny_run import TOKENIZER, arrays_of, compiled_in, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint, sharding
 from pdrop_jax.analysis.check import Reference, check
 from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import Sampling, decode, start
+from pdrop_jax.generation import Model, Sampling, decode, start
+from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import _splash, attention
 from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import embed, forward
 from pdrop_jax.model.quantized import quantize_decoder
 from pdrop_jax.model.scores import Boundary
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.session import Session
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import Mesh, Optimizer
@@ -166,6 +170,31 @@ def test_quantized_on_a_mesh(tmp_path):
     with jax.set_mesh(mesh):
         tokens = answer(params, batch)
     np.testing.assert_array_equal(tokens, answer(expected, BATCH))
+
+
+CHAT = dataclasses.replace(
+    RUN_CONFIG,
+    text=dataclasses.replace(RUN_CONFIG.text, num_layers=2),
+    schedule=DropSchedule((1,), (0.3,)),
+    template="bare",
+)
+
+
+@pytest.mark.parametrize("mode", ["keep", "rerank"])
+def test_a_conversation_on_a_mesh_is_that_on_one_device(mode):
+    """A question about a picture and one about its answer: the same tokens, image tokens kept, and tokens cached."""
+    params, processor = params_of(CHAT), Processor.load(TOKENIZER, CHAT)
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+
+    def answers(params, mesh):
+        session = Session(Model(CHAT, params, processor, mesh), mode)
+        asked = [("What?", Image.new("RGB", (30, 20), "red")), ("And?", None)]
+        found = [session.ask(question, image, max_new_tokens=3) for question, image in asked]
+        return [(answer.token_ids, answer.kept, answer.cached, answer.stage_lengths) for answer in found]
+
+    expected = answers(params, None)
+    assert [len(ids) for ids, *_ in expected] == [3, 3]
+    assert answers(jax.device_put(params, sharding.shardings(params, mesh)), mesh) == expected
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

@@ -20,6 +20,8 @@ UNUSUAL = LlavaConfig(
     image_aspect="pad",
     template="plain",
     image_token_id=98,
+    video_token_id=97,
+    frame_stride=2,
     bos_token_id=3,
     eos_token_ids=(4, 5),
 )

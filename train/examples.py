@@ -3,7 +3,7 @@
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,6 @@ NO_FILE = "no image file"
 CORRUPT = "corrupt picture"  # mostly found only when it is loaded; also one of too many pixels, or too narrow
 NO_PICTURE = "<image> without picture"
 NO_TAG = "picture without <image>"
-SEVERAL = "several pictures"
 NO_TARGET = "no target"
 TOO_LONG = "too long"
 
@@ -67,11 +66,11 @@ def _read_line(line: bytes) -> Any:
         return None
 
 
-def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> tuple[TrainingText, str]:
-    """The text of a record and its picture's name, empty if there is none.
+def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> tuple[TrainingText, list[str]]:
+    """The text of a record and the names of its pictures, one for each tag.
 
     Args:
-      record: ``{"image": name or nothing, "conversations": […]}``; whatever else it holds is not looked at.
+      record: ``{"image": a name, several or nothing, "conversations": […]}``; whatever else it holds is not looked at.
       is_file: whether there is a picture of that name.
 
     Raises:
@@ -83,28 +82,26 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
     if not isinstance(pictures, list):
         pictures = [] if pictures is None else [pictures]
     try:
-        turns = turns_of(record.get("conversations"))
+        turns = turns_of(record.get("conversations"), several=len(pictures) > 1)
         "".join([*pictures, *(text or "" for turn in turns for text in turn)]).encode()
     except (UserError, TypeError, UnicodeEncodeError):  # half a surrogate pair is valid JSON, but no text
         raise BrokenRecord(MALFORMED) from None
     tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
     if tags != len(pictures):
         raise BrokenRecord(NO_PICTURE if tags > len(pictures) else NO_TAG)
-    if tags > 1:
-        raise BrokenRecord(SEVERAL)
     try:
         conversation = training_text(turns, template)
     except UserError:
         raise BrokenRecord(NOT_FOR_TEMPLATE) from None
     if not conversation.spans:
         raise BrokenRecord(NO_TARGET)
-    if pictures and not is_file(pictures[0]):
+    if not all(map(is_file, pictures)):
         raise BrokenRecord(NO_FILE)
-    return conversation, pictures[0] if pictures else ""
+    return conversation, pictures
 
 
-def fit(example: Example, max_length: int, image_tokens: int, too_long: Literal["cut", "skip"]) -> Example:
-    """``example`` within ``max_length`` positions, its image counted in full with ``image_tokens``.
+def fit(example: Example, max_length: int, image_tokens: Sequence[int], too_long: Literal["cut", "skip"]) -> Example:
+    """``example`` within ``max_length`` positions, each of its images counted in full with its ``image_tokens``.
 
     LLaVA's code cuts in the middle of an image too. Here all of the image goes then: nothing comes after it any more,
     so no target sees the difference.
@@ -112,9 +109,10 @@ def fit(example: Example, max_length: int, image_tokens: int, too_long: Literal[
     Raises:
       BrokenRecord: it is too long and ``too_long`` is "skip", or no target is left.
     """
-    end = np.cumsum(np.where(example.ids == IMAGE_PLACEHOLDER, image_tokens, 1))
-    n = int(np.searchsorted(end, max_length, side="right"))
-    if n < len(end):
+    slots = np.ones(len(example.ids), int)
+    slots[example.ids == IMAGE_PLACEHOLDER] = image_tokens
+    n = int(np.searchsorted(np.cumsum(slots), max_length, side="right"))
+    if n < len(slots):
         if too_long == "skip":
             raise BrokenRecord(TOO_LONG)
         example = Example(example.ids[:n], example.labels[:n])

@@ -17,7 +17,7 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import Processor, Row
-from pdrop_jax.inputs.anyres import count, whole
+from pdrop_jax.inputs.anyres import ImageTokens, count, levels, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, template_named
 from pdrop_jax.inputs.images import as_tokens, image_size, read_image
 from pdrop_jax.inputs.targets import ends_answers, tokenize
@@ -41,7 +41,8 @@ class Dataset:
       image_processor: see ``inputs.images.load_image_processor``.
       ids: N rows of int32 token ids, IMAGE_PLACEHOLDER for a picture.
       spans: N rows of int32, start and stop of each run of targets in turn.
-      pictures: N rows of uint8, the name of the picture in UTF-8, empty without one.
+      pictures: N rows of uint8, the names of the pictures in UTF-8 with a zero between them; empty without any. The
+        last ones have no placeholder if the row was cut.
       records: (N,) int64, where in the file the row stands, from 1.
       sizes: of each row.
       broken: rows that are left out, by reason.
@@ -61,31 +62,40 @@ class Dataset:
         return len(self.ids)
 
     def row(self, number: int) -> tuple[Row, str | None]:
-        """Row ``number`` with its picture, and why that could not be read, if so.
+        """Row ``number`` with its pictures, and why one could not be read, if so.
 
-        A row whose picture cannot be read keeps its ids, with a grey picture and no target: it weighs nothing.
+        A row with a picture that cannot be read keeps its ids, with a grey one in its place and no target: it weighs
+        nothing.
 
         Raises:
-          UserError: the picture cannot be read and ``data.broken`` is "fail".
+          UserError: a picture cannot be read and ``data.broken`` is "fail".
         """
         ids = self.ids[number]
         labels = np.full(len(ids), IGNORE, np.int32)
         for start, stop in self.spans[number].reshape(-1, 2):
             labels[start:stop] = ids[start:stop]
-        if not self.sizes.crops[number]:
-            return Row(ids, (), labels), None
-        path = os.path.join(self.data.images, self.pictures[number].tobytes().decode())
-        try:
-            return Row(ids, [as_tokens(read_image(path), self.image_processor, self.config)], labels), None
-        except UserError as error:
-            if self.data.broken == "fail":
-                raise UserError(
-                    f"{self.data.conversations}, row {self.records[number]}: {error}: put it right, or set data.broken "
-                    'to "skip"'
-                ) from None
+        names = self.pictures[number].tobytes().decode().split("\0")
+        shown = names[: len(self.sizes.images[number]) // 2]
+        read = [self._image(number, name, alone=len(names) == 1) for name in shown]
+        found = [image for image in read if image is not None]
+        if len(found) == len(read):
+            return Row(ids, found, labels), None
         size = self.config.vision.image_size
         grey = whole(np.zeros((size, size, 3), np.float32), self.config)
-        return Row(ids, [grey], np.full_like(labels, IGNORE)), CORRUPT
+        return Row(ids, [grey if image is None else image for image in read], np.full_like(labels, IGNORE)), CORRUPT
+
+    def _image(self, number: int, name: str, alone: bool) -> ImageTokens | None:
+        """A picture of row ``number``; None if it cannot be read."""
+        try:
+            image = read_image(os.path.join(self.data.images, name))
+            return as_tokens(image, self.image_processor, self.config, alone=alone)
+        except UserError as error:
+            if self.data.broken == "skip":
+                return None
+            raise UserError(
+                f"{self.data.conversations}, row {self.records[number]}: {error}: put it right, or set data.broken to "
+                '"skip"'
+            ) from None
 
     def plan(self, batch_size: int, seed: int, epoch: int) -> list[Planned]:
         """The batches of ``epoch`` (from 0), the same in every process. The last incomplete one is left out.
@@ -182,9 +192,10 @@ class _Rows:
     def __init__(self, data: Data, config: LlavaConfig, tokenizer: Any) -> None:
         self.data, self.config, self.tokenizer = data, config, tokenizer
         self.is_file = file_finder(data.images)
-        self.ids, self.spans, self.pictures = RaggedBuilder(np.int32), RaggedBuilder(np.int32), RaggedBuilder(np.uint8)
+        self.ids, self.spans, self.images = (RaggedBuilder(np.int32) for _ in range(3))
+        self.pictures = RaggedBuilder(np.uint8)
         self.records: list[int] = []
-        self.sizes: list[tuple[int, int, int, int]] = []
+        self.sizes: list[tuple[int, int]] = []
         self.broken: Counter[str] = Counter()
         self.seen, self.first_broken = 0, 0
 
@@ -197,10 +208,10 @@ class _Rows:
             except BrokenRecord as error:
                 self._leave_out(number, error.reason)
         examples = tokenize(self.tokenizer, [text for _, text, _ in read], self.data.template)
-        for (number, _, picture), example in zip(read, examples, strict=True):
+        for (number, _, pictures), example in zip(read, examples, strict=True):
             try:
-                crops, tokens = self._size(picture)
-                example = fit(example, self.data.max_length, tokens, self.data.too_long)
+                sizes = self._sizes(pictures)
+                example = fit(example, self.data.max_length, [tokens for _, tokens in sizes], self.data.too_long)
             except BrokenRecord as error:
                 self._leave_out(number, error.reason)
                 continue
@@ -208,16 +219,18 @@ class _Rows:
             runs = _runs(example.labels != IGNORE)
             self.ids.append(example.ids)
             self.spans.append(runs.ravel())
-            self.pictures.append(np.frombuffer(picture.encode() if images else b"", np.uint8))
+            self.images.append(np.array(sizes[:images]).ravel())
+            self.pictures.append(np.frombuffer("\0".join(pictures).encode() if images else b"", np.uint8))
             self.records.append(number)
-            self.sizes.append((len(example.ids) - images, images * crops, images * tokens, int((runs[:, 0] > 0).sum())))
+            self.sizes.append((len(example.ids) - images, int((runs[:, 0] > 0).sum())))
 
-    def _size(self, picture: str) -> tuple[int, int]:
-        """Crops and tokens of a picture. Only where it is tiled do they follow from its size, read from its head."""
-        if not picture or self.config.tiling is None:
-            return 1, self.config.image_tokens
+    def _sizes(self, pictures: list[str]) -> list[tuple[int, int]]:
+        """Crops and tokens of each. Only of tiled ones do they follow from the size, which the file's head tells."""
+        tiling = self.config.tiling
+        if tiling is None or (tiling.alone and len(pictures) > 1):
+            return levels(self.config)[:1] * len(pictures)
         try:
-            return count(image_size(os.path.join(self.data.images, picture)), self.config)
+            return [count(image_size(os.path.join(self.data.images, name)), self.config) for name in pictures]
         except UserError:
             raise BrokenRecord(CORRUPT) from None
 
@@ -226,7 +239,8 @@ class _Rows:
         self.first_broken = min(self.first_broken or number, number)
 
     def build(self, image_processor: Any) -> Dataset:
-        sizes = Sizes(*np.array(self.sizes, np.int32).T)
+        text, queries = np.array(self.sizes, np.int32).T
+        sizes = Sizes(text, queries, self.images.build())
         parts = self.ids.build(), self.spans.build(), self.pictures.build()
         return Dataset(
             self.data, self.config, image_processor, *parts, np.array(self.records), sizes, Counter(self.broken)

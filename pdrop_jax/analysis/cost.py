@@ -48,7 +48,7 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     VN, VH = vision.num_heads, vision.head_dim
     tower = config.vision_layers * _layer(tokens, V, VN, VN, VH, 2 * V * vision.intermediate_size)
     tower += vision.num_patches * 3 * P**2 * V
-    projector = config.image_tokens * (V * D + (config.projector_layers - 1) * D**2)
+    projector = (config.image_tokens + config.frame_tokens) * (V * D + (config.projector_layers - 1) * D**2)
     return PrefillMacs(bucket.crops * tower, bucket.crops * projector, decoder, ranking, D * text.vocab_size)
 
 

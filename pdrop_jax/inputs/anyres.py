@@ -29,7 +29,8 @@ class ImageTokens:
 
     Attributes:
       crops: (P, h, w, 3) float32, normalised.
-      index: (n, T) int32, features counted over all crops, or NEWLINE.
+      index: (n, T) int32, features counted over all crops, or NEWLINE. Of a video they are those that the model has
+        for frames, if it has (``LlavaConfig.frame_tokens``).
       weight: (n, T) float32, how a token is blended of them; None if T is 1 and nothing is blended.
       video: whether its crops are the frames of a video.
     """
@@ -61,8 +62,10 @@ def pooled(crops: np.ndarray, config: LlavaConfig) -> ImageTokens:
     """The frames ``crops`` (F, h, w, 3) of a video as one image, each frame's features shrunk to half a side.
 
     576 features become the 144 of LLaVA-NeXT-Video, means of four, and 729 OneVision's 196. A OneVision has its newline
-    vector behind them.
+    vector behind them. What the model itself averages before the projector is taken as it is.
     """
+    if config.frame_tokens:
+        return ImageTokens(crops, np.arange(len(crops) * config.frame_tokens, dtype=np.int32)[:, None], video=True)
     side = config.vision.patches_a_side
     features = np.arange(side**2, dtype=np.int32) + config.image_tokens - side**2  # without a class token
     index, weight = (x.reshape(-1, 4) for x in bilinear(features.reshape(side, side), -(-side // 2), -(-side // 2)))

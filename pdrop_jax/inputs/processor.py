@@ -72,11 +72,16 @@ def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int 
 
 def image_bucket(text: int, rows: Sequence[Sequence[ImageTokens]], config: LlavaConfig) -> Bucket:
     """The bucket of ``text`` slots for rows of such images."""
-    places = _power_of_two(max(map(len, rows), default=0))
     found = [[level_of(len(x.crops), len(x), config, x.video) for x in row] for row in rows]
-    columns = [[row[m] for row in found if m < len(row)] or levels(config)[:1] for m in range(places)]
-    crops = sum(max(crops for crops, _ in column) for column in columns)
-    return Bucket(text, tuple(max(tokens for _, tokens in column) for column in columns), crops)
+    columns = [[row[m] for row in found if m < len(row)] for m in range(max(map(len, rows), default=0))]
+    largest = [(max(crops for crops, _ in column), max(tokens for _, tokens in column)) for column in columns]
+    return bucket_of(text, largest, config)
+
+
+def bucket_of(text: int, images: Sequence[tuple[int, int]], config: LlavaConfig) -> Bucket:
+    """The bucket of ``text`` slots and of images of so many (crops, tokens), their number rounded up: 0, 1, 2, 4, …."""
+    images = [*images, *levels(config)[:1] * (_power_of_two(len(images)) - len(images))]
+    return Bucket(text, tuple(tokens for _, tokens in images), sum(crops for crops, _ in images))
 
 
 def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: int = 1) -> Batch:
@@ -112,8 +117,11 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         used = 0
         for m, image in enumerate(row.images, 1):
             index, feature_weight[b, :n][images == m] = image.widened(T)
-            pool = np.where(index == NEWLINE, C * config.image_tokens, index + used * config.image_tokens)
-            feature_index[b, :n][images == m] = pool
+            first, features = 0, config.image_tokens
+            if image.video and config.frame_tokens:
+                first, features = C * config.image_tokens, config.frame_tokens
+            newline = C * (config.image_tokens + config.frame_tokens)
+            feature_index[b, :n][images == m] = np.where(index == NEWLINE, newline, first + used * features + index)
             crops[b, used : used + len(image.crops)] = image.crops
             used += len(image.crops)
         found = np.array([n - 1])

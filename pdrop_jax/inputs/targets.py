@@ -61,11 +61,14 @@ class Example:
     labels: np.ndarray
 
 
-def turns_of(messages: Any) -> list[Turn]:
+def turns_of(messages: Any, several: bool = False) -> list[Turn]:
     """Questions and answers of ``[{"from": "human" | "gpt", "value": text}, …]``, with tags where LLaVA puts them.
 
     An answer before any question is left out. The tag of a picture moves to the front of its message, alone on its
     line.
+
+    Args:
+      several: they speak of more than one picture. Several tags of a message then stay where they are.
 
     Raises:
       UserError: the messages are anything else, or questions and answers do not alternate.
@@ -81,7 +84,7 @@ def turns_of(messages: Any) -> list[Turn]:
             continue
         if role != ROLES[len(texts) % 2]:
             raise UserError(f"message {number} is from {role!r}, expected {ROLES[len(texts) % 2]!r}")
-        texts.append(_tag_first(value))
+        texts.append(value if several and value.count(IMAGE_TAG) > 1 else _tag_first(value))
     if not texts:
         raise UserError("the conversation has no question")
     answers: list[str | None] = [*texts[1::2]]
@@ -89,7 +92,7 @@ def turns_of(messages: Any) -> list[Turn]:
 
 
 def _tag_first(text: str) -> str:
-    # LLaVA's code leaves one tag, however many there are.
+    # LLaVA's code leaves one tag, however many there are: its records have one picture.
     return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip() if IMAGE_TAG in text else text
 
 
@@ -101,13 +104,14 @@ def training_text(turns: Sequence[Turn], template: str) -> TrainingText:
     ``) in a message has no spans: LLaVA's code loses count in it.
 
     Raises:
-      UserError: the template is not known, or is "plain" and the conversation not a tagged question with its answer.
+      UserError: the template is not known, or is "plain" and the conversation not a question with one tag and its
+        answer.
     """
     parts = template_named(template)
     if template == "plain":
         (question, answer), *more = turns
-        if more or answer is None or IMAGE_TAG not in question:
-            raise UserError("template 'plain' takes one question with an <image> tag and one answer")
+        if more or answer is None or question.count(IMAGE_TAG) != 1:
+            raise UserError("template 'plain' takes one question with one <image> tag and one answer")
         text = IMAGE_TAG + answer + parts.answered
         return TrainingText(text, [(len(IMAGE_TAG), len(text))])
     pieces = render_turns(turns, template)

@@ -24,6 +24,7 @@ def keep(
     params: Params,
     chunk: Batch,
     state: DecodeState,
+    slots: int,
     *,
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array, DecodeState, tuple[Drop, ...]]:
@@ -35,6 +36,7 @@ def keep(
 
     Args:
       state: caches with a slot for every token of the chunk, and how many of their slots are in use.
+      slots: static, the conversation up to the end of the chunk has no more tokens.
       implementation: of the vision tower's attention; that of the decoder's is ``attention.attend_cache``.
 
     Returns:
@@ -42,7 +44,7 @@ def keep(
     """
     plan = config.schedule.plan(config.text.num_layers, chunk.bucket)
     buffer = embed(config, params, chunk, plan[0].slots, implementation)
-    tables = rope_tables(config.text, jnp.arange(config.text.max_length)[None])
+    tables = rope_tables(config.text, jnp.arange(slots)[None])
     caches, lengths, drops = [], [], []
     for s, (stage, cache, first) in enumerate(zip(plan, state.caches, state.lengths, strict=True)):
         layers = params["stages"][str(s)]
@@ -94,7 +96,7 @@ def rerank(
       (logits (B, V) float32 after the chunk, state for ``llava.decode_step``, ``hidden`` with the chunk's tokens, drops
       over the buffers of the whole conversation).
     """
-    rope = rope_tables(config.text, jnp.arange(config.text.max_length)[None])
+    rope = rope_tables(config.text, jnp.arange(hidden.shape[1])[None])
     slots = first[:, None] + jnp.arange(chunk.bucket.slots)  # (B, T)
     x = embed(config, params, chunk, chunk.bucket.slots, implementation).hidden
     x, cache = run_on_cache(config, params["stages"]["0"], x, cache, first, rope_at(rope, slots))

@@ -76,22 +76,40 @@ def image_features(
       crops: (B, C, h, w, 3) normalised pixels, C > 0.
 
     Returns:
-      (B, C * image_tokens, D), dtype of the parameters; one vector more, the newline, where pictures are tiled. And
-      with ``class_attention`` as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
+      (B, C * (image_tokens + frame_tokens), D), dtype of the parameters: the features of all crops, then those that
+      they have as frames of a video; and one vector more, the newline, where pictures are tiled. With
+      ``class_attention`` as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
     x, attention = vision_features(config, params["vision"], pixels, implementation, remat, class_attention)
-    first = 0 if config.keep_class_token else config.vision.class_tokens
-    x = x[:, first:]
-    sizes = (config.vision.hidden_size, config.text.hidden_size, config.projector_layers)
-    x = bind(Projector, *sizes, params=params["projector"])(x)
-    x = x.reshape(B, C * config.image_tokens, -1)
+    D, side = config.text.hidden_size, config.vision.patches_a_side
+
+    def pool(x: jax.Array) -> jax.Array:
+        """Of all tokens (B * C, T, N) of the tower those that a picture has, then those that a frame has."""
+        x = x if config.keep_class_token else x[:, config.vision.class_tokens :]
+        return jnp.concatenate([x, averaged(x, side, config.frame_stride)], axis=1) if config.frame_stride else x
+
+    def by_row(x: jax.Array) -> jax.Array:
+        parts = jnp.split(x, [config.image_tokens], axis=1)
+        return jnp.concatenate([part.reshape(B, C * part.shape[1], -1) for part in parts], axis=1)
+
+    project = bind(Projector, config.vision.hidden_size, D, config.projector_layers, params=params["projector"])
+    x = by_row(project(pool(x)))
+    attention = None if attention is None else by_row(pool(attention[..., None]))
     if config.tiling:
-        newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, x.shape[-1]))
+        newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, D))
         x = jnp.concatenate([x, newline], axis=1)
-    if attention is not None:
-        attention = attention[:, first:].reshape(B, C * config.image_tokens, 1)
-        attention = jnp.pad(attention, [(0, 0), (0, x.shape[1] - attention.shape[1]), (0, 0)])
+        attention = None if attention is None else jnp.pad(attention, [(0, 0), (0, 1), (0, 0)])
     return constrain(x, "batch", None, None), attention
+
+
+def averaged(x: jax.Array, side: int, stride: int) -> jax.Array:
+    """Means (P, (side // stride)**2, D) over squares of ``stride`` a side of the last ``side``**2 features of each row.
+
+    What is left over at the right and at the bottom is no part of any, as in torch's AvgPool2d.
+    """
+    P, D, squares = x.shape[0], x.shape[-1], side // stride
+    x = x[:, -(side**2) :].reshape(P, side, side, D)[:, : squares * stride, : squares * stride]
+    return x.reshape(P, squares, stride, squares, stride, D).mean((2, 4)).reshape(P, squares**2, D)

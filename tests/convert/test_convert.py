@@ -1,5 +1,6 @@
 """Conversion: every naming and kind of file gives the same arrays, bit by bit, and PyTorch's logits."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
-from tiny_torch import GOLDEN, VARIANTS, assert_same, edit_json, rewrite, weights
+from tiny_torch import GOLDEN, VARIANTS, assert_same, edit_json, rewrite, tiny_llava, weights
 
 from pdrop_jax import checkpoint
 from pdrop_jax.convert.check import compare
@@ -108,6 +109,39 @@ def test_logits_of_an_original_checkpoint_are_those_of_transformers(tmp_path):
     difference, largest = compare(open_source(GOLDEN / "model_mha"), tmp_path / "out")
     assert largest > 1
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["mistral", "llama"])
+def test_an_original_llava_next_of_another_language_model(variant, tmp_path):
+    """Arrays and config of a Mistral and of a Llama 3 are those that the same model has in Hugging Face's format."""
+    own = {
+        "mistral": {"sliding_window": None},
+        "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    }[variant]
+    model = tiny_llava(kind="llava_next", model_type=variant, num_key_value_heads=2, **own)
+    model.save_pretrained(tmp_path / "hf")
+    expected = convert(tmp_path / "hf", tmp_path / "expected").config
+    model.config.vision_config.save_pretrained(tmp_path / "clip_tower")
+    original = {
+        "model_type": f"llava_{variant}",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [point[::-1] for point in model.config.image_grid_pinpoints],  # width, height
+        "mm_hidden_size": 32,
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "clip_tower",
+        "rope_theta": expected.text.rope_theta,
+    }
+    text = model.config.text_config.to_dict()
+    del text["rope_parameters"]  # a name of later days
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "config.json").write_text(json.dumps(text | original))
+    save_file(renamed(tmp_path / "hf", "original"), tmp_path / "original" / "model.safetensors")
+    found = convert(tmp_path / "original", tmp_path / "out").config
+    tiling = dataclasses.replace(expected.tiling, rounded=False)
+    assert found == dataclasses.replace(expected, tiling=tiling, image_aspect="pad", image_token_id=None)
+    assert_same(arrays_of(tmp_path / "out"), arrays_of(tmp_path / "expected"))
 
 
 def test_the_check_would_notice(hf, tmp_path):

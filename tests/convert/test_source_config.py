@@ -183,6 +183,18 @@ def test_the_recorded_original_model_takes_its_tower_from_a_folder():
     assert (config.vision, config.image_tokens, config.image_aspect) == (vision, 16, "pad")
 
 
+def test_a_llava_next_video_averages_its_frames_before_the_projector():
+    data = HF_7B | {"model_type": "llava_next_video", "image_grid_pinpoints": [[336, 672]]}
+    config = LlavaConfig.from_hf({key: value for key, value in data.items() if key != "image_token_index"})
+    assert (config.frame_stride, config.frame_tokens) == (2, 144)
+    assert (config.image_token_id, config.video_token_id) == (32001, 32000)
+    assert LlavaConfig.from_hf(data | {"spatial_pool_stride": 5}).frame_tokens == 16
+    theirs = transformers.LlavaNextVideoConfig.from_dict(hf_config(config, "float32"))
+    assert LlavaConfig.from_hf(theirs.to_dict()) == config
+    with pytest.raises(UserError, match=r"a llava_next_video model can be exported .* --format hf"):
+        original_config(config, "float32")
+
+
 @pytest.mark.parametrize("config", [OTHER, LlavaConfig.llava_1_5_13b(), QWEN2, MISTRAL])
 def test_a_config_survives_both_formats(config):
     original = original_config(config, "float32")
@@ -214,6 +226,13 @@ def test_a_config_survives_both_formats(config):
         (ORIGINAL_7B, {"mm_vision_tower": "somebody/tower"}, "'somebody/tower' is not at hand: .* --vision DIR"),
         (ORIGINAL_7B, {"mm_vision_select_layer": -30}, "names no hidden state"),
         (HF_7B, {"model_type": "llava_next"}, "tiled into"),
+        (HF_7B, {"model_type": "llava_next_video", "spatial_pool_mode": "conv"}, "spatial_pool_mode 'conv' is not sup"),
+        (HF_7B, {"model_type": "llava_next_video", "spatial_pool_mode": "max"}, "'max' is not supported: average is"),
+        (
+            HF_7B,
+            {"model_type": "llava_next_video", "spatial_pool_stride": 30, "image_grid_pinpoints": [[336, 672]]},
+            "frames of 24 features a side cannot be averaged over 30",
+        ),
         (HF_7B, {"projector_hidden_act": "relu"}, "'relu'"),
         (HF_7B, {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
         (HF_7B, {"vision_feature_layer": [-2, -5]}, "one layer"),

@@ -24,12 +24,14 @@ VARIANTS = {
     "qwen2_siglip": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True, "siglip": True},
     "next_mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None, "kind": "llava_next"},
     "onevision": {"model_type": "qwen2", "num_key_value_heads": 2, "siglip": True, "kind": "llava_onevision"},
+    "next_video": {"num_key_value_heads": 2, "kind": "llava_next_video"},
     "qwen2_siglip_head": {"model_type": "qwen2", "num_key_value_heads": 2, "siglip": True, "vision_use_head": True},
 }
 
 
 PINPOINTS = {
     "llava_next": [[28, 56], [56, 28], [56, 56]],
+    "llava_next_video": [[28, 56], [56, 28], [56, 56]],
     "llava_onevision": [[28 * h, 28 * w] for h in range(1, 4) for w in range(1, 4)],
 }
 
@@ -38,15 +40,17 @@ def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_hea
     """A random model of transformers. Norms and biases are random too, or a forgotten one would not show."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    sizes |= {"image_size": 28, "patch_size": 14}
+    sizes |= {"image_size": 28, "patch_size": 7 if kind == "llava_next_video" else 14}
     if siglip:
         vision = transformers.SiglipVisionConfig(**sizes, vision_use_head=vision_use_head)
     else:
         vision = transformers.CLIPVisionConfig(**sizes)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    tiles = {} if kind == "llava" else {"image_grid_pinpoints": PINPOINTS[kind]}
+    own = {} if kind == "llava" else {"image_grid_pinpoints": PINPOINTS[kind]}
+    if kind in ("llava_next_video", "llava_onevision"):
+        own["video_token_index"] = image_token_index - 1
     if kind == "llava_onevision":
-        tiles["vision_aspect_ratio"] = "anyres_max_2"
+        own["vision_aspect_ratio"] = "anyres_max_2"
     config = transformers.AutoConfig.for_model(
         kind,
         vision_config=vision,
@@ -54,7 +58,7 @@ def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_hea
             model_type, **{"vocab_size": 71, "max_position_embeddings": 1024, **sizes, **text}
         ),
         image_token_index=image_token_index,
-        **tiles,
+        **own,
         vision_feature_select_strategy="full" if siglip else "default",
     )
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()

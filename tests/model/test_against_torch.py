@@ -29,7 +29,7 @@ from pdrop_jax.model.attention import attention
 from pdrop_jax.model.layers import DecoderLayer, GatedMLP, Projector, RMSNorm, bind, rope_tables, rotate
 from pdrop_jax.model.llava import embed
 from pdrop_jax.model.params import abstract_params, restage
-from pdrop_jax.model.vision import vision_features
+from pdrop_jax.model.vision import averaged, vision_features
 from pdrop_jax.schedule import Bucket, DropSchedule
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
@@ -157,6 +157,14 @@ def test_clip_tower(activation, select_layer):
     params = vision_params(weights(module), vision, config.vision_layers)
     ours = jax.jit(vision_features, static_argnums=0)(config, params, pixels)[0]
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("side", "stride"), [(4, 2), (5, 2), (7, 3), (3, 1)])
+def test_frames_are_averaged_as_torch_pools_them(side, stride):
+    x = random(2, 1 + side**2, 6)  # a class token in front
+    grid = torch.tensor(x[:, 1:]).reshape(2, side, side, 6).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.avg_pool2d(grid, stride, stride).flatten(2).transpose(1, 2)
+    assert_close(averaged(jnp.asarray(x), side, stride), theirs, atol=1e-6)
 
 
 def test_projector_mlp2x_gelu():

@@ -43,7 +43,7 @@ CONFIGS = {
 }
 ROOM = 48  # slots of every cache
 
-keep = jax.jit(turns.keep, static_argnames=("config",))
+keep = jax.jit(turns.keep, static_argnames=("config", "slots"))
 rerank = jax.jit(turns.rerank, static_argnames=("config", "new_slots"))
 
 
@@ -115,7 +115,7 @@ def test_tokens_decoded_after_rerank_are_those_after_a_prefill():
 def keep_turns(config, params):
     state = nothing(config)
     for turn in range(3):
-        logits, state, drops = keep(config, params, chunk_at(turn), state)
+        logits, state, drops = keep(config, params, chunk_at(turn), state, WHOLE.slots)
         yield logits, state, drops
 
 
@@ -124,8 +124,8 @@ def test_later_text_reads_what_the_first_question_left():
     config = CONFIGS["gqa_original_positions"]
     params = params_of(config)
     first = chunk_at(0)
-    _, state, _ = keep(config, params, first, nothing(config))
-    logits, _, _ = keep(config, params, make_batch([[5, 6], [6, 7, 8, 9], [13]], CHUNK), state)
+    _, state, _ = keep(config, params, first, nothing(config), WHOLE.slots)
+    logits, _, _ = keep(config, params, make_batch([[5, 6], [6, 7, 8, 9], [13]], CHUNK), state, WHOLE.slots)
     rows = [[1, -8, 4, 5, 6], [1, 9, -3, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 13]]
     whole = make_batch(rows, Bucket(8, (8,)), query_rows=first.query_rows)
     out = forward(config, params, dataclasses.replace(whole, crops=first.crops))
@@ -139,14 +139,14 @@ def packed(tokens, image_id, image_tokens):
     n = len(index)
 
     def pad(x):
-        return jnp.pad(jnp.asarray(x), [(0, ROOM - n)] + [(0, 0)] * (x.ndim - 1))[None]
+        return np.pad(x, [(0, ROOM - n)] + [(0, 0)] * (x.ndim - 1))[None]
 
-    count, query = jnp.array([[0, image_tokens]]), jnp.array([[n - 1]])
-    return TokenBuffer(pad(hidden), pad(image_id), pad(index), jnp.array([n]), query, count)
+    count, query = np.array([[0, image_tokens]], np.int32), np.array([[n - 1]], np.int32)
+    return TokenBuffer(pad(hidden), pad(image_id), pad(index), np.array([n], np.int32), query, count)
 
 
 def joined(parts):
-    return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))
+    return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
 
 def without_cache(config, params, row):
@@ -158,7 +158,8 @@ def without_cache(config, params, row):
     for turn in range(3):
         chunk = row_of(chunk_at(turn), row)
         n, before = int(chunk.length[0]), sum(len(x) for x in image_ids)
-        parts.append((embed(config, params, chunk, chunk.bucket.slots).hidden[0, :n], before + np.arange(n)))
+        hidden = np.asarray(embed(config, params, chunk, chunk.bucket.slots).hidden)
+        parts.append((hidden[0, :n], (before + np.arange(n)).astype(np.int32)))
         image_ids.append(chunk.image_id[0, :n])
     kept, image_tokens = [], [int(x.sum()) for x in image_ids]
     for s, stage in enumerate(config.schedule.plan(config.text.num_layers, Bucket(ROOM))):

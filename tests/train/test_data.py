@@ -1,6 +1,7 @@
 """Data sets: what is left out and why, what an epoch is made of, and that batches come again exactly."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -20,9 +21,12 @@ from PIL import Image
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs import Processor
+from pdrop_jax.generation import kept_tokens
+from pdrop_jax.inputs import Processor, assemble
 from pdrop_jax.inputs.conversation import token_ids
 from pdrop_jax.inputs.images import open_image, to_crop
+from pdrop_jax.model.loss import loss_of
+from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.data import open_dataset, pipeline
 from pdrop_jax.train.plan import MEGA, Sizes, batches_of, shapes_of
@@ -36,6 +40,12 @@ CONFIG = LlavaConfig(
     schedule=DropSchedule.none(),
 )
 B = 4
+TINY = dataclasses.replace(  # one that runs
+    CONFIG,
+    vision=VisionConfig(28, 7, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
+    text=TextConfig(320, 16, 24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, max_length=256),
+    schedule=DropSchedule((1,), (0.5,)),
+)
 
 
 def record(number, image=True, turns=1, words=1):
@@ -77,6 +87,11 @@ def grouped(dataset):
     return dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, group=True))
 
 
+def of_pictures(counts):
+    """Sizes of so many pictures of each row, of one crop and four tokens each."""
+    return Ragged(np.tile([1, 4], counts.sum()), 2 * np.cumsum([0, *counts]))
+
+
 def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert jax.tree.structure(one) == jax.tree.structure(other)
@@ -92,10 +107,10 @@ def test_tiles_are_planned_by_the_heads_of_the_files(tmp_path):
     numbers = [n for n in range(30) if n % 3 == 0 or n % 5 != 2]
     expected = {True: (5, 4 + 20), False: (3, 4 + 2 * 5)}  # the whole; lines of two tiles and a newline
     for row, n in enumerate(numbers):
-        size = (dataset.sizes.crops[row], dataset.sizes.tokens[row])
-        assert size == (expected[n % 5 == 1] if n % 3 else (0, 0))
+        size = dataset.sizes.images[row].tolist()
+        assert size == (list(expected[n % 5 == 1]) if n % 3 else [])
         images = dataset.row(row)[0].images
-        assert [(len(x.crops), len(x)) for x in images] == ([size] if n % 3 else [])
+        assert [n for x in images for n in (len(x.crops), len(x))] == size
     for step in itertools.islice(iter(pipeline(dataset, B, 0, 5)), 5):
         assert step.batch.crops.shape[1] == step.batch.bucket.crops in (0, 3, 5)
 
@@ -106,7 +121,7 @@ def test_rows_are_what_was_written(tmp_path, lines):
     processor = Processor.load(TOKENIZER, CONFIG)
     assert len(dataset) == 30
     assert not dataset.broken
-    assert dataset.sizes.crops.tolist() == [int(n % 3 > 0) for n in range(30)]
+    assert dataset.sizes.pictures.tolist() == [int(n % 3 > 0) for n in range(30)]
     assert dataset.sizes.queries.tolist() == [1 + n % 4 for n in range(30)]
     row, reason = dataset.row(4)
     assert reason is None
@@ -124,7 +139,6 @@ BROKEN = {
     "no image file": record(0) | {"image": "absent.png"},
     "<image> without picture": {"conversations": record(0)["conversations"]},
     "picture without <image>": record(0, image=False) | {"image": "0.png"},
-    "several pictures": {"conversations": record(0)["conversations"] * 2, "image": ["0.png", "1.png"]},
     "no target": {"conversations": record(0, image=False)["conversations"][:1]},
     "too long": record(0, words=300),
 }
@@ -224,7 +238,7 @@ def test_plans_are_repeatable_and_differ_by_seed_and_epoch(dataset, grouped):
 )
 def test_an_epoch_has_each_row_at_most_once_in_a_bucket_that_holds_it(text, batch_size, group, seed):
     text = np.array(text)
-    sizes = Sizes(text, text % 2, text % 2 * 4, 1 + text % 5)
+    sizes = Sizes(text, 1 + text % 5, of_pictures(text % 4))
     batches = batches_of(np.random.default_rng(seed), sizes, batch_size, group)
     assert batches.shape == (len(text) // batch_size, batch_size)
     assert len(np.unique(batches)) == batches.size
@@ -234,23 +248,36 @@ def test_an_epoch_has_each_row_at_most_once_in_a_bucket_that_holds_it(text, batc
     for rows, (bucket, queries) in zip(batches, shapes, strict=True):
         smaller = [n for n in slots if n < bucket.text]
         assert max([0, *smaller]) < sizes.text[rows].max() <= bucket.text
-        assert bucket.images == (4,) * sizes.crops[rows].max()
+        most = sizes.pictures[rows].max()
+        assert bucket.images == (4,) * (4 if most == 3 else most)
+        assert bucket.crops == len(bucket.images)
         assert queries in (1, 2, 4, 8)
         assert queries / 2 < sizes.queries[rows].max() <= queries
     if group:
-        both = (sizes.crops[batches].min(1) != sizes.crops[batches].max(1)).sum()
-        assert both <= 1
+        with_and_without = (sizes.pictures[batches].min(1) == 0) & (sizes.pictures[batches].max(1) > 0)
+        assert with_and_without.sum() <= 1
 
 
 def test_grouping_puts_like_lengths_together():
     rng = np.random.default_rng(0)
     text = rng.integers(1, 2000, 3000)
-    sizes = Sizes(text, *[np.ones_like(text)] * 3)
+    sizes = Sizes(text, np.ones_like(text), of_pictures(np.ones_like(text)))
     spread = {g: np.ptp(text[batches_of(rng, sizes, 10, g)], axis=1).mean() for g in (False, True)}
     assert spread[True] < spread[False] / 20
     firsts = text[batches_of(rng, sizes, 10, True)[:, 0]]
     assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.2  # shuffled again, not from short to long
     assert len(firsts) > 2 * MEGA
+
+
+def test_grouping_puts_rows_of_as_many_pictures_together():
+    rng = np.random.default_rng(0)
+    pictures = rng.choice([1, 1, 1, 2, 3, 4], 4000)
+    sizes = Sizes(rng.integers(1, 2000, 4000), np.ones_like(pictures), of_pictures(pictures))
+    batches = batches_of(rng, sizes, 10, True)
+    places = [bucket.images for bucket, _ in shapes_of(batches, sizes, (2000,), CONFIG)]
+    slots = sum(map(len, places)) * 10
+    assert slots < 1.1 * np.where(pictures > 2, 4, pictures)[batches].sum()
+    assert np.ptp(sizes.text[batches], axis=1).mean() < 2000 / 8
 
 
 def test_shapes_are_few(dataset):
@@ -264,6 +291,88 @@ def test_shapes_are_few(dataset):
 # --- batches
 
 
+def several(number):
+    """A record of one to three pictures, the last of them in the second turn, or of none."""
+    count = number % 4
+    tags = (
+        ["<image> " * (count - 1) + "What?", "<image>\nAnd?"]
+        if count > 1
+        else ["<image>\nWhat?" * count or "Hm?", "And?"]
+    )
+    texts = [text for tag in tags for text in (tag, f"n{number}" + " word" * (number % 7))]
+    messages = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+    return {"image": [f"{(number + n) % 5}.png" for n in range(count)], "conversations": messages}
+
+
+def test_rows_of_several_pictures(tmp_path):
+    dataset = opened(tmp_path, [several(n) for n in range(20)])
+    assert not dataset.broken
+    assert dataset.sizes.pictures.tolist() == [n % 4 for n in range(20)]
+    processor = Processor.load(TOKENIZER, CONFIG)
+    pixels = [to_crop(open_image(tmp_path / f"images/{n}.png"), processor.image_processor, "square") for n in range(5)]
+    planned = dataset.plan(B, 0, 0)
+    for step, (rows, bucket, queries) in zip(pipeline(dataset, B, 0, 5), planned, strict=True):
+        assert step.batch.bucket == bucket
+        assert queries == 2
+        for b, row in enumerate(rows.tolist()):
+            count = row % 4
+            images = step.batch.image_id[b]
+            assert np.bincount(images)[1:].tolist() == [4] * count
+            for m in range(count):
+                np.testing.assert_array_equal(step.batch.crops[b, m], pixels[(row + m) % 5])
+                used = step.batch.feature_index[b, images == m + 1, 0]
+                np.testing.assert_array_equal(used, np.arange(4) + 4 * m)
+            before = step.batch.query_rows[b]
+            labels = step.batch.labels[b]
+            assert ((labels[before] == IGNORE) & (labels[before + 1] != IGNORE)).all()
+
+
+def test_a_row_weighs_in_a_mixed_batch_what_it_weighs_alone(tmp_path):
+    """Rows of one and of three pictures: loss, gradient and kept tokens, with drops, each in its own bucket or not."""
+    dataset = open_dataset(write(tmp_path, [several(1), several(3)]), TINY, TOKENIZER)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), abstract_params(TINY))
+    run = jax.jit(jax.value_and_grad(functools.partial(loss_of, TINY), has_aux=True))
+
+    def loss_kept_gradient(planned):
+        rows = [dataset.row(row)[0] for row in planned.rows]
+        batch = assemble(rows, TINY, planned.bucket, planned.queries)
+        (loss, drops), gradient = run(params, batch)
+        return loss, dict(zip(planned.rows.tolist(), kept_tokens(batch, drops), strict=True)), gradient
+
+    (together,), alone = dataset.plan(2, 0, 0), dataset.plan(1, 0, 0)
+    assert {len(planned.bucket.images) for planned in alone} == {1, len(together.bucket.images)} == {1, 4}
+    loss, kept, gradient = loss_kept_gradient(together)
+    losses, kepts, gradients = zip(*map(loss_kept_gradient, alone), strict=True)
+    assert float(loss) == pytest.approx(float(sum(losses)), rel=1e-6)
+    assert kept == kepts[0] | kepts[1]
+    assert [[len(image) for image in boundary] for boundary in kept[1]] == [[8] * 3]
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient))
+    jax.tree.map(
+        lambda x, *parts: np.testing.assert_allclose(x, sum(parts), atol=1e-6 * largest, rtol=1e-5),
+        gradient,
+        *gradients,
+    )
+
+
+def test_a_row_is_cut_between_its_pictures_and_one_that_is_lost_is_grey(tmp_path):
+    record = several(3)
+    record["conversations"][1]["value"] = "word " * 30
+    data = write(tmp_path, [record] * 2, max_length=200)
+    whole, cut = (
+        open_dataset(data, CONFIG, TOKENIZER),
+        open_dataset(dataclasses.replace(data, max_length=60), CONFIG, TOKENIZER),
+    )
+    assert (whole.sizes.pictures[0], cut.sizes.pictures[0]) == (3, 2)
+    assert whole.fingerprint != cut.fingerprint
+    assert len(cut.row(0)[0].images) == 2
+    (tmp_path / "images/4.png").unlink()
+    row, reason = cut.row(0)
+    assert reason == "corrupt picture"
+    assert [image.crops.any() for image in row.images] == [True, False]
+    assert (np.asarray(row.labels) == IGNORE).all()
+
+
 def test_batches_are_the_planned_rows(dataset):
     steps = list(pipeline(dataset, B, seed=3, steps=10))  # 7 an epoch
     planned = dataset.plan(B, 3, 0) + dataset.plan(B, 3, 1)[:3]
@@ -275,7 +384,7 @@ def test_batches_are_the_planned_rows(dataset):
         assert step.batch.crops.shape == (B, len(bucket.images), 28, 28, 3)
         for b, row in enumerate(rows):
             n = step.batch.length[b]
-            assert n == dataset.sizes.text[row] + dataset.sizes.tokens[row]
+            assert n == dataset.sizes.text[row] + 4 * dataset.sizes.pictures[row]
             assert (step.batch.query_rows[b] >= 0).sum() == dataset.sizes.queries[row]
             expected = dataset.row(row)[0]
             targets = step.batch.labels[b][step.batch.labels[b] != IGNORE]
