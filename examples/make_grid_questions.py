@@ -1,6 +1,8 @@
-"""Make examples/grids: questions to the demo model in LLaVA's format, and their answers as GQA's annotations.
+"""Make questions to the demo model in LLaVA's format, as in examples/grids, and their answers as GQA's annotations.
 
-python examples/make_grid_questions.py [FOLDER]
+python examples/make_grid_questions.py FOLDER [PICTURES]
+
+A line also has what ``pdrop study`` knows to use: the answer, and the question in other words.
 """
 
 import json
@@ -15,10 +17,17 @@ from pdrop_jax.train.demo.grids import KINDS, draw_grid, first_question
 PICTURES = 8
 
 
-def main(folder: pathlib.Path) -> None:
+def reworded(question: str) -> str:
+    """The same question in words that the demo model was not trained on."""
+    if question.startswith("What is in"):
+        return question.replace("What is in", "What is there in")
+    return f"And {question[0].lower()}{question[1:]}"
+
+
+def main(folder: pathlib.Path, pictures: int = PICTURES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     questions, annotations = [], {}
-    for number in range(PICTURES):
+    for number in range(pictures):
         grid = draw_grid("test", 0, number)
         Image.fromarray(grid.picture).save(folder / f"{number}.png", optimize=True)
         rng = np.random.default_rng([0, number, 1])
@@ -27,7 +36,16 @@ def main(folder: pathlib.Path) -> None:
             if turn is None:  # no garment stands in just one row
                 continue
             name, structure = f"{number}-{kind}", "verify" if kind == "presence" else "query"
-            questions.append({"question_id": name, "image": f"{number}.png", "text": turn.question, "category": kind})
+            questions.append(
+                {
+                    "question_id": name,
+                    "image": f"{number}.png",
+                    "text": turn.question,
+                    "category": kind,
+                    "answer": turn.answer,
+                    "reworded": reworded(turn.question),
+                }
+            )
             annotations[name] = {
                 "question": turn.question,
                 "answer": turn.answer.lower(),
@@ -40,4 +58,6 @@ def main(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).parent / "grids")
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pdrop_jax.analysis.cost import Cost
+from pdrop_jax.analysis.effects import Mean
+from pdrop_jax.analysis.study import Study
 from pdrop_jax.errors import UserError
 from pdrop_jax.storage import written_aside
 
@@ -59,3 +61,33 @@ def save_plot(figure: Any, path: pathlib.Path) -> None:
     check_plot_path(path)
     with written_aside(path) as new:
         figure.savefig(new, dpi=150)
+
+
+def study_plot(study: Study) -> Any:
+    """Answers changed by one drop, by layer and ratio; by each score and control; and by noise."""
+    figure, (drops, others) = new_figure(11, 4.2, panels=2)
+    noise = study.group("noise")
+    ratios = sorted({row.setting.schedule.ratios[0] for row in study.group("one drop")})
+    for ratio in ratios:
+        rows = [row for row in study.group("one drop") if row.setting.schedule.ratios == (ratio,)]
+        at = [row.setting.schedule.layers[0] for row in rows]
+        drops.errorbar(at, *_bars([row.flipped for row in rows]), marker="o", capsize=3, label=f"keeping {ratio:.0%}")
+    for number, row in enumerate(noise):
+        style = (0, (1 + 2 * number, 2))
+        drops.axhline(100 * row.flipped.value, color="grey", linestyle=style, label=row.setting.name)
+    drops.set(xlabel="one drop after so many layers", ylabel="answers changed, %", ylim=(0, None))
+    drops.legend(fontsize="small")
+    rows = [*study.group("scores"), *study.group("controls"), *noise]
+    values, errors = _bars([row.flipped for row in rows])
+    colours = {"scores": "C0", "controls": "C1", "noise": "grey"}
+    others.barh(range(len(rows)), values, xerr=errors, color=[colours[row.setting.group] for row in rows], capsize=3)
+    others.set_yticks(range(len(rows)), [row.setting.name for row in rows])
+    others.invert_yaxis()
+    others.set(xlabel="answers changed, %", title="scores, controls and noise")
+    return figure
+
+
+def _bars(means: Sequence[Mean]) -> tuple[list[float], list[list[float]]]:
+    """Percentages, and how far their intervals reach to both sides."""
+    sides = [[mean.value - mean.low for mean in means], [mean.high - mean.value for mean in means]]
+    return [100 * mean.value for mean in means], [[max(0.0, 100 * side) for side in each] for each in sides]

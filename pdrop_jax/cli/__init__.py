@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "make a checkpoint of ours out of a PyTorch one",
     "export": "write a checkpoint that transformers or the original LLaVA loads, or one of ours",
     "check": "replay recorded reference vectors",
+    "study": "what dropping does to the answers, beside noise",
     "cost": "what a schedule costs, and the schedule for a budget",
     "plan": "ask the TPU compiler whether a job fits a slice",
 }

@@ -93,7 +93,7 @@ def image_features(
 
     def by_row(x: jax.Array) -> jax.Array:
         parts = jnp.split(x, [config.image_tokens], axis=1)
-        return jnp.concatenate([part.reshape(B, C * part.shape[1], -1) for part in parts], axis=1)
+        return jnp.concatenate([part.reshape(B, C * part.shape[1], part.shape[2]) for part in parts], axis=1)
 
     project = bind(Projector, config.vision.hidden_size, D, config.projector_layers, params=params["projector"])
     x = by_row(project(pool(x)))

@@ -1,0 +1,123 @@
+"""A study for people: as a table, and as one HTML file with charts and pictures that needs no network."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from pdrop_jax.analysis.effects import Mean
+from pdrop_jax.analysis.figures import answer_picture, score_picture
+from pdrop_jax.analysis.plots import study_plot
+from pdrop_jax.analysis.questions import Question
+from pdrop_jax.analysis.study import Row, Study
+from pdrop_jax.generation import Model, generate, reschedule
+from pdrop_jax.schedule import DropSchedule
+
+GROUPS = ("one drop", "scores", "controls", "noise")
+PICTURED = 4  # questions in a report
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-size: 14px } th, td { padding: .2rem .7rem; text-align: left }
+tr:nth-child(even) { background: #f4f4f4 } img, svg { max-width: 100%; height: auto } figure { margin: 1.5rem 0 }
+"""
+
+
+def cells(study: Study, groups: Sequence[str] = GROUPS) -> list[list[str]]:
+    """A head and a row for each setting."""
+    head = ["", "tokens a layer", "answers changed", "KL, nats", "right", "surely more than"]
+    rows = [["dense", f"{study.image_tokens}", "", "", _share(study.right), ""]]
+    for row in (row for group in groups for row in study.group(group)):
+        rows.append(
+            [
+                row.setting.name,
+                f"{row.average_tokens:.0f}",
+                _share(row.flipped),
+                f"{row.kl.value:.2g} ({row.kl.low:.2g} to {row.kl.high:.2g})",
+                _share(row.right),
+                _beyond(row),
+            ]
+        )
+    return [head, *rows]
+
+
+def table(study: Study) -> str:
+    """Markdown."""
+    head, *rows = cells(study)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _share(mean: Mean | None) -> str:
+    if mean is None:
+        return ""
+    return f"{100 * mean.value:.1f} % ({100 * mean.low:.1f} to {100 * mean.high:.1f})"
+
+
+def _beyond(row: Row) -> str:
+    """Noise that the changed answers are surely more than; in brackets noise that the KL alone is."""
+    flipped, kl = row.beyond["flipped"], row.beyond["kl"]
+    return ", ".join([*flipped, *(f"({name})" for name in kl if name not in flipped)])
+
+
+def report(study: Study, model: Model, questions: Sequence[Question]) -> str:
+    """One HTML page; charts and pictures are in it.
+
+    Args:
+      model: the one studied, asked about some of ``questions`` again for their pictures.
+    """
+    asked = f"{study.questions:,} questions about {study.pictures:,} pictures"
+    about = f"{study.image_tokens} image tokens, {study.num_layers} layers, {study.dtype}"
+    schedule = study.schedule
+    parts = [
+        "<h1>What dropping image tokens does to the answers</h1>",
+        f"<p>{asked}; {about}. Every row is compared with the same model without drops, on the same questions. In "
+        "brackets are 95 % intervals, from resampling the pictures. <em>Surely more than</em> names the kinds of noise "
+        "that a row changes more answers than, and in brackets those that only its divergence is larger than.</p>",
+        f"<figure>{_svg(study_plot(study))}</figure>",
+    ]
+    titles = {
+        "one drop": "One drop",
+        "scores": f"Scores, after layers {list(schedule.layers)} keeping {list(schedule.ratios)}",
+        "controls": "Controls, at the same layers",
+        "noise": "Noise: nothing is dropped",
+    }
+    for group, title in titles.items():
+        parts.append(f"<h2>{html.escape(title)}</h2>{_html_table(cells(study, [group]))}")
+    parts.append("<h2>Some questions</h2>")
+    parts += [_pictured(model, schedule, question) for question in questions if question.images][:PICTURED]
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>pdrop study</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    def line(row: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+
+
+def _pictured(model: Model, schedule: DropSchedule, question: Question) -> str:
+    dropping = reschedule(model, schedule)
+    texts, pictures = [question.text], [list(question.images)]
+    dense = generate(reschedule(model, DropSchedule.none()), texts, pictures, max_new_tokens=16).texts[0]
+    answer = generate(dropping, texts, pictures, max_new_tokens=16)
+    kept = answer_picture(question.images, answer.kept[0], dropping.processor)
+    scores = score_picture(question.images, answer.scores[0], dropping.processor)
+    said = f"{question.text} Dense: {dense}. With drops: {answer.texts[0]}."
+    return f"<figure><figcaption>{html.escape(said)}</figcaption>{_img(kept)}{_img(scores)}</figure>"
+
+
+def _img(picture: Any) -> str:
+    data = io.BytesIO()
+    picture.save(data, "png")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def _svg(figure: Any) -> str:
+    data = io.StringIO()
+    figure.savefig(data, format="svg")
+    text = data.getvalue()
+    return text[text.index("<svg") :]  # without the XML head, which names a document type on the network

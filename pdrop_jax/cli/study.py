@@ -1,0 +1,97 @@
+"""``pdrop study``: what dropping does to a model's answers, beside noise."""
+
+import json
+import pathlib
+from typing import Annotated, Literal
+
+import tyro
+
+from pdrop_jax.cli.options import Layers, Ratios, progress, schedule_of
+from pdrop_jax.errors import UserError
+
+
+def run(
+    model: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="MODEL")],
+    questions: pathlib.Path,
+    images: pathlib.Path = pathlib.Path(),
+    layers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="N [N …]|all")] = ("all",),
+    ratios: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0),
+    schedule_layers: Layers = None,
+    schedule_ratios: Ratios = None,
+    scores: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME …]")] = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 16,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    out: pathlib.Path | None = None,
+    plot: pathlib.Path | None = None,
+    html: pathlib.Path | None = None,
+) -> None:
+    """Ask every question densely, with one drop at each layer and ratio, by other scores, and in ways of mere noise.
+
+    A line of the question file may also hold the expected "answer" and the question "reworded".
+
+    Args:
+      model: a checkpoint.
+      questions: LLaVA's JSON lines.
+      images: folder of the pictures.
+      layers: of the single drops.
+      ratios: of the single drops.
+      schedule_layers: of the schedule that scores are compared at; without it the checkpoint's own.
+      schedule_ratios: its ratios.
+      scores: names in pdrop_jax.model.scores; without it all that can rank.
+      limit: ask only the first so many questions.
+      batch_size: questions asked at a time.
+      max_new_tokens: length of an answer.
+      dtype: of the computation, without it the checkpoint's own.
+      out: file for everything as JSON.
+      plot: file to draw the effects into (.png, .svg or .pdf).
+      html: file for a report with pictures, which needs no network.
+    """
+    from pdrop_jax.analysis.plots import check_plot_path
+    from pdrop_jax.storage import written_aside
+
+    if plot:
+        check_plot_path(plot)
+    for path in (out, html):
+        if path and not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}")
+    if html and html.suffix != ".html":
+        raise UserError(f"{html}: a report's name ends in .html")
+    try:
+        which = None if layers == ("all",) else [int(layer) for layer in layers]
+    except ValueError:
+        raise UserError(f"--layers takes whole numbers or all, got {' '.join(layers)}") from None
+
+    from pdrop_jax.analysis.questions import read_questions
+
+    asked = read_questions(questions, images)[:limit]
+
+    from pdrop_jax.analysis.study import run_study
+    from pdrop_jax.analysis.study_report import report, table
+    from pdrop_jax.generation import load
+
+    with progress("loading"):
+        loaded = load(model, dtype=dtype)
+    study = run_study(
+        loaded,
+        asked,
+        schedule=schedule_of(schedule_layers, schedule_ratios),
+        layers=which,
+        ratios=ratios,
+        scores=scores,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    if out:
+        with written_aside(out) as new:
+            new.write_text(json.dumps(study.as_json()) + "\n")
+    if plot:
+        from pdrop_jax.analysis.plots import save_plot, study_plot
+
+        save_plot(study_plot(study), plot)
+    if html:
+        page = report(study, loaded, asked)
+        with written_aside(html) as new:
+            new.write_text(page)
+    print(table(study))
