@@ -1,0 +1,156 @@
+"""``pdrop study`` on the demo model: that settings do what they say, and its page in a browser."""
+
+import dataclasses
+import html.parser
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from pdrop_jax.analysis.effects import Answers
+from pdrop_jax.analysis.questions import read_questions
+from pdrop_jax.analysis.study import ask, possible_scores, run_study, stays_for_another
+from pdrop_jax.analysis.study_report import report
+from pdrop_jax.errors import UserError
+from pdrop_jax.generation import load, reschedule
+from pdrop_jax.schedule import DropSchedule
+
+GRIDS = pathlib.Path(__file__).parents[2] / "examples" / "grids"
+QUESTIONS = read_questions(GRIDS / "questions.jsonl", GRIDS)[:10]
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def study(model):
+    return run_study(model, QUESTIONS, layers=[1], ratios=[0.0, 1.0], scores=["pyramiddrop"], batch_size=5)
+
+
+def row(study, name):
+    (found,) = [row for row in study.rows if row.setting.name == name]
+    return found
+
+
+def test_every_group_is_there(study):
+    names = {group: [row.setting.name for row in study.group(group)] for group in ("one drop", "scores", "controls")}
+    assert names == {
+        "one drop": ["layer 1, ratio 0", "layer 1, ratio 1"],
+        "scores": ["pyramiddrop"],
+        "controls": ["another question's tokens", "no image"],
+    }
+    assert [row.setting.name for row in study.group("noise")] == ["nothing", "float32", "other words"]
+    assert (study.questions, study.pictures, study.image_tokens) == (10, 2, 144)
+
+
+def test_keeping_everything_changes_nothing_and_no_image_changes_most(study):
+    kept, gone = row(study, "layer 1, ratio 1"), row(study, "no image")
+    assert kept.flipped.value == 0
+    assert kept.kl.value < row(study, "float32").kl.value
+    assert gone.flipped.value >= 0.5
+    assert gone.kl.value > 1
+    assert gone.average_tokens == gone.macs == 0
+    assert gone.beyond["flipped"] == ["nothing", "float32", "other words"]
+    assert row(study, "nothing").beyond == {"flipped": [], "kl": []}
+    assert row(study, "layer 1, ratio 0").average_tokens == 144 / 8
+
+
+def test_right_answers_are_those_of_the_file(model, study):
+    answers = ask(reschedule(model, DropSchedule.none()), QUESTIONS, batch_size=5, max_new_tokens=16)
+    right = [text == question.fields["answer"] for text, question in zip(answers.texts, QUESTIONS, strict=True)]
+    assert study.right.value == pytest.approx(np.mean(right))
+    assert 0 < sum(right) <= 10
+
+
+def test_another_questions_tokens_are_its_tokens(model):
+    """The score "given" keeps exactly what the other question of the picture kept."""
+    own = ask(model, QUESTIONS[:3], batch_size=3, max_new_tokens=1)
+    changed = reschedule(model, dataclasses.replace(model.config.schedule, score="given"))
+    given = stays_for_another(own, ["one picture"] * 3)
+    borrowed = ask(changed, QUESTIONS[:3], batch_size=4, max_new_tokens=1, given=given)
+    assert borrowed.kept == [own.kept[1], own.kept[2], own.kept[0]]
+    assert own.kept[0] != own.kept[1]
+
+
+def test_a_question_borrows_from_its_own_picture_if_it_can():
+    kept = [[[[0]]], [[[1]]], [[[2]]], [[[0, 1]]]]
+    answers = Answers([""] * 4, np.zeros((4, 1)), kept, [[3], [3], [3], [5]])
+    depths = stays_for_another(answers, ["a", "b", "a", "c"])
+    assert [images[0].tolist() for images in depths] == [[0, 0, 1], [0, 0, 1], [1, 0, 0], [1, 1, 0, 0, 0]]
+
+
+def test_scores_that_can_rank(model):
+    assert "cls" in possible_scores(model, model.config.schedule)
+    at_0 = possible_scores(model, DropSchedule((0,), (0.5,)))
+    assert not {"v2drop", "fastv", "none", "given"} & set(at_0)
+    assert "pyramiddrop" in at_0
+
+
+def test_as_json(study):
+    data = json.loads(json.dumps(study.as_json()))
+    assert data["schedule"] == {"layers": [4, 5, 6], "ratios": [0.5, 0.25, 0.125], "positions": "dense"}
+    first = data["rows"][0]
+    assert first["setting"]["schedule"]["layers"] == [1]
+    assert first["flipped"]["value"] == pytest.approx(np.mean(first["effect"]["flipped"]))
+    assert len(first["effect"]["kl"]) == len(first["effect"]["right"]) == 10
+
+
+def test_without_answers_and_other_words(model):
+    bare = [dataclasses.replace(question, fields={}) for question in QUESTIONS[:2]]
+    found = run_study(model, bare, layers=[], scores=[], batch_size=2, max_new_tokens=1)
+    assert found.right is None
+    assert [row.setting.name for row in found.group("noise")] == ["nothing", "float32"]
+
+
+class Page(html.parser.HTMLParser):
+    """What a page would fetch, and its cells."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+
+
+def test_the_page_needs_no_network(model, study):
+    page = report(study, model, [dataclasses.replace(QUESTIONS[0], text="What is in row 1, column 1? <b>")])
+    fetched = Page(page).fetched
+    assert sum(each.startswith("data:image/png;base64,") for each in fetched) == 2
+    assert all(each.startswith(("data:", "#")) for each in fetched)
+    assert not re.findall(r"url\((?!#)", page)
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+def test_the_page_in_a_browser(model, study, tmp_path):
+    """Both pictures and the chart are drawn, nothing is asked of a network, nothing goes wrong."""
+    look = """<script>
+    const images = [...document.images].map(i => i.naturalWidth > 300 && i.clientWidth > 300);
+    const chart = document.querySelector("svg").getBoundingClientRect();
+    const fetched = performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:")).length;
+    document.title = JSON.stringify({images, chart: chart.width > 500 && chart.height > 150, fetched,
+        rows: document.querySelectorAll("table tr").length, wide: document.documentElement.scrollWidth > innerWidth});
+    </script>"""
+    path = tmp_path / "page.html"
+    path.write_text(report(study, model, QUESTIONS[:1]).replace("</body>", look + "</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, *offline, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
+    rows = len(study.rows) + 2 * 4  # a head and the dense row in each of four tables
+    assert found == {"images": [True, True], "chart": True, "fetched": 0, "rows": rows, "wide": False}
+
+
+def test_a_bad_schedule_is_found_before_any_answer(model):
+    with pytest.raises(UserError, match="none before layer 0"):
+        run_study(model, QUESTIONS, schedule=DropSchedule((0,), (0.5,)), scores=["v2drop"])
