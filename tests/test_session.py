@@ -11,7 +11,7 @@ from test_generation import BLUE, COMPILED, RED, TOKENIZER
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import Model, generate
+from pdrop_jax.generation import Model, generate, reschedule
 from pdrop_jax.inputs.conversation import TEMPLATES, render, token_ids
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import abstract_params
@@ -52,6 +52,13 @@ def asked_in_one(session, turn, schedule=ONE_DROP):
 def finished(mode, schedule=ONE_DROP):
     session = Session(model(schedule), mode)
     return session, converse(session)
+
+
+def test_scores_that_need_what_no_cache_keeps():
+    for score in ("fastv", "cls"):
+        with pytest.raises(UserError, match=f"a conversation cannot be ranked by '{score}'"):
+            Session(reschedule(model(), DropSchedule((1,), (0.5,), score=score)))
+    Session(reschedule(model(), DropSchedule((1,), (0.5,), score="all_text")))
 
 
 def test_rerank_answers_as_the_whole_conversation_asked_in_one():

@@ -86,6 +86,27 @@ def test_another_schedule_than_the_checkpoints_own(pdrop, model):
     assert answer["stage_lengths"][0] - answer["stage_lengths"][1] == 16
 
 
+def test_another_score(pdrop, model):
+    common = (
+        "generate",
+        "--model",
+        model,
+        "--image",
+        PHOTO,
+        "--prompt",
+        "Hi",
+        "--json",
+        "--layers",
+        3,
+        "--ratios",
+        0.25,
+    )
+    random, own = (json.loads(pdrop(*common, *more).stdout) for more in (("--score", "random"), ()))
+    assert random["schedule"] == {"layers": [3], "ratios": [0.25], "positions": "dense", "score": "random"}
+    assert len(random["kept"][0][0]) == len(own["kept"][0][0]) == 4
+    assert random["kept"] != own["kept"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -96,6 +117,10 @@ def test_another_schedule_than_the_checkpoints_own(pdrop, model):
         (("--layers", 2, 4, "--ratios", 0.5), "one ratio for each layer"),
         (("--layers", 2), "belong together"),
         (("--layers", "two", "--ratios", 0.5), "whole numbers"),
+        (("--layers", "tokens-65"), "belong together: give both, neither, or --layers alone with one of none, paper"),
+        (("--layers", 2, "--ratios", 0.5, "--score", "fastw"), "unknown score 'fastw': did you mean 'fastv'?"),
+        (("--score", "fastv"), "--score is of a schedule: give --layers too"),
+        (("--layers", "tokens-64"), "decoder of 8 layers"),
         (("--max-new-tokens", 0), "max_new_tokens >= 1"),
         (("--top-p", 0), "top_p"),
         (("--attention", "splash"), "needs a TPU"),
