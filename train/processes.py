@@ -4,6 +4,7 @@ import contextlib
 import glob
 import importlib.util
 import os
+import re
 import socket
 import sys
 import traceback
@@ -18,6 +19,7 @@ from .roll_call import roll_call
 
 TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 START_SECONDS = 300  # for all processes to come
+PORT, PORTS = 61_000, 4_000  # of a job under SLURM: behind what Linux gives to connections by itself
 DIED = "has another process died? The same command goes on after the last save"
 
 
@@ -40,6 +42,8 @@ def together(
     if not any(given) and not one_of_many(os.environ):
         yield
         return
+    if not any(given):
+        coordinator, num_processes, process_id = under_slurm(os.environ) or (None, None, None)
     me, where = (f", process {process_id} of {num_processes}", f" at {coordinator}") if coordinator else ("", "")
     # Where nobody tells the numbers before jax starts, the one that is missing is the one without this line.
     print(
@@ -64,6 +68,20 @@ def together(
 def _leave(why: str, code: int) -> NoReturn:
     print(f"pdrop train, process {jax.process_index()}: {why}", file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def under_slurm(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """What SLURM says in place of the three arguments; None if this process was not started by srun.
+
+    The coordinator is on the first host of the step, at a port that follows from the number of the job: several jobs
+    may share a host.
+    """
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")
+    if not all(name in environment for name in names):
+        return None
+    hosts, job, count, number = (environment[name] for name in names)
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)  # "node1", "node1,other", "node[007-012,020],other"
+    return f"{first[1]}{first[2] or ''}:{PORT + int(job) % PORTS}" if first else "", int(count), int(number)
 
 
 def one_of_many(environment: Mapping[str, str]) -> bool:

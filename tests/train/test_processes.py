@@ -9,7 +9,7 @@ import pytest
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.train import processes
-from pdrop_jax.train.processes import one_of_many, together
+from pdrop_jax.train.processes import one_of_many, together, under_slurm
 from pdrop_jax.train.roll_call import roll_call
 
 
@@ -18,6 +18,28 @@ def test_slurm_is_recognised():
     assert not one_of_many({"SLURM_NTASKS": "2"})  # within an allocation, but not started by srun
     assert not one_of_many({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"})
     assert not one_of_many({})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("node1", "node1"), ("node1,other", "node1"), ("node[007-012,020],other", "node007"), ("a-b[3,5]", "a-b3")],
+)
+def test_slurm_says_who_is_who(hosts, first):
+    said = {"SLURM_STEP_NODELIST": hosts, "SLURM_JOB_ID": "12345", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
+    assert under_slurm(said) == (f"{first}:{61000 + 345}", 8, 3)
+    assert under_slurm({name: said[name] for name in list(said)[:-1]}) is None
+
+
+def test_under_slurm_the_missing_are_named(monkeypatch):
+    said = {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "12345", "SLURM_NTASKS": "3", "SLURM_PROCID": "0"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "START_SECONDS", 0.2)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setattr(processes, "PORT", free.getsockname()[1] - 345)
+    with pytest.raises(UserError, match="of 3 processes these have not come: 1, 2"), together():
+        pass
 
 
 def test_the_chips_of_a_cloud_tpu_are_recognised(monkeypatch, tmp_path):
