@@ -34,7 +34,7 @@ def open_start(recipe: Recipe, mesh: Mesh | None = None) -> tuple[LlavaConfig, P
     _check_groups(model)
     if (model.layers is None) != (model.ratios is None):
         raise UserError("model.layers and model.ratios belong together: give both or neither")
-    schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or ())
+    schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
     config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
     if data.image_aspect == "anyres":

@@ -26,6 +26,7 @@ class Model:
     groups: tuple[str, ...] = ("projector", "llm")  # of vision, projector, llm, lora
     layers: tuple[int, ...] | None = None  # drops; None is the checkpoint's own schedule
     ratios: tuple[float, ...] | None = None
+    score: str = "pyramiddrop"  # what these drops choose by, a name in pdrop_jax.model.scores
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
     remat: Literal["none", "dots", "full"] = "full"
     lora_rank: int = 0  # 0 is no adapters

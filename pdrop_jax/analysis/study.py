@@ -79,9 +79,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All settings on one model and one set of questions; ``dense`` is the reference."""
+    """All settings on one model and one set of questions, whose ids are in the order of every effect.
+
+    Attributes:
+      right: share of the dense model's answers that are the expected ones; None if the questions do not say.
+    """
 
     questions: int
+    ids: list[str | int]
     pictures: int
     image_tokens: int
     num_layers: int
@@ -180,6 +185,7 @@ def run_study(
     right = effect_of(reference, reference, expected).right
     return Study(
         len(questions),
+        [question.id for question in questions],
         len(set(map(str, clusters))),
         n,
         L,

@@ -14,6 +14,7 @@ from pdrop_jax import checkpoint
 from pdrop_jax.config import Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import init_params
+from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train import loop
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.step import train_step
@@ -210,6 +211,14 @@ def test_lora_is_merged_into_the_model(folder):
         for n in ("up", "down")
     ]
     assert all(x.max() > 1e-4 for x in changed)
+
+
+def test_a_run_that_chooses_by_another_score(folder):
+    """One that follows hidden states through the layers, while they are made again for the gradient."""
+    recipe = recipe_in(folder, model_layers=(1, 2), model_ratios=(0.5, 0.25), model_score="v2drop", run_steps=4)
+    train(recipe)
+    assert all(np.isfinite(loss) for _, loss in losses(folder / "run"))
+    assert checkpoint.load(folder / "run/model")[0].schedule == DropSchedule((1, 2), (0.5, 0.25), score="v2drop")
 
 
 def test_a_model_that_knows_no_tiles_learns_them(folder):
