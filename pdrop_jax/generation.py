@@ -23,6 +23,7 @@ from pdrop_jax.checkpoint import load as load_checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.kept import kept_tokens, token_scores
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import Drop
@@ -387,35 +388,6 @@ def finish(
             return state, [_until_stop(row[:sent], stop_ids) for row in tokens]
         until = min(step + STREAM_EVERY, max_new_tokens) if stream else max_new_tokens
         state = timer.call(decode, model.config, model.params, state, np.int32(until), sampling, stop_ids)
-
-
-def kept_tokens(batch: Batch, drops: Sequence[Drop]) -> list[list[list[list[int]]]]:
-    """[row][stage boundary][image] -> indices within the image of the tokens that stayed."""
-
-    def stayed(row: int, at: Drop, image: int, slots: np.ndarray) -> list[int]:
-        return (at.index[row][at.keep[row] & (at.image_id[row] == image)] - slots[0]).tolist()
-
-    return _by_image(batch, drops, stayed)
-
-
-def token_scores(batch: Batch, drops: Sequence[Drop]) -> list[list[list[np.ndarray]]]:
-    """[row][stage boundary][image] -> (n,) float32 scores of the image's tokens, NaN of those gone before."""
-
-    def scored(row: int, at: Drop, image: int, slots: np.ndarray) -> np.ndarray:
-        scores, here = np.full(len(slots), np.nan, np.float32), at.image_id[row] == image
-        scores[at.index[row][here] - slots[0]] = at.scores[row][here]
-        return scores
-
-    return _by_image(batch, drops, scored)
-
-
-def _by_image(batch: Batch, drops: Sequence[Drop], found: Callable[..., Any]) -> list[list[list[Any]]]:
-    """[row][stage boundary][image] of ``found(row, drop, image, slots of the image's tokens)``."""
-    rows = []
-    for row, image_id in enumerate(np.asarray(batch.image_id)):
-        slots = {int(m): np.flatnonzero(image_id == m) for m in np.unique(image_id) if m}
-        rows.append([[found(row, at, m, where) for m, where in slots.items()] for at in drops])
-    return rows
 
 
 def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:

@@ -29,7 +29,6 @@ from pdrop_jax.generation import (
     check_implementation,
     finish,
     first_token,
-    kept_tokens,
     make_sampling,
     on_devices,
     rows_on_devices,
@@ -38,6 +37,7 @@ from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG, Turn, place_images, render, token_ids
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.inputs.processor import Row, as_list, assemble, choose_bucket
+from pdrop_jax.kept import kept_tokens
 from pdrop_jax.model import turns
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import StageCache, cache_bytes, empty_caches, grow

@@ -15,7 +15,8 @@ ROOMS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop
 # What each room may import besides itself. A room is the longest listed prefix of a module's name.
 BASE = {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.parts", "pdrop_jax.config", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
-LIBRARY = MODEL | {"pdrop_jax.inputs", "pdrop_jax.generation", "pdrop_jax.checkpoint", "pdrop_jax.storage"}
+FILES = {"pdrop_jax.checkpoint", "pdrop_jax.storage"}
+LIBRARY = MODEL | FILES | {"pdrop_jax.inputs", "pdrop_jax.kept", "pdrop_jax.generation"}
 APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
     "pdrop_jax": LIBRARY | {"pdrop_jax.session"},
@@ -29,6 +30,7 @@ MAY_IMPORT = {
     "pdrop_jax.inputs": BASE,
     "pdrop_jax.storage": {"pdrop_jax.config", "pdrop_jax.errors"},
     "pdrop_jax.checkpoint": MODEL | {"pdrop_jax.storage"},
+    "pdrop_jax.kept": MODEL,
     "pdrop_jax.generation": LIBRARY,
     "pdrop_jax.session": LIBRARY,
     "pdrop_jax.analysis": LIBRARY,

@@ -20,10 +20,10 @@ from pdrop_jax.analysis.report import Figures, Row, error
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import kept_tokens
 from pdrop_jax.inputs import processor as inputs
 from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from pdrop_jax.kept import kept_tokens
 from pdrop_jax.model.decoder import Drop
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.llava import decode_step, forward, prefill

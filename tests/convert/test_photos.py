@@ -23,9 +23,9 @@ from pdrop_jax import checkpoint
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.convert.importer import convert
 from pdrop_jax.convert.names import NAMINGS, leaves
-from pdrop_jax.generation import kept_tokens
 from pdrop_jax.inputs.conversation import render
 from pdrop_jax.inputs.processor import assemble
+from pdrop_jax.kept import kept_tokens
 from pdrop_jax.model.llava import forward
 from pdrop_jax.model.loss import loss_of
 from pdrop_jax.schedule import DropSchedule

@@ -21,10 +21,10 @@ from PIL import Image
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import kept_tokens
 from pdrop_jax.inputs import Processor, assemble
 from pdrop_jax.inputs.conversation import token_ids
 from pdrop_jax.inputs.images import open_image, to_crop
+from pdrop_jax.kept import kept_tokens
 from pdrop_jax.model.loss import loss_of
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import DropSchedule
