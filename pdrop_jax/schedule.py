@@ -211,6 +211,38 @@ PRESETS = {
 }
 
 
+def schedule_of(
+    layers: Sequence[str] | None, ratios: Sequence[str | float] | None, score: str | None = None
+) -> DropSchedule | None:
+    """The schedule that a user writes: numbers for both, or for ``layers`` alone "none" or a name in ``PRESETS``.
+
+    Returns:
+      None if neither is given.
+
+    Raises:
+      UserError: one without the other, what is no number, a score alone; see also ``DropSchedule``.
+    """
+    if layers is None and ratios is None:
+        if score is not None:
+            raise UserError(f"score {score!r} is of a schedule: give layers too, for the paper's own: paper")
+        return None
+    named = {"none": DropSchedule.none(), **PRESETS}
+    if ratios is None and layers is not None and len(layers) == 1 and layers[0] in named:
+        schedule = named[layers[0]]
+        return schedule if score is None else dataclasses.replace(schedule, score=score)
+    if layers is None or ratios is None:
+        raise UserError(
+            "layers and ratios belong together: give both, neither, or for layers alone one of " + ", ".join(named)
+        )
+    try:
+        numbers = tuple(map(int, layers)), tuple(map(float, ratios))
+    except ValueError:
+        raise UserError(
+            f"layers are whole numbers and ratios numbers, got {' '.join(layers)} and {' '.join(map(str, ratios))}"
+        ) from None
+    return DropSchedule(*numbers, score=score or DropSchedule.score)
+
+
 def paper_macs(text: "TextConfig", schedule: DropSchedule, image_tokens: int) -> float:
     """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import DEMO, load
-from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.schedule import schedule_of
 
 from .answering import answer_all
 from .questions import Question
@@ -33,8 +33,9 @@ class PdropJax(lmms):
 
     Args:
       pretrained: a checkpoint's folder; None is the demo model.
-      layers: "8/16/24", or "none" to drop nothing; None is the checkpoint's own schedule.
+      layers: "8/16/24", or "none" to drop nothing, or a name in ``schedule.PRESETS``; None is the checkpoint's own.
       ratios: "0.5/0.25/0.125".
+      score: a name in ``model.scores``.
       dtype: "float32" or "bfloat16"; None is the checkpoint's own.
       quantize: "int8" or None.
       batch_size: ``--batch_size``.
@@ -48,6 +49,7 @@ class PdropJax(lmms):
         pretrained: str | None = None,
         layers: str | int | None = None,
         ratios: str | float | None = None,
+        score: str | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         quantize: Literal["int8"] | None = None,
         batch_size: int | str = 8,
@@ -55,7 +57,9 @@ class PdropJax(lmms):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        self.model = load(pretrained or DEMO, schedule_of(layers, ratios), dtype, quantize=quantize)
+        self.model = load(
+            pretrained or DEMO, schedule_of(words(layers), words(ratios), score), dtype, quantize=quantize
+        )
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -104,19 +108,6 @@ def settings_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def schedule_of(layers: str | int | None, ratios: str | float | None) -> DropSchedule | None:
-    """The schedule that two arguments name.
-
-    Raises:
-      UserError: one without the other, or they are no numbers; see also ``DropSchedule``.
-    """
-    if layers is None and ratios is None:
-        return None
-    if layers == "none" and ratios is None:
-        return DropSchedule.none()
-    try:
-        return DropSchedule(tuple(map(int, str(layers).split("/"))), tuple(map(float, str(ratios).split("/"))))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"layers and ratios are as in 8/16/24 and 0.5/0.25/0.125, got {layers} and {ratios}") from None
+def words(value: str | int | float | None) -> list[str] | None:
+    """ "8/16" -> ["8", "16"]; lmms-eval reads a number alone as a number."""
+    return None if value is None else str(value).split("/")

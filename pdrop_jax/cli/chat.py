@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress, schedule_of
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
 from pdrop_jax.errors import UserError
+from pdrop_jax.schedule import schedule_of
 
 IMAGE = "/image "
 

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Ratios, schedule_of
+from pdrop_jax.cli.options import Layers, Ratios
 from pdrop_jax.errors import UserError
+from pdrop_jax.schedule import schedule_of
 
 
 def run(

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, schedule_of
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes
+from pdrop_jax.schedule import schedule_of
 
 
 def run(

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Ratios, progress, schedule_of
+from pdrop_jax.cli.options import Layers, Ratios, progress
 from pdrop_jax.errors import UserError
+from pdrop_jax.schedule import schedule_of
 
 
 def run(

@@ -11,7 +11,7 @@ from tiny_run import write_start
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import generate
-from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.schedule import DropSchedule, schedule_of
 
 
 class Base:
@@ -68,13 +68,13 @@ def test_requests_are_answered_in_their_order(lmms, tmp_path, monkeypatch):
     ],
 )
 def test_schedules_in_model_args(lmms, layers, ratios, schedule):
-    assert lmms.schedule_of(layers, ratios) == schedule
+    assert schedule_of(lmms.words(layers), lmms.words(ratios)) == schedule
 
 
 @pytest.mark.parametrize(("layers", "ratios"), [("8/x", "0.5/0.2"), ("8", None), (None, 0.5), ("8/16", 0.5)])
 def test_odd_schedules_in_model_args(lmms, layers, ratios):
     with pytest.raises(UserError):
-        lmms.schedule_of(layers, ratios)
+        schedule_of(lmms.words(layers), lmms.words(ratios))
 
 
 def test_what_a_task_asks_for(lmms):
