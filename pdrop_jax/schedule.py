@@ -7,12 +7,10 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pdrop_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from pdrop_jax.parts import TextConfig
+from pdrop_jax.parts import TextConfig
 
 Positions = Literal["dense", "original"]
 
@@ -108,7 +106,7 @@ class DropSchedule:
     @classmethod
     def for_budget(
         cls,
-        text: "TextConfig",
+        text: TextConfig = TextConfig(),
         *,
         average_tokens: float | None = None,
         macs: float | None = None,
@@ -120,7 +118,7 @@ class DropSchedule:
         """The gentlest geometric schedule within one budget, all of which count one image of ``image_tokens``.
 
         Args:
-          text: of the model, ``config.text``.
+          text: of the model, ``config.text``; LLaVA-1.5-7B's if none is given.
           average_tokens: image tokens that a layer sees, averaged over layers.
           macs: of the language model for the image tokens, by the paper's formula (section 3.3).
           cache_bytes: keys and values of the image tokens.
@@ -243,7 +241,7 @@ def schedule_of(
     return DropSchedule(*numbers, score=score or DropSchedule.score)
 
 
-def paper_macs(text: "TextConfig", schedule: DropSchedule, image_tokens: int) -> float:
+def paper_macs(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
     """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
 
     Multiply-accumulates of the image tokens only: no text, vision tower, projector, head or ranking, full attention
@@ -255,13 +253,13 @@ def paper_macs(text: "TextConfig", schedule: DropSchedule, image_tokens: int) ->
     return sum(L * (4 * n * D**2 + 2 * n**2 * D + 3 * n * D * F) for L, n in counts)
 
 
-def layer_tokens(text: "TextConfig", schedule: DropSchedule, image_tokens: int) -> int:
+def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> int:
     """Image tokens that the layers see, added up."""
     plan = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
     return sum(stage.num_layers * stage.slots for stage in plan)
 
 
-def token_bytes(text: "TextConfig", itemsize: int) -> int:
+def token_bytes(text: TextConfig, itemsize: int) -> int:
     """Key and value of one token in one layer, of numbers of ``itemsize`` bytes."""
     return 2 * text.num_kv_heads * text.head_dim * itemsize
 

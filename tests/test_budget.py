@@ -73,6 +73,10 @@ def test_layers_are_as_late_as_a_gentle_drop_allows(budget, layers):
     assert DropSchedule.for_budget(SEVEN, average_tokens=budget).layers == layers
 
 
+def test_without_a_model_it_is_for_the_smallest_llava():
+    assert DropSchedule.for_budget(average_tokens=64) == DropSchedule.for_budget(SEVEN, average_tokens=64)
+
+
 def test_layers_follow_the_depth():
     assert DropSchedule.for_budget(THIRTEEN, average_tokens=300).layers == (10, 20, 30)
     shallow = dataclasses.replace(SEVEN, num_layers=4)

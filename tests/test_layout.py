@@ -21,8 +21,8 @@ APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
     "pdrop_jax": LIBRARY | {"pdrop_jax.session"},
     "pdrop_jax.errors": set(),
-    "pdrop_jax.schedule": {"pdrop_jax.errors"},
     "pdrop_jax.parts": {"pdrop_jax.errors"},
+    "pdrop_jax.schedule": {"pdrop_jax.errors", "pdrop_jax.parts"},
     "pdrop_jax.config": {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.parts"},
     "pdrop_jax.batch": {"pdrop_jax.schedule"},
     "pdrop_jax.sharding": BASE,

@@ -51,7 +51,7 @@ class Row:
     """What a setting did.
 
     Attributes:
-      average_tokens: image tokens that a layer sees of one picture, averaged over layers.
+      average_tokens: image tokens that a layer sees of ``Study.image_tokens``, averaged over layers.
       macs: of the language model for them, by the paper's formula.
       flipped: share of answers that are not those of the dense model.
       kl: nats, of the first new token's distribution from the dense model's.
@@ -82,6 +82,7 @@ class Study:
     """All settings on one model and one set of questions, whose ids are in the order of every effect.
 
     Attributes:
+      image_tokens: of a question with pictures, on average.
       right: share of the dense model's answers that are the expected ones; None if the questions do not say.
     """
 
@@ -123,7 +124,7 @@ def run_study(
 
     Args:
       schedule: at which scores and controls are compared; None is the model's own.
-      layers: of the single drops; None is all.
+      layers: of the single drops, which go by pyramiddrop's score; None is all.
       ratios: of the single drops.
       scores: names in ``model.scores``; None is all that can rank in this schedule.
 
@@ -133,7 +134,7 @@ def run_study(
     config = model.config
     schedule = schedule or config.schedule
     if not schedule.layers:
-        raise UserError("the schedule drops nothing, so there is nothing to study: give --layers and --ratios")
+        raise UserError("the schedule drops nothing, so there is nothing to study: give one that does")
     if not questions:
         raise UserError("there is no question to ask")
     L = config.text.num_layers
@@ -167,7 +168,8 @@ def run_study(
             answers = asking(reschedule(model, setting.schedule), given=given)
             rows.append((setting, effect_of(reference, answers, expected)))
     rows += [(Setting("noise", name, DropSchedule.none()), effect) for name, effect in effects.items()]
-    n = config.image_tokens
+    sizes = [sum(images) for images in reference.image_tokens if images]
+    n = round(sum(sizes) / max(len(sizes), 1))
 
     def row(setting: Setting, effect: Effect) -> Row:
         more = {name: beyond(effect, noise, clusters) for name, noise in effects.items()}
