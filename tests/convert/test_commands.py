@@ -48,7 +48,7 @@ def test_what_was_left_to_us_is_said(hf, tmp_path, monkeypatch, capfd):
     ("arguments", "message"),
     [
         (["--layers", "3", "--ratios", "0.5"], "drop after layer 3 in a decoder of 3 layers"),
-        (["--layers", "1"], "--layers and --ratios belong together"),
+        (["--layers", "1"], "layers and ratios belong together"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, hf, tmp_path, monkeypatch, capfd):
