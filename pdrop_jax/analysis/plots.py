@@ -15,17 +15,18 @@ ENDINGS = (".png", ".svg", ".pdf")
 
 
 def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Sequence[Any]]:
-    """A figure of ``width`` x ``height`` inches and its axes, side by side.
-
-    Raises:
-      UserError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib, which is not installed: pip install 'pdrop-jax[plots]'")
+    """A figure of ``width`` x ``height`` inches and its axes, side by side; see ``check_matplotlib``."""
+    check_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def check_matplotlib() -> None:
+    """Raises UserError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib, which is not installed: pip install 'pdrop-jax[plots]'")
 
 
 def cost_plot(costs: Sequence[Cost], num_layers: int) -> Any:

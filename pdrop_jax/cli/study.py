@@ -49,9 +49,11 @@ def run(
       plot: file to draw the effects into (.png, .svg or .pdf).
       html: file for a report with pictures, which needs no network.
     """
-    from pdrop_jax.analysis.plots import check_plot_path
+    from pdrop_jax.analysis.plots import check_matplotlib, check_plot_path
     from pdrop_jax.storage import written_aside
 
+    if plot or html:
+        check_matplotlib()
     if plot:
         check_plot_path(plot)
     for path in (out, html):

@@ -16,7 +16,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, attend_cache, attention
 from pdrop_jax.model.buffer import TokenBuffer, compact
 from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
-from pdrop_jax.model.layers import Params, Remat, Rope, rematerialise, rope_at, rope_tables, scan_layers
+from pdrop_jax.model.layers import Params, Remat, Rope, layer_of, rematerialise, rope_at, rope_tables, scan_layers
 from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.model.ranking import choose
 from pdrop_jax.model.scores import Boundary, find_score
@@ -109,7 +109,7 @@ def run_stages(
 
         start = (buffer.hidden, buffer.hidden if follows else None)
         (x, last_input), outputs = scan_layers(rematerialise(body, remat), start, layers)
-        last_layer = _layer(layers, -1) if follows and stage.num_layers else None
+        last_layer = layer_of(layers, -1) if follows and stage.num_layers else None
         cache, inputs = outputs or (None, None)  # a stage may be without layers
         buffer = dataclasses.replace(buffer, hidden=x)
         caches.append(cache)
@@ -182,8 +182,4 @@ def run_token(
 
 
 def first_layer(layers: Params | list[Params]) -> Params:
-    return _layer(layers, 0)
-
-
-def _layer(layers: Params | list[Params], n: int) -> Params:
-    return layers[n] if isinstance(layers, list) else jax.tree.map(lambda x: x[n], layers)
+    return layer_of(layers, 0)

@@ -175,6 +175,11 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def layer_of(layers: Params | list[Params], n: int) -> Params:
+    """The n-th layer of a stack or a list."""
+    return layers[n] if isinstance(layers, list) else jax.tree.map(lambda x: x[n], layers)
+
+
 def scan_layers(body: Callable, carry: Any, layers: Params | list[Params]) -> tuple[Any, Any]:
     """``body(carry, params, n) -> (carry, y)`` over a stack of layers by ``lax.scan``, or over a list by a loop."""
     if not isinstance(layers, list):

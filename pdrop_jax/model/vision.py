@@ -14,6 +14,7 @@ from pdrop_jax.model.layers import (
     VisionEmbedding,
     VisionLayer,
     bind,
+    layer_of,
     rematerialise,
     scan_layers,
 )
@@ -49,9 +50,8 @@ def vision_features(
     (x, last_input), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
     if last_input is None:
         return x, None
-    layers = params["layers"]
-    last = layers[-1] if isinstance(layers, list) else jax.tree.map(lambda leaf: leaf[-1], layers)
-    return x, class_attention_of(bind(VisionLayer, config.vision, params=last), last_input)
+    last = bind(VisionLayer, config.vision, params=layer_of(params["layers"], -1))
+    return x, class_attention_of(last, last_input)
 
 
 def class_attention_of(layer: VisionLayer, x: jax.Array) -> jax.Array:
