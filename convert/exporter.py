@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from pdrop_jax import checkpoint, storage
-from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, VisionConfig, read_json
+from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, VisionConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_json
 from pdrop_jax.parts import ORIGINAL_TYPES
 
 from .files import DTYPES, DType, open_safetensors, write_safetensors

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pdrop_jax import storage
-from pdrop_jax.config import read_json
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_json
 
 from .names import Shape
 

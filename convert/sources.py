@@ -5,8 +5,9 @@ import pathlib
 from typing import Any
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import FORMAT, LlavaConfig, VisionConfig, read_json
+from pdrop_jax.config import FORMAT, LlavaConfig, VisionConfig, read_config
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_json
 from pdrop_jax.parts import FAMILIES, ORIGINAL_TYPES
 from pdrop_jax.schedule import DropSchedule
 
@@ -60,7 +61,7 @@ def open_source(
     tower = vision or _find_tower(folder, data.get("mm_vision_tower"))
     config = LlavaConfig.from_hf(
         data,
-        vision=VisionConfig.from_hf(read_json(tower / "config.json")) if tower else None,
+        vision=VisionConfig.from_hf(read_config(tower)) if tower else None,
         generation=_optional_json(folder / "generation_config.json"),
         preprocessor=_image_processor(folder),
         schedule=schedule,
@@ -106,7 +107,7 @@ def open_parts(
     if data.get("model_type") not in FAMILIES:
         known = " or ".join(FAMILIES)
         raise UserError(f"--llm takes a {known} language model, {llm} has model_type {data.get('model_type')!r}")
-    tower = VisionConfig.from_hf(read_json(vision / "config.json"))
+    tower = VisionConfig.from_hf(read_config(vision))
     layers = projector_layers or (num_layers(open_projector(projector)) if projector else 2)
     llava = {
         "model_type": ORIGINAL_TYPES[data["model_type"]],
@@ -129,7 +130,7 @@ def open_parts(
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    data = read_json(folder / "config.json")
+    data = read_config(folder)
     if data.get("format") == FORMAT:
         raise UserError(f"{folder} is converted already")
     return data

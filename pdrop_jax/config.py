@@ -7,6 +7,7 @@ import re
 from typing import Any, Literal
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_json
 from pdrop_jax.parts import FAMILIES, ORIGINAL_TYPES, RopeScaling, TextConfig, VisionConfig, one_of
 from pdrop_jax.schedule import DropSchedule
 
@@ -209,11 +210,11 @@ class LlavaConfig:
     @classmethod
     def load(cls, folder: pathlib.Path) -> "LlavaConfig":
         """Raises UserError if ``folder`` holds no config.json of ours."""
-        path = pathlib.Path(folder) / "config.json"
+        folder = pathlib.Path(folder)
         try:
-            return cls.from_json(read_json(path))
+            return cls.from_json(read_config(folder))
         except (KeyError, TypeError) as error:  # a key that is missing, or one that no field has
-            raise UserError(f"{path} is damaged, copy or convert it again: {error}") from None
+            raise UserError(f"{folder}/config.json is damaged, copy or convert it again: {error}") from None
 
 
 MODELS = {
@@ -229,17 +230,12 @@ def config_of(model: str) -> LlavaConfig:
     return MODELS[model]() if model in MODELS else LlavaConfig.load(pathlib.Path(model))
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in ``path``; UserError if it is missing or is none."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__}, expected a JSON object")
-    return data
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in the config.json of a checkpoint, ours or another's; UserError if there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is no checkpoint: it has no config.json")
+    return read_json(path)
 
 
 def _original(data: dict[str, Any], vision: VisionConfig | None) -> dict[str, Any]:

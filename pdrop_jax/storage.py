@@ -30,8 +30,8 @@ from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pdrop_jax.config import read_json
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_json
 
 PARAMS = "params"
 SIZES = "sizes.json"
@@ -106,17 +106,6 @@ def write_single_file(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -
             {name: np.ascontiguousarray(x) for name, x in arrays if 0 not in x.shape},
             folder / SINGLE_FILE,
         )
-
-
-@contextlib.contextmanager
-def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a name beside ``path`` with its ending; what is written there takes its place when all went well."""
-    new = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    try:
-        yield new
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def trim_memory() -> None:

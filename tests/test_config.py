@@ -205,7 +205,7 @@ def test_what_a_family_does_not_have_cannot_be_exported(config):
     ("text", "message"),
     [
         (None, "is no checkpoint: it has no config.json"),
-        ("{", "cannot be read"),
+        ("{", "config.json is malformed"),
         ("[]", "expected a JSON object"),
         ('{"model_type": "llava"}', "must be converted first, pdrop convert SRC OUT"),
     ],

@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop_jax.convert"}  # folder -> package
 
 # What each room may import besides itself. A room is the longest listed prefix of a module's name.
-BASE = {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.parts", "pdrop_jax.config", "pdrop_jax.batch"}
+READING = {"pdrop_jax.errors", "pdrop_jax.io", "pdrop_jax.schema"}
+BASE = READING | {"pdrop_jax.schedule", "pdrop_jax.parts", "pdrop_jax.config", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
 FILES = {"pdrop_jax.checkpoint", "pdrop_jax.storage"}
 LIBRARY = MODEL | FILES | {"pdrop_jax.inputs", "pdrop_jax.kept", "pdrop_jax.generation"}
@@ -21,14 +22,16 @@ APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
     "pdrop_jax": LIBRARY | {"pdrop_jax.session"},
     "pdrop_jax.errors": set(),
-    "pdrop_jax.parts": {"pdrop_jax.errors"},
-    "pdrop_jax.schedule": {"pdrop_jax.errors", "pdrop_jax.parts"},
-    "pdrop_jax.config": {"pdrop_jax.errors", "pdrop_jax.schedule", "pdrop_jax.parts"},
+    "pdrop_jax.io": {"pdrop_jax.errors"},
+    "pdrop_jax.schema": {"pdrop_jax.errors"},
+    "pdrop_jax.parts": READING,
+    "pdrop_jax.schedule": READING | {"pdrop_jax.parts"},
+    "pdrop_jax.config": READING | {"pdrop_jax.schedule", "pdrop_jax.parts"},
     "pdrop_jax.batch": {"pdrop_jax.schedule"},
     "pdrop_jax.sharding": BASE,
     "pdrop_jax.model": MODEL,
     "pdrop_jax.inputs": BASE,
-    "pdrop_jax.storage": {"pdrop_jax.config", "pdrop_jax.errors"},
+    "pdrop_jax.storage": READING,
     "pdrop_jax.checkpoint": MODEL | {"pdrop_jax.storage"},
     "pdrop_jax.kept": MODEL,
     "pdrop_jax.generation": LIBRARY,

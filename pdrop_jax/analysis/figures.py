@@ -12,7 +12,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, grid_shape
 from pdrop_jax.inputs.images import Picture, open_image
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.storage import written_aside
+from pdrop_jax.io import written_aside
 
 LONG_EDGE = 336  # pixels; a smaller image is enlarged by a whole factor
 GAP = 8  # pixels between the panels

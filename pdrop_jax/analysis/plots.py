@@ -9,7 +9,7 @@ from pdrop_jax.analysis.cost import Cost
 from pdrop_jax.analysis.effects import Mean
 from pdrop_jax.analysis.study import Study
 from pdrop_jax.errors import UserError
-from pdrop_jax.storage import written_aside
+from pdrop_jax.io import written_aside
 
 ENDINGS = (".png", ".svg", ".pdf")
 

@@ -10,6 +10,7 @@ from typing import Any
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.conversation import IMAGE_TAG
 from pdrop_jax.inputs.images import Picture
+from pdrop_jax.io import parse_json, read_bytes, read_json
 
 MOST_NAMES = 3  # of an error message
 
@@ -61,21 +62,9 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
       UserError: the file cannot be read, or a line is no JSON object.
     """
-    for number, line in enumerate(_open(path).split(b"\n"), 1):
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if line.strip():
             yield number, parse(line, f"{path} line {number}")
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-      UserError: it cannot be read, or is malformed.
-    """
-    try:
-        return json.loads(_open(path))
-    except ValueError as error:
-        raise UserError(f"{path} is malformed: {error}") from None
 
 
 def parse(line: bytes, where: str) -> dict[str, Any]:
@@ -84,11 +73,7 @@ def parse(line: bytes, where: str) -> dict[str, Any]:
     Raises:
       UserError: it is none.
     """
-    try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
-    except ValueError as error:
-        raise UserError(f"{where} is malformed: {error}") from None
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         raise UserError(f"{where} is malformed: expected a JSON object, got {type(record).__name__}")
     return record
@@ -108,18 +93,11 @@ def value(record: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], w
     return found
 
 
-def _open(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if _open(path).lstrip()[:1] != b"[":
+    if read_bytes(path).lstrip()[:1] != b"[":
         yield from ((f"{path} line {number}", record) for number, record in read_lines(path))
         return
-    for number, record in enumerate(read_json(path), 1):
+    for number, record in enumerate(read_json(path, list), 1):
         where = f"{path} record {number}"
         if not isinstance(record, dict):
             raise UserError(f"{where} is malformed: expected a JSON object, got {type(record).__name__}")

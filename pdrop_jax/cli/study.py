@@ -50,7 +50,7 @@ def run(
       html: file for a report with pictures, which needs no network.
     """
     from pdrop_jax.analysis.plots import check_matplotlib, check_plot_path
-    from pdrop_jax.storage import written_aside
+    from pdrop_jax.io import written_aside
 
     if plot or html:
         check_matplotlib()

@@ -14,9 +14,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from pdrop_jax.config import LlavaConfig, read_json
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, pooled, tiled, whole
+from pdrop_jax.io import read_json
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 

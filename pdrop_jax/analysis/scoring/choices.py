@@ -5,8 +5,9 @@ import pathlib
 import re
 
 from pdrop_jax.inputs.conversation import IMAGE_TAG
+from pdrop_jax.io import read_json
 
-from ..questions import read_json, value
+from ..questions import value
 from .files import Score, check_complete, mean, read_answers
 
 LETTERS = "ABCDE"

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_json
 
-from ..questions import read_json, value
+from ..questions import value
 from .files import Score, check_complete, mean, read_answers
 from .normalise import evalai, without_articles, without_punctuation
 
@@ -108,8 +109,6 @@ def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
     """
     path = pathlib.Path(annotations)
     questions = read_json(path)
-    if not isinstance(questions, dict):
-        raise UserError(f"{path} is malformed: expected an object with a record for each question")
     found = read_answers(answers)
     check_complete(answers, [answer.id for answer in found], questions)
     right: dict[str, list[float]] = {"binary": [], "open": []}
@@ -127,8 +126,8 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _records(data: Any, key: str, path: pathlib.Path) -> list[Mapping[str, Any]]:
-    records = data.get(key) if isinstance(data, dict) else None
+def _records(data: Mapping[str, Any], key: str, path: pathlib.Path) -> list[Mapping[str, Any]]:
+    records = data.get(key)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path} is malformed: expected an object with a list of records, {key!r}")
     return records
