@@ -25,6 +25,7 @@ import tyro
 from pdrop_jax.analysis.cost import decode_macs, prefill_macs
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
 from pdrop_jax.generation import Sampling, decode, start
 from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
@@ -181,8 +182,8 @@ def make_torch(config: LlavaConfig, dtype: str) -> Any:
     from transformers import LlavaForConditionalGeneration
 
     settings = TorchConfig(
-        vision_config=config.vision.to_hf(),
-        text_config=config.text.to_hf(),
+        vision_config=vision_to_hf(config.vision),
+        text_config=text_to_hf(config.text),
         image_token_index=config.text.vocab_size - 1,
     )
     settings._attn_implementation = "sdpa"

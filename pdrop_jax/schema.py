@@ -10,9 +10,10 @@ import difflib
 import functools
 import json
 import typing
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pdrop_jax.errors import UserError
 
@@ -20,17 +21,21 @@ T = TypeVar("T")
 
 SHOWN = 60  # characters of a value in a message
 
+NO_OTHER_KEYS = ConfigDict(extra="forbid")  # as ``__pydantic_config__`` of a dataclass
+
 # Finite, unlike a float without it: JSON and TOML both can say NaN and infinity.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+NormEps = Annotated[float, Field(ge=0, lt=1)]
 
 
-def validated(kind: type[T], data: Any, where: str) -> T:
+def validated(kind: type[T], data: Any, where: str, prefix: str = "") -> T:
     """``data`` of a JSON or TOML file as ``kind``, a dataclass or a pydantic model. Nothing is converted.
 
     Args:
       where: what the error message calls the file.
+      prefix: of the keys in the error message, for a table inside the file.
 
     Raises:
       UserError: one line with the file, the key, its value and what is allowed.
@@ -39,8 +44,10 @@ def validated(kind: type[T], data: Any, where: str) -> T:
     try:
         # As JSON because there a list may be a tuple in strict mode too.
         return adapter.validate_json(json.dumps(data, default=str), strict=True)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply") from None
     except ValidationError as error:
-        raise UserError(_message(error, kind, where)) from None
+        raise UserError(_message(error, kind, data, where, prefix)) from None
 
 
 @functools.cache
@@ -48,9 +55,11 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _message(error: ValidationError, kind: type, where: str) -> str:
+def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: str) -> str:
     found = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in found["loc"])
+    key = prefix + ".".join(_keys(found["loc"], data))
+    if found["type"] == "json_invalid":  # well-formed, since it was written here
+        return f"{where} is nested too deeply"
     if found["type"] in ("missing", "missing_argument"):
         return f"{where} has no {key}"
     if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -58,10 +67,22 @@ def _message(error: ValidationError, kind: type, where: str) -> str:
     if found["type"] == "value_error":  # raised by a __post_init__
         return f"{where}: {found['ctx']['error']}"
     value = found["input"]
-    shown = json.dumps(value) if not isinstance(value, str) else repr(value)
+    shown = repr(value) if isinstance(value, str) else json.dumps(value)
     shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
     allowed = found["msg"].removeprefix("Input should be ").replace("a valid tuple", "a list")
     return f"{where}: {key or 'the document'} is {shown}, it must be {allowed}"
+
+
+def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
+    """The parts of ``loc`` that are keys of ``data``, or missing from it; pydantic adds the members of a union."""
+    for part in loc:
+        if isinstance(data, dict):
+            data = data.get(str(part))
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            return
+        yield str(part)
 
 
 def _suggestion(kind: Any, loc: tuple[int | str, ...]) -> str:
