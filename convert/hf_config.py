@@ -88,7 +88,8 @@ def _original(data: dict[str, Any], vision: VisionConfig | None, where: str) -> 
     feature = one_of("mm_vision_select_feature", found.mm_vision_select_feature, ("patch", "cls_patch"))
     if vision is None and not str(found.mm_vision_tower).endswith(KNOWN_TOWER.rpartition("/")[2]):
         raise UserError(
-            f"the config of vision tower {str(found.mm_vision_tower)!r} is not at hand: pass its folder, --vision DIR"
+            f"the config of vision tower {str(found.mm_vision_tower)[:100]!r} is not at hand: pass its folder, "
+            "--vision DIR"
         )
     vision = vision or VisionConfig()
     if found.mm_hidden_size != vision.hidden_size:

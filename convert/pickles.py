@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import pickletools
 import re
+import warnings
 import zipfile
 from typing import Any, BinaryIO, cast
 
@@ -44,8 +45,10 @@ def open_pickle(path: pathlib.Path) -> Tensors:
     try:
         zipped = zipfile.is_zipfile(path)
         _check(path, size, zipped)
-        # Files of before torch 1.6 are no zip archives and cannot be mapped.
-        data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a damaged header before it fails
+            # Files of before torch 1.6 are no zip archives and cannot be mapped.
+            data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
     except pickle.UnpicklingError:

@@ -1,6 +1,7 @@
 """What a conversion reads: a PyTorch LLaVA, or the parts of one that has yet to be trained."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -143,7 +144,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def _find_tower(folder: pathlib.Path, name: Any) -> pathlib.Path | None:
     places = [folder / name, folder.absolute().parent / name] if name and isinstance(name, str) else []
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    return next((place for place in places if os.path.isfile(place / "config.json")), None)
 
 
 def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -26,8 +26,8 @@ NO_OTHER_KEYS = ConfigDict(extra="forbid")  # as ``__pydantic_config__`` of a da
 # Finite, unlike a float without it: JSON and TOML both can say NaN and infinity.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NormEps = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NormEps = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def validated(kind: type[T], data: Any, where: str, prefix: str = "") -> T:
