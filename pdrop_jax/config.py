@@ -14,6 +14,12 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, validated
 
 FORMAT = "pdrop-jax-1"
+# Keys of every config.json of ours, whose defaults would be those of another model.
+ALWAYS_THERE = {
+    "vision": ("image_size", "hidden_size", "num_layers"),
+    "text": ("vocab_size", "hidden_size", "num_layers"),
+    "schedule": ("layers", "ratios"),
+}
 MAX_TILES = 1024
 MAX_PROJECTOR_LAYERS = 16
 
@@ -151,10 +157,16 @@ class LlavaConfig:
                 f"{where} has format {data.get('format')!r}, expected {FORMAT!r}: a PyTorch checkpoint must be "
                 "converted first, pdrop convert SRC OUT"
             )
-        missing = [key for key in ("vision", "text", "schedule") if key not in data]
-        if missing:
-            raise UserError(f"{where} is damaged, copy or convert it again: it has no {', '.join(missing)}")
-        return validated(cls, {key: value for key, value in data.items() if key != "format"}, where)
+        damaged = f"{where} is damaged, copy or convert it again"
+        for section, keys in ALWAYS_THERE.items():
+            found = data.get(section)
+            missing = [key for key in keys if key not in found] if isinstance(found, dict) else [section]
+            if missing:
+                raise UserError(f"{damaged}: it has no {' and '.join(missing)}")
+        try:
+            return validated(cls, {key: value for key, value in data.items() if key != "format"}, "config.json")
+        except UserError as error:
+            raise UserError(f"{damaged}: {error}") from None
 
     def save(self, folder: pathlib.Path) -> None:
         (folder / "config.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")
