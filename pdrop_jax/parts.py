@@ -112,7 +112,7 @@ class TextConfig:
     output_bias: bool = False  # bias of the attention's output projection
     max_length: Positions = 4096
     family: Family = "llama"  # which class of transformers it is; what runs is told by the other fields
-    sliding_window: int | None = None  # keys that a query sees, itself included; None is all before it
+    sliding_window: Positions | None = None  # keys that a query sees, itself included; None is all before it
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
