@@ -1,5 +1,6 @@
 """``pdrop chat``: several questions about pictures, each on the cache of those before."""
 
+import io
 import pathlib
 import sys
 from typing import Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, error_text, printable
 from pdrop_jax.schedule import schedule_of
 
 IMAGE = "/image "
@@ -52,6 +53,8 @@ def run(
     from pdrop_jax.session import Session
     from pdrop_jax.sharding import make_mesh
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a question
     pictures: list[Any] = [open_image(path) for path in image]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
@@ -76,7 +79,7 @@ def run(
         except UserError as error:
             if not live:
                 raise
-            print(error, file=sys.stderr)
+            print(error_text(error), file=sys.stderr)
             continue
         print()
         pictures = []
@@ -95,4 +98,4 @@ def _read(live: bool) -> str:
 
 
 def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text, keep="\n\t"), end="", flush=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.schedule import schedule_of
 
 TRAINING_ADVICE = "more parts (--accumulate), more devices along fsdp"
@@ -84,7 +84,7 @@ def run(
         print(json.dumps({**asked, "plans": results}))
         return
     weights = f", {quantize} weights" if quantize else ""
-    print(f"{model}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}{weights}\n")
+    print(f"{printable(model)}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}{weights}\n")
     print(_table(results) if results else "no mesh fits")
     if not any(x["fits"] for x in results):
         advice = TRAINING_ADVICE if mode == "train" else INFERENCE_ADVICE
