@@ -1,6 +1,8 @@
 """Answers on disk before all are there: none is lost to a kill, none stands twice."""
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -35,6 +37,8 @@ class Journal:
         self.answers: dict[str, Answer] = {}
 
     def __enter__(self) -> "Journal":
+        folders = (self.target.parent, *self.target.parent.parents)
+        self._made = list(itertools.takewhile(lambda folder: not folder.exists(), folders))
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._file = check_output(self.path, overwrite=True).open("a+b", buffering=0)
         try:
@@ -48,6 +52,9 @@ class Journal:
     def __exit__(self, *_: Any) -> None:
         if not os.fstat(self._file.fileno()).st_size:
             self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else may have put something into one
+                for folder in self._made:
+                    folder.rmdir()
         self._file.close()
 
     def append(self, answers: Iterable[Answer]) -> None:

@@ -48,11 +48,13 @@ def run(
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
     """
-    from pdrop_jax.generation import DEMO, load
+    from pdrop_jax.generation import DEMO, check_implementation, load, make_sampling
     from pdrop_jax.inputs.images import open_image
     from pdrop_jax.session import Session
     from pdrop_jax.sharding import make_mesh
 
+    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
+    check_implementation(attention)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a question
     pictures: list[Any] = [open_image(path) for path in image]

@@ -12,6 +12,8 @@ from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
 from pdrop_jax.schedule import schedule_of
 
+MOST_TOKENS = 10**9  # of text, or of an image
+
 
 def run(
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "llava-1.5-7b",
@@ -62,6 +64,8 @@ def run(
     tokens = levels(config)[-1][1] if image_tokens is None else image_tokens
     if tokens < 1 or text_tokens < 1:
         raise UserError(f"need at least one image token and one text token, got {tokens} and {text_tokens}")
+    if max(tokens, text_tokens) > MOST_TOKENS:
+        raise UserError(f"at most {MOST_TOKENS:,} tokens are counted, got {tokens:,} and {text_tokens:,}")
     if (average_tokens, macs, cache_bytes) != (None, None, None):
         if ratios is not None:
             raise UserError("a budget finds the ratios: leave out --ratios")

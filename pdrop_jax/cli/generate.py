@@ -63,10 +63,12 @@ def run(
         _check_pictures(picture, heatmap, prompt, image, [*image, *video, *([model] if model else [])], overwrite)
     images = _images_of(prompt, image)
 
-    from pdrop_jax.generation import DEMO, generate, load
+    from pdrop_jax.generation import DEMO, check_implementation, generate, load, make_sampling
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.sharding import make_mesh
 
+    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
+    check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
