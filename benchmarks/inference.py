@@ -34,6 +34,7 @@ from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import embed
 from pdrop_jax.model.params import init_params, unstack
+from pdrop_jax.model.scores import Boundary
 from pdrop_jax.schedule import Bucket, DropSchedule
 
 GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
@@ -160,15 +161,16 @@ def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> 
     plan = config.schedule.plan(config.text.num_layers, batch.bucket)
     buffer = jax.jit(embed, static_argnums=(0, 3))(config, params, batch, plan[0].slots)
     total = 0.0
+    run = jax.jit(drop, static_argnums=(0, 2))
     for s, stage in enumerate(plan[1:], 1):
         layers = params["stages"][str(s)]
         first = layers[0] if _is_list(layers) else jax.tree.map(lambda x: x[0], layers)
-        run = jax.jit(drop, static_argnums=(0, 1, 5))
         rope = rope_tables(config.text, positions_of(config.schedule, buffer))
+        at = Boundary(config, s - 1, buffer, rope, first)
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            after, _ = jax.block_until_ready(run(config, stage, first, buffer, rope, max(batch.bucket.images)))
+            after, _ = jax.block_until_ready(run(stage, at, max(batch.bucket.images)))
             times.append(time.perf_counter() - began)
         total += statistics.median(times[1:])
         buffer = after
