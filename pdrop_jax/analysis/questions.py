@@ -154,7 +154,7 @@ def _check_pictures(questions: list[Question]) -> None:
     for question in questions:
         for image in question.images:
             if image not in there:
-                there[image] = pathlib.Path(str(image)).is_file()
+                there[image] = os.path.isfile(str(image))
             if not there[image]:
                 missing.append(f"{image} of question {question.id!r}, {question.where}")
     if missing:
