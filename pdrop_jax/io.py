@@ -146,9 +146,9 @@ def check_output(
     return target
 
 
-def check_outputs(paths: Iterable[str | os.PathLike | None], **rules: Any) -> None:
-    """``check_output`` of each path that is not None, and that no two are the same file."""
-    targets = [check_output(path, **rules) for path in paths if path is not None]
+def check_outputs(outputs: Iterable[tuple[str | os.PathLike | None, Sequence[str]]], **rules: Any) -> None:
+    """``check_output`` of each path that is not None, with its endings, and that no two are the same file."""
+    targets = [check_output(path, endings=endings, **rules) for path, endings in outputs if path is not None]
     twice = next((target for n, target in enumerate(targets) if target in targets[:n]), None)
     if twice is not None:
         raise UserError(f"{twice} is named as two outputs: give each a file of its own")

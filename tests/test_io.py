@@ -94,10 +94,10 @@ def test_endings_and_two_outputs_of_one_name():
     with pytest.raises(UserError, match=r"a\.txt: the name ends in '\.txt', expected \.png, \.svg"):
         check_output("a.txt", endings=(".png", ".svg"))
     assert check_output("a.PNG", endings=(".png", ".svg")).name == "a.PNG"
-    check_outputs(["a.png", None, "b.png", None], endings=(".png",))
+    check_outputs([("a.png", [".png"]), (None, [".svg"]), ("b.x", ())])
     pathlib.Path("link").symlink_to("a")
     with pytest.raises(UserError, match=r"/a is named as two outputs"):
-        check_outputs(["a", "link"])
+        check_outputs([("a", ()), ("link", ())])
 
 
 def test_what_was_made_meanwhile_stays_and_nothing_is_lost():

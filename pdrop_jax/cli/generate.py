@@ -122,7 +122,7 @@ def _check_pictures(
         raise UserError(f"{option} shows what is kept of a picture, but there is none: give one, --image FILE")
     from pdrop_jax.analysis.figures import PICTURES
 
-    check_outputs((picture, heatmap), overwrite=overwrite, inputs=inputs, endings=PICTURES)
+    check_outputs([(picture, PICTURES), (heatmap, PICTURES)], overwrite=overwrite, inputs=inputs)
 
 
 def _images_of(prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> list[Any]:

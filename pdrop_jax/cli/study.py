@@ -58,9 +58,6 @@ def run(
 
     if plot or html:
         check_matplotlib()
-    for path, endings in ((plot, PLOTS), (html, (".html",))):
-        check_outputs([path], overwrite=overwrite, endings=endings)
-    check_outputs([out, plot, html], overwrite=overwrite, inputs=[model, questions])
     if limit is not None and limit < 1:
         raise UserError(f"there is no question to ask: --limit must be at least 1, got {limit}")
     try:
@@ -71,8 +68,8 @@ def run(
     from pdrop_jax.analysis.questions import read_questions
 
     asked = read_questions(questions, images, outside_images)[:limit]
-    pictures = [image for question in asked for image in question.images]
-    check_outputs([out, plot, html], overwrite=overwrite, inputs=pictures)
+    inputs = [model, questions, *(image for question in asked for image in question.images)]
+    check_outputs([(out, ()), (plot, PLOTS), (html, [".html"])], overwrite=overwrite, inputs=inputs)
 
     from pdrop_jax.analysis.study import run_study
     from pdrop_jax.analysis.study_report import report, table
