@@ -141,8 +141,10 @@ def train_step(
     if accumulate == 1:
         loss, gradient = jax.value_and_grad(loss_of_part)(state.trained, batch)
     else:
-        # Every part takes rows of all devices: part i is rows i, i + accumulate, …
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        # Every part takes rows of all devices: part i is rows i, i + accumulate, … The rows of a part are counted: -1
+        # would be ambiguous for arrays without elements, the crops of a batch without pictures.
+        rows = batch.length.shape[0] // accumulate
+        parts = jax.tree.map(lambda x: x.reshape(rows, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
         (loss, gradient), _ = jax.lax.scan(add_part, zero, parts)
     updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
