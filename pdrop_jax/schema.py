@@ -3,22 +3,26 @@
 A dataclass declares its ranges where it declares its fields::
 
     hidden_size: Annotated[int, Field(ge=1, le=2**16)] = 4096
+
+and ``__pydantic_config__ = STRICT`` in its body if it has no other keys.
 """
 
 import dataclasses
 import difflib
 import functools
 import json
+import re
 import typing
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pdrop_jax.errors import UserError
 
 T = TypeVar("T")
 
 SHOWN = 60  # characters of a value in a message
+STRICT = ConfigDict(extra="forbid")  # of a dataclass: a key that it does not have is an error
 
 # Finite, unlike a float without it: JSON and TOML both can say NaN and infinity.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -41,6 +45,10 @@ def validated(kind: type[T], data: Any, where: str) -> T:
         return adapter.validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise UserError(_message(error, kind, where)) from None
+    except RecursionError:
+        raise UserError(f"{where} is malformed: it is nested too deeply") from None
+    except ValueError:  # Python does not write out integers of thousands of digits, which TOML can say in hexadecimal
+        raise UserError(f"{where} is malformed: a number has too many digits") from None
 
 
 @functools.cache
@@ -49,19 +57,25 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _message(error: ValidationError, kind: type, where: str) -> str:
-    found = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # first: a misspelt key is missing too
+    found = next((x for x in errors if x["type"] in unknown), errors[0])
     key = ".".join(str(part) for part in found["loc"])
+    if found["type"] == "json_invalid":
+        reason = "nested too deeply" if "recursion" in found["msg"] else "a string is not valid UTF-8"
+        return f"{where} is malformed: {reason}"
     if found["type"] in ("missing", "missing_argument"):
-        return f"{where} has no {key}"
-    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        missing = [".".join(map(str, x["loc"])) for x in errors if x["type"] == found["type"]]
+        return f"{where} has no {', '.join(missing)}"
+    if found["type"] in unknown:
         return f"{where} has an unknown key {key}{_suggestion(kind, found['loc'])}"
     if found["type"] == "value_error":  # raised by a __post_init__
         return f"{where}: {found['ctx']['error']}"
     value = found["input"]
     shown = json.dumps(value) if not isinstance(value, str) else repr(value)
     shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
-    allowed = found["msg"].removeprefix("Input should be ").replace("a valid tuple", "a list")
-    return f"{where}: {key or 'the document'} is {shown}, it must be {allowed}"
+    allowed = re.sub(r"^\w+ should | after validation, not \d+$", "", found["msg"]).replace("valid array", "list")
+    return f"{where}: {key or 'the document'} is {shown}, it must {allowed}"
 
 
 def _suggestion(kind: Any, loc: tuple[int | str, ...]) -> str:

@@ -53,6 +53,7 @@ class Metrics:
       targets: int32.
       tokens: valid slots of the batch, images included, int32.
       skipped: steps so far whose gradient was not finite, int32.
+      skipped_in_row: those of them that were the last steps, one after the other, int32.
     """
 
     loss: jax.Array
@@ -60,6 +61,7 @@ class Metrics:
     targets: jax.Array
     tokens: jax.Array
     skipped: jax.Array
+    skipped_in_row: jax.Array
 
 
 def split(params: Params, groups: Collection[str]) -> tuple[Params, Params]:
@@ -102,6 +104,17 @@ def init_state(
 def changing(state: TrainState) -> dict[str, Any]:
     """What a checkpoint has to hold of a state."""
     return {"trained": state.trained, "optimizer": state.optimizer}
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The dotted names of the arrays that hold NaN or infinity. They are looked through where they are."""
+    names = {path_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
+    return [name for name, finite in jax.device_get(_all_finite(names)).items() if not finite]
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
 
 
 @functools.partial(
@@ -149,9 +162,9 @@ def train_step(
         (loss, gradient), _ = jax.lax.scan(add_part, zero, parts)
     updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = Metrics(
-        loss, optax.tree.norm(gradient), targets, jnp.asarray(batch.length).sum(), moments.total_notfinite
-    )
+    tokens = jnp.asarray(batch.length).sum()
+    skipped = moments.total_notfinite, moments.notfinite_count
+    metrics = Metrics(loss, optax.tree.norm(gradient), targets, tokens, *skipped)
     # Where it was: what lay elsewhere would make the next step compile again.
     trained, moments = constrain_params((trained, moments))
     return TrainState(state.step + 1, trained, state.frozen, moments), metrics
