@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,6 +126,9 @@ class Checkpoints:
                 f"after {origin.step:,} steps {len(bad)} of {len(arrays)} arrays of the run hold NaN or infinity, "
                 f"{bad[0]} is the first; {self.kept}: lower optimizer.learning_rate"
             )
+        needed, free = sum(x.nbytes for x in arrays.values()), shutil.disk_usage(self.folder.parent).free
+        if free < needed:
+            raise self._full(origin.step, f"it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
         about = {
             "origin": dataclasses.asdict(origin),
             "arrays": {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()},
@@ -221,10 +225,13 @@ class Checkpoints:
             with quiet():
                 yield
         except Exception as error:  # tensorstore reports a full disk as ValueError, others as OSError
-            raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}, {self.kept}: make room and run "
-                f"again ({str(error).splitlines()[0][-200:]})"
-            ) from None
+            raise self._full(step, str(error).splitlines()[0][-200:]) from None
+
+    def _full(self, step: int, reason: str) -> UserError:
+        return UserError(
+            f"the checkpoint of step {step} cannot be written to {self.folder}, {self.kept}: make room and run again "
+            f"({reason})"
+        )
 
 
 def named(state: Any) -> Arrays:

@@ -25,6 +25,7 @@ from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, place, shard
 
 from .checkpoints import Checkpoints, Origin, Trained, changes
 from .data import Dataset, Step, check_batches, open_dataset, pipeline
+from .hush import hush_full_disk
 from .model import is_made_of, open_start, write_model
 from .optimizer import learning_rate, make_optimizer
 from .progress import Progress
@@ -62,6 +63,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
       UserError: anything of the recipe that cannot be had, a changed recipe, a full disk, parameters or gradients that
         are not finite.
     """
+    hush_full_disk()
     recipe = checked(recipe)
     folder = pathlib.Path(recipe.run.folder)
     job, params, origin = open_job(recipe)

@@ -1,16 +1,19 @@
 """What a run says: a live line on a terminal, JSON lines always, TensorBoard when it is installed."""
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file, written_aside
 
 from .step import Metrics
@@ -58,19 +61,21 @@ class Progress:
         self._since, self._tokens, self._macs = time.perf_counter(), 0, 0.0
         self._broken: Counter[str] = Counter()
         if self.main:
-            _keep_before(self._path, first)
-            self._file = self._path.open("a")
-            self._board = _tensorboard(folder)
+            with self._writing():
+                _keep_before(self._path, first)
+                self._file = self._path.open("a")
+                self._board = _tensorboard(folder)
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self._bar.close()
-        if self.main:
-            self._file.close()
-        if self._board:
-            self._board.close()
+        with contextlib.suppress(*([UserError] if kind else [])), self._writing():
+            if self._board:
+                self._board.close()
+            if self.main:
+                self._file.close()
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """A line of its own: a compilation, a checkpoint, the end."""
@@ -117,15 +122,27 @@ class Progress:
         shown = {"loss": f"{line['loss']:.4f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
         self._bar.set_postfix(shown | ({"MFU": f"{100 * line['mfu']:.1f} %"} if peak else {}))
         if self._board:
-            for name, value in line.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, np.float32(value), number)
+            with self._writing():
+                for name, value in line.items():
+                    if isinstance(value, int | float) and name != "step":
+                        self._board.add_scalar(name, np.float32(value), number)
         return values
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.main:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with self._writing():
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the log in {self._path.parent} cannot be written ({error.strerror}): make room and run again, it "
+                "goes on after the last checkpoint"
+            ) from None
 
 
 def read_line(raw: bytes) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from pdrop_jax.train import progress
 from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.step import Metrics
 
-METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), jnp.int32(7), jnp.int32(100), jnp.int32(0))
+METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), jnp.int32(7), jnp.int32(100), jnp.int32(0), jnp.int32(0))
 
 
 def lines(folder):
