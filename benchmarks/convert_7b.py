@@ -9,6 +9,7 @@ files are the operating system's to take back. Needs 45 GB of disk, removed at t
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -21,13 +22,30 @@ import numpy as np
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.convert.exporter import export, hf_config, with_image_token
+from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.files import read_folder, write_safetensors
+from pdrop_jax.convert.hf_config import hf_config, with_image_token
 from pdrop_jax.convert.importer import convert
 from pdrop_jax.convert.names import NAMINGS, torch_shapes, unrun_shapes
 from pdrop_jax.schedule import DropSchedule
 
 SHARD_BYTES = 2e9
+
+
+def shape(layers: int, width: int, tower_layers: int) -> LlavaConfig:
+    """LLaVA-1.5-7B, or something smaller of its proportions."""
+    config = LlavaConfig.llava_1_5_7b()
+    heads = width // config.text.head_dim
+    text = dataclasses.replace(
+        config.text,
+        num_layers=layers,
+        hidden_size=width,
+        intermediate_size=width * config.text.intermediate_size // config.text.hidden_size,
+        num_heads=heads,
+        num_kv_heads=heads,
+    )
+    vision = dataclasses.replace(config.vision, num_layers=tower_layers)
+    return dataclasses.replace(config, text=text, vision=vision, schedule=DropSchedule.none())
 
 
 def write_source(folder: pathlib.Path, config: LlavaConfig) -> int:
@@ -87,10 +105,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="new folder to work in")
     parser.add_argument("--dense", action="store_true", help="no drop schedule: stacks of all 32 layers")
+    parser.add_argument("--layers", type=int, default=32, help="of the language model, for a try in less time")
+    parser.add_argument("--width", type=int, default=4096, help="of the language model and its heads of 128")
+    parser.add_argument("--tower-layers", type=int, default=24, help="of the vision tower")
     parser.add_argument("--export", action="store_true", help="export again and compare every tensor bit by bit")
     args = parser.parse_args()
-    config = with_image_token(LlavaConfig.llava_1_5_7b())
-    schedule = DropSchedule.none() if args.dense else DropSchedule()
+    config = with_image_token(shape(args.layers, args.width, args.tower_layers))
+    quarters = tuple(args.layers * n // 4 for n in (1, 2, 3))
+    schedule = DropSchedule.none() if args.dense else DropSchedule(quarters)
     try:
         source_bytes = write_source(args.folder / "source", config)
         figures: dict[str, object] = {"source_gb": round(source_bytes / 1e9, 2), "dense": args.dense}

@@ -25,6 +25,7 @@ import tyro
 from pdrop_jax.analysis.cost import decode_macs, prefill_macs
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
 from pdrop_jax.generation import Sampling, decode, start
 from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
@@ -33,6 +34,7 @@ from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.llava import embed
 from pdrop_jax.model.params import init_params, unstack
+from pdrop_jax.model.scores import Boundary
 from pdrop_jax.schedule import Bucket, DropSchedule
 
 GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
@@ -159,15 +161,16 @@ def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> 
     plan = config.schedule.plan(config.text.num_layers, batch.bucket)
     buffer = jax.jit(embed, static_argnums=(0, 3))(config, params, batch, plan[0].slots)
     total = 0.0
+    run = jax.jit(drop, static_argnums=(0, 2))
     for s, stage in enumerate(plan[1:], 1):
         layers = params["stages"][str(s)]
         first = layers[0] if _is_list(layers) else jax.tree.map(lambda x: x[0], layers)
-        run = jax.jit(drop, static_argnums=(0, 1, 5))
         rope = rope_tables(config.text, positions_of(config.schedule, buffer))
+        at = Boundary(config, s - 1, buffer, rope, first)
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            after, _ = jax.block_until_ready(run(config, stage, first, buffer, rope, max(batch.bucket.images)))
+            after, _ = jax.block_until_ready(run(stage, at, max(batch.bucket.images)))
             times.append(time.perf_counter() - began)
         total += statistics.median(times[1:])
         buffer = after
@@ -181,8 +184,8 @@ def make_torch(config: LlavaConfig, dtype: str) -> Any:
     from transformers import LlavaForConditionalGeneration
 
     settings = TorchConfig(
-        vision_config=config.vision.to_hf(),
-        text_config=config.text.to_hf(),
+        vision_config=vision_to_hf(config.vision),
+        text_config=text_to_hf(config.text),
         image_token_index=config.text.vocab_size - 1,
     )
     settings._attn_implementation = "sdpa"

@@ -22,8 +22,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["llava-1.5-7b", "llava-1.5-13b", "llava-next-7b"])
     parser.add_argument("--chips", nargs="+", default=list(SLICES), choices=SLICES)
+    parser.add_argument("--slices", nargs="+", help="of the chips, smallest first; all of them if left out")
+    parser.add_argument("--rows", type=int, default=ROWS, help="global batch")
     arguments = parser.parse_args()
-    devices = {f"{chip}:{size}": devices_of(f"{chip}:{size}") for chip in arguments.chips for size in SLICES[chip]}
+    slices = {chip: [size for size in SLICES[chip] if size in (arguments.slices or SLICES[chip])] for chip in SLICES}
+    devices = {f"{chip}:{size}": devices_of(f"{chip}:{size}") for chip in arguments.chips for size in slices[chip]}
 
     from pdrop_jax.config import config_of
     from pdrop_jax.model.params import abstract_params, count
@@ -33,19 +36,23 @@ def main() -> None:
     for model in arguments.models:
         config = config_of(model)
         state = STATE_BYTES * count(abstract_params(config))
-        bucket = Bucket(128, (2880,), 5) if config.tiling else Bucket(128, (576,))
+        bucket = Bucket(128, (2880,), 5) if config.tiling else Bucket(128, (config.image_tokens,))
         for chip in arguments.chips:
             capacity = MEMORY[chip] * 2**30
             for schedule in (config.schedule, DropSchedule.none()):
                 job = Job(
-                    dataclasses.replace(config, schedule=schedule), "train", bucket, ROWS, groups=groups_of(config)
+                    dataclasses.replace(config, schedule=schedule),
+                    "train",
+                    bucket,
+                    arguments.rows,
+                    groups=groups_of(config),
                 )
-                for size in SLICES[chip]:
+                for size in slices[chip]:
                     topology = f"{chip}:{size}"
                     number = len(devices[topology])
                     if state / number > capacity:
                         continue
-                    parts = ROWS // number
+                    parts = arguments.rows // number
                     found = plan(dataclasses.replace(job, accumulate=parts), None, topology, devices[topology]).report
                     gib = found.total_bytes / 2**30 if found.fits else found.excess_bytes / 2**30
                     said = f"{gib:.2f} of {MEMORY[chip]} GiB" if found.fits else f"{gib:.2f} GiB too much"

@@ -15,10 +15,10 @@ from pdrop_jax.inputs.processor import Row, assemble, choose_bucket
 from pdrop_jax.model.llava import forward
 from pdrop_jax.schedule import DropSchedule
 
-from .exporter import hf_class, hf_config
-from .files import DTYPES
+from .hf_config import hf_class, hf_config
 from .names import NAMINGS, leaves, unrun_shapes
 from .sources import Source
+from .tensors import DTYPES
 
 TEXT_TOKENS = 12
 SIZE = 100, 200  # pixels, height and width that a tiled picture is said to have

@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -13,22 +13,17 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from pdrop_jax import checkpoint, storage
-from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, VisionConfig
-from pdrop_jax.errors import UserError
+from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.io import read_json
-from pdrop_jax.parts import ORIGINAL_TYPES
 
-from .files import DTYPES, DType, open_safetensors, write_safetensors
+from .files import open_safetensors, write_safetensors
+from .hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
+from .hf_parts import vision_to_hf
 from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
-from .projector import projector_type
+from .tensors import DTYPES, DType
 
 Format = Literal["hf", "original"]
 SHARD_BYTES = 2**29
-ORIGINAL_CLASSES = {
-    "llama": "LlavaLlamaForCausalLM",
-    "mistral": "LlavaMistralForCausalLM",
-    "qwen2": "LlavaQwenForCausalLM",
-}
 TOWER_CLASSES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 
 
@@ -67,115 +62,10 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
         (new / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         checkpoint.copy_files(model, new, checkpoint.COMPANIONS)
         if format == "original" and config.vision != VisionConfig():
-            _write_tower(model, new / _tower_folder(config), config, dtype, unrun)
+            _write_tower(model, new / tower_folder(config), config, dtype, unrun)
         if format == "hf" and config.image_token_id is None:
             _complete_processor(new, theirs)
         return _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
-
-
-def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    """config.json of the class of transformers that the model is, see ``hf_class``.
-
-    Raises:
-      UserError: the model has something that class cannot express.
-    """
-    if config.projector_layers != 2:
-        raise UserError(
-            f"transformers' LLaVA has a projector of 2 layers, this model's has {config.projector_layers}: "
-            "use --format original"
-        )
-    kind, architecture = hf_class(config)
-    tiling = config.tiling
-    own: dict[str, Any] = {"image_grid_pinpoints": [list(point) for point in tiling.pinpoints]} if tiling else {}
-    if tiling and tiling.max_tiles:
-        own["vision_aspect_ratio"] = f"anyres_max_{tiling.max_tiles}"
-    if config.frame_stride:
-        own |= {"spatial_pool_mode": "average", "spatial_pool_stride": config.frame_stride}
-    if config.video_token_id is not None:
-        own["video_token_index"] = config.video_token_id
-    return {
-        "architectures": [architecture],
-        "model_type": kind,
-        "torch_dtype": dtype,
-        **own,
-        "image_token_index": config.image_token_id,
-        "image_seq_length": config.image_tokens,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": config.select_layer,
-        "vision_feature_select_strategy": _select_strategy(config),
-        "tie_word_embeddings": config.text.tie_embeddings,
-        "text_config": config.text.to_hf() | _special_tokens(config) | {"torch_dtype": dtype},
-        "vision_config": config.vision.to_hf() | {"torch_dtype": dtype},
-    }
-
-
-def hf_class(config: LlavaConfig) -> tuple[str, str]:
-    """The model_type of Hugging Face's code that ``config`` is, and the class of transformers."""
-    if config.frame_stride:
-        return "llava_next_video", "LlavaNextVideoForConditionalGeneration"
-    if config.tiling is None:
-        return "llava", "LlavaForConditionalGeneration"
-    if config.tiling.max_tiles is None:
-        return "llava_next", "LlavaNextForConditionalGeneration"
-    return "llava_onevision", "LlavaOnevisionForConditionalGeneration"
-
-
-def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    """config.json of the original LLaVA code.
-
-    Raises:
-      UserError: it is a OneVision or a LLaVA-NeXT-Video, of which that code's names are not known here.
-    """
-    tiling = config.tiling
-    kind, _ = hf_class(config)
-    if kind in ("llava_onevision", "llava_next_video"):
-        raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
-    points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
-    return {
-        **config.text.to_hf(),
-        **_special_tokens(config),
-        "architectures": [ORIGINAL_CLASSES[config.text.family]],
-        "model_type": ORIGINAL_TYPES[config.text.family],
-        "torch_dtype": dtype,
-        "image_aspect_ratio": "anyres" if tiling else config.image_aspect,
-        **({"image_grid_pinpoints": points} if tiling else {}),
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_patch_merge_type": "spatial_unpad" if tiling else "flat",
-        "mm_projector_type": projector_type(config.projector_layers),
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
-        "mm_vision_select_layer": config.select_layer,
-        "mm_vision_tower": KNOWN_TOWER if config.vision == VisionConfig() else _tower_folder(config),
-        "unfreeze_mm_vision_tower": True,  # or that code reads the tower by its name and not from the checkpoint
-        "use_mm_proj": True,
-    }
-
-
-def _tower_folder(config: LlavaConfig) -> str:
-    return f"{config.vision.kind}_tower"
-
-
-def _select_strategy(config: LlavaConfig) -> str:
-    return "full" if config.keep_class_token or not config.vision.class_tokens else "default"
-
-
-def _special_tokens(config: LlavaConfig) -> dict[str, Any]:
-    eos = config.eos_token_ids
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None}
-
-
-def with_image_token(config: LlavaConfig) -> LlavaConfig:
-    """``config`` with an id for "<image>": transformers needs one, the original LLaVA's vocabulary has none.
-
-    The vocabulary grows to the next multiple of 64, as that of the checkpoints on the hub.
-    """
-    if config.image_token_id is not None:
-        return config
-    V = config.text.vocab_size
-    text = dataclasses.replace(config.text, vocab_size=(V // 64 + 1) * 64)
-    return dataclasses.replace(config, text=text, image_token_id=V)
 
 
 def _write_tensors(
@@ -266,7 +156,7 @@ def _write_tower(
     prefix = NAMINGS["original"].vision
     tensors |= {tower.vision + name.removeprefix(prefix): x for name, x in unrun.items()}
     write_safetensors(out / "model.safetensors", tensors)
-    data = {"architectures": [TOWER_CLASSES[config.vision.kind]], "torch_dtype": dtype} | config.vision.to_hf()
+    data = {"architectures": [TOWER_CLASSES[config.vision.kind]], "torch_dtype": dtype} | vision_to_hf(config.vision)
     (out / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     checkpoint.copy_files(model, out, ["preprocessor_config.json"])
 
@@ -290,7 +180,7 @@ def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
         "image_token": "<image>",
         "num_additional_image_tokens": config.vision.class_tokens,
         "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": _select_strategy(config),
+        "vision_feature_select_strategy": select_strategy(config),
     }
     (folder / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):

@@ -10,8 +10,10 @@ import numpy as np
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
 
-from .files import Tensor, Tensors, open_pickle, open_safetensors
+from .files import open_safetensors
 from .names import NAMINGS, Naming, Shape, projector_shapes
+from .pickles import open_pickle
+from .tensors import Tensor, Tensors
 
 PREFIX = "model.mm_projector."
 NAME = re.compile(r"(?:.*mm_projector\.)?((?:\d+\.)?(?:weight|bias))")

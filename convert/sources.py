@@ -1,19 +1,22 @@
 """What a conversion reads: a PyTorch LLaVA, or the parts of one that has yet to be trained."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import FORMAT, LlavaConfig, VisionConfig, read_config
+from pdrop_jax.config import FORMAT, LlavaConfig, read_config
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
-from pdrop_jax.parts import FAMILIES, ORIGINAL_TYPES
 from pdrop_jax.schedule import DropSchedule
 
-from .files import FLOATS, Tensors, read_folder
+from .files import read_folder
+from .hf_config import llava_from_hf
+from .hf_parts import FAMILIES, ORIGINAL_TYPES, vision_from_hf
 from .names import IGNORED, NAMINGS, TOWERS, Naming, closest, projector_shapes, torch_shapes, unrun_shapes
 from .projector import fresh_projector, num_layers, open_projector, projector_type, read_projector
+from .tensors import FLOATS, Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +57,18 @@ def open_source(
     """
     data = _read_config(folder)
     original = data.get("model_type") in ORIGINAL_TYPES.values()
-    if data.get("model_type") in FAMILIES:
+    if data.get("model_type") in tuple(FAMILIES):
         raise UserError(f"{folder} is a language model: make a LLaVA of it, --llm {folder} --vision DIR OUT")
     if vision and not original:
         raise UserError(f"{folder} holds its vision tower: --vision is for original LLaVA checkpoints without one")
     tower = vision or _find_tower(folder, data.get("mm_vision_tower"))
-    config = LlavaConfig.from_hf(
+    config = llava_from_hf(
         data,
-        vision=VisionConfig.from_hf(read_config(tower)) if tower else None,
+        vision=vision_from_hf(read_config(tower), str(tower / "config.json")) if tower else None,
         generation=_optional_json(folder / "generation_config.json"),
         preprocessor=_image_processor(folder),
         schedule=schedule,
+        where=str(folder / "config.json"),
     )
     tensors = read_folder(folder)
     namings = {key: naming for key, naming in NAMINGS.items() if key.startswith("original") == original}
@@ -104,10 +108,10 @@ def open_parts(
       UserError: as ``open_source``.
     """
     data = _read_config(llm)
-    if data.get("model_type") not in FAMILIES:
+    if data.get("model_type") not in tuple(FAMILIES):
         known = " or ".join(FAMILIES)
         raise UserError(f"--llm takes a {known} language model, {llm} has model_type {data.get('model_type')!r}")
-    tower = VisionConfig.from_hf(read_config(vision))
+    tower = vision_from_hf(read_config(vision), str(vision / "config.json"))
     layers = projector_layers or (num_layers(open_projector(projector)) if projector else 2)
     llava = {
         "model_type": ORIGINAL_TYPES[data["model_type"]],
@@ -118,7 +122,9 @@ def open_parts(
         "mm_vision_select_layer": -2,
     }
     generation = _optional_json(llm / "generation_config.json")
-    config = LlavaConfig.from_hf(data | llava, vision=tower, generation=generation, schedule=schedule)
+    config = llava_from_hf(
+        data | llava, vision=tower, generation=generation, schedule=schedule, where=str(llm / "config.json")
+    )
     naming = NAMINGS["original-linear" if layers == 1 else "original"]
     tensors = read_folder(llm)
     if tensors.keys() & projector_shapes(config, naming):
@@ -136,9 +142,9 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     return data
 
 
-def _find_tower(folder: pathlib.Path, name: str | None) -> pathlib.Path | None:
-    places = [folder / name, folder.absolute().parent / name] if name else []
-    return next((place for place in places if (place / "config.json").is_file()), None)
+def _find_tower(folder: pathlib.Path, name: Any) -> pathlib.Path | None:
+    places = [folder / name, folder.absolute().parent / name] if name and isinstance(name, str) else []
+    return next((place for place in places if os.path.isfile(place / "config.json")), None)
 
 
 def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def check_file(path: str | os.PathLike, limit: int | None = None) -> int:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path} cannot be read: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"{path} cannot be read: {_reason(error)}") from None
     if not stat.S_ISREG(found.st_mode):

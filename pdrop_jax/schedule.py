@@ -7,10 +7,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.parts import TextConfig
+from pdrop_jax.schema import NO_OTHER_KEYS, validated
 
 Positions = Literal["dense", "original"]
 
@@ -68,11 +71,13 @@ class DropSchedule:
       UserError: lists of different length, layers that do not ascend, ratios that rise or leave 0..1.
     """
 
-    layers: tuple[int, ...] = (8, 16, 24)
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    layers: Annotated[tuple[int, ...], Field(max_length=1024)] = (8, 16, 24)
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     positions: Positions = "dense"
     score: str = "pyramiddrop"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
@@ -196,7 +201,8 @@ class DropSchedule:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "DropSchedule":
-        return cls(**data | {"layers": data["layers"], "ratios": data["ratios"]})  # KeyError without them
+        """Raises UserError if it is not what ``to_json`` gives."""
+        return validated(cls, data, "the drop schedule")
 
 
 # For a decoder of 32 layers and 576 image tokens: the paper's own, and averages of 192, 128 and 64 tokens over layers.

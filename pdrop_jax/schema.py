@@ -3,8 +3,6 @@
 A dataclass declares its ranges where it declares its fields::
 
     hidden_size: Annotated[int, Field(ge=1, le=2**16)] = 4096
-
-and ``__pydantic_config__ = STRICT`` in its body if it has no other keys.
 """
 
 import dataclasses
@@ -13,6 +11,7 @@ import functools
 import json
 import re
 import typing
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,19 +21,22 @@ from pdrop_jax.errors import UserError
 T = TypeVar("T")
 
 SHOWN = 60  # characters of a value in a message
-STRICT = ConfigDict(extra="forbid")  # of a dataclass: a key that it does not have is an error
+
+NO_OTHER_KEYS = ConfigDict(extra="forbid")  # as ``__pydantic_config__`` of a dataclass
 
 # Finite, unlike a float without it: JSON and TOML both can say NaN and infinity.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NormEps = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
-def validated(kind: type[T], data: Any, where: str) -> T:
+def validated(kind: type[T], data: Any, where: str, prefix: str = "") -> T:
     """``data`` of a JSON or TOML file as ``kind``, a dataclass or a pydantic model. Nothing is converted.
 
     Args:
       where: what the error message calls the file.
+      prefix: of the keys in the error message, for a table inside the file.
 
     Raises:
       UserError: one line with the file, the key, its value and what is allowed.
@@ -43,11 +45,11 @@ def validated(kind: type[T], data: Any, where: str) -> T:
     try:
         # As JSON because there a list may be a tuple in strict mode too.
         return adapter.validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as error:
-        raise UserError(_message(error, kind, where)) from None
     except RecursionError:
-        raise UserError(f"{where} is malformed: it is nested too deeply") from None
-    except ValueError:  # Python does not write out integers of thousands of digits, which TOML can say in hexadecimal
+        raise UserError(f"{where} is nested too deeply") from None
+    except ValidationError as error:
+        raise UserError(_message(error, kind, data, where, prefix)) from None
+    except ValueError:  # Python does not write out an integer of thousands of digits, which TOML can say in hexadecimal
         raise UserError(f"{where} is malformed: a number has too many digits") from None
 
 
@@ -56,26 +58,39 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _message(error: ValidationError, kind: type, where: str) -> str:
+def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: str) -> str:
     errors = error.errors(include_url=False)
     unknown = ("extra_forbidden", "unexpected_keyword_argument")  # first: a misspelt key is missing too
     found = next((x for x in errors if x["type"] in unknown), errors[0])
-    key = ".".join(str(part) for part in found["loc"])
-    if found["type"] == "json_invalid":
-        reason = "nested too deeply" if "recursion" in found["msg"] else "a string is not valid UTF-8"
-        return f"{where} is malformed: {reason}"
+    key = prefix + ".".join(_keys(found["loc"], data))
+    if found["type"] == "json_invalid":  # well-formed, since it was written here
+        return f"{where} " + (
+            "is nested too deeply" if "recursion" in found["msg"] else "has a string that is no UTF-8"
+        )
     if found["type"] in ("missing", "missing_argument"):
-        missing = [".".join(map(str, x["loc"])) for x in errors if x["type"] == found["type"]]
+        missing = [prefix + ".".join(_keys(x["loc"], data)) for x in errors if x["type"] == found["type"]]
         return f"{where} has no {', '.join(missing)}"
     if found["type"] in unknown:
         return f"{where} has an unknown key {key}{_suggestion(kind, found['loc'])}"
     if found["type"] == "value_error":  # raised by a __post_init__
         return f"{where}: {found['ctx']['error']}"
     value = found["input"]
-    shown = json.dumps(value) if not isinstance(value, str) else repr(value)
+    shown = repr(value) if isinstance(value, str) else json.dumps(value)
     shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
     allowed = re.sub(r"^\w+ should | after validation, not \d+$", "", found["msg"]).replace("valid array", "list")
     return f"{where}: {key or 'the document'} is {shown}, it must {allowed}"
+
+
+def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
+    """The parts of ``loc`` that are keys of ``data``, or missing from it; pydantic adds the members of a union."""
+    for part in loc:
+        if isinstance(data, dict):
+            data = data.get(str(part))
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            return
+        yield str(part)
 
 
 def _suggestion(kind: Any, loc: tuple[int | str, ...]) -> str:

@@ -21,6 +21,7 @@ from pdrop_jax.inputs.anyres import ImageTokens, count, levels, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, template_named
 from pdrop_jax.inputs.images import as_tokens, image_size, read_image
 from pdrop_jax.inputs.targets import ends_answers, tokenize
+from pdrop_jax.io import inside
 from pdrop_jax.schedule import Bucket
 
 from .examples import CORRUPT, OUTSIDE, BrokenRecord, fit, read_example, read_records
@@ -261,7 +262,6 @@ def file_finder(folder: str, outside: bool = False) -> Callable[[str], bool]:
       outside: whether a name may leave ``folder``, as ``../1.png`` or ``/etc/1.png``. Otherwise the function raises
         BrokenRecord for it. Names alone are looked at: a link in ``folder`` may lead anywhere.
     """
-    root = os.path.abspath(folder)
 
     @functools.cache
     def names(parent: str) -> frozenset[str]:
@@ -271,8 +271,7 @@ def file_finder(folder: str, outside: bool = False) -> Callable[[str], bool]:
             return frozenset()
 
     def is_file(name: str) -> bool:
-        path = os.path.normpath(os.path.join(root, name))
-        if not outside and path != root and not path.startswith(os.path.join(root, "")):
+        if not outside and name and not inside(folder, name):
             raise BrokenRecord(OUTSIDE)
         parent, own = os.path.split(os.path.join(folder, name))
         return own in names(parent)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.io import check_file, written_aside
+from pdrop_jax.io import check_file
 
 from .step import Metrics
 
@@ -162,18 +162,19 @@ def _keep_before(path: pathlib.Path, first: int) -> None:
     if not path.exists():
         return
     check_file(path)
-    damaged = []
-    with written_aside(path) as aside, path.open("rb") as old, aside.open("wb") as new:
+    damaged, aside = [], path.with_suffix(".unfinished")
+    with path.open("rb") as old, aside.open("wb") as new:
         for raw in old:
             line = read_line(raw)
             if line is None and raw.endswith(b"\n"):
                 damaged.append(raw)
             elif line is not None and line["step"] <= first:
                 new.write(raw.rstrip(b"\n") + b"\n")
-        if damaged:
-            with path.with_name(DAMAGED).open("ab") as file:
-                file.writelines(damaged)
-            print(f"warning: {len(damaged)} damaged lines of {path} were moved to {DAMAGED} beside it", file=sys.stderr)
+    if damaged:
+        with path.with_name(DAMAGED).open("ab") as file:
+            file.writelines(damaged)
+        print(f"warning: {len(damaged)} damaged lines of {path} were moved to {DAMAGED} beside it", file=sys.stderr)
+    aside.replace(path)
 
 
 def _tensorboard(folder: pathlib.Path) -> Any:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import parse_json, read_bytes
-from pdrop_jax.schema import STRICT, Share, validated
+from pdrop_jax.schema import NO_OTHER_KEYS, Share, validated
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
 RECIPE_BYTES = 2**16  # of a file
@@ -36,7 +36,7 @@ Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 class Model:
     """Where training starts and which part of it is trained."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHER_KEYS
 
     start: Path  # a checkpoint of ours
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=4)] = ("projector", "llm")
@@ -63,7 +63,7 @@ class Model:
 class Data:
     """Conversations in LLaVA's JSON and the pictures that they speak of."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHER_KEYS
 
     conversations: Path  # JSON list or JSON lines
     images: Path  # folder
@@ -87,7 +87,7 @@ class Optimizer:
     2025). Word embeddings, the head and what is no matrix are left to AdamW, with optax's Nesterov momentum.
     """
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHER_KEYS
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: Rate = 2e-5
@@ -106,7 +106,7 @@ class Optimizer:
 class Run:
     """Where it is kept, how long it is, and in what portions."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHER_KEYS
 
     folder: Path  # of log, checkpoints and the trained model
     batch_size: Rows = 128  # of a step, all processes together
@@ -129,7 +129,7 @@ class Run:
 class Mesh:
     """Devices along each axis; see ``pdrop_jax.sharding``."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHER_KEYS
 
     data: Devices = 1
     fsdp: Devices | None = None  # None is all that the others leave
@@ -138,7 +138,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHER_KEYS
 
     model: Model
     data: Data

@@ -17,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, pooled, tiled, whole
-from pdrop_jax.io import read_json
+from pdrop_jax.inputs.image_settings import read_settings
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -52,7 +52,7 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
     side = config.vision.image_size
     square = {"height": side, "width": side}
     siglip = config.vision.kind == "siglip"
-    settings = _read_settings(folder) or (
+    settings = read_settings(folder) or (
         {"size": square} if siglip else {"size": {"shortest_edge": side}, "crop_size": square}
     )
     size = settings.get("size")
@@ -87,14 +87,6 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
             f"takes {side}x{side}: copy the preprocessor_config.json of this model"
         )
     return processor
-
-
-def _read_settings(folder: pathlib.Path) -> dict[str, Any] | None:
-    if (folder / "preprocessor_config.json").exists():
-        return read_json(folder / "preprocessor_config.json")
-    # transformers 5 saves a LLaVA processor as one file, with the image processor as one of its entries.
-    merged = folder / "processor_config.json"
-    return read_json(merged).get("image_processor") if merged.exists() else None
 
 
 def open_image(picture: Picture) -> Image.Image:

@@ -92,5 +92,5 @@ def test_all_missing_pictures_are_counted_and_the_first_are_named(write, tmp_pat
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(UserError, match=r"q\.jsonl: there is no such file"):
+    with pytest.raises(UserError, match=r"q\.jsonl cannot be read: there is no such file"):
         read_questions(tmp_path / "q.jsonl")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command import PDROP
+from mutations import one_line
 from safetensors.numpy import load_file, save_file
 from tiny_torch import edit_json, rewrite, weights
 
@@ -228,4 +229,22 @@ def test_an_unused_tensor_of_another_checkpoint(hf, tmp_path):
     (tmp_path / "ours" / "unused.safetensors").unlink()
     with pytest.raises(UserError, match="18 missing"):
         export(tmp_path / "ours", tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin"])
+def test_what_is_no_file_is_refused_and_not_waited_for(name, kind, hf, tmp_path):
+    (hf / name).unlink(missing_ok=True)
+    if name == "pytorch_model.bin":
+        (hf / "model.safetensors").unlink()
+    if kind == "FIFO":
+        os.mkfifo(hf / name)
+    elif kind == "device":
+        (hf / name).symlink_to("/dev/zero")
+    else:
+        (hf / name).mkdir()
+    with one_line((name, kind)) as said:
+        convert(hf, tmp_path / "out")
+    assert f"{hf / name} is a {kind}, expected a file" in said
     assert not (tmp_path / "out").exists()

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from tiny_torch import GOLDEN, VARIANTS, as_version_4, assert_same, edit_json, rewrite, weights
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert import exporter
 from pdrop_jax.convert.exporter import export
+from pdrop_jax.convert.hf_config import llava_from_hf
 from pdrop_jax.convert.importer import convert
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
@@ -45,7 +45,7 @@ def test_transformers_loads_the_export_as_the_same_model(variant, torch_model, h
     convert(hf_folder[variant], tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back", "hf")
     model = load_in_torch(tmp_path / "back")
-    theirs, ours = (LlavaConfig.from_hf(m.config.to_dict()) for m in (torch_model[variant], model))
+    theirs, ours = (llava_from_hf(m.config.to_dict()) for m in (torch_model[variant], model))
     assert ours == theirs
     expected, loaded = torch_model[variant].state_dict(), model.state_dict()
     assert loaded.keys() == expected.keys()

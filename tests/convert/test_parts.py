@@ -273,7 +273,7 @@ def test_a_projector_of_another_kind_than_asked_for(parts, tmp_path):
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_a_projector_file_that_cannot_be_read(suffix, parts, tmp_path):
     file = parts / f"projector.{suffix}"
-    refused(parts, tmp_path, f"projector.{suffix} cannot be read, download or copy it again", projector=file)
+    refused(parts, tmp_path, f"projector.{suffix} cannot be read: there is no such file", projector=file)
     file.write_bytes(b"no tensors")
     refused(parts, tmp_path, f"projector.{suffix} (cannot be read|is refused)", projector=file)
 

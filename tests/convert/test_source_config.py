@@ -7,8 +7,9 @@ import pytest
 import transformers
 from tiny_torch import GOLDEN
 
-from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.convert.exporter import hf_config, original_config, with_image_token
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.convert.hf_config import KNOWN_TOWER, hf_config, llava_from_hf, original_config, with_image_token
+from pdrop_jax.convert.hf_parts import vision_from_hf
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
@@ -87,12 +88,12 @@ MISTRAL = dataclasses.replace(
 
 
 def test_the_published_original_7b():
-    assert LlavaConfig.from_hf(ORIGINAL_7B) == LlavaConfig.llava_1_5_7b()
+    assert llava_from_hf(ORIGINAL_7B) == LlavaConfig.llava_1_5_7b()
 
 
 def test_the_published_hugging_face_7b():
     expected = LlavaConfig(text=TextConfig(vocab_size=32064), image_token_id=32000)
-    assert LlavaConfig.from_hf(HF_7B) == expected
+    assert llava_from_hf(HF_7B) == expected
 
 
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
@@ -105,11 +106,11 @@ def test_keys_left_out_have_the_defaults_of_transformers(text, vision):
         vision_config=transformers.AutoConfig.for_model(vision),
         vision_feature_select_strategy="full",
     )
-    assert LlavaConfig.from_hf(data) == LlavaConfig.from_hf(theirs.to_dict())
+    assert llava_from_hf(data) == llava_from_hf(theirs.to_dict())
 
 
 def test_parts_left_out_are_those_of_transformers():
-    assert LlavaConfig.from_hf({"model_type": "llava"}) == LlavaConfig.from_hf(transformers.LlavaConfig().to_dict())
+    assert llava_from_hf({"model_type": "llava"}) == llava_from_hf(transformers.LlavaConfig().to_dict())
 
 
 @pytest.mark.parametrize(
@@ -122,75 +123,75 @@ def test_parts_left_out_are_those_of_transformers():
     ],
 )
 def test_the_template_is_what_llava_used_with_such_a_language_model(text, template):
-    assert LlavaConfig.from_hf(HF_7B | {"text_config": text}).template == template
+    assert llava_from_hf(HF_7B | {"text_config": text}).template == template
 
 
 def test_a_qwen2_without_special_tokens_has_none():
-    config = LlavaConfig.from_hf(HF_7B | {"text_config": {"model_type": "qwen2"}})
+    config = llava_from_hf(HF_7B | {"text_config": {"model_type": "qwen2"}})
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
 
 
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
 def test_an_original_siglip_tower_has_no_class_token_to_select(feature):
     data = ORIGINAL_7B | {"mm_hidden_size": 32, "mm_vision_select_feature": feature}
-    assert not LlavaConfig.from_hf(data, vision=SIGLIP).keep_class_token
+    assert not llava_from_hf(data, vision=SIGLIP).keep_class_token
 
 
 def test_a_config_that_transformers_writes_says_the_same_as_a_short_one():
     long = transformers.LlavaConfig.from_dict(HF_7B).to_dict()
-    assert LlavaConfig.from_hf(long) == LlavaConfig.from_hf(HF_7B)
+    assert llava_from_hf(long) == llava_from_hf(HF_7B)
 
 
 def test_both_names_of_the_image_token():
     data = {key: value for key, value in HF_7B.items() if key != "image_token_index"}
-    assert LlavaConfig.from_hf(data | {"image_token_id": 7}).image_token_id == 7
+    assert llava_from_hf(data | {"image_token_id": 7}).image_token_id == 7
 
 
 def test_a_hugging_face_model_pads_if_its_processor_does():
-    assert LlavaConfig.from_hf(HF_7B, preprocessor={"do_pad": True}).image_aspect == "pad"
-    assert LlavaConfig.from_hf(HF_7B, preprocessor={"do_pad": False}).image_aspect == "square"
+    assert llava_from_hf(HF_7B, preprocessor={"do_pad": True}).image_aspect == "pad"
+    assert llava_from_hf(HF_7B, preprocessor={"do_pad": False}).image_aspect == "square"
 
 
 def test_end_tokens_of_the_generation_config_win():
-    assert LlavaConfig.from_hf(HF_7B, generation={"eos_token_id": [2, 9]}).eos_token_ids == (2, 9)
-    assert LlavaConfig.from_hf(HF_7B | {"text_config": {"eos_token_id": 5}}).eos_token_ids == (5,)
+    assert llava_from_hf(HF_7B, generation={"eos_token_id": [2, 9]}).eos_token_ids == (2, 9)
+    assert llava_from_hf(HF_7B | {"text_config": {"eos_token_id": 5}}).eos_token_ids == (5,)
 
 
 def test_the_schedule_is_the_papers_where_it_fits():
-    assert LlavaConfig.from_hf(HF_7B).schedule == DropSchedule()
-    assert LlavaConfig.from_hf(HF_7B, schedule=DropSchedule.none()).schedule == DropSchedule.none()
+    assert llava_from_hf(HF_7B).schedule == DropSchedule()
+    assert llava_from_hf(HF_7B, schedule=DropSchedule.none()).schedule == DropSchedule.none()
     short = HF_7B | {"text_config": HF_7B["text_config"] | {"num_hidden_layers": 24}}
-    assert LlavaConfig.from_hf(short).schedule == DropSchedule.none()
+    assert llava_from_hf(short).schedule == DropSchedule.none()
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
 def test_projectors_of_the_original_code(kind, layers):
-    assert LlavaConfig.from_hf(ORIGINAL_7B | {"mm_projector_type": kind}).projector_layers == layers
+    assert llava_from_hf(ORIGINAL_7B | {"mm_projector_type": kind}).projector_layers == layers
 
 
 def test_defaults_of_the_original_code():
     data = dict(ORIGINAL_7B)
     for key in ("mm_projector_type", "image_aspect_ratio", "mm_vision_select_feature", "mm_use_im_start_end"):
         del data[key]
-    config = LlavaConfig.from_hf(data)
+    config = llava_from_hf(data)
     assert (config.projector_layers, config.image_aspect, config.keep_class_token) == (1, "square", False)
 
 
 def test_the_recorded_original_model_takes_its_tower_from_a_folder():
     data = json.loads((GOLDEN / "model_mha" / "config.json").read_text())
-    vision = VisionConfig.from_hf(json.loads((GOLDEN / "clip_tower" / "config.json").read_text()))
-    config = LlavaConfig.from_hf(data, vision=vision)
+    vision = vision_from_hf(json.loads((GOLDEN / "clip_tower" / "config.json").read_text()))
+    config = llava_from_hf(data, vision=vision)
     assert (config.vision, config.image_tokens, config.image_aspect) == (vision, 16, "pad")
 
 
 def test_a_llava_next_video_averages_its_frames_before_the_projector():
     data = HF_7B | {"model_type": "llava_next_video", "image_grid_pinpoints": [[336, 672]]}
-    config = LlavaConfig.from_hf({key: value for key, value in data.items() if key != "image_token_index"})
+    config = llava_from_hf({key: value for key, value in data.items() if key != "image_token_index"})
     assert (config.frame_stride, config.frame_tokens) == (2, 144)
     assert (config.image_token_id, config.video_token_id) == (32001, 32000)
-    assert LlavaConfig.from_hf(data | {"spatial_pool_stride": 5}).frame_tokens == 16
+    assert llava_from_hf(data | {"spatial_pool_stride": 5}).frame_tokens == 16
     theirs = transformers.LlavaNextVideoConfig.from_dict(hf_config(config, "float32"))
-    assert LlavaConfig.from_hf(theirs.to_dict()) == config
+    assert llava_from_hf(theirs.to_dict()) == config
     with pytest.raises(UserError, match=r"a llava_next_video model can be exported .* --format hf"):
         original_config(config, "float32")
 
@@ -198,11 +199,11 @@ def test_a_llava_next_video_averages_its_frames_before_the_projector():
 @pytest.mark.parametrize("config", [OTHER, LlavaConfig.llava_1_5_13b(), QWEN2, MISTRAL])
 def test_a_config_survives_both_formats(config):
     original = original_config(config, "float32")
-    assert LlavaConfig.from_hf(original, vision=config.vision, schedule=config.schedule) == config
+    assert llava_from_hf(original, vision=config.vision, schedule=config.schedule) == config
     theirs = with_image_token(config)
     preprocessor = {"do_pad": config.image_aspect == "pad"}
     data = transformers.LlavaConfig.from_dict(hf_config(theirs, "float32")).to_dict()
-    assert LlavaConfig.from_hf(data, preprocessor=preprocessor, schedule=config.schedule) == theirs
+    assert llava_from_hf(data, preprocessor=preprocessor, schedule=config.schedule) == theirs
 
 
 @pytest.mark.parametrize(
@@ -248,11 +249,11 @@ def test_a_config_survives_both_formats(config):
 )
 def test_what_is_not_supported_is_refused(base, change, message):
     with pytest.raises(UserError, match=message) as caught:
-        LlavaConfig.from_hf(base | change)
+        llava_from_hf(base | change)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["mm_vision_select_layer", "mm_hidden_size"])
 def test_an_original_config_without_its_vision_keys_is_refused(key):
     with pytest.raises(UserError, match=f"has no {key}"):
-        LlavaConfig.from_hf({name: value for name, value in ORIGINAL_7B.items() if name != key})
+        llava_from_hf({name: value for name, value in ORIGINAL_7B.items() if name != key})

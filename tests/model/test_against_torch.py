@@ -24,7 +24,8 @@ from transformers import LlavaConfig as HFLlavaConfig
 from transformers.models.llama import modeling_llama as hf
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.hf_parts import text_from_hf, vision_from_hf
 from pdrop_jax.model.attention import attention
 from pdrop_jax.model.layers import DecoderLayer, GatedMLP, Projector, RMSNorm, bind, rope_tables, rotate
 from pdrop_jax.model.llava import embed
@@ -88,7 +89,7 @@ def test_rope_tables(text):
     config = llama_config(**{**text, "head_dim": 64})  # 32 wavelengths: some are stretched, some blended, some not
     positions = np.arange(200)[None]
     cos, sin = hf.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
-    ours = rope_tables(TextConfig.from_hf(config.to_dict()), positions)
+    ours = rope_tables(text_from_hf(config.to_dict()), positions)
     assert_close(jnp.concatenate([ours[0], ours[0]], -1), cos)
     assert_close(jnp.concatenate([ours[1], ours[1]], -1), sin)
 
@@ -98,7 +99,7 @@ def test_rotate():
     positions, q, k = np.array([[0, 1, 2, 7, 40]]), random(1, 5, 4, 8), random(1, 5, 4, 8)[::-1]
     tables = hf.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
     theirs = hf.apply_rotary_pos_emb(torch.tensor(q), torch.tensor(k.copy()), *tables, unsqueeze_dim=2)
-    rope = rope_tables(TextConfig.from_hf(config.to_dict()), positions)
+    rope = rope_tables(text_from_hf(config.to_dict()), positions)
     assert_close(rotate(q, rope), theirs[0], atol=1e-5)
     assert_close(rotate(k, rope), theirs[1], atol=1e-5)
 
@@ -111,7 +112,7 @@ def decoder_layer(text):
     """A torch decoder layer as a function of x, its config, and ours of the same weights."""
     config = llama_config(**text)
     module = randomised(hf.LlamaDecoderLayer(config, 0))
-    ours = TextConfig.from_hf(config.to_dict())
+    ours = text_from_hf(config.to_dict())
     return module, ours, decoder_layer_params(weights(module), ours.head_dim)
 
 
@@ -152,7 +153,7 @@ def test_clip_tower(activation, select_layer):
     pixels = random(2, CROP, CROP, 3)
     theirs = module(torch.tensor(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[select_layer]
 
-    vision = VisionConfig.from_hf(hf_config.to_dict())
+    vision = vision_from_hf(hf_config.to_dict())
     config = LlavaConfig(vision, schedule=DropSchedule.none(), select_layer=select_layer)
     params = vision_params(weights(module), vision, config.vision_layers)
     ours = jax.jit(vision_features, static_argnums=0)(config, params, pixels)[0]
@@ -204,8 +205,8 @@ def test_whole_model(text, strategy):
     )
     module = randomised(LlavaForConditionalGeneration(hf_config))
     config = LlavaConfig(
-        VisionConfig.from_hf(hf_config.vision_config.to_dict()),
-        TextConfig.from_hf(hf_config.text_config.to_dict()),
+        vision_from_hf(hf_config.vision_config.to_dict()),
+        text_from_hf(hf_config.text_config.to_dict()),
         DropSchedule.none(),
         keep_class_token=strategy == "full",
     )
@@ -223,7 +224,7 @@ def test_whole_model(text, strategy):
 @pytest.mark.parametrize("positions", ["dense", "original"])
 def test_layers_behind_a_drop_see_the_kept_tokens_at_their_positions(positions):
     module = randomised(hf.LlamaForCausalLM(llama_config()))
-    text = TextConfig.from_hf(module.config.to_dict())
+    text = text_from_hf(module.config.to_dict())
     config = llava_config(text, DropSchedule((0,), (0.5,), positions))  # before the first layer: nothing else differs
     decoder = decoder_params(weights(module), text, "model.")
     params = {**params_of(config), **restage(decoder, llava_config(text, DropSchedule.none()), config.schedule)}

@@ -12,7 +12,9 @@ from tiny import CROP, VOCAB, assert_close, decode_step, forward, llava_config, 
 from torch_weights import decoder_params, hf_inputs, llava_params, random, randomised, shapes, vision_params, weights
 
 from pdrop_jax.batch import IGNORE
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.hf_config import llava_from_hf
+from pdrop_jax.convert.hf_parts import text_from_hf, vision_from_hf
 from pdrop_jax.model.loss import count_targets, loss_of
 from pdrop_jax.model.params import abstract_params, path_name, restage
 from pdrop_jax.model.vision import vision_features
@@ -45,7 +47,7 @@ TEXTS = {
 def language_model(name):
     """A torch language model, our config of it without drops, and our parameters of the same weights."""
     module = randomised(transformers.AutoModelForCausalLM.from_config(TEXTS[name]))
-    text = TextConfig.from_hf(module.config.to_dict())
+    text = text_from_hf(module.config.to_dict())
     config = llava_config(text, DropSchedule.none())
     params = {**params_of(config), **decoder_params(weights(module), text, "model.")}
     assert shapes(params) == shapes(abstract_params(config))
@@ -105,7 +107,7 @@ def test_siglip_tower(select_layer):
     module = randomised(transformers.SiglipVisionModel(siglip_config()))
     pixels = random(2, CROP, CROP, 3)
     theirs = module(torch.tensor(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[select_layer]
-    vision = VisionConfig.from_hf(module.config.to_dict())
+    vision = vision_from_hf(module.config.to_dict())
     config = LlavaConfig(vision, schedule=DropSchedule.none(), select_layer=select_layer)
     params = vision_params(weights(module), vision, config.vision_layers)
     assert shapes(params) == shapes(abstract_params(config)["vision"])
@@ -127,7 +129,7 @@ def qwen2_siglip():
             )
         )
     )
-    config = LlavaConfig.from_hf(module.config.to_dict(), schedule=DropSchedule.none())
+    config = llava_from_hf(module.config.to_dict(), schedule=DropSchedule.none())
     params = llava_params(weights(module), config)
     assert shapes(params) == shapes(abstract_params(config))
     return module, config, params

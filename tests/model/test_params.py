@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 from transformers import LlavaConfig as HFLlavaConfig
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
 from pdrop_jax.model.params import abstract_params, count, init_params, path_name, restage, unstack
 from pdrop_jax.schedule import DropSchedule
 
@@ -116,8 +117,8 @@ def test_llava_1_5_7b_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("config", [LlavaConfig.llava_1_5_7b(), LlavaConfig.llava_1_5_13b()], ids=["7b", "13b"])
 def test_the_real_sizes_have_as_many_parameters_as_torch(config):
-    text = LlamaConfig(**config.text.to_hf())
-    vision = CLIPVisionConfig(**config.vision.to_hf())
+    text = LlamaConfig(**text_to_hf(config.text))
+    vision = CLIPVisionConfig(**vision_to_hf(config.vision))
     with torch.device("meta"):
         theirs = LlavaForConditionalGeneration(HFLlavaConfig(vision_config=vision, text_config=text))
     total = sum(parameter.numel() for parameter in theirs.parameters())

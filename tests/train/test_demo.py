@@ -191,7 +191,7 @@ def test_the_data_set(tmp_path):
 
 
 def test_bad_data_sets(tmp_path):
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="pictures is 0, it must be 1 to"):
         write_dataset(tmp_path / "none", 0)
     (tmp_path / "here").mkdir()
     with pytest.raises(UserError, match="exists"):

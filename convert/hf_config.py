@@ -1,0 +1,303 @@
+"""The config of a whole LLaVA: the original code's or Hugging Face's config.json to ours, and back."""
+
+import dataclasses
+import re
+from typing import Any
+
+from pdrop_jax.config import MAX_PROJECTOR_LAYERS, MAX_TILES, LlavaConfig, Tiling, VisionConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.parts import TextConfig
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.schema import validated
+
+from .hf_parts import ORIGINAL_TYPES, read_text, text_to_hf, vision_from_hf, vision_to_hf
+from .hf_schema import Generation, Llava, OriginalLlava, Preprocessor, Resolutions, one_of
+from .projector import projector_type
+
+KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
+# model_type of Hugging Face's code -> ids of "<image>" and "<video>" that transformers takes if a config has none.
+HF_TYPES: dict[str, tuple[int, int | None]] = {
+    "llava": (32000, None),
+    "llava_next": (32000, None),
+    "llava_next_video": (32001, 32000),
+    "llava_onevision": (151646, 151647),
+}
+LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000, and what was added
+ORIGINAL_CLASSES = {
+    "llama": "LlavaLlamaForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+    "qwen2": "LlavaQwenForCausalLM",
+}
+
+
+def llava_from_hf(
+    data: dict[str, Any],
+    *,
+    vision: VisionConfig | None = None,
+    generation: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    schedule: DropSchedule | None = None,
+    where: str = "config.json",
+) -> LlavaConfig:
+    """The model that the config.json of a PyTorch checkpoint describes.
+
+    Args:
+      data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
+        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's).
+      vision: the tower of an original model, whose own config only names it; may be left out for LLaVA-1.5's.
+      generation: generation_config.json, whose end tokens win.
+      preprocessor: preprocessor_config.json; a Hugging Face model says only there whether pictures are padded.
+      schedule: without one the paper's if the decoder has layers enough, otherwise nothing is dropped.
+      where: what error messages call the file of ``data``.
+
+    Raises:
+      UserError: a value has the wrong type or is out of range, or something is not supported.
+    """
+    originals = tuple(ORIGINAL_TYPES.values())
+    kind = one_of("model_type", data.get("model_type"), (*originals, *HF_TYPES))
+    text, special, fields = (
+        _original(data, vision, where) if kind in originals else _hugging_face(data, preprocessor or {}, where)
+    )
+    end = validated(Generation, generation or {}, "generation_config.json").eos_token_id
+    if end is None:
+        end = special.eos_token_id
+    ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+    beyond = [token for token in (special.bos_token_id, *ends) if token is not None and token >= text.vocab_size]
+    if beyond:
+        raise UserError(f"{where}: token id {beyond[0]} is outside the vocabulary of {text.vocab_size} tokens")
+    if schedule is None:
+        schedule = DropSchedule() if text.num_layers > DropSchedule().layers[-1] else DropSchedule.none()
+    return LlavaConfig(
+        text=text,
+        schedule=schedule,
+        template=_template(text),
+        bos_token_id=special.bos_token_id,
+        eos_token_ids=ends,
+        **fields,
+    )
+
+
+def _original(data: dict[str, Any], vision: VisionConfig | None, where: str) -> tuple[TextConfig, Any, dict[str, Any]]:
+    """Text config, checked text section and other fields; keys that are left out have the original code's defaults."""
+    found = validated(OriginalLlava, data, where)
+    if found.mm_use_im_start_end:
+        raise UserError("mm_use_im_start_end is not supported: a picture stands between no marks in LLaVA-1.5")
+    aspect: Any = one_of("image_aspect_ratio", found.image_aspect_ratio or "square", ("square", "pad", "anyres"))
+    merge = "spatial_unpad" if aspect == "anyres" else "flat"
+    one_of(f"with image_aspect_ratio {aspect}, mm_patch_merge_type", found.mm_patch_merge_type, (merge,))
+    feature = one_of("mm_vision_select_feature", found.mm_vision_select_feature, ("patch", "cls_patch"))
+    if vision is None and not str(found.mm_vision_tower).endswith(KNOWN_TOWER.rpartition("/")[2]):
+        raise UserError(
+            f"the config of vision tower {str(found.mm_vision_tower)[:100]!r} is not at hand: pass its folder, "
+            "--vision DIR"
+        )
+    vision = vision or VisionConfig()
+    if found.mm_hidden_size != vision.hidden_size:
+        raise UserError(
+            f"mm_hidden_size is {found.mm_hidden_size} but the vision tower has hidden_size {vision.hidden_size}"
+        )
+    text, special = read_text(data, where)
+    return (
+        text,
+        special,
+        {
+            "vision": vision,
+            "projector_layers": _projector_layers(found.mm_projector_type),
+            "select_layer": found.mm_vision_select_layer,
+            # The original code's SigLIP tower does not look at it.
+            "keep_class_token": feature == "cls_patch" and vision.class_tokens > 0,
+            "image_aspect": "pad" if aspect == "anyres" else aspect,
+            "tiling": _tiling(found.image_grid_pinpoints, [1, 0], rounded=False) if aspect == "anyres" else None,
+        },
+    )
+
+
+def _projector_layers(kind: str) -> int:
+    found = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
+    if kind != "linear" and not (found and int(found[1]) <= MAX_PROJECTOR_LAYERS):
+        raise UserError(
+            f"mm_projector_type {kind!r} is not supported: linear or mlp2x_gelu (up to {MAX_PROJECTOR_LAYERS} layers) "
+            "is"
+        )
+    return int(found[1]) if found else 1
+
+
+def _hugging_face(
+    data: dict[str, Any], preprocessor: dict[str, Any], where: str
+) -> tuple[TextConfig, Any, dict[str, Any]]:
+    """As ``_original``; keys that are left out have the defaults of transformers' LlavaConfig."""
+    found = validated(Llava, data, where)
+    one_of("projector_hidden_act", found.projector_hidden_act, ("gelu",))
+    if not found.multimodal_projector_bias:
+        raise UserError("multimodal_projector_bias false is not supported: LLaVA's projector has a bias")
+    if not isinstance(found.vision_feature_layer, int):
+        raise UserError(f"vision_feature_layer {found.vision_feature_layer} is not supported: one layer is")
+    text = dict(found.text_config or {})
+    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or found.tie_word_embeddings)
+    vision = vision_from_hf(found.vision_config, where, "vision_config.") if found.vision_config else VisionConfig()
+    image_id, video_id = HF_TYPES[found.model_type]
+    video = found.model_type == "llava_next_video"
+    if video:
+        one_of("spatial_pool_mode", found.spatial_pool_mode, ("average",))
+    strategy = one_of("vision_feature_select_strategy", found.vision_feature_select_strategy, ("default", "full"))
+    if strategy == "default" and not vision.class_tokens:
+        raise UserError(
+            "vision_feature_select_strategy 'default' cuts off a picture's first token as its class token, and a "
+            f"{vision.kind} tower has none: 'full' is supported"
+        )
+    pads = validated(Preprocessor, preprocessor, "preprocessor_config.json").do_pad
+    return (
+        *read_text(text, where, "text_config."),
+        {
+            "vision": vision,
+            "tiling": _hf_tiling(found),
+            "select_layer": found.vision_feature_layer,
+            "keep_class_token": strategy == "full" and vision.class_tokens > 0,
+            "image_aspect": "pad" if pads else "square",
+            "frame_stride": found.spatial_pool_stride if video else None,
+            "image_token_id": _first(found.image_token_index, found.image_token_id, image_id),
+            "video_token_id": video_id and _first(found.video_token_index, found.video_token_id, video_id),
+        },
+    )
+
+
+def _tiling(points: Any, order: list[int], *, rounded: bool) -> Tiling:
+    """Args: ``order``, where height and width stand in a resolution."""
+    try:
+        found = validated(Resolutions, points or [], "image_grid_pinpoints")
+    except UserError:
+        raise UserError(
+            f"image_grid_pinpoints {str(points)[:60]!r} is not a list of resolutions [a, b] in pixels"
+        ) from None
+    return Tiling(tuple((point[order[0]], point[order[1]]) for point in found), rounded=rounded)
+
+
+def _hf_tiling(found: Llava) -> Tiling | None:
+    """Raises UserError if a OneVision's vision_aspect_ratio is no anyres_max_N."""
+    if found.model_type == "llava":
+        return None
+    tiling = _tiling(found.image_grid_pinpoints, [0, 1], rounded=True)
+    if found.model_type != "llava_onevision":
+        return tiling
+    most = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", found.vision_aspect_ratio)
+    if not most or int(most[1]) > MAX_TILES:
+        raise UserError(
+            f"vision_aspect_ratio {found.vision_aspect_ratio!r} is not supported: anyres_max_9 (up to {MAX_TILES}) is"
+        )
+    return dataclasses.replace(tiling, max_tiles=int(most[1]), alone=True)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _template(text: TextConfig) -> str:
+    """The conversations that LLaVA was trained with on such a language model; no checkpoint says it."""
+    if text.family == "llama":
+        return "llama_3" if text.vocab_size >= LLAMA_3_VOCABULARY else "vicuna_v1"
+    return "mistral_instruct" if text.family == "mistral" else "qwen"
+
+
+def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
+    """config.json of the class of transformers that the model is, see ``hf_class``.
+
+    Raises:
+      UserError: the model has something that class cannot express.
+    """
+    if config.projector_layers != 2:
+        raise UserError(
+            f"transformers' LLaVA has a projector of 2 layers, this model's has {config.projector_layers}: "
+            "use --format original"
+        )
+    kind, architecture = hf_class(config)
+    tiling = config.tiling
+    own: dict[str, Any] = {"image_grid_pinpoints": [list(point) for point in tiling.pinpoints]} if tiling else {}
+    if tiling and tiling.max_tiles:
+        own["vision_aspect_ratio"] = f"anyres_max_{tiling.max_tiles}"
+    if config.frame_stride:
+        own |= {"spatial_pool_mode": "average", "spatial_pool_stride": config.frame_stride}
+    if config.video_token_id is not None:
+        own["video_token_index"] = config.video_token_id
+    return {
+        "architectures": [architecture],
+        "model_type": kind,
+        "torch_dtype": dtype,
+        **own,
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.image_tokens,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": select_strategy(config),
+        "tie_word_embeddings": config.text.tie_embeddings,
+        "text_config": text_to_hf(config.text) | _special_tokens(config) | {"torch_dtype": dtype},
+        "vision_config": vision_to_hf(config.vision) | {"torch_dtype": dtype},
+    }
+
+
+def hf_class(config: LlavaConfig) -> tuple[str, str]:
+    """The model_type of Hugging Face's code that ``config`` is, and the class of transformers."""
+    if config.frame_stride:
+        return "llava_next_video", "LlavaNextVideoForConditionalGeneration"
+    if config.tiling is None:
+        return "llava", "LlavaForConditionalGeneration"
+    if config.tiling.max_tiles is None:
+        return "llava_next", "LlavaNextForConditionalGeneration"
+    return "llava_onevision", "LlavaOnevisionForConditionalGeneration"
+
+
+def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
+    """config.json of the original LLaVA code.
+
+    Raises:
+      UserError: it is a OneVision or a LLaVA-NeXT-Video, of which that code's names are not known here.
+    """
+    tiling = config.tiling
+    kind, _ = hf_class(config)
+    if kind in ("llava_onevision", "llava_next_video"):
+        raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
+    points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
+    return {
+        **text_to_hf(config.text),
+        **_special_tokens(config),
+        "architectures": [ORIGINAL_CLASSES[config.text.family]],
+        "model_type": ORIGINAL_TYPES[config.text.family],
+        "torch_dtype": dtype,
+        "image_aspect_ratio": "anyres" if tiling else config.image_aspect,
+        **({"image_grid_pinpoints": points} if tiling else {}),
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_patch_merge_type": "spatial_unpad" if tiling else "flat",
+        "mm_projector_type": projector_type(config.projector_layers),
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_tower": KNOWN_TOWER if config.vision == VisionConfig() else tower_folder(config),
+        "unfreeze_mm_vision_tower": True,  # or that code reads the tower by its name and not from the checkpoint
+        "use_mm_proj": True,
+    }
+
+
+def tower_folder(config: LlavaConfig) -> str:
+    return f"{config.vision.kind}_tower"
+
+
+def select_strategy(config: LlavaConfig) -> str:
+    return "full" if config.keep_class_token or not config.vision.class_tokens else "default"
+
+
+def _special_tokens(config: LlavaConfig) -> dict[str, Any]:
+    eos = config.eos_token_ids
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None}
+
+
+def with_image_token(config: LlavaConfig) -> LlavaConfig:
+    """``config`` with an id for "<image>": transformers needs one, the original LLaVA's vocabulary has none.
+
+    The vocabulary grows to the next multiple of 64, as that of the checkpoints on the hub.
+    """
+    if config.image_token_id is not None:
+        return config
+    V = config.text.vocab_size
+    text = dataclasses.replace(config.text, vocab_size=(V // 64 + 1) * 64)
+    return dataclasses.replace(config, text=text, image_token_id=V)

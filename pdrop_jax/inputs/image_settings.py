@@ -1,0 +1,60 @@
+"""preprocessor_config.json: how pictures become the vision tower's input, checked before transformers is given it."""
+
+import pathlib
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pdrop_jax.io import read_json
+from pdrop_jax.parts import Pixels
+from pdrop_jax.schema import validated
+
+Side = Annotated[int, Field(ge=1, le=4096)]  # pixels of a whole picture, which is resized to it before it is cropped
+Mean = Annotated[float, Field(ge=-255, le=255)]  # of a colour, after rescaling
+Deviation = Annotated[float, Field(ge=1e-4, le=1e4)]
+
+
+class Size(BaseModel):
+    """A size in pixels: both edges, or the shortest one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    height: Side | None = None
+    width: Side | None = None
+    shortest_edge: Side | None = None
+
+
+class Settings(BaseModel):
+    """The keys that decide what a picture looks like. Others are ignored; null is transformers' default."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    do_resize: bool | None = None
+    size: Side | Size | None = None
+    resample: Annotated[int, Field(ge=0, le=5)] | None = None  # PIL.Image.Resampling
+    do_center_crop: bool | None = None
+    crop_size: Side | Size | None = None
+    do_rescale: bool | None = None
+    rescale_factor: Annotated[float, Field(gt=0, le=255)] | None = None
+    do_normalize: bool | None = None
+    image_mean: tuple[Mean, Mean, Mean] | None = None
+    image_std: tuple[Deviation, Deviation, Deviation] | None = None
+    do_convert_rgb: bool | None = None
+    do_pad: bool | None = None
+    image_grid_pinpoints: Annotated[list[tuple[Pixels, Pixels]], Field(max_length=1024)] | None = None
+
+
+def read_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """The image processor's settings in ``folder``, without those that are null; empty if it describes none.
+
+    Raises:
+      UserError: a file is malformed, or a value has the wrong type or is out of range.
+    """
+    path, found = folder / "preprocessor_config.json", None
+    if path.exists():
+        found = read_json(path)
+    else:
+        # transformers 5 saves a LLaVA processor as one file, with the image processor as one of its entries.
+        path = folder / "processor_config.json"
+        found = read_json(path).get("image_processor") if path.exists() else None
+    return {} if found is None else validated(Settings, found, str(path)).model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,72 @@
+"""Every benchmark at a tiny size, to its last printed line: the README's figures name these commands."""
+
+import json
+import pathlib
+import runpy
+import sys
+
+import pytest
+from tiny_run import write_start
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+SHAPE = ["--layers", "4", "--hidden", "32", "--mlp", "48", "--heads", "2", "--repeats", "1"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a benchmark in this process and gives what it printed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name, *options):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        capsys.readouterr()
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_no_benchmark_is_forgotten():
+    tests = pathlib.Path(__file__).read_text()
+    for path in BENCHMARKS.glob("*.py"):
+        assert f'run("{path.stem}"' in tests, path.name
+
+
+def test_inference(run):
+    options = [*SHAPE, "--vocabulary", 300, "--image-tokens", 16, "--text-tokens", 16, "--batch", 1, "--new-tokens", 3]
+    header, _, columns, _, *rows = run("inference", *options).splitlines()
+    assert "cores" in header
+    assert columns.startswith("| batch | model | prefill s |")
+    assert [row.split("|")[2].strip() for row in rows] == ["ours, dense", "ours, PyramidDrop", "torch, dense"]
+    assert "of 1." in rows[1]  # the speed-up, and the ratio of MACs that it is measured against
+
+
+def test_training(run):
+    out = run("training", *SHAPE, "--steps", 1, "--pictures", 24)
+    assert "speed-up" in out
+    assert out.splitlines()[-1].startswith("| 2 worker processes |")
+
+
+def test_chat(run):
+    _, _, *turns = run("chat", *SHAPE, "--image-tokens", 16, "--new-tokens", 2).splitlines()
+    assert [turn.split("|")[1].strip() for turn in turns] == ["1", "2", "3"]
+
+
+def test_quantized(run):
+    rows = run("quantized", "--pictures", 1).splitlines()
+    assert rows[0] == "|  | bfloat16 | int8 weights | float32 |"
+    assert rows[-1].startswith("| the same image tokens in the last stage | 100.0% |")
+
+
+def test_convert_7b(run, tmp_path):
+    options = ["--layers", 4, "--width", 128, "--tower-layers", 2, "--export"]
+    figures = json.loads(run("convert_7b", "--folder", tmp_path / "work", *options))
+    assert figures["export"]["bit_exact"]
+    assert not (tmp_path / "work").exists()
+
+
+def test_plan_tables(run, tmp_path):
+    model = write_start(tmp_path / "model")
+    rows = run("plan_tables", "--models", model, "--chips", "v5e", "--slices", "2x2", "--rows", 4).splitlines()
+    assert [row.split("|")[2].strip() for row in rows] == ["PyramidDrop", "dense"]
+    assert all("of 15.75 GiB" in row for row in rows), rows
