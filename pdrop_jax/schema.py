@@ -86,7 +86,7 @@ def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
     for part in loc:
         if isinstance(data, dict):
             data = data.get(str(part))
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
             data = data[part]
         else:
             return

@@ -31,7 +31,7 @@ from .optimizer import learning_rate, make_optimizer
 from .progress import Progress
 from .recipe import MOST_STEPS, Recipe, Run, checked
 from .startup import describe, step_macs
-from .step import Metrics, TrainState, changing, init_state, join, train_step
+from .step import Metrics, TrainState, changing, init_state, join, not_finite, train_step
 
 MODEL = "model"  # the trained model, in the run's folder
 
@@ -71,6 +71,11 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
     with jax.set_mesh(job.mesh), Checkpoints(folder, recipe.run) as checkpoints:
         first, state = _begin(job, params, checkpoints, origin, allow_changes)
         del params
+        if bad := not_finite(join(state.trained, state.frozen)):
+            raise UserError(
+                f"{len(bad)} arrays of the model {recipe.model.start} hold NaN or infinity, {bad[0]} is the first: "
+                "start from another, or convert it again"
+            )
         batches = _batches(job, first)
         if jax.process_index() == 0:
             print(describe(recipe, job.config, job.dataset, state, job.steps), file=sys.stderr)
@@ -177,6 +182,7 @@ def _run(
             macs = step_macs(job.config, job.dataset, job.recipe, read.batch.bucket)
             skipped = progress.step(number, metrics, macs, float(rates[number - 1]), read.broken).skipped_in_row
             if skipped >= run.max_skipped:
+                checkpoints.wait()
                 raise UserError(
                     f"the gradients of {skipped} steps in a row, to step {number:,}, are not finite, so nothing is "
                     f"learned; {checkpoints.kept}: lower optimizer.learning_rate, or raise run.max_skipped"

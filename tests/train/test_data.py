@@ -178,7 +178,7 @@ def test_long_rows_are_cut(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conversations": "/absent.json"}, "^/absent.json: there is no such file"),
+        ({"conversations": "/absent.json"}, "^/absent.json cannot be read: there is no such file"),
         ({"images": "/absent"}, "^data.images: there is no folder /absent"),
         ({"template": "alpaca"}, "template 'alpaca' is not known"),
         ({"template": "chatml_direct"}, r"ends an answer with <\|im_end\|>, which the tokenizer in .* does not have"),

@@ -334,7 +334,7 @@ def test_what_a_run_cost_is_in_its_log(tmp_path):
     cost = cost_of(tmp_path)
     assert cost == Cost(steps=3, seconds=2, hours=12 / 3600, gmacs=4.0)
     assert rows_of([cost, cost])[1] == ["seconds a step", "2.00", "2.00"]
-    with pytest.raises(UserError, match=r"is no run: .*log\.jsonl: there is no such file"):
+    with pytest.raises(UserError, match=r"is no run: .*log\.jsonl cannot be read: there is no such file"):
         cost_of(tmp_path / "none")
 
 

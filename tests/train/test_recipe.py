@@ -94,7 +94,7 @@ def test_a_file_that_is_wrong(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none.toml: there is no such file"):
+    with pytest.raises(UserError, match=r"none.toml cannot be read: there is no such file"):
         load_recipe(tmp_path / "none.toml")
 
 
