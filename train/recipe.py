@@ -17,7 +17,7 @@ from pdrop_jax.io import parse_json, read_bytes
 from pdrop_jax.schema import NO_OTHER_KEYS, Share, validated
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
-RECIPE_BYTES = 2**16  # of a file
+RECIPE_BYTES = 2**14  # of a file; tomllib takes time by the square of a dotted key
 MOST_STEPS = 10_000_000  # the table of their learning rates takes 40 MB
 
 Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
