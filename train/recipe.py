@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import tomllib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ RECIPE_BYTES = 2**14  # of a file; tomllib takes time by the square of a dotted 
 MOST_STEPS = 10_000_000  # the table of their learning rates takes 40 MB
 
 Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Name = Annotated[str, Field(max_length=64)]
 Rate = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, le=0.999999)]  # nearer to 1 is 1 in float32, and the moments would be NaN
 Rows = Annotated[int, Field(ge=1, le=2**20)]
@@ -43,20 +44,12 @@ class Model:
     # Drops; None is the checkpoint's own schedule.
     layers: Annotated[tuple[Layer, ...], Field(max_length=64)] | None = None
     ratios: Annotated[tuple[Share, ...], Field(max_length=64)] | None = None
-    score: str = "pyramiddrop"  # what these drops choose by, a name in pdrop_jax.model.scores
+    score: Name = "pyramiddrop"  # what these drops choose by, a name in pdrop_jax.model.scores
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
     remat: Literal["none", "dots", "full"] = "full"
     lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0 is no adapters
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 256.0
-    lora_targets: Annotated[tuple[Target, ...], Field(min_length=1, max_length=7)] = (
-        "q",
-        "k",
-        "v",
-        "o",
-        "gate",
-        "up",
-        "down",
-    )
+    lora_targets: Annotated[tuple[Target, ...], Field(min_length=1, max_length=7)] = get_args(Target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +62,7 @@ class Data:
     images: Path  # folder
     outside_images: bool = False  # whether a record may name a picture that is not in that folder, as ../1.png
     image_aspect: Literal["square", "pad", "anyres"] | None = None  # None is the checkpoint's own
-    template: str = "vicuna_v1"
+    template: Name = "vicuna_v1"
     max_length: Positions = 2048  # images expanded
     too_long: Literal["cut", "skip"] = "cut"
     # Text slots of a batch.

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -12,8 +13,8 @@ import tyro
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, exit_on_error
 from pdrop_jax.io import read_bytes
-from pdrop_jax.train.loop import MODEL
 from pdrop_jax.train.progress import FILE, read_line
+from pdrop_jax.train.result import model_of
 
 from .evaluate import evaluate, table
 
@@ -78,10 +79,12 @@ def run(
     """
     costs, scores = [], {}
     for folder in runs:
-        drops = LlavaConfig.load(folder / MODEL).schedule.layers
-        name = f"drops after {', '.join(map(str, drops))}" if drops else "dense"
         costs.append(cost_of(folder))
-        scores[name] = evaluate(folder / MODEL, pictures, seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            model = model_of(folder, pathlib.Path(scratch))
+            drops = LlavaConfig.load(model).schedule.layers
+            name = f"drops after {', '.join(map(str, drops))}" if drops else "dense"
+            scores[name] = evaluate(model, pictures, seed)
     print(table(scores, above=rows_of(costs)))
 
 
