@@ -161,6 +161,8 @@ def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recip
         part, dot, key = key.partition(".")
         if not (equals and dot and isinstance(data.setdefault(part, {}), dict)):
             raise UserError(f"--set {setting!r} is not of the form part.key=value")
+        if not _is_text(setting):
+            raise UserError(f"--set {setting!r} is not valid UTF-8")
         data[part][key] = _value(value)
     return validated(Recipe, data, name)
 
@@ -178,6 +180,15 @@ def _read(path: pathlib.Path, name: str) -> dict[str, Any]:
         raise UserError(f"{name} is malformed: it is nested too deeply") from None
     except ValueError as error:  # of malformed TOML, of bytes that are not UTF-8, and of too many digits
         raise UserError(f"{name} is malformed: {error}") from None
+
+
+def _is_text(text: str) -> bool:
+    """Not so of an argument that was no UTF-8: Python has lone surrogates for its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _value(text: str) -> Any:

@@ -68,6 +68,7 @@ def test_settings_win_over_the_file(tmp_path):
         ("data.broken=ignore", "data.broken is 'ignore', it must be 'skip' or 'fail'"),
         ("model.groups=llm", "model.groups is 'llm', it must be a list"),
         ("model.layers=[1, 2.5]", "model.layers.1 is 2.5, it must be a valid integer"),
+        ("model.start=\udcff", "--set 'model.start=\\udcff' is not valid UTF-8"),
         ("steps=3", "is not of the form part.key=value"),
         ("run.steps", "is not of the form part.key=value"),
     ],
