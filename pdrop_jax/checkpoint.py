@@ -6,12 +6,14 @@
     params/, sizes.json     the parameter tree; or params.safetensors, see ``storage``
     unused.safetensors      tensors of the PyTorch model that never run, kept so that it can be exported whole
     tokenizer.json, …       what the processor reads, see ``COMPANIONS``
+    training.json           of a trained model: after which step of which run, see ``train.checkpoints.Trained``
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import shutil
@@ -26,6 +28,7 @@ from jax.sharding import Mesh
 from pdrop_jax import storage
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_json
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import abstract_params, restage
@@ -35,6 +38,7 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import shardings
 
 UNUSED = "unused.safetensors"
+TRAINING = "training.json"
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -60,6 +64,7 @@ def save(
     companions: str | os.PathLike | None = None,
     *,
     single_file: bool = False,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint. ``folder`` appears when all of it is written. Of several processes all call it.
 
@@ -67,6 +72,7 @@ def save(
       params: stacked by the stages of ``config.schedule``, as ``abstract_params`` describes.
       companions: another checkpoint, whose tokenizer files and unused tensors come along.
       single_file: the arrays as one file, for a small model that is shipped.
+      training: what is to be said of the training of the model, JSON.
 
     Raises:
       UserError: ``folder`` exists, or ``params`` does not fit ``config``, carries LoRA adapters or is quantized.
@@ -83,6 +89,8 @@ def save(
         if jax.process_index():
             return
         config.save(new)
+        if training is not None:
+            (new / TRAINING).write_text(json.dumps(training, indent=2) + "\n")
         if companions is not None:
             copy_files(pathlib.Path(companions), new, (*COMPANIONS, UNUSED))
 
@@ -129,6 +137,16 @@ def load(
             part = quantize_decoder(part)
         arrays |= flatten_dict(part, sep=".")
     return result, unflatten_dict(arrays, sep=".")
+
+
+def training(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """What a checkpoint says of the training of its model; None if it says nothing.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = pathlib.Path(folder) / TRAINING
+    return read_json(path) if path.exists() else None
 
 
 def fingerprint(folder: str | os.PathLike) -> str:

@@ -88,6 +88,15 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     return value
 
 
+def inside(folder: str | os.PathLike, name: str) -> bool:
+    """Whether ``name``, joined to ``folder``, is a name below it: not ``../1.png``, ``/etc/passwd`` or ``a/../1.png``.
+
+    By the names alone, without a look at the disk: a link in the folder may lead elsewhere.
+    """
+    path = os.path.abspath(os.path.join(folder, name))
+    return os.pardir not in pathlib.PurePath(name).parts and path.startswith(os.path.abspath(folder).rstrip("/") + "/")
+
+
 @contextlib.contextmanager
 def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a name beside ``path`` with its suffix; the file written there takes its place if nothing was raised."""

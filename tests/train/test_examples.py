@@ -310,7 +310,7 @@ def test_lists_and_lines(tmp_path, start):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no such file of conversations"),
+        (None, "there is no such file"),
         (b"", "is empty: expected a JSON list"),
         (b"\n  \n", "is empty: expected a JSON list"),
         (b'[{"a": 1},', "begins like a JSON list but is none: "),
@@ -326,5 +326,5 @@ def test_files_that_are_none(tmp_path, content, message):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is a folder, expected a file"):
         list(read_records(tmp_path))
