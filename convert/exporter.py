@@ -18,7 +18,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
 from pdrop_jax.parts import ORIGINAL_TYPES
 
-from .files import DTYPES, DType, open_safetensors, write_safetensors
+from .files import DTYPES, DType, write_safetensors
 from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
 from .projector import projector_type
 
@@ -225,8 +225,9 @@ def _shards(arrays: Iterable[Leaf], itemsize: int) -> Iterator[list[Leaf]]:
 
 
 def _torch_tensors(model: pathlib.Path, config: LlavaConfig, arrays: list[Leaf], dtype: str) -> dict[str, np.ndarray]:
-    targets = checkpoint.abstract_arrays(model, config, DTYPES[dtype], jax.devices("cpu")[0])
-    found = flatten_dict(checkpoint.restore(model, {leaf.path: targets[leaf.path] for leaf in arrays}), sep=".")
+    targets = checkpoint.abstract_arrays(model, config, jax.devices("cpu")[0])
+    wanted = {leaf.path: targets[leaf.path] for leaf in arrays}
+    found = flatten_dict(checkpoint.restore(model, wanted, DTYPES[dtype]), sep=".")
     tensors: dict[str, np.ndarray] = {}
     for leaf in arrays:
         x = np.asarray(found.pop(leaf.path))
@@ -246,14 +247,14 @@ def _grow(x: np.ndarray, rows: int) -> np.ndarray:
 def _unrun_tensors(model: pathlib.Path, config: LlavaConfig, naming: Naming, dtype: str) -> dict[str, np.ndarray]:
     """The tensors that never run here but that a PyTorch model is built with. UserError if one is missing."""
     path = model / checkpoint.UNUSED
-    tensors = open_safetensors(path) if path.exists() else {}
+    tensors = storage.read_safetensors(path) if path.exists() else {}
     found = {naming.vision + name: x for name, x in tensors.items()}
     checkpoint.check_shapes(
         unrun_shapes(config, naming),
         {name: x.shape for name, x in found.items()},
         f"{path} does not hold what PyTorch's vision tower has beyond ours; copy it from the converted checkpoint",
     )
-    return {name: x.read().astype(DTYPES[dtype]) for name, x in found.items()}
+    return {name: x.astype(DTYPES[dtype]) for name, x in found.items()}
 
 
 def _write_tower(

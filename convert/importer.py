@@ -16,7 +16,7 @@ from pdrop_jax.inputs.conversation import template_named
 from pdrop_jax.model.layers import Params
 from pdrop_jax.schedule import DropSchedule
 
-from .files import DTYPES, DType, Tensors, write_safetensors
+from .files import DTYPES, DType, Tensors
 from .names import Leaf, leaves, unrun_shapes
 from .sources import Source, open_source
 
@@ -113,7 +113,7 @@ def _stack(leaf: Leaf, tensors: Tensors, dtype: str) -> np.ndarray:
 def _write_unrun(source: Source, path: pathlib.Path, dtype: str) -> None:
     names = [name for name in unrun_shapes(source.config, source.naming) if name in source.tensors]
     prefix = source.naming.vision
-    write_safetensors(
+    storage.write_safetensors(
         path, {name.removeprefix(prefix): source.tensors[name].read().astype(DTYPES[dtype]) for name in names}
     )
 

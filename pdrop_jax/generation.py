@@ -171,6 +171,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     quantize: Literal["int8"] | None = None,
+    verify: bool = True,
 ) -> Model:
     """Loads a converted or trained checkpoint.
 
@@ -181,6 +182,7 @@ def load(
       mesh: devices to share the work, see ``sharding.make_mesh``; None is one device.
       quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantized``; activations stay
         ``dtype``.
+      verify: compare every array with its checksum, see ``checksums``.
 
     Raises:
       UserError: the folder is no checkpoint, it is damaged, the schedule does not fit the decoder, or ``quantize`` is
@@ -188,7 +190,9 @@ def load(
     """
     if folder == DEMO and not DEMO.exists():
         raise UserError("this installation has no demo model: name the folder of a checkpoint, --model DIR")
-    config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize)
+    config, params = load_checkpoint(
+        pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
+    )
     processor = Processor.load(pathlib.Path(folder), config)
     # Quantized stacks are scanned on a CPU too: of a list of layers XLA makes all the plain weights at once.
     if jax.default_backend() == "cpu" and mesh is None and not quantize:
