@@ -1,8 +1,8 @@
 """What does verifying a checkpoint cost when it is loaded?
 
 Writes a bfloat16 checkpoint of LLaVA-1.5-7B's shape, of random numbers, and loads it with and without comparing the
-checksums, in turn and in processes of their own, dropping the file from the page cache before each. Prints one JSON object: seconds
-of each load, the ratio of their medians, and the rate at which the machine reads one of the checkpoint's files. Needs
+checksums, in turn and each time in a new process, its files dropped from the page cache before. Prints one JSON object:
+the seconds of each load, the ratio of the medians, and the rate at which the files are read one after another. Needs
 14 GB of disk, removed at the end, and 16 GB of memory.
 
     python benchmarks/verify.py --folder /tmp/verify
@@ -24,8 +24,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pdrop_jax import checkpoint, storage
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.params import abstract_params
+from pdrop_jax.config import LlavaConfig, config_of
+from pdrop_jax.model.params import abstract_params, count
 
 LOAD = """
 import pathlib, sys, time
@@ -46,7 +46,7 @@ def write(folder: pathlib.Path, config: LlavaConfig) -> None:
         for name, x in flatten_dict(abstract_params(config), sep=".").items():
             yield name, np.resize(block, x.shape)
 
-    with checkpoint.new_folder(folder, 2 * 7_100_000_000 if config == LlavaConfig.llava_1_5_7b() else 0) as new:
+    with checkpoint.new_folder(folder, 2 * count(abstract_params(config))) as new:
         storage.write(new, arrays())
         config.save(new)
 
@@ -93,11 +93,11 @@ def measure(folder: pathlib.Path, repeats: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="new folder to work in")
-    parser.add_argument("--demo", action="store_true", help="measure the small model that comes with the package")
+    parser.add_argument("--model", default="llava-1.5-7b", help="whose shape it has: a name, or a checkpoint's folder")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     try:
-        write(args.folder, LlavaConfig.llava_1_5_7b())
+        write(args.folder, config_of(args.model))
         print(json.dumps(measure(args.folder, args.repeats)))
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pdrop_jax import checkpoint, storage
 from pdrop_jax.config import KNOWN_TOWER, LlavaConfig, VisionConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.tokenizer import reading
 from pdrop_jax.io import read_json
 from pdrop_jax.parts import ORIGINAL_TYPES
 
@@ -297,7 +298,8 @@ def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
     if any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):
         from transformers import AddedToken, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with reading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False))
         if tokenizer.convert_tokens_to_ids("<image>") == config.image_token_id:
             tokenizer.save_pretrained(folder)

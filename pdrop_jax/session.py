@@ -34,7 +34,7 @@ from pdrop_jax.generation import (
     rows_on_devices,
 )
 from pdrop_jax.inputs.anyres import ImageTokens
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG, Turn, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, Turn, place_images, render, token_ids, without_tags
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.inputs.processor import Row, as_list, assemble, choose_bucket
 from pdrop_jax.kept import kept_tokens
@@ -230,7 +230,7 @@ class Session:
             self._past = _Past(ids, len(ids), first, hidden, kept)
         text = processor.decode(new)
         (asked, _), self._images = turns[-1], images
-        self.turns.append((asked, text.replace(IMAGE_TAG, "")))  # there is no picture for a tag that the model wrote
+        self.turns.append((asked, without_tags(text)))  # there is no picture for a tag that the model wrote
         return Answer(
             text=text,
             token_ids=new,

@@ -43,7 +43,7 @@ PARAMS = "params"
 SIZES = "sizes.json"
 CHECKSUMS = "checksums.json"
 SINGLE_FILE = "params.safetensors"
-GROUP_BYTES = 256 * 2**20  # small arrays are written together, each write costs some milliseconds
+GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, each call costs some milliseconds
 CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; its buffers would otherwise be as large as the array
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # safetensors' names
 
@@ -75,6 +75,8 @@ def stored(folder: pathlib.Path) -> dict[str, Any]:
 def read(folder: pathlib.Path, targets: Targets, dtype: Any = None, *, check: bool = True) -> Arrays:
     """The arrays that ``targets`` names, on the device that it says.
 
+    Read in groups of ``GROUP_BYTES``, for orbax holds twice what it reads in one call.
+
     Args:
       targets: in the dtype that is stored, see ``stored``.
       dtype: to make of them once they are checked; None is their own.
@@ -89,13 +91,15 @@ def read(folder: pathlib.Path, targets: Targets, dtype: Any = None, *, check: bo
         _note_unverified(folder)
     read_group = _read_file if is_single_file(folder) else _read_by_orbax
     arrays: Arrays = {}
-    for names in _groups(wanted, dtype):
+    for names in _groups(wanted):
         group = read_group(folder, {name: wanted[name] for name in names})
         if expected is not None:
             verify(group, expected, str(folder))
         for name in names:
             x = group.pop(name)
             arrays[name] = x if dtype in (None, x.dtype) else jax.block_until_ready(x.astype(dtype))
+            del x
+        trim_memory()
     empty = {
         name: jnp.zeros(x.shape, dtype or x.dtype, device=x.sharding) for name, x in targets.items() if 0 in x.shape
     }
@@ -204,13 +208,13 @@ def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
         return flatten_dict(ocp.load(folder.absolute() / PARAMS, unflatten_dict(targets, sep=".")), sep=".")
 
 
-def _groups(wanted: Targets, dtype: Any) -> Iterator[list[str]]:
-    """Names to read at a time: all of them, or ``GROUP_BYTES`` of those that another dtype is made of."""
+def _groups(wanted: Targets) -> Iterator[list[str]]:
+    """Names in runs of about ``GROUP_BYTES``."""
     group: list[str] = []
     size = 0
     for name, x in wanted.items():
         group.append(name)
-        size += 0 if dtype in (None, x.dtype) else math.prod(x.shape) * x.dtype.itemsize
+        size += math.prod(x.shape) * x.dtype.itemsize
         if size >= GROUP_BYTES:
             yield group
             group, size = [], 0
