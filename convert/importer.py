@@ -15,6 +15,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.conversation import template_named
 from pdrop_jax.model.layers import Params
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.storage import write_safetensors
 
 from .files import DTYPES, DType, Tensors
 from .names import Leaf, leaves, unrun_shapes
@@ -113,7 +114,7 @@ def _stack(leaf: Leaf, tensors: Tensors, dtype: str) -> np.ndarray:
 def _write_unrun(source: Source, path: pathlib.Path, dtype: str) -> None:
     names = [name for name in unrun_shapes(source.config, source.naming) if name in source.tensors]
     prefix = source.naming.vision
-    storage.write_safetensors(
+    write_safetensors(
         path, {name.removeprefix(prefix): source.tensors[name].read().astype(DTYPES[dtype]) for name in names}
     )
 

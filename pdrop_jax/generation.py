@@ -36,6 +36,9 @@ from pdrop_jax.sharding import batch_sharding
 
 CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
 STREAM_EVERY = 4  # tokens between two calls of a stream
+# Left to itself XLA skips roundings to bfloat16 where it fuses, and what it fuses depends on the size of the batch: a
+# row would keep other tokens in a batch than alone (benchmarks/batches.py).
+ROUNDED = {"xla_allow_excess_precision": False}
 DEMO = pathlib.Path(__file__).parent / "demo"  # the small trained model that comes with the package
 
 
@@ -99,7 +102,7 @@ def _append(state: State, logits: jax.Array, sampling: Sampling, stop_ids: jax.A
     return dataclasses.replace(state, tokens=tokens, step=state.step + 1, done=done)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"), compiler_options=ROUNDED)
 def start(
     config: LlavaConfig,
     params: Params,
@@ -133,7 +136,7 @@ def first_token(
     return _append(state, logits, sampling, stop_ids)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=ROUNDED)
 def decode(
     config: LlavaConfig,
     params: Params,

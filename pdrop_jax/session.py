@@ -21,6 +21,7 @@ from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import (
+    ROUNDED,
     Model,
     Sampling,
     State,
@@ -245,7 +246,10 @@ class Session:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "slots", "capacity", "implementation"), donate_argnames=("model", "hidden")
+    jax.jit,
+    static_argnames=("config", "slots", "capacity", "implementation"),
+    donate_argnames=("model", "hidden"),
+    compiler_options=ROUNDED,
 )
 def _start_turn(
     config: LlavaConfig,

@@ -180,7 +180,7 @@ def test_a_link_to_a_link_is_judged_by_where_it_ends(params, tmp_path):
     linked(tmp_path / "models--a/blobs", "1fe3", tmp_path / "secret")
     (tmp_path / "models--a/snapshots/1").mkdir(parents=True)
     (tmp_path / "models--a/snapshots/1/tokenizer.json").symlink_to("../../blobs/1fe3")
-    with pytest.raises(UserError, match="is a link out of its folder, to .*/secret"):
+    with pytest.raises(UserError, match=r"is a link out of its folder, to .*/secret"):
         checkpoint.save(tmp_path / "out", CONFIG, params, companions=tmp_path / "models--a/snapshots/1")
 
 
