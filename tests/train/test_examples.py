@@ -198,6 +198,7 @@ def test_turns():
     assert turns_of(messages("a", "b", "c")) == [("a", "b"), ("c", None)]
     assert turns_of(messages("x", "a", "b", first=SAY)) == [("a", "b")]
     assert turns_of(messages(" What \n<image> ", "b")) == [("<image>\nWhat", "b")]
+    assert turns_of(messages("What <im<image>age>", "b")) == [("<image>\nWhat", "b")]
     assert turns_of(messages("<image>", "b")) == [("<image>", "b")]
     assert turns_of(messages("a<image>b<image>", "b")) == [("<image>\nab", "b")]
     assert turns_of(messages("a<image>b<image> ", "b", "c <image>", "d"), several=True) == [
