@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
+from pdrop_jax.checksums import checksums
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import path_name
 from pdrop_jax.storage import quiet
@@ -132,7 +133,7 @@ class Checkpoints:
         about = {
             "origin": dataclasses.asdict(origin),
             "arrays": {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()},
-            "checksums": {name: int(x) for name, x in jax.device_get(checksums(arrays)).items()},
+            "checksums": checksums(arrays),
         }
         saved = {"state": arrays, "about": {**about, "digest": _digest(about)}}
         with self._writing(origin.step):
@@ -199,8 +200,8 @@ class Checkpoints:
                 arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
         except Exception:  # as above
             return None
-        found = jax.device_get(checksums(arrays))
-        if any(int(found[name]) != value for name, value in expected.items()):
+        found = checksums(arrays)
+        if any(found[name] != value for name, value in expected.items()):
             return None
 
         def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -244,24 +245,6 @@ def check_arrays(abstract: Any, stored: dict[str, Any], where: pathlib.Path) -> 
     expected = {name: tuple(x.shape) for name, x in named(abstract).items()}
     found = {name: tuple(shape) for name, (shape, _) in stored.items()}
     check_shapes(expected, found, f"{where} is a checkpoint of another model or of other trained groups")
-
-
-@jax.jit
-def checksums(arrays: Arrays) -> Arrays:
-    """A uint32 for each array: the sum of its words, each times an odd number of its own, modulo 2^32.
-
-    Any single changed word changes it, and so do words that change places. Computed where the arrays are.
-    """
-    return jax.tree.map(_checksum, arrays)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype != jnp.bool_:
-        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return (x.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
 
 
 def _digest(about: dict[str, Any]) -> str:

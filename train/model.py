@@ -38,6 +38,7 @@ def open_start(recipe: Recipe, mesh: Mesh | None = None) -> tuple[LlavaConfig, P
         raise UserError("model.layers and model.ratios belong together: give both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
+    checkpoint.files_to_copy(pathlib.Path(model.start), checkpoint.COMPANIONS)  # refused now, not after the last step
     config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
     if data.image_aspect == "anyres":
         if not config.tiling:

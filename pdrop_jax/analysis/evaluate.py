@@ -80,6 +80,7 @@ def evaluate(
     top_p: float = 1.0,
     seed: int = 0,
     implementation: Implementation = "auto",
+    verify: bool = True,
 ) -> Evaluation:
     """Answers every question of a file, or those that an earlier run of the same did not get to.
 
@@ -90,7 +91,7 @@ def evaluate(
       questions: see ``questions.read_questions``.
       images: the folder of their pictures.
       out: a new file, or one that this wrote before.
-      schedule: None is the checkpoint's own; it, dtype, quantize and mesh as in ``generation.load``.
+      schedule: None is the checkpoint's own; it, dtype, quantize, mesh and verify as in ``generation.load``.
       temperature: 0 is greedy; it and the others as in ``generation.generate``.
 
     Raises:
@@ -116,7 +117,7 @@ def evaluate(
         answered = {n for n, answer_id in enumerate(ids) if answer_id in journal.answers}
         before = len(answered)
         if before < len(asked):
-            loaded = load(folder, schedule, dtype, mesh, quantize)
+            loaded = load(folder, schedule, dtype, mesh, quantize, verify)
             bar = tqdm(total=len(asked), initial=before, desc="answering", unit=" questions", disable=None)
             batches = answer_all(
                 loaded,

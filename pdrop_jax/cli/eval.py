@@ -30,6 +30,7 @@ def run(
     quantize: Literal["int8"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
+    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Answer every question of a file. Killed at any moment, the same command goes on where it was.
@@ -52,6 +53,7 @@ def run(
       quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
+      no_verify: load the weights without comparing them with their checksums.
       json_output: print one JSON object instead of text.
     """
     from pdrop_jax.analysis.evaluate import evaluate
@@ -74,6 +76,7 @@ def run(
             top_p=top_p,
             seed=seed,
             implementation=attention,
+            verify=not no_verify,
         )
     except KeyboardInterrupt:
         print(

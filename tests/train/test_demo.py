@@ -11,7 +11,8 @@ from PIL import Image
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import DEMO, load
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, load_tokenizer, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, place_images, render, token_ids
+from pdrop_jax.inputs.tokenizer import load_tokenizer
 from pdrop_jax.model.params import abstract_params, count, path_name
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.demo import evaluate as evaluation
