@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from pdrop_jax import storage
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.io import check_file, read_bytes, read_json
+from pdrop_jax.io import check_file, check_new_folder, read_bytes, read_json
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import abstract_params, restage
@@ -225,8 +225,7 @@ def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]
       UserError: ``folder`` exists, or the disk has not ``nbytes`` to spare.
     """
     folder = pathlib.Path(folder).absolute()
-    if folder.exists():
-        raise UserError(f"{folder} exists: remove it or choose another folder")
+    check_new_folder(folder)
     new = folder.with_name(folder.name + ".unfinished")
     place = next(parent for parent in new.parents if parent.exists())
     free = shutil.disk_usage(place).free
@@ -288,7 +287,7 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
     if lines:
         counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape"
         more = [f"… and {len(lines) - MOST_NAMES} more"] if len(lines) > MOST_NAMES else []
-        raise UserError("\n  ".join([f"{what}: {counts}", *lines[:MOST_NAMES], *more]))
+        raise UserError(f"{what}: {counts}", *lines[:MOST_NAMES], *more)
 
 
 def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:

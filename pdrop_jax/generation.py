@@ -35,6 +35,9 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import batch_sharding
 
 CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
+COLDEST, HOTTEST = 1e-6, 1e6  # temperatures; logits divided by one that is smaller still may overflow
+MOST_TOP_K = 2**31 - 1
+SEEDS = 2**32  # a key takes 32 bits of a seed, so that larger ones would draw as smaller ones do
 STREAM_EVERY = 4  # tokens between two calls of a stream
 # Left to itself XLA skips roundings to bfloat16 where it fuses, and what it fuses depends on the size of the batch: a
 # row would keep other tokens in a batch than alone (benchmarks/batches.py).
@@ -268,12 +271,13 @@ def generate(
       temperature: 0 is greedy.
       top_k: draw from this many best tokens; 0 is all.
       top_p: draw from the best tokens up to this probability mass.
+      seed: 0..4294967295.
       stream: called with (row, new text) while the answers grow.
 
     Raises:
       UserError: unreadable picture, image tags and pictures do not match, prompt too long, bad sampling values.
     """
-    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p)
+    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
     batch = model.processor(prompts, images, max_new_tokens=max_new_tokens)
     return generate_batch(
@@ -287,13 +291,16 @@ def generate(
     )
 
 
-def make_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> Sampling:
-    """Raises UserError for values that make no sense."""
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+def make_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int = 0) -> Sampling:
+    """Raises UserError for values that make no sense, or that the types of ``Sampling`` and of a key cannot hold."""
+    warm = temperature == 0 or COLDEST <= temperature <= HOTTEST
+    if max_new_tokens < 1 or not warm or not 0 <= top_k <= MOST_TOP_K or not 0 < top_p <= 1:
         raise UserError(
-            "need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-            f"{max_new_tokens}, {temperature}, {top_k}, {top_p}"
+            f"need max_new_tokens >= 1, a temperature of 0 or in {COLDEST:g}..{HOTTEST:g}, top_k in 0..{MOST_TOP_K} "
+            f"and 0 < top_p <= 1, got {max_new_tokens}, {temperature}, {top_k}, {top_p}"
         )
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"the seed must lie in 0..{SEEDS - 1}, got {seed}")
     return Sampling(np.float32(temperature or 1), np.int32(top_k), np.float32(top_p), temperature == 0)
 
 

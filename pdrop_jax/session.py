@@ -167,7 +167,7 @@ class Session:
           UserError: unreadable picture, image tags and pictures do not match, bad sampling values, more turns than the
             template can hold, a conversation longer than the model's positions.
         """
-        sampling = make_sampling(max_new_tokens, temperature, top_k, top_p)
+        sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         processor, config = self._model.processor, self._model.config
         pictures = as_list(image)
         new_row = processor.row([(question, None)], pictures, self._template)

@@ -23,6 +23,8 @@ from pdrop_jax.schedule import Bucket
 
 from .questions import Question
 
+MOST_ROWS = 4096  # of a batch: of 336 x 336 pixels each they are 5.5 GB before they reach a device
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -68,8 +70,8 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
 
 def check_batch_size(batch_size: int) -> None:
     """Raises UserError if a batch of so many rows cannot be."""
-    if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    if not 1 <= batch_size <= MOST_ROWS:
+        raise UserError(f"the batch size must lie in 1..{MOST_ROWS:,}, got {batch_size:,}")
 
 
 def answer_all(
@@ -101,7 +103,7 @@ def answer_all(
     Raises:
       UserError: see ``plan``; a picture cannot be read, bad sampling values.
     """
-    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p)
+    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
     groups = plan(model.processor, questions, batch_size, max_new_tokens)
     todo = [(n, group) for n, group in enumerate(groups) if any(i not in answered for i in group.questions)]

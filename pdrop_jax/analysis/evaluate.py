@@ -26,13 +26,14 @@ from tqdm import tqdm
 from pdrop_jax import storage
 from pdrop_jax.checkpoint import fingerprint
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.generation import check_implementation, load, make_sampling
+from pdrop_jax.io import check_output
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.schedule import DropSchedule
 
 from .answering import answer_all, check_batch_size
-from .journal import Answer, Journal
+from .journal import Answer, Journal, unfinished
 from .questions import Question, read_lines, read_questions
 
 # Keys of ``describe`` as messages name them.
@@ -81,6 +82,8 @@ def evaluate(
     seed: int = 0,
     implementation: Implementation = "auto",
     verify: bool = True,
+    outside_images: bool = False,
+    overwrite: bool = False,
 ) -> Evaluation:
     """Answers every question of a file, or those that an earlier run of the same did not get to.
 
@@ -93,26 +96,31 @@ def evaluate(
       out: a new file, or one that this wrote before.
       schedule: None is the checkpoint's own; it, dtype, quantize, mesh and verify as in ``generation.load``.
       temperature: 0 is greedy; it and the others as in ``generation.generate``.
+      outside_images: see ``questions.read_questions``.
+      overwrite: start over: answers that are there are removed, whatever they are of.
 
     Raises:
-      UserError: the questions, the model or the values are wrong; ``out`` holds answers of another model, schedule or
-        question, or another process is writing it. All but an unreadable picture or a question that is too long is
-        found before the model is loaded.
+      UserError: the questions, the model or the values are wrong; ``out`` is an input or no regular file, it holds
+        answers of another model, schedule or question, or another process is writing it. All but an unreadable picture
+        or a question that is too long is found before the model is loaded.
     """
     began = time.perf_counter()
-    make_sampling(max_new_tokens, temperature, top_k, top_p)
+    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
     check_batch_size(batch_size)
-    folder, target = pathlib.Path(model), pathlib.Path(out)
-    asked = read_questions(questions, images)
+    folder = pathlib.Path(model)
+    asked = read_questions(questions, images, outside_images)
+    inputs = [questions, *(image for question in asked for image in question.images), *([folder] if overwrite else ())]
+    target = check_output(out, overwrite=True, inputs=inputs, makes_folder=True)
+    check_output(unfinished(target), overwrite=True, inputs=inputs, makes_folder=True)
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     metadata = describe(folder, schedule, dtype, quantize, max_new_tokens, drawing if temperature else None)
     ids = answer_ids(asked, metadata, images)
-    if target.exists():
+    if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
-        Journal(target).path.unlink(missing_ok=True)  # of a run that was killed right after it had renamed its answers
-        return Evaluation(target, len(asked), 0, time.perf_counter() - began)
-    with Journal(target) as journal:
+        unfinished(target).unlink(missing_ok=True)  # of a run that was killed right after it had renamed its answers
+        return Evaluation(pathlib.Path(out), len(asked), 0, time.perf_counter() - began)
+    with Journal(target, overwrite) as journal:
         check_answers(journal.path, journal.answers.values(), asked, ids, metadata)
         answered = {n for n, answer_id in enumerate(ids) if answer_id in journal.answers}
         before = len(answered)
@@ -137,7 +145,7 @@ def evaluate(
                     journal.append(_line(asked[n], text, ids[n], folder, metadata) for n, text in new)
                     bar.update(len(new))
         journal.finish(ids)
-    return Evaluation(target, len(asked), len(asked) - before, time.perf_counter() - began)
+    return Evaluation(pathlib.Path(out), len(asked), len(asked) - before, time.perf_counter() - began)
 
 
 def describe(
@@ -195,7 +203,7 @@ def check_answers(
     whole: bool = False,
 ) -> None:
     """Raises UserError unless every answer is one to ``questions`` under ``metadata``; ``whole``: and all are there."""
-    what_to_do = f"name another file, --out FILE, or remove {path} to start again"
+    what_to_do = f"name another file, --out FILE, or remove {path} to start again (--overwrite)"
     texts: dict[str, list[str]] = {}
     for question in questions:
         texts.setdefault(str(question.id), []).append(question.text)
@@ -229,7 +237,7 @@ def _line(question: Question, text: str, answer_id: str, folder: pathlib.Path, m
         "prompt": question.text,
         "text": text,
         "answer_id": answer_id,
-        "model_id": folder.resolve().name,
+        "model_id": printable(folder.resolve().name),
         "metadata": metadata,
     }
 

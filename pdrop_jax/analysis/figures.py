@@ -1,5 +1,6 @@
 """Pictures of what stays, each image once a stage, the dropped patches dimmed, and of the scores. Pillow only."""
 
+import io
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, grid_shape
 from pdrop_jax.inputs.images import Picture, open_image
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.io import written_aside
+from pdrop_jax.io import check_output, write_file
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # endings that are written
 LONG_EDGE = 336  # pixels; a smaller image is enlarged by a whole factor
 GAP = 8  # pixels between the panels
 TEXT = 14  # height of a label's letters, pixels
@@ -210,23 +212,20 @@ def as_seen(crops: np.ndarray, processor: Processor) -> Image.Image:
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes ``image`` in the format that the name ends in; ``path`` is replaced when all of it is written.
+def save_picture(image: Image.Image, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Writes ``image`` in the format that the name ends in, one of ``PICTURES``.
+
+    Args:
+      overwrite: replace a file that is there.
 
     Raises:
-      UserError: Pillow writes no such format.
+      UserError: another ending, or the file may not be written, see ``io.check_output``.
       OSError: the disk is full or may not be written.
     """
-    path = pathlib.Path(path)
-    check_picture_path(path)
-    with written_aside(path) as new:
-        image.save(new)
-
-
-def check_picture_path(path: pathlib.Path) -> None:
-    """Raises UserError if Pillow writes no format of that ending, or there is no such folder."""
-    known = {end for end, name in Image.registered_extensions().items() if name in Image.SAVE}
-    if path.suffix.lower() not in known:
-        raise UserError(f"{path}: no picture format ends in {path.suffix!r}: use .png, .jpg or .webp")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
+    target = check_output(path, overwrite=overwrite, endings=PICTURES)
+    data = io.BytesIO()  # written to the disk as a whole: what encoders raise on a full disk differs
+    try:
+        image.save(data, Image.registered_extensions()[pathlib.Path(path).suffix.lower()])
+    except (ValueError, OSError) as error:  # a WebP may have 16,383 pixels a side, a JPEG 65,500
+        raise UserError(f"{path}: {image.width}x{image.height} pixels cannot be written: {error}; use .png") from None
+    write_file(target, data.getvalue(), overwrite)

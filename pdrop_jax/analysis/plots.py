@@ -1,6 +1,8 @@
 """Charts of costs and studies, by matplotlib, which the extra ``plots`` installs."""
 
 import importlib.util
+import io
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +11,9 @@ from pdrop_jax.analysis.cost import Cost
 from pdrop_jax.analysis.effects import Mean
 from pdrop_jax.analysis.study import Study
 from pdrop_jax.errors import UserError
-from pdrop_jax.io import written_aside
+from pdrop_jax.io import check_output, write_file
 
-ENDINGS = (".png", ".svg", ".pdf")
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Sequence[Any]]:
@@ -49,19 +51,12 @@ def cost_plot(costs: Sequence[Cost], num_layers: int) -> Any:
     return figure
 
 
-def check_plot_path(path: pathlib.Path) -> None:
-    """Raises UserError if no plot has that ending, or there is no such folder."""
-    if path.suffix.lower() not in ENDINGS:
-        raise UserError(f"{path}: no plot ends in {path.suffix!r}: use {', '.join(ENDINGS)}")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
-
-
-def save_plot(figure: Any, path: pathlib.Path) -> None:
-    """Writes ``figure`` in the format that the name ends in; see ``check_plot_path`` for what it raises."""
-    check_plot_path(path)
-    with written_aside(path) as new:
-        figure.savefig(new, dpi=150)
+def save_plot(figure: Any, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Writes ``figure`` in the format that the name ends in, one of ``PLOTS``; see ``figures.save_picture``."""
+    target = check_output(path, overwrite=overwrite, endings=PLOTS)
+    data = io.BytesIO()  # on a full disk matplotlib raises AttributeError while it closes a PDF
+    figure.savefig(data, format=pathlib.Path(path).suffix[1:].lower(), dpi=150)
+    write_file(target, data.getvalue(), overwrite)
 
 
 def study_plot(study: Study) -> Any:

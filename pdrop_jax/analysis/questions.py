@@ -10,7 +10,7 @@ from typing import Any
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.conversation import IMAGE_TAG, without_tags
 from pdrop_jax.inputs.images import Picture
-from pdrop_jax.io import parse_json, read_bytes, read_json
+from pdrop_jax.io import inside, parse_json, read_bytes, read_json
 
 MOST_NAMES = 3  # of an error message
 
@@ -33,18 +33,23 @@ class Question:
     where: str = ""
 
 
-def read_questions(path: str | os.PathLike, images: str | os.PathLike = "") -> list[Question]:
+def read_questions(
+    path: str | os.PathLike, images: str | os.PathLike = "", outside_images: bool = False
+) -> list[Question]:
     """The questions of a file, in its order.
 
     A line is ``{"question_id", "text", "image", …}``, where ``image`` is a file in the folder ``images``, a list of
     them, or absent. Of a record of a JSON list ``{"id", "conversations", "image", …}`` the first question is taken.
 
+    Args:
+      outside_images: whether a picture may lie outside ``images``, as ``../1.png`` does.
+
     Raises:
       UserError: the file or a picture is not there, a line is malformed, an id stands twice and is not the name of its
-        picture, or there are not as many tags as pictures.
+        picture, a picture lies outside its folder, or there are not as many tags as pictures.
     """
-    records = _records(pathlib.Path(path))
-    questions = [_question(record, where, pathlib.Path(images)) for where, record in records]
+    folder = pathlib.Path(images)
+    questions = [_question(record, where, folder, outside_images) for where, record in _records(pathlib.Path(path))]
     if not questions:
         raise UserError(f"{path} holds no questions")
     seen: dict[str, Question] = {}
@@ -114,7 +119,7 @@ def _asked(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**rest, "text": f"{IMAGE_TAG}\n{text}" if record.get("image") else text}
 
 
-def _question(record: dict[str, Any], where: str, images: pathlib.Path) -> Question:
+def _question(record: dict[str, Any], where: str, images: pathlib.Path, outside_images: bool) -> Question:
     fields = dict(record)
     question_id = value(fields, "question_id", (str, int), where)
     text = value(fields, "text", str, where)
@@ -122,6 +127,12 @@ def _question(record: dict[str, Any], where: str, images: pathlib.Path) -> Quest
     names = [] if names is None else names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{where}: 'image' is neither the name of a file nor a list of such names")
+    outside = [] if outside_images else [name for name in names if not inside(images, name)]
+    if outside:
+        raise UserError(
+            f"{where}: the picture {outside[0]!r} lies outside the folder {images}: name another folder, --images DIR, "
+            "or allow it with --outside-images"
+        )
     tags = text.count(IMAGE_TAG)
     if tags not in (0, len(names)):
         raise UserError(
@@ -143,7 +154,7 @@ def _check_pictures(questions: list[Question]) -> None:
     for question in questions:
         for image in question.images:
             if image not in there:
-                there[image] = pathlib.Path(str(image)).is_file()
+                there[image] = os.path.isfile(str(image))
             if not there[image]:
                 missing.append(f"{image} of question {question.id!r}, {question.where}")
     if missing:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pdrop_jax.analysis.answering import plan, read_batches
+from pdrop_jax.analysis.answering import check_batch_size, plan, read_batches
 from pdrop_jax.analysis.effects import Answers, Effect, Mean, beyond, effect_of, mean_of
 from pdrop_jax.analysis.questions import Question
 from pdrop_jax.batch import Batch
@@ -131,6 +131,7 @@ def run_study(
     Raises:
       UserError: nothing to compare at, a name of no score, and what ``answering.plan`` raises.
     """
+    check_batch_size(batch_size + 1)  # one of the noises has larger batches
     config = model.config
     schedule = schedule or config.schedule
     if not schedule.layers:

@@ -1,5 +1,6 @@
 """``pdrop chat``: several questions about pictures, each on the cache of those before."""
 
+import io
 import pathlib
 import sys
 from typing import Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, error_text, printable
 from pdrop_jax.schedule import schedule_of
 
 IMAGE = "/image "
@@ -49,11 +50,15 @@ def run(
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
       no_verify: load the weights without comparing them with their checksums.
     """
-    from pdrop_jax.generation import DEMO, load
+    from pdrop_jax.generation import DEMO, check_implementation, load, make_sampling
     from pdrop_jax.inputs.images import open_image
     from pdrop_jax.session import Session
     from pdrop_jax.sharding import make_mesh
 
+    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
+    check_implementation(attention)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a question
     pictures: list[Any] = [open_image(path) for path in image]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
@@ -77,7 +82,7 @@ def run(
         except UserError as error:
             if not live:
                 raise
-            print(error, file=sys.stderr)
+            print(error_text(error), file=sys.stderr)
             continue
         print()
         pictures = []
@@ -96,4 +101,4 @@ def _read(live: bool) -> str:
 
 
 def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text, keep="\n\t"), end="", flush=True)

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from pdrop_jax.cli.options import Mesh, mesh_sizes
+from pdrop_jax.errors import printable
 
 
 def run(
@@ -27,6 +28,6 @@ def run(
     from pdrop_jax.sharding import make_mesh
 
     rows = check(folder, Reference(read, torch_arrays), case, make_mesh(mesh_sizes(mesh)) if mesh else None)
-    print(table(rows))
+    print(printable(table(rows), keep="\n"))
     print("tolerances: " + ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items()) + ", the rest exact")
     return 0 if all(row.ok for row in rows) else 1

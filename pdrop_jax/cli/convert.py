@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Ratios
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
+from pdrop_jax.io import check_new_folder
 from pdrop_jax.schedule import schedule_of
 
 
@@ -56,6 +57,7 @@ def run(
             raise UserError(f"{source} and --llm are two sources: give one, pdrop convert --llm DIR --vision DIR OUT")
         if vision is None:
             raise UserError("--llm needs a vision tower: pass its folder, --vision DIR")
+        check_new_folder(source)
         kinds = {"linear": 1, "mlp2x_gelu": 2, None: None}
         out = source
         opened = open_parts(
@@ -64,6 +66,7 @@ def run(
     else:
         if out is None:
             raise UserError(f"{source} alone says not what to do: pdrop convert SRC OUT, or --llm DIR --vision DIR OUT")
+        check_new_folder(out)
         if projector_type is not None:
             raise UserError("--projector-type is for --llm: a checkpoint's config.json says which projector it has")
         opened = open_source(source, vision, schedule, projector=projector)
@@ -71,13 +74,13 @@ def run(
     schedule = summary.config.schedule
     drops = ", ".join(f"{ratio:g} after {n}" for n, ratio in zip(schedule.layers, schedule.ratios, strict=True))
     print(
-        f"{out}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}; "
+        f"{printable(out)}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}; "
         f"image tokens kept: {drops or 'all, dense'}"
     )
     if llm is not None and projector is None:
         print(f"its projector is new (seed {seed}): it knows nothing before it is trained")
     if not summary.has_tokenizer:
-        print(f"{opened.folder} has no tokenizer files: pass --tokenizer DIR or copy them into {out}")
+        print(printable(f"{opened.folder} has no tokenizer files: pass --tokenizer DIR or copy them into {out}"))
     if check:
         from pdrop_jax.convert.check import compare
 

@@ -8,8 +8,11 @@ from typing import Annotated, Any
 import tyro
 
 from pdrop_jax.cli.options import Layers, Ratios
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
+from pdrop_jax.io import check_output
 from pdrop_jax.schedule import schedule_of
+
+MOST_TOKENS = 10**9  # of text, or of an image
 
 
 def run(
@@ -23,6 +26,7 @@ def run(
     image_tokens: int | None = None,
     text_tokens: int = 64,
     plot: pathlib.Path | None = None,
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Print what a prompt with one image costs, dense and with drops. A cache's numbers are bfloat16.
@@ -41,8 +45,15 @@ def run(
       image_tokens: of the image; without it the most that a picture has.
       text_tokens: of the prompt.
       plot: file to draw the costs into (.png, .svg or .pdf).
+      overwrite: replace the file of --plot if it is there.
       json_output: print one JSON object instead of a table.
     """
+    if plot:
+        from pdrop_jax.analysis.plots import PLOTS, check_matplotlib
+
+        check_matplotlib()
+        check_output(plot, overwrite=overwrite, inputs=[model], endings=PLOTS)
+
     from pdrop_jax.analysis.cost import cost_of
     from pdrop_jax.config import config_of
     from pdrop_jax.inputs.anyres import bucket_for, levels
@@ -53,6 +64,8 @@ def run(
     tokens = levels(config)[-1][1] if image_tokens is None else image_tokens
     if tokens < 1 or text_tokens < 1:
         raise UserError(f"need at least one image token and one text token, got {tokens} and {text_tokens}")
+    if max(tokens, text_tokens) > MOST_TOKENS:
+        raise UserError(f"at most {MOST_TOKENS:,} tokens are counted, got {tokens:,} and {text_tokens:,}")
     if (average_tokens, macs, cache_bytes) != (None, None, None):
         if ratios is not None:
             raise UserError("a budget finds the ratios: leave out --ratios")
@@ -76,11 +89,11 @@ def run(
     if plot:
         from pdrop_jax.analysis.plots import cost_plot, save_plot
 
-        save_plot(cost_plot(costs, config.text.num_layers), plot)
+        save_plot(cost_plot(costs, config.text.num_layers), plot, overwrite)
     if json_output:
         print(json.dumps({"model": model, "costs": [_as_json(cost) for cost in costs]}))
         return
-    print(f"{model}, {text_tokens} tokens of text and {tokens} of an image\n\n{_table(costs)}")
+    print(f"{printable(model)}, {text_tokens} tokens of text and {tokens} of an image\n\n{_table(costs)}")
     if schedule.layers:
         print(f"\n--layers {' '.join(map(str, schedule.layers))} --ratios {' '.join(map(str, schedule.ratios))}")
 

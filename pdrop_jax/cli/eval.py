@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes
+from pdrop_jax.errors import printable
 from pdrop_jax.schedule import schedule_of
 
 
@@ -31,6 +32,8 @@ def run(
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
     no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    outside_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Answer every question of a file. Killed at any moment, the same command goes on where it was.
@@ -54,6 +57,8 @@ def run(
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
       no_verify: load the weights without comparing them with their checksums.
+      outside_images: allow pictures that lie outside --images, as "../1.png" does.
+      overwrite: start over: remove the answers that are in OUT and OUT.unfinished, whatever they are of.
       json_output: print one JSON object instead of text.
     """
     from pdrop_jax.analysis.evaluate import evaluate
@@ -77,17 +82,21 @@ def run(
             seed=seed,
             implementation=attention,
             verify=not no_verify,
+            outside_images=outside_images,
+            overwrite=overwrite,
         )
     except KeyboardInterrupt:
         print(
-            f"pdrop eval: stopped; the answers so far are in {out}.unfinished, the same command goes on",
+            f"pdrop eval: stopped; the answers so far are in {printable(out)}.unfinished, the same command goes on",
             file=sys.stderr,
         )
         return 130
     if json_output:
         print(json.dumps(dataclasses.asdict(result), default=str))
     elif result.answered:
-        print(f"{out}: {result.questions:,} answers, {result.answered:,} of them new, {result.seconds:.1f} s")
+        print(
+            f"{printable(out)}: {result.questions:,} answers, {result.answered:,} of them new, {result.seconds:.1f} s"
+        )
     else:
-        print(f"{out}: all {result.questions:,} questions were answered before")
+        print(f"{printable(out)}: all {result.questions:,} questions were answered before")
     return 0

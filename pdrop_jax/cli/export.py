@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
+from pdrop_jax.io import check_new_folder
 
 
 def run(
@@ -30,8 +31,7 @@ def run(
 
     if single_file and format != "pdrop":
         raise UserError("--single-file is for --format pdrop")
-    if out.exists():
-        raise UserError(f"{out} exists: remove it or choose another folder")
+    check_new_folder(out)
     with contextlib.ExitStack() as at_end:
         if is_run(model):
             scratch = at_end.enter_context(tempfile.TemporaryDirectory(dir=model))
@@ -43,9 +43,9 @@ def run(
             config, params = checkpoint.load(model, dtype=dtype)
             about = checkpoint.training(model)
             checkpoint.save(out, config, params, companions=model, single_file=single_file, training=about)
-            print(f"{out}: {count(params):,} parameters")
+            print(f"{printable(out)}: {count(params):,} parameters")
             return
         from pdrop_jax.convert.exporter import export
 
         summary = export(model, out, format, dtype=dtype)
-        print(f"{out}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}, {format}")
+        print(f"{printable(out)}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}, {format}")

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
+from pdrop_jax.io import check_outputs
 from pdrop_jax.schedule import schedule_of
 
 
@@ -32,6 +33,7 @@ def run(
     no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     picture: pathlib.Path | None = None,
     heatmap: pathlib.Path | None = None,
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answer one question, or several as one batch.
@@ -56,17 +58,19 @@ def run(
       no_verify: load the weights without comparing them with their checksums.
       picture: file to draw the kept patches into, stage by stage; for one question.
       heatmap: file to draw the scores into that each drop went by; for one question.
+      overwrite: replace the files of --picture and --heatmap if they are there.
       json_output: print one JSON object instead of text.
     """
-    for option, path in (("--picture", picture), ("--heatmap", heatmap)):
-        if path:
-            _check_picture(option, path, prompt, image)
+    if picture or heatmap:
+        _check_pictures(picture, heatmap, prompt, image, [*image, *video, *([model] if model else [])], overwrite)
     images = _images_of(prompt, image)
 
-    from pdrop_jax.generation import DEMO, generate, load
+    from pdrop_jax.generation import DEMO, check_implementation, generate, load, make_sampling
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.sharding import make_mesh
 
+    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
+    check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
@@ -90,29 +94,37 @@ def run(
         from pdrop_jax.analysis.figures import answer_picture, save_picture, score_picture
 
         if picture:
-            save_picture(answer_picture(image, answer.kept[0], loaded.processor), picture)
+            save_picture(answer_picture(image, answer.kept[0], loaded.processor), picture, overwrite)
         if heatmap:
-            save_picture(score_picture(image, answer.scores[0], loaded.processor), heatmap)
+            save_picture(score_picture(image, answer.scores[0], loaded.processor), heatmap, overwrite)
     if json_output:
-        print(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False))
+        print(printable(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False)))
         return
     if live:
         print()
     else:
-        print(*answer.texts, sep="\n")
+        print(*(printable(text, keep="\n\t") for text in answer.texts), sep="\n")
     if picture:
         counts = [sum(answer.image_tokens[0]), *(sum(map(len, images)) for images in answer.kept[0])]
-        print(f"{picture}: image tokens of each stage, {' -> '.join(map(str, counts))}")
+        print(f"{printable(picture)}: image tokens of each stage, {' -> '.join(map(str, counts))}")
 
 
-def _check_picture(option: str, path: pathlib.Path, prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> None:
+def _check_pictures(
+    picture: pathlib.Path | None,
+    heatmap: pathlib.Path | None,
+    prompts: tuple[str, ...],
+    images: tuple[pathlib.Path, ...],
+    inputs: list[pathlib.Path],
+    overwrite: bool,
+) -> None:
+    option = "--picture" if picture else "--heatmap"
     if len(prompts) != 1:
         raise UserError(f"{option} shows what one question keeps, but there are {len(prompts)}: ask one at a time")
     if not images:
         raise UserError(f"{option} shows what is kept of a picture, but there is none: give one, --image FILE")
-    from pdrop_jax.analysis.figures import check_picture_path
+    from pdrop_jax.analysis.figures import PICTURES
 
-    check_picture_path(path)
+    check_outputs([(picture, PICTURES), (heatmap, PICTURES)], overwrite=overwrite, inputs=inputs)
 
 
 def _images_of(prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> list[Any]:
@@ -128,7 +140,7 @@ def _images_of(prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> li
 
 
 def _print_piece(row: int, text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text, keep="\n\t"), end="", flush=True)
 
 
 def _as_json(answer: Any, config: Any) -> dict[str, Any]:

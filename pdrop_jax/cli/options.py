@@ -19,7 +19,10 @@ Ratios = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="R [R …]")]
 def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:
     """Devices along each axis of ``--mesh data=1 fsdp=8 tensor=1``."""
     try:
-        return {axis: int(size) for axis, size in (item.split("=") for item in mesh)}
+        sizes = {axis: int(size) for axis, size in (item.split("=") for item in mesh)}
+        if len(sizes) < len(mesh):
+            raise ValueError
+        return sizes
     except ValueError:
         raise UserError(f"--mesh takes axes with their sizes, as fsdp=8 tensor=2, got {' '.join(mesh)}") from None
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.schedule import schedule_of
 
+MOST = 2**24  # rows, parts or tokens: more would overflow the sizes of arrays
 TRAINING_ADVICE = "more parts (--accumulate), more devices along fsdp"
 INFERENCE_ADVICE = "fewer rows (--batch), more devices along tensor"
 
@@ -49,6 +50,11 @@ def run(
     """
     if quantize and mode == "train":
         raise UserError("--quantize is of inference: give --mode prefill or --mode decode")
+    numbers = {"--bucket": bucket, "--batch": (batch,), "--accumulate": (accumulate,)}
+    for option, values in numbers.items():
+        if not values or not all(1 <= value <= MOST for value in values):
+            raise UserError(f"{option} takes whole numbers in 1..{MOST:,}, got {' '.join(map(str, values))}")
+    axes, schedule = mesh_sizes(mesh), schedule_of(layers, ratios)
 
     from pdrop_jax.analysis.plan import devices_of
 
@@ -59,7 +65,7 @@ def run(
     from pdrop_jax.schedule import DropSchedule
     from pdrop_jax.train import program
 
-    config, schedule = config_of(model), schedule_of(layers, ratios)
+    config = config_of(model)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     slots = bucket_for(bucket[0], bucket[1:], config)
     job = program.Job(config, mode, slots, batch, accumulate, program.groups_of(config), quantize)
@@ -77,14 +83,14 @@ def run(
         jobs = [job]
         if dense and config.schedule.layers:
             jobs.append(dataclasses.replace(job, config=dataclasses.replace(config, schedule=DropSchedule.none())))
-        plans = [compiled(each, mesh_sizes(mesh) or None) for each in jobs]
+        plans = [compiled(each, axes or None) for each in jobs]
     results = [_result(found, len(devices)) for found in plans]
     if json_output:
         asked = {"model": model, "mode": mode, "topology": topology, "bucket": bucket, "quantize": quantize}
         print(json.dumps({**asked, "plans": results}))
         return
     weights = f", {quantize} weights" if quantize else ""
-    print(f"{model}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}{weights}\n")
+    print(f"{printable(model)}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}{weights}\n")
     print(_table(results) if results else "no mesh fits")
     if not any(x["fits"] for x in results):
         advice = TRAINING_ADVICE if mode == "train" else INFERENCE_ADVICE

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
         print(json.dumps(dataclasses.asdict(score)))
         return
     for name, values in (("all", {**score.values, "answers": score.answers}), *score.groups.items()):
-        print(f"{name:24}{'   '.join(f'{key} {_shown(key, number)}' for key, number in values.items())}")
+        print(f"{printable(name):24}{'   '.join(f'{key} {_shown(key, number)}' for key, number in values.items())}")
 
 
 def _shown(key: str, number: float) -> str:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from pdrop_jax.cli.options import Layers, Ratios, progress
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
+from pdrop_jax.io import check_outputs, write_file
 from pdrop_jax.schedule import schedule_of
 
 
@@ -28,6 +29,8 @@ def run(
     out: pathlib.Path | None = None,
     plot: pathlib.Path | None = None,
     html: pathlib.Path | None = None,
+    outside_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Ask every question densely, with one drop at each layer and ratio, by other scores, and in ways of mere noise.
 
@@ -50,19 +53,15 @@ def run(
       out: file for everything as JSON.
       plot: file to draw the effects into (.png, .svg or .pdf).
       html: file for a report with pictures, which needs no network.
+      outside_images: allow pictures that lie outside --images, as "../1.png" does.
+      overwrite: replace the files of --out, --plot and --html if they are there.
     """
-    from pdrop_jax.analysis.plots import check_matplotlib, check_plot_path
-    from pdrop_jax.io import written_aside
+    from pdrop_jax.analysis.plots import PLOTS, check_matplotlib
 
     if plot or html:
         check_matplotlib()
-    if plot:
-        check_plot_path(plot)
-    for path in (out, html):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}")
-    if html and html.suffix != ".html":
-        raise UserError(f"{html}: a report's name ends in .html")
+    if limit is not None and limit < 1:
+        raise UserError(f"there is no question to ask: --limit must be at least 1, got {limit}")
     try:
         which = None if layers == ("all",) else [int(layer) for layer in layers]
     except ValueError:
@@ -70,7 +69,9 @@ def run(
 
     from pdrop_jax.analysis.questions import read_questions
 
-    asked = read_questions(questions, images)[:limit]
+    asked = read_questions(questions, images, outside_images)[:limit]
+    inputs = [model, questions, *(image for question in asked for image in question.images)]
+    check_outputs([(out, ()), (plot, PLOTS), (html, [".html"])], overwrite=overwrite, inputs=inputs)
 
     from pdrop_jax.analysis.study import run_study
     from pdrop_jax.analysis.study_report import report, table
@@ -88,15 +89,12 @@ def run(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    print(printable(table(study), keep="\n"))  # before anything is written: the disk may be full
     if out:
-        with written_aside(out) as new:
-            new.write_text(json.dumps(study.as_json()) + "\n")
+        write_file(out, json.dumps(study.as_json()) + "\n", overwrite)
     if plot:
         from pdrop_jax.analysis.plots import save_plot, study_plot
 
-        save_plot(study_plot(study), plot)
+        save_plot(study_plot(study), plot, overwrite)
     if html:
-        page = report(study, loaded, asked)
-        with written_aside(html) as new:
-            new.write_text(page)
-    print(table(study))
+        write_file(html, report(study, loaded, asked), overwrite)

@@ -176,7 +176,15 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
     Args:
       tokenizer: a transformers tokenizer.
+
+    Raises:
+      UserError: the text holds half surrogate pairs, as a command line does whose bytes are not UTF-8.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start : error.end]
+        raise UserError(f"the text is no valid Unicode at character {error.start + 1}, {wrong!r}") from None
     chunks = [
         tokenizer(as_sentencepiece(tokenizer, chunk), verbose=False)["input_ids"] for chunk in text.split(IMAGE_TAG)
     ]

@@ -1,10 +1,11 @@
 """Pictures: whatever Pillow can read -> RGB -> the normalised crop that the vision tower takes."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens, pooled, tiled, whole
 from pdrop_jax.inputs.image_settings import read_settings
+from pdrop_jax.io import check_file
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -36,6 +38,7 @@ Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
 ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler
 
 MAX_ASPECT = 64  # long edge over short edge that is still resized whole before the centre crop
+MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, and its time grows with the square
 STRIP = 256  # rows that are padded and resized at a time
 
 
@@ -98,8 +101,8 @@ def open_image(picture: Picture) -> Image.Image:
       picture: a path, a Pillow image, or a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
 
     Raises:
-      UserError: no such file, not a picture, truncated, larger than Pillow's limit for untrusted pictures, an array of
-        another shape or dtype.
+      UserError: no such file, not a picture, truncated, larger than Pillow's limit for untrusted pictures or
+        ``MAX_EDGE``, an array of another shape or dtype.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # metadata that Pillow finds odd is no concern of ours
@@ -109,38 +112,53 @@ def open_image(picture: Picture) -> Image.Image:
 
 def read_image(picture: Picture) -> Image.Image:
     """``open_image`` for several threads at once: warnings stay as they are, for a filter is the whole process's."""
-    name = str(picture) if isinstance(picture, str | os.PathLike) else "the picture"
-    try:
-        if isinstance(picture, np.ndarray):
-            return _to_rgb(_from_array(picture))
-        if isinstance(picture, Image.Image):
-            return _to_rgb(picture)
-        with Image.open(picture) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
+    if isinstance(picture, str | os.PathLike):
+        with _opened(picture) as image:
             return _to_rgb(image)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{name}: there is no such file") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{name}: has more than {Image.MAX_IMAGE_PIXELS} pixels, make it smaller") from None
-    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
-        raise UserError(f"{name}: cannot be read as a picture: {_one_line(error)}") from None
+    with _one_line_errors("the picture"):
+        return _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) pixels of the upright picture in a file, of which only the head is read.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or it is too large.
     """
+    with _opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if turned else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """A picture whose head has been read and whose size is within the limits."""
+    check_file(path)
+    with _one_line_errors(str(path)), Image.open(path) as image:
+        if image.format == "EPS":  # a program, which Pillow would run
+            raise UserError("is PostScript: save it as a picture")
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        _check_edges(image.size)
+        yield image
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Whatever goes wrong with a picture as a UserError."""
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size if turned else image.size[::-1]
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise UserError(f"{path}: cannot be read as a picture: {_one_line(error)}") from None
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{name}: has more than {Image.MAX_IMAGE_PIXELS} pixels, make it smaller") from None
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        raise UserError(f"{name}: cannot be read as a picture: {_one_line(error)}") from None
+
+
+def _check_edges(size: tuple[int, int]) -> None:
+    if max(size) > MAX_EDGE:
+        raise UserError(f"has {size[0]}x{size[1]} pixels, but an edge may have at most {MAX_EDGE:,}: make it smaller")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -149,12 +167,14 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"an array of {array.dtype} {array.shape} is no picture: expected uint8 (h, w), (h, w, 1), (h, w, 3) or "
             "(h, w, 4)"
         )
+    _check_edges((array.shape[1], array.shape[0]))
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise UserError(f"has {image.width}x{image.height} pixels")
+    _check_edges(image.size)
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):

@@ -14,7 +14,6 @@ from pdrop_jax.analysis.figures import (
     TEXT,
     answer_picture,
     as_seen,
-    check_picture_path,
     kept_picture,
     save_picture,
     score_picture,
@@ -147,13 +146,19 @@ def test_tiles_are_a_row_of_their_own():
 def test_saving(tmp_path):
     target = tmp_path / "out.png"
     target.write_text("older")
-    save_picture(WHITE, target)
+    with pytest.raises(UserError, match=r"out\.png exists: choose another name"):
+        save_picture(WHITE, target)
+    assert target.read_text() == "older"
+    save_picture(WHITE, target, overwrite=True)
     assert Image.open(target).size == WHITE.size
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
     with pytest.raises(UserError, match=r"\.png"):
         save_picture(WHITE, tmp_path / "out.txt")
     with pytest.raises(UserError, match="no folder"):
-        check_picture_path(tmp_path / "nowhere" / "out.png")
+        save_picture(WHITE, tmp_path / "nowhere" / "out.png")
+    with pytest.raises(UserError, match=r"20000x10 pixels cannot be written: .*; use \.png"):
+        save_picture(Image.new("RGB", (20000, 10)), tmp_path / "wide.webp")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_a_plot_of_the_costs(tmp_path, cost):
         (("--average-tokens", "64", "--macs", "1e12"), "a schedule is for one budget"),
         (("--image-tokens", "0"), "need at least one image token and one text token, got 0 and 64"),
         (("--score", "pyramid"), "unknown score 'pyramid': did you mean 'pyramiddrop'?"),
-        (("--plot", "cost.txt"), "no plot ends in '.txt': use .png, .svg, .pdf"),
+        (("--plot", "cost.txt"), "cost.txt: the name ends in '.txt', expected .png, .svg, .pdf"),
     ],
 )
 def test_bad_input(arguments, message, fails):

@@ -36,7 +36,7 @@ def test_the_command(pdrop, tmp_path):
         (("--ratios", "1.5"), "keep ratios must lie in 0..1, got [1.5]"),
         (("--scores", "nrom"), "unknown score 'nrom': did you mean 'norm'?"),
         (("--schedule-layers", "none"), "the schedule drops nothing, so there is nothing to study"),
-        (("--html", "report.txt"), "report.txt: a report's name ends in .html"),
+        (("--html", "report.txt"), "report.txt: the name ends in '.txt', expected .html"),
         (("--plot", "nowhere/plot.png"), "there is no folder nowhere"),
         (("--limit", "0"), "there is no question to ask"),
         (("--questions", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),

@@ -192,8 +192,10 @@ def assert_refused(path, reason):
 
 
 def test_files_that_are_no_pictures(tmp_path):
-    assert_refused(tmp_path / "absent.jpg", "there is no such file")
-    assert_refused(tmp_path, "cannot be read as a picture")
+    with pytest.raises(UserError, match=r"absent\.jpg cannot be read: there is no such file"):
+        open_image(tmp_path / "absent.jpg")
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder, expected a file"):
+        open_image(tmp_path)
     (tmp_path / "text.png").write_text("hello\nworld")
     assert_refused(tmp_path / "text.png", "cannot be read as a picture")
     (tmp_path / "empty.png").touch()

@@ -1,5 +1,6 @@
 """TextVQA, VQAv2 and GQA: short answers in the model's own words."""
 
+import json
 import os
 import pathlib
 import re
@@ -115,9 +116,14 @@ def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
     for answer in found:
         question, where = questions[answer.id], f"{path} question {answer.id}"
         truth = value(question, "answer", str, where)
-        if question.get("isBalanced", True):
+        balanced = question.get("isBalanced", True)
+        if not isinstance(balanced, bool):
+            raise UserError(f"{where}: 'isBalanced' is {json.dumps(balanced)[:60]}, expected true or false")
+        if balanced:
             structure = value(question, "types", dict, where).get("structural")
             right["open" if structure == "query" else "binary"].append(answer.text.rstrip(".").lower() == truth)
+    if not any(right.values()):
+        raise UserError(f"{path} holds no balanced question, and no others are scored")
     groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in right.items()}
     return Score("gqa", sum(map(len, right.values())), {"accuracy": mean([*right["binary"], *right["open"]])}, groups)
 

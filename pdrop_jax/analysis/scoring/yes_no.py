@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import read_bytes
 
 from ..questions import read_lines, value
 from .files import Score, check_complete, mean, read_answers
@@ -131,7 +132,7 @@ def _mme_truths(folder: pathlib.Path) -> dict[tuple[str, str, str], str]:
     for task in (*PERCEPTION, *COGNITION):
         inner = folder / task / "questions_answers_YN"
         for path in sorted((inner if inner.is_dir() else folder / task).glob("*.txt")):
-            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
                 question, tab, truth = line.strip().rpartition("\t")
                 if not tab or truth.lower() not in ("yes", "no"):
                     raise UserError(f"{path} line {number} is malformed: expected a question, a tab, Yes or No")
