@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from pdrop_jax import checkpoint, storage
 from pdrop_jax.config import LlavaConfig, VisionConfig
+from pdrop_jax.inputs.tokenizer import reading
 from pdrop_jax.io import read_json
 
-from .files import open_safetensors, write_safetensors
+from .files import write_safetensors
 from .hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
 from .hf_parts import vision_to_hf
 from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
@@ -115,8 +116,9 @@ def _shards(arrays: Iterable[Leaf], itemsize: int) -> Iterator[list[Leaf]]:
 
 
 def _torch_tensors(model: pathlib.Path, config: LlavaConfig, arrays: list[Leaf], dtype: str) -> dict[str, np.ndarray]:
-    targets = checkpoint.abstract_arrays(model, config, DTYPES[dtype], jax.devices("cpu")[0])
-    found = flatten_dict(checkpoint.restore(model, {leaf.path: targets[leaf.path] for leaf in arrays}), sep=".")
+    targets = checkpoint.abstract_arrays(model, config, jax.devices("cpu")[0])
+    wanted = {leaf.path: targets[leaf.path] for leaf in arrays}
+    found = flatten_dict(checkpoint.restore(model, wanted, DTYPES[dtype]), sep=".")
     tensors: dict[str, np.ndarray] = {}
     for leaf in arrays:
         x = np.asarray(found.pop(leaf.path))
@@ -136,14 +138,14 @@ def _grow(x: np.ndarray, rows: int) -> np.ndarray:
 def _unrun_tensors(model: pathlib.Path, config: LlavaConfig, naming: Naming, dtype: str) -> dict[str, np.ndarray]:
     """The tensors that never run here but that a PyTorch model is built with. UserError if one is missing."""
     path = model / checkpoint.UNUSED
-    tensors = open_safetensors(path) if path.exists() else {}
+    tensors = storage.read_safetensors(path) if path.exists() else {}
     found = {naming.vision + name: x for name, x in tensors.items()}
     checkpoint.check_shapes(
         unrun_shapes(config, naming),
         {name: x.shape for name, x in found.items()},
         f"{path} does not hold what PyTorch's vision tower has beyond ours; copy it from the converted checkpoint",
     )
-    return {name: x.read().astype(DTYPES[dtype]) for name, x in found.items()}
+    return {name: x.astype(DTYPES[dtype]) for name, x in found.items()}
 
 
 def _write_tower(
@@ -186,7 +188,8 @@ def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
     if any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):
         from transformers import AddedToken, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with reading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False))
         if tokenizer.convert_tokens_to_ids("<image>") == config.image_token_id:
             tokenizer.save_pretrained(folder)

@@ -15,8 +15,8 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.conversation import template_named
 from pdrop_jax.model.layers import Params
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.storage import write_safetensors
 
-from .files import write_safetensors
 from .names import Leaf, leaves, unrun_shapes
 from .sources import Source, open_source
 from .tensors import DTYPES, DType, Tensors

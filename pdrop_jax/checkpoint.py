@@ -6,12 +6,13 @@
     params/, sizes.json     the parameter tree; or params.safetensors, see ``storage``
     unused.safetensors      tensors of the PyTorch model that never run, kept so that it can be exported whole
     tokenizer.json, …       what the processor reads, see ``COMPANIONS``
+    training.json           of a trained model: after which step of which run, see ``train.checkpoints.Trained``
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import itertools
+import json
 import os
 import pathlib
 import shutil
@@ -26,7 +27,7 @@ from jax.sharding import Mesh
 from pdrop_jax import storage
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.io import check_new_folder
+from pdrop_jax.io import check_file, check_new_folder, read_bytes, read_json
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import abstract_params, restage
@@ -36,6 +37,7 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import shardings
 
 UNUSED = "unused.safetensors"
+TRAINING = "training.json"
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -61,6 +63,7 @@ def save(
     companions: str | os.PathLike | None = None,
     *,
     single_file: bool = False,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint. ``folder`` appears when all of it is written. Of several processes all call it.
 
@@ -68,13 +71,18 @@ def save(
       params: stacked by the stages of ``config.schedule``, as ``abstract_params`` describes.
       companions: another checkpoint, whose tokenizer files and unused tensors come along.
       single_file: the arrays as one file, for a small model that is shipped.
+      training: what is to be said of the training of the model, JSON.
 
     Raises:
-      UserError: ``folder`` exists, or ``params`` does not fit ``config``, carries LoRA adapters or is quantized.
+      UserError: ``folder`` exists, ``params`` does not fit ``config``, carries LoRA adapters or is quantized, or a file
+        of ``companions`` cannot be copied, see ``copy_files``.
       OSError: the disk is full or may not be written; nothing is left behind.
     """
     if has_lora(params):
         raise UserError("the parameters carry LoRA adapters, a checkpoint holds plain ones: merge_lora them first")
+    along = (*COMPANIONS, UNUSED)
+    if companions is not None:
+        files_to_copy(pathlib.Path(companions), along)  # before anything is written
     arrays = flatten_dict(params, sep=".")
     if any(map(is_quantized, arrays.values())):
         raise UserError("the parameters are quantized, a checkpoint holds plain ones: load them without quantize")
@@ -84,8 +92,10 @@ def save(
         if jax.process_index():
             return
         config.save(new)
+        if training is not None:
+            (new / TRAINING).write_text(json.dumps(training, indent=2) + "\n")
         if companions is not None:
-            copy_files(pathlib.Path(companions), new, (*COMPANIONS, UNUSED))
+            copy_files(pathlib.Path(companions), new, along)
 
 
 def load(
@@ -95,6 +105,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     quantize: Literal["int8"] | None = None,
+    verify: bool = True,
 ) -> tuple[LlavaConfig, Params]:
     """Reads a checkpoint onto the default device or a mesh.
 
@@ -103,6 +114,7 @@ def load(
       dtype: of the arrays; None keeps each array's own.
       mesh: every device reads its part of an array, see ``sharding``.
       quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantized``.
+      verify: compare every array with the checksum that was taken when it was written.
 
     Returns:
       The config, with ``schedule`` if one is given, and the parameters stacked by its stages.
@@ -117,19 +129,29 @@ def load(
     config = LlavaConfig.load(folder)
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     find_score(result)
-    targets = abstract_arrays(folder, config, dtype, mesh=mesh)
+    targets = abstract_arrays(folder, config, mesh=mesh)
     # Both copy arrays; done for one decoder array at a time that is not the whole model twice.
     whole = result.schedule.layers == config.schedule.layers and not quantize
     parts = [list(targets)] if whole else _by_array(targets)
     arrays: dict[str, jax.Array] = {}
     for names in parts:
-        part = restore(folder, {name: targets[name] for name in names})
+        part = restore(folder, {name: targets[name] for name in names}, dtype, verify=verify)
         if "stages" in part:
             part = restage(part, config, result.schedule)
         if quantize:
             part = quantize_decoder(part)
         arrays |= flatten_dict(part, sep=".")
     return result, unflatten_dict(arrays, sep=".")
+
+
+def training(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """What a checkpoint says of the training of its model; None if it says nothing.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = pathlib.Path(folder) / TRAINING
+    return read_json(path) if path.exists() else None
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
@@ -141,25 +163,19 @@ def fingerprint(folder: str | os.PathLike) -> str:
     digest = hashlib.blake2b(digest_size=16)
     arrays = storage.SINGLE_FILE if storage.is_single_file(pathlib.Path(folder)) else storage.SIZES
     for name in ("config.json", arrays):
-        path = pathlib.Path(folder) / name
-        try:
-            digest.update(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        digest.update(read_bytes(pathlib.Path(folder) / name))
     return digest.hexdigest()
 
 
 def abstract_arrays(
     folder: pathlib.Path,
     config: LlavaConfig,
-    dtype: Any = None,
     device: jax.Device | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The target of ``restore`` for every array of ``config``: shape, dtype and sharding by path.
+    """The target of ``restore`` for every array of ``config``: shape, stored dtype and sharding by path.
 
     Args:
-      dtype: None is each array's own.
       device: None is the default one.
       mesh: instead of a device.
 
@@ -174,19 +190,25 @@ def abstract_arrays(
 
     def target(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         own = stored.get(name, stored["embed.embedding"]).dtype
-        return jax.ShapeDtypeStruct(shape, dtype or own, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, own, sharding=sharding)
 
     flat = flatten_dict(where, sep=".")
     return {name: target(name, x.shape, flat[name]) for name, x in flatten_dict(params, sep=".").items()}
 
 
-def restore(folder: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def restore(
+    folder: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct], dtype: Any = None, *, verify: bool = True
+) -> Params:
     """The arrays of ``targets``, any selection of a checkpoint's, as a nested dict.
+
+    Args:
+      dtype: None is each array's own.
+      verify: see ``load``.
 
     Raises:
       UserError: the checkpoint is damaged.
     """
-    return unflatten_dict(storage.read(folder, targets), sep=".")
+    return unflatten_dict(storage.read(folder, targets, dtype, check=verify), sep=".")
 
 
 @contextlib.contextmanager
@@ -227,10 +249,29 @@ def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]
 
 
 def copy_files(source: pathlib.Path, target: pathlib.Path, patterns: Iterable[str]) -> None:
-    """Copies the files of ``source`` that match; those that ``target`` has already are kept."""
-    for path in itertools.chain.from_iterable(source.glob(pattern) for pattern in patterns):
-        if path.is_file() and not (target / path.name).exists():
+    """Copies the files of ``source`` that match; those that ``target`` has already are kept.
+
+    Raises:
+      UserError: one of them is no file, or a link to what does not belong to ``source``.
+    """
+    for path in files_to_copy(source, patterns):
+        if not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
+
+
+def files_to_copy(source: pathlib.Path, patterns: Iterable[str]) -> list[pathlib.Path]:
+    """The files of ``source`` that match. Raises UserError as ``copy_files`` does."""
+    found = [path for pattern in patterns for path in source.glob(pattern) if not path.is_dir()]
+    root = source.resolve()
+    # Hugging Face's cache is models--NAME/snapshots/REVISION, whose files are all links into models--NAME/blobs.
+    cache = next((parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"), root)
+    for path in found:
+        place = path.resolve()
+        # What an untrusted folder links to may be a secret of this machine, and be published with the copy.
+        if not place.is_relative_to(root) and not place.is_relative_to(cache):
+            raise UserError(f"{path} is a link out of its folder, to {place}: put a copy of that file in its place")
+        check_file(path)
+    return found
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -39,6 +39,9 @@ COLDEST, HOTTEST = 1e-6, 1e6  # temperatures; logits divided by one that is smal
 MOST_TOP_K = 2**31 - 1
 SEEDS = 2**32  # a key takes 32 bits of a seed, so that larger ones would draw as smaller ones do
 STREAM_EVERY = 4  # tokens between two calls of a stream
+# Left to itself XLA skips roundings to bfloat16 where it fuses, and what it fuses depends on the size of the batch: a
+# row would keep other tokens in a batch than alone (benchmarks/batches.py).
+ROUNDED = {"xla_allow_excess_precision": False}
 DEMO = pathlib.Path(__file__).parent / "demo"  # the small trained model that comes with the package
 
 
@@ -102,7 +105,7 @@ def _append(state: State, logits: jax.Array, sampling: Sampling, stop_ids: jax.A
     return dataclasses.replace(state, tokens=tokens, step=state.step + 1, done=done)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"), compiler_options=ROUNDED)
 def start(
     config: LlavaConfig,
     params: Params,
@@ -136,7 +139,7 @@ def first_token(
     return _append(state, logits, sampling, stop_ids)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=ROUNDED)
 def decode(
     config: LlavaConfig,
     params: Params,
@@ -174,6 +177,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     quantize: Literal["int8"] | None = None,
+    verify: bool = True,
 ) -> Model:
     """Loads a converted or trained checkpoint.
 
@@ -184,6 +188,7 @@ def load(
       mesh: devices to share the work, see ``sharding.make_mesh``; None is one device.
       quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantized``; activations stay
         ``dtype``.
+      verify: compare every array with its checksum, see ``checksums``.
 
     Raises:
       UserError: the folder is no checkpoint, it is damaged, the schedule does not fit the decoder, or ``quantize`` is
@@ -191,7 +196,9 @@ def load(
     """
     if folder == DEMO and not DEMO.exists():
         raise UserError("this installation has no demo model: name the folder of a checkpoint, --model DIR")
-    config, params = load_checkpoint(pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize)
+    config, params = load_checkpoint(
+        pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
+    )
     processor = Processor.load(pathlib.Path(folder), config)
     # Quantized stacks are scanned on a CPU too: of a list of layers XLA makes all the plain weights at once.
     if jax.default_backend() == "cpu" and mesh is None and not quantize:

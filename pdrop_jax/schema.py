@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeVar
@@ -48,6 +49,8 @@ def validated(kind: type[T], data: Any, where: str, prefix: str = "") -> T:
         raise UserError(f"{where} is nested too deeply") from None
     except ValidationError as error:
         raise UserError(_message(error, kind, data, where, prefix)) from None
+    except ValueError:  # Python does not write out an integer of thousands of digits, which TOML can say in hexadecimal
+        raise UserError(f"{where} is malformed: a number has too many digits") from None
 
 
 @functools.cache
@@ -56,21 +59,26 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: str) -> str:
-    found = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # first: a misspelt key is missing too
+    found = next((x for x in errors if x["type"] in unknown), errors[0])
     key = prefix + ".".join(_keys(found["loc"], data))
     if found["type"] == "json_invalid":  # well-formed, since it was written here
-        return f"{where} is nested too deeply"
+        return f"{where} " + (
+            "is nested too deeply" if "recursion" in found["msg"] else "has a string that is no UTF-8"
+        )
     if found["type"] in ("missing", "missing_argument"):
-        return f"{where} has no {key}"
-    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        missing = [prefix + ".".join(_keys(x["loc"], data)) for x in errors if x["type"] == found["type"]]
+        return f"{where} has no {', '.join(missing)}"
+    if found["type"] in unknown:
         return f"{where} has an unknown key {key}{_suggestion(kind, found['loc'])}"
     if found["type"] == "value_error":  # raised by a __post_init__
         return f"{where}: {found['ctx']['error']}"
     value = found["input"]
     shown = repr(value) if isinstance(value, str) else json.dumps(value)
     shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
-    allowed = found["msg"].removeprefix("Input should be ").replace("a valid tuple", "a list")
-    return f"{where}: {key or 'the document'} is {shown}, it must be {allowed}"
+    allowed = re.sub(r"^\w+ should | after validation, not \d+$", "", found["msg"]).replace("valid array", "list")
+    return f"{where}: {key or 'the document'} is {shown}, it must {allowed}"
 
 
 def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
@@ -78,7 +86,7 @@ def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
     for part in loc:
         if isinstance(data, dict):
             data = data.get(str(part))
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
             data = data[part]
         else:
             return

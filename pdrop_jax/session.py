@@ -21,6 +21,7 @@ from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import (
+    ROUNDED,
     Model,
     Sampling,
     State,
@@ -34,7 +35,7 @@ from pdrop_jax.generation import (
     rows_on_devices,
 )
 from pdrop_jax.inputs.anyres import ImageTokens
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG, Turn, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, Turn, place_images, render, token_ids, without_tags
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.inputs.processor import Row, as_list, assemble, choose_bucket
 from pdrop_jax.kept import kept_tokens
@@ -230,7 +231,7 @@ class Session:
             self._past = _Past(ids, len(ids), first, hidden, kept)
         text = processor.decode(new)
         (asked, _), self._images = turns[-1], images
-        self.turns.append((asked, text.replace(IMAGE_TAG, "")))  # there is no picture for a tag that the model wrote
+        self.turns.append((asked, without_tags(text)))  # there is no picture for a tag that the model wrote
         return Answer(
             text=text,
             token_ids=new,
@@ -245,7 +246,10 @@ class Session:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "slots", "capacity", "implementation"), donate_argnames=("model", "hidden")
+    jax.jit,
+    static_argnames=("config", "slots", "capacity", "implementation"),
+    donate_argnames=("model", "hidden"),
+    compiler_options=ROUNDED,
 )
 def _start_turn(
     config: LlavaConfig,

@@ -20,7 +20,7 @@ import hypothesis
 import jax
 import pytest
 
-from pdrop_jax.inputs.conversation import load_tokenizer
+from pdrop_jax.inputs.tokenizer import load_tokenizer
 
 # The tolerances are those of float32: accelerators multiply float32 with fewer bits unless told otherwise.
 jax.config.update("jax_platforms", "cpu")

@@ -1,8 +1,10 @@
 """Every benchmark at a tiny size, to its last printed line: the README's figures name these commands."""
 
 import json
+import os
 import pathlib
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -26,10 +28,18 @@ def run(monkeypatch, capsys):
     return run
 
 
+def run_as_shipped(name, *options):
+    """The JSON objects that a benchmark prints, compiled as users compile it and not as tests do."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 def test_no_benchmark_is_forgotten():
     tests = pathlib.Path(__file__).read_text()
     for path in BENCHMARKS.glob("*.py"):
-        assert f'run("{path.stem}"' in tests, path.name
+        assert f'("{path.stem}"' in tests, path.name
 
 
 def test_inference(run):
@@ -70,3 +80,22 @@ def test_plan_tables(run, tmp_path):
     rows = run("plan_tables", "--models", model, "--chips", "v5e", "--slices", "2x2", "--rows", 4).splitlines()
     assert [row.split("|")[2].strip() for row in rows] == ["PyramidDrop", "dense"]
     assert all("of 15.75 GiB" in row for row in rows), rows
+
+
+def test_verify(tmp_path):
+    model = BENCHMARKS.parent / "pdrop_jax/demo"
+    (found,) = run_as_shipped("verify", "--folder", tmp_path / "model", "--model", model, "--repeats", 1)
+    assert found["gb"] > 0
+    assert len(found["verified_s"]) == len(found["unverified_s"]) == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_batches():
+    """A row in bfloat16 keeps the same tokens in a batch as alone."""
+    options = ["--dtypes", "bfloat16", "--pictures", 2, "--batch-size", 8]
+    (found,) = run_as_shipped("batches", *options)
+    assert found["rows"] == 8
+    assert found["kept_otherwise"] == found["answered_otherwise"] == 0
+    assert max(found["largest_score_difference"]) < 1e-6
+    (by_default,) = run_as_shipped("batches", *options, "--xla-default")
+    assert max(by_default["largest_score_difference"]) > 1e-4  # what the compiler option is for

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import weakref
 from types import SimpleNamespace
@@ -137,7 +138,56 @@ def test_companions_travel_along(saved, params, tmp_path):
         (saved / name).write_text(name)
     checkpoint.save(tmp_path / "out", CONFIG, params, companions=saved)
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"config.json", "params", "sizes.json", *names} - {"notes.txt"}
+    assert found == {"config.json", "params", "sizes.json", "checksums.json", *names} - {"notes.txt"}
+
+
+def linked(folder, name, target):
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(f"of {name}")
+    (folder / name).symlink_to(os.path.relpath(target, folder))
+
+
+def test_links_are_followed_within_a_folder_and_in_a_hub_cache(tmp_path):
+    cache = tmp_path / "models--llava-hf--llava-1.5-7b-hf"
+    snapshot = cache / "snapshots/8c85e9a4d626"
+    linked(snapshot, "tokenizer.json", cache / "blobs/1fe3")
+    linked(snapshot, "tokenizer_config.json", snapshot / "files/tokenizer_config.json")
+    (tmp_path / "out").mkdir()
+    checkpoint.copy_files(snapshot, tmp_path / "out", checkpoint.COMPANIONS)
+    found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if not path.is_symlink()}
+    assert found == {name: f"of {name}" for name in ("tokenizer.json", "tokenizer_config.json")}
+
+
+@pytest.mark.parametrize(
+    ("folder", "target"),
+    [
+        ("model", "secret"),
+        ("model", "blobs/1fe3"),
+        ("models--a/snapshots/1", "secret"),
+        ("models--a/snapshots/1", "models--b/blobs/1fe3"),
+        ("models--a/snapshots/1", "models--a/snapshots/2/tokenizer.json"),
+    ],
+)
+def test_what_a_link_out_of_the_folder_points_to_is_not_copied(folder, target, params, tmp_path):
+    linked(tmp_path / folder, "tokenizer.json", tmp_path / target)
+    with pytest.raises(UserError, match=r"tokenizer\.json is a link out of its folder, to .*: put a copy of that file"):
+        checkpoint.save(tmp_path / "out", CONFIG, params, companions=tmp_path / folder)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_link_to_a_link_is_judged_by_where_it_ends(params, tmp_path):
+    linked(tmp_path / "models--a/blobs", "1fe3", tmp_path / "secret")
+    (tmp_path / "models--a/snapshots/1").mkdir(parents=True)
+    (tmp_path / "models--a/snapshots/1/tokenizer.json").symlink_to("../../blobs/1fe3")
+    with pytest.raises(UserError, match=r"is a link out of its folder, to .*/secret"):
+        checkpoint.save(tmp_path / "out", CONFIG, params, companions=tmp_path / "models--a/snapshots/1")
+
+
+def test_a_fifo_is_not_copied(params, saved, tmp_path):
+    os.mkfifo(saved / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json is a FIFO, expected a file"):
+        checkpoint.save(tmp_path / "out", CONFIG, params, companions=saved)
 
 
 def test_an_existing_folder_is_kept(saved, params):

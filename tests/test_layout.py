@@ -16,7 +16,7 @@ ROOMS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop
 READING = {"pdrop_jax.errors", "pdrop_jax.io", "pdrop_jax.schema"}
 BASE = READING | {"pdrop_jax.schedule", "pdrop_jax.parts", "pdrop_jax.config", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
-FILES = {"pdrop_jax.checkpoint", "pdrop_jax.storage"}
+FILES = {"pdrop_jax.checkpoint", "pdrop_jax.storage", "pdrop_jax.checksums"}
 LIBRARY = MODEL | FILES | {"pdrop_jax.inputs", "pdrop_jax.kept", "pdrop_jax.generation"}
 APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "pdrop_jax.sharding": BASE,
     "pdrop_jax.model": MODEL,
     "pdrop_jax.inputs": BASE,
-    "pdrop_jax.storage": READING,
+    "pdrop_jax.checksums": {"pdrop_jax.errors"},
+    "pdrop_jax.storage": READING | {"pdrop_jax.checksums"},
     "pdrop_jax.checkpoint": MODEL | {"pdrop_jax.storage"},
     "pdrop_jax.kept": MODEL,
     "pdrop_jax.generation": LIBRARY,

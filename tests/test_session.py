@@ -181,6 +181,13 @@ def test_a_tag_that_the_model_writes_is_no_picture(monkeypatch):
     assert session.turns[0] == ("<image>\nWhat is it?", "an  of it")
 
 
+def test_a_tag_within_a_tag_that_the_model_writes_is_no_picture_either(monkeypatch):
+    session = Session(model(), "keep")
+    monkeypatch.setattr(Processor, "decode", lambda self, ids: "an <im<image>age> of <im<im<image>age>age>it")
+    converse(session, TURNS[:2])
+    assert session.turns[0] == ("<image>\nWhat is it?", "an  of it")
+
+
 @pytest.mark.parametrize(
     ("question", "image", "options", "message"),
     [

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,11 +26,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
+from pdrop_jax.checksums import checksums
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import path_name
 from pdrop_jax.storage import quiet
 
 from .recipe import Run, differences
+from .step import not_finite
 
 FOLDER = "checkpoints"
 
@@ -49,15 +52,26 @@ class Origin:
     """
 
     step: int
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
     schedule: dict[str, Any]
     start: str
     data: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained(Origin):
+    """What a trained model is made of, written beside its arrays.
+
+    Attributes:
+      checkpoint: digest of the training checkpoint, and so of every array in it.
+    """
+
+    checkpoint: str
+
+
 def changes(old: Origin, new: Origin) -> list[str]:
     """What ``new`` differs in from ``old`` in spite of the same folder, as text."""
-    found = differences(old.recipe, json.loads(json.dumps(new.recipe)))
+    found = differences(*(json.loads(json.dumps(origin.recipe)) for origin in (old, new)))
     if old.start != new.start:
         found.append("model.start holds another model")
     if old.data != new.data:
@@ -104,14 +118,22 @@ class Checkpoints:
         """Begins to write ``state``, a tree of arrays, which may be donated afterwards. Waits for the save before it.
 
         Raises:
-          UserError: that one could not be written.
+          UserError: that one could not be written, or ``state`` is not finite.
         """
         self.wait()
         arrays = named(state)
+        if bad := not_finite(arrays):
+            raise UserError(
+                f"after {origin.step:,} steps {len(bad)} of {len(arrays)} arrays of the run hold NaN or infinity, "
+                f"{bad[0]} is the first; {self.kept}: lower optimizer.learning_rate"
+            )
+        needed, free = sum(x.nbytes for x in arrays.values()), shutil.disk_usage(self.folder.parent).free
+        if free < needed:
+            raise self._full(origin.step, f"it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
         about = {
             "origin": dataclasses.asdict(origin),
             "arrays": {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()},
-            "checksums": {name: int(x) for name, x in jax.device_get(checksums(arrays)).items()},
+            "checksums": checksums(arrays),
         }
         saved = {"state": arrays, "about": {**about, "digest": _digest(about)}}
         with self._writing(origin.step):
@@ -152,6 +174,16 @@ class Checkpoints:
             self._set_aside(step)
         return None
 
+    def digest(self, step: int) -> str | None:
+        """Of a checkpoint with all its checksums; None if it is damaged or not there."""
+        about = self._about(step)
+        return None if about is None else _digest(about)
+
+    @property
+    def kept(self) -> str:
+        """What there is to go on from, as part of a message."""
+        return f"the checkpoint of step {self.steps[0]:,} stays" if self.steps else "there is no checkpoint before it"
+
     def _about(self, step: int) -> dict[str, Any] | None:
         """What was written beside the arrays, None if it is damaged."""
         try:
@@ -168,8 +200,8 @@ class Checkpoints:
                 arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
         except Exception:  # as above
             return None
-        found = jax.device_get(checksums(arrays))
-        if any(int(found[name]) != value for name, value in expected.items()):
+        found = checksums(arrays)
+        if any(found[name] != value for name, value in expected.items()):
             return None
 
         def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -194,11 +226,13 @@ class Checkpoints:
             with quiet():
                 yield
         except Exception as error:  # tensorstore reports a full disk as ValueError, others as OSError
-            kept = f"that of step {self.steps[0]} is whole" if self.steps else "there is none before it"
-            raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}, {kept}: make room and run again "
-                f"({str(error).splitlines()[0][-200:]})"
-            ) from None
+            raise self._full(step, str(error).splitlines()[0][-200:]) from None
+
+    def _full(self, step: int, reason: str) -> UserError:
+        return UserError(
+            f"the checkpoint of step {step} cannot be written to {self.folder}, {self.kept}: make room and run again "
+            f"({reason})"
+        )
 
 
 def named(state: Any) -> Arrays:
@@ -211,24 +245,6 @@ def check_arrays(abstract: Any, stored: dict[str, Any], where: pathlib.Path) -> 
     expected = {name: tuple(x.shape) for name, x in named(abstract).items()}
     found = {name: tuple(shape) for name, (shape, _) in stored.items()}
     check_shapes(expected, found, f"{where} is a checkpoint of another model or of other trained groups")
-
-
-@jax.jit
-def checksums(arrays: Arrays) -> Arrays:
-    """A uint32 for each array: the sum of its words, each times an odd number of its own, modulo 2^32.
-
-    Any single changed word changes it, and so do words that change places. Computed where the arrays are.
-    """
-    return jax.tree.map(_checksum, arrays)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype != jnp.bool_:
-        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return (x.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
 
 
 def _digest(about: dict[str, Any]) -> str:

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import multiprocessing
+import os
+import threading
 import warnings
 from collections import Counter
 
@@ -17,7 +20,7 @@ from pdrop_jax.inputs import assemble
 from .index import Dataset, open_dataset
 from .plan import Planned
 
-__all__ = ["Dataset", "Step", "open_dataset", "pipeline"]
+__all__ = ["Dataset", "Step", "check_batches", "open_dataset", "pipeline"]
 
 THREADS = 4  # batches that are read at the same time without worker processes
 
@@ -60,14 +63,7 @@ def pipeline(
       UserError: B cannot be shared out, or is more than the data set has rows; while iterating, a picture that cannot
         be read if ``data.broken`` is "fail".
     """
-    parts = math.lcm(parts, process_count)
-    if batch_size < 1 or batch_size % parts:
-        raise UserError(f"a batch of {batch_size} rows cannot be cut into {parts} parts: choose a multiple of {parts}")
-    if len(dataset) < batch_size:
-        raise UserError(
-            f"{dataset.data.conversations} has {len(dataset)} usable rows, a batch takes {batch_size}: lower the batch "
-            "size"
-        )
+    check_batches(dataset, batch_size, parts, process_count)
     share = batch_size // process_count
     rows = slice(process_index * share, (process_index + 1) * share)
     load = functools.partial(_load, dataset, batch_size, seed, rows)
@@ -78,7 +74,35 @@ def pipeline(
         flags.FLAGS.mark_as_parsed()
     one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    return source.to_iter_dataset(one_at_a_time).mp_prefetch(options)
+    return source.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=_end_with_parent)
+
+
+def _end_with_parent(_worker: int, _workers: int) -> None:
+    """Run by a worker process when it starts: it ends with the run's process, even one that is killed.
+
+    It would wait for room in a queue that nobody reads any more. The sentinel is a pipe whose other end the parent
+    alone holds; PR_SET_PDEATHSIG would be sent when the thread ends that started the worker, and grain has one for it.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def check_batches(dataset: Dataset, batch_size: int, parts: int, process_count: int) -> None:
+    """Raises UserError if ``pipeline`` cannot share a batch out, or the data set has not rows enough for one."""
+    parts = math.lcm(parts, process_count)
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(f"a batch of {batch_size} rows cannot be cut into {parts} parts: choose a multiple of {parts}")
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"{dataset.data.conversations} has {len(dataset)} usable rows, a batch takes {batch_size}: lower the batch "
+            "size"
+        )
 
 
 def _load(dataset: Dataset, batch_size: int, seed: int, rows: slice, step: int) -> Step:

@@ -12,11 +12,13 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG
 from pdrop_jax.inputs.targets import Example, TrainingText, training_text, turns_of
+from pdrop_jax.io import check_file
 
 # Why a record is left out: what users see counted.
 MALFORMED = "malformed JSON"  # also: no object, no conversations, wrong roles
 NOT_FOR_TEMPLATE = "not for this template"  # "plain" takes a picture and its caption, nothing else
 NO_FILE = "no image file"
+OUTSIDE = "picture outside of data.images"  # refused unless data.outside_images allows it
 CORRUPT = "corrupt picture"  # mostly found only when it is loaded; also one of too many pixels, or too narrow
 NO_PICTURE = "<image> without picture"
 NO_TAG = "picture without <image>"
@@ -36,8 +38,9 @@ def read_records(path: pathlib.Path) -> Iterator[Any]:
     """The records of a JSON list or of JSON lines; None for a line that is no JSON. Empty lines are nothing.
 
     Raises:
-      UserError: there is no such file, it is empty, or a list that is no JSON as a whole.
+      UserError: there is no such file, it is no file, it is empty, or a list that is no JSON as a whole.
     """
+    check_file(path)
     try:
         with path.open("rb") as file:
             lines = (line.strip() for line in file)
@@ -49,8 +52,6 @@ def read_records(path: pathlib.Path) -> Iterator[Any]:
                 return
             file.seek(0)
             yield from json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file of conversations") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -71,10 +72,10 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
 
     Args:
       record: ``{"image": a name, several or nothing, "conversations": […]}``; whatever else it holds is not looked at.
-      is_file: whether there is a picture of that name.
+      is_file: whether there is a picture of that name; it may raise BrokenRecord.
 
     Raises:
-      BrokenRecord.
+      BrokenRecord: the record cannot be used.
     """
     if not isinstance(record, dict):
         raise BrokenRecord(MALFORMED)

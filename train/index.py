@@ -21,9 +21,10 @@ from pdrop_jax.inputs.anyres import ImageTokens, count, levels, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, template_named
 from pdrop_jax.inputs.images import as_tokens, image_size, read_image
 from pdrop_jax.inputs.targets import ends_answers, tokenize
+from pdrop_jax.io import inside
 from pdrop_jax.schedule import Bucket
 
-from .examples import CORRUPT, BrokenRecord, fit, read_example, read_records
+from .examples import CORRUPT, OUTSIDE, BrokenRecord, fit, read_example, read_records
 from .plan import Planned, Sizes, batches_of, shapes_of
 from .ragged import Ragged, RaggedBuilder
 from .recipe import Data
@@ -191,7 +192,7 @@ class _Rows:
 
     def __init__(self, data: Data, config: LlavaConfig, tokenizer: Any) -> None:
         self.data, self.config, self.tokenizer = data, config, tokenizer
-        self.is_file = file_finder(data.images)
+        self.is_file = file_finder(data.images, data.outside_images)
         self.ids, self.spans, self.images = (RaggedBuilder(np.int32) for _ in range(3))
         self.pictures = RaggedBuilder(np.uint8)
         self.records: list[int] = []
@@ -252,10 +253,14 @@ def _runs(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
 
 
-def file_finder(folder: str) -> Callable[[str], bool]:
+def file_finder(folder: str, outside: bool = False) -> Callable[[str], bool]:
     """A function that says whether there is a file of a name below ``folder``.
 
     It lists each folder once: asking for every file by itself takes minutes where the pictures lie on another machine.
+
+    Args:
+      outside: whether a name may leave ``folder``, as ``../1.png`` or ``/etc/1.png``. Otherwise the function raises
+        BrokenRecord for it. Names alone are looked at: a link in ``folder`` may lead anywhere.
     """
 
     @functools.cache
@@ -266,6 +271,8 @@ def file_finder(folder: str) -> Callable[[str], bool]:
             return frozenset()
 
     def is_file(name: str) -> bool:
+        if not outside and name and not inside(folder, name):
+            raise BrokenRecord(OUTSIDE)
         parent, own = os.path.split(os.path.join(folder, name))
         return own in names(parent)
 

@@ -23,14 +23,15 @@ from pdrop_jax.model.params import restage
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, place, shardings
 
-from .checkpoints import Checkpoints, Origin, changes
-from .data import Dataset, Step, open_dataset, pipeline
-from .model import open_start, write_model
+from .checkpoints import Checkpoints, Origin, Trained, changes
+from .data import Dataset, Step, check_batches, open_dataset, pipeline
+from .hush import hush_full_disk
+from .model import is_made_of, open_start, write_model
 from .optimizer import learning_rate, make_optimizer
 from .progress import Progress
-from .recipe import Recipe
+from .recipe import MOST_STEPS, Recipe, Run, checked
 from .startup import describe, step_macs
-from .step import Metrics, TrainState, changing, init_state, join, train_step
+from .step import Metrics, TrainState, changing, init_state, join, not_finite, train_step
 
 MODEL = "model"  # the trained model, in the run's folder
 
@@ -59,39 +60,56 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
       allow_changes: go on although the recipe, the data or the model to start from is not what the run began with.
 
     Raises:
-      UserError: anything of the recipe that cannot be had, a changed recipe, a full disk.
+      UserError: anything of the recipe that cannot be had, a changed recipe, a full disk, parameters or gradients that
+        are not finite.
     """
-    run, folder = recipe.run, pathlib.Path(recipe.run.folder)
-    mesh = mesh_of(recipe)
-    config, params = open_start(recipe, mesh)
-    dataset = open_dataset(recipe.data, config, recipe.model.start)
-    steps = run.epochs * (len(dataset) // run.batch_size) if run.steps is None else run.steps
-    job = Job(recipe, config, dataset, steps, make_optimizer(recipe.optimizer, steps), mesh)
-    origin = Origin(
-        0,
-        dataclasses.asdict(recipe),
-        config.schedule.to_json(),
-        checkpoint.fingerprint(recipe.model.start),
-        dataset.fingerprint,
-    )
+    hush_full_disk()
+    recipe = checked(recipe)
+    folder = pathlib.Path(recipe.run.folder)
+    job, params, origin = open_job(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    with jax.set_mesh(mesh), Checkpoints(folder, run) as checkpoints:
+    with jax.set_mesh(job.mesh), Checkpoints(folder, recipe.run) as checkpoints:
         first, state = _begin(job, params, checkpoints, origin, allow_changes)
         del params
+        if bad := not_finite(join(state.trained, state.frozen)):
+            raise UserError(
+                f"{len(bad)} arrays of the model {recipe.model.start} hold NaN or infinity, {bad[0]} is the first: "
+                "start from another, or convert it again"
+            )
         batches = _batches(job, first)
         if jax.process_index() == 0:
-            print(describe(recipe, config, dataset, state, steps), file=sys.stderr)
+            print(describe(recipe, job.config, job.dataset, state, job.steps), file=sys.stderr)
             if first:
                 print(f"resumed     after {first:,} steps", file=sys.stderr)
         last, state = _run(job, batches, first, state, checkpoints, origin)
-    if last < steps:
-        print(f"stopped after {last:,} of {steps:,} steps: the same command goes on", file=sys.stderr)
-        return
-    if last > first or not (folder / MODEL).exists():
-        with jax.set_mesh(mesh):
-            write_model(folder / MODEL, config, join(state.trained, state.frozen), recipe)
+        if last < job.steps:
+            print(f"stopped after {last:,} of {job.steps:,} steps: the same command goes on", file=sys.stderr)
+            return
+        made_of = Trained(**vars(origin) | {"step": last}, checkpoint=checkpoints.digest(last) or "")
+        if not is_made_of(folder / MODEL, made_of):  # the run went on since, or was killed before it wrote one
+            write_model(folder / MODEL, job.config, join(state.trained, state.frozen), recipe, made_of)
     if jax.process_index() == 0:
-        print(f"{folder / MODEL}: trained for {steps:,} steps", file=sys.stderr)
+        print(f"{folder / MODEL}: trained for {last:,} steps", file=sys.stderr)
+
+
+def open_job(recipe: Recipe) -> tuple[Job, Params, Origin]:
+    """All that has to be known before anything is compiled, the model to start from, and what the run belongs to.
+
+    Raises:
+      UserError: anything of the recipe that cannot be had.
+    """
+    run, mesh = recipe.run, mesh_of(recipe)
+    config, params = open_start(recipe, mesh)
+    dataset = open_dataset(recipe.data, config, recipe.model.start)
+    check_batches(dataset, run.batch_size, _parts(mesh, run), jax.process_count())
+    steps = run.epochs * (len(dataset) // run.batch_size) if run.steps is None else run.steps
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"run.epochs {run.epochs:,} are {steps:,} steps, at most {MOST_STEPS:,} are supported: lower it"
+        )
+    job = Job(recipe, config, dataset, steps, make_optimizer(recipe.optimizer, steps), mesh)
+    start = checkpoint.fingerprint(recipe.model.start)
+    return job, params, Origin(0, dataclasses.asdict(recipe), config.schedule.to_json(), start, dataset.fingerprint)
 
 
 def mesh_of(recipe: Recipe) -> Mesh:
@@ -140,10 +158,14 @@ def _begin(
 
 
 def _batches(job: Job, first: int) -> Iterable[Step]:
-    run = job.recipe.run
-    parts = job.mesh.shape["data"] * job.mesh.shape["fsdp"] * run.accumulate
+    run, parts = job.recipe.run, _parts(job.mesh, job.recipe.run)
     process, processes, workers = jax.process_index(), jax.process_count(), job.recipe.data.workers
     return pipeline(job.dataset, run.batch_size, run.seed, job.steps, first, parts, process, processes, workers)
+
+
+def _parts(mesh: Mesh, run: Run) -> int:
+    """What the rows of a step are cut into, over devices and one after the other."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * run.accumulate
 
 
 def _run(
@@ -158,7 +180,13 @@ def _run(
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
             macs = step_macs(job.config, job.dataset, job.recipe, read.batch.bucket)
-            progress.step(number, metrics, macs, float(rates[number - 1]), read.broken)
+            skipped = progress.step(number, metrics, macs, float(rates[number - 1]), read.broken).skipped_in_row
+            if skipped >= run.max_skipped:
+                checkpoints.wait()
+                raise UserError(
+                    f"the gradients of {skipped} steps in a row, to step {number:,}, are not finite, so nothing is "
+                    f"learned; {checkpoints.kept}: lower optimizer.learning_rate, or raise run.max_skipped"
+                )
 
         for number, read in enumerate(batches, first + 1):
             began = time.perf_counter()

@@ -15,10 +15,12 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.schema import validated
 from pdrop_jax.sharding import place
 
-from .optimizer import GROUPS
+from .checkpoints import Checkpoints, Trained, changes
 from .recipe import Model, Recipe
+from .step import not_finite
 
 
 def open_start(recipe: Recipe, mesh: Mesh | None = None) -> tuple[LlavaConfig, Params]:
@@ -31,11 +33,12 @@ def open_start(recipe: Recipe, mesh: Mesh | None = None) -> tuple[LlavaConfig, P
       UserError: it cannot be had as asked for.
     """
     model, data = recipe.model, recipe.data
-    _check_groups(model)
+    _check_groups(model, LlavaConfig.load(pathlib.Path(model.start)))
     if (model.layers is None) != (model.ratios is None):
         raise UserError("model.layers and model.ratios belong together: give both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
+    checkpoint.files_to_copy(pathlib.Path(model.start), checkpoint.COMPANIONS)  # refused now, not after the last step
     config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
     if data.image_aspect == "anyres":
         if not config.tiling:
@@ -57,26 +60,67 @@ def _fresh_newline(config: LlavaConfig, params: Params, seed: int, mesh: Mesh | 
     return vector if mesh is None else place({"newline": {"embedding": vector}}, mesh)["newline"]["embedding"]
 
 
-def _check_groups(model: Model) -> None:
-    unknown = [group for group in model.groups if group not in GROUPS]
-    if unknown or not model.groups:
-        raise UserError(f"model.groups is {list(model.groups)}: choose of {', '.join(GROUPS)}")
+def _check_groups(model: Model, config: LlavaConfig) -> None:
     if ("lora" in model.groups) != bool(model.lora_rank):
         raise UserError(
             f"model.lora_rank is {model.lora_rank} and model.groups {list(model.groups)}: "
             'for LoRA give a rank and name the group "lora"'
         )
+    if model.lora_rank > config.text.hidden_size:
+        raise UserError(
+            f"model.lora_rank is {model.lora_rank} but the matrices of the model have rank "
+            f"{config.text.hidden_size} at most: lower it"
+        )
 
 
-def write_model(folder: pathlib.Path, config: LlavaConfig, params: Params, recipe: Recipe) -> None:
+def write_model(folder: pathlib.Path, config: LlavaConfig, params: Params, recipe: Recipe, made_of: Trained) -> None:
     """Writes a plain checkpoint, adapters merged, in the dtype of the computation. Of several processes all call it.
 
+    What stands there stays until the new one is whole beside it.
+
     Raises:
+      UserError: a parameter is not finite, or the disk has no room for a second model beside an old one.
       OSError: the disk is full or may not be written.
     """
-    if jax.process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that has gone on since
-    multihost_utils.sync_global_devices("room for the model")
     dtype = jnp.dtype(recipe.model.dtype)
     params = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), merge_lora(params)))(params)
-    checkpoint.save(folder, config, params, companions=recipe.model.start)
+    if bad := not_finite(params):
+        raise UserError(
+            f"the model after {made_of.step:,} steps is not written to {folder}: {len(bad)} of its arrays hold NaN or "
+            f"infinity, {bad[0]} is the first"
+        )
+    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
+    first = jax.process_index() == 0
+    if first:  # of a run that was killed here
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    multihost_utils.sync_global_devices("room for the model")
+    checkpoint.save(new, config, params, companions=recipe.model.start, training=dataclasses.asdict(made_of))
+    if first:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    multihost_utils.sync_global_devices("the model is there")
+
+
+def is_made_of(folder: pathlib.Path, made_of: Trained) -> bool:
+    """Whether the model in ``folder`` is there and is what ``write_model`` would write now."""
+    found = _made_of(folder)
+    return found is not None and found.checkpoint == made_of.checkpoint and not changes(found, made_of)
+
+
+def is_newest(folder: pathlib.Path, checkpoints: Checkpoints) -> bool:
+    """Whether the model in ``folder`` is there and no checkpoint is newer."""
+    if not checkpoints.steps:
+        return folder.exists()
+    found = _made_of(folder)
+    return found is not None and found.checkpoint == checkpoints.digest(checkpoints.steps[0])
+
+
+def _made_of(folder: pathlib.Path) -> Trained | None:
+    """None too for a model that does not say it, which an older version wrote, or whose word is damaged."""
+    try:
+        return validated(Trained, checkpoint.training(folder), str(folder / checkpoint.TRAINING))
+    except UserError:
+        return None

@@ -15,7 +15,6 @@ from pdrop_jax.model.params import path_name
 
 from .recipe import Optimizer
 
-GROUPS = ("vision", "projector", "llm", "lora")
 NEVER_DECAYED = ("scale", "bias")
 
 # Axes of each kind of kernel, counted from behind, that are its matrix: (reduced, output). Stacks have more in front.

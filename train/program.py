@@ -155,7 +155,7 @@ def lower(job: Job, mesh: Mesh) -> Any:
         program, arguments = start, (config, params, batch, key, greedy, stop)
         settings = {"capacity": CAPACITY, "implementation": "splash"}
         if job.mode == "decode":
-            state, *_ = jax.eval_shape(functools.partial(start, config, **settings), *arguments[1:])
+            state, *_ = start.eval_shape(*arguments, **settings)
             program, settings = decode, {}
             arguments = config, params, _state_placed(state, mesh), np.int32(CAPACITY), greedy, stop
     with jax.set_mesh(mesh):

@@ -1,19 +1,25 @@
 """What a run says: a live line on a terminal, JSON lines always, TensorBoard when it is installed."""
 
+import contextlib
 import json
-import os
 import pathlib
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from pdrop_jax.errors import UserError
+from pdrop_jax.io import check_file
+
 from .step import Metrics
 
 FILE = "log.jsonl"
+DAMAGED = "log.damaged.jsonl"
 
 # Peak of a device in the compute dtype bfloat16, FLOP/s: the vendors' data sheets, dense.
 PEAKS = {
@@ -55,39 +61,44 @@ class Progress:
         self._since, self._tokens, self._macs = time.perf_counter(), 0, 0.0
         self._broken: Counter[str] = Counter()
         if self.main:
-            _keep_before(self._path, first)
-            self._file = self._path.open("a")
-            self._board = _tensorboard(folder)
+            with self._writing():
+                _keep_before(self._path, first)
+                self._file = self._path.open("a")
+                self._board = _tensorboard(folder)
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self._bar.close()
-        if self.main:
-            self._file.close()
-        if self._board:
-            self._board.close()
+        with contextlib.suppress(*([UserError] if kind else [])), self._writing():
+            if self._board:
+                self._board.close()
+            if self.main:
+                self._file.close()
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """A line of its own: a compilation, a checkpoint, the end."""
         self._write({"event": event, "step": step, **values})
 
-    def step(self, number: int, metrics: Metrics, macs: float, learning_rate: float, broken: Counter[str]) -> None:
+    def step(self, number: int, metrics: Metrics, macs: float, learning_rate: float, broken: Counter[str]) -> Metrics:
         """The ``number``-th step, from 1. Waits for its metrics: to be called when the next one is on its way.
+
+        Returns:
+          The metrics, on the host.
 
         Args:
           macs: multiply-accumulates of the step.
           broken: rows of it that weigh nothing, by reason.
         """
-        values = jax.device_get(metrics)
+        values: Metrics = jax.device_get(metrics)
         now = time.perf_counter()
         self._tokens += int(values.tokens)
         self._macs += macs
         self._broken += broken
         self._bar.update()
         if number % self.every and number < self.steps:
-            return
+            return values
         seconds = max(now - self._since, 1e-9)
         line: dict[str, Any] = {
             "step": number,
@@ -111,30 +122,59 @@ class Progress:
         shown = {"loss": f"{line['loss']:.4f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
         self._bar.set_postfix(shown | ({"MFU": f"{100 * line['mfu']:.1f} %"} if peak else {}))
         if self._board:
-            for name, value in line.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, np.float32(value), number)
+            with self._writing():
+                for name, value in line.items():
+                    if isinstance(value, int | float) and name != "step":
+                        self._board.add_scalar(name, np.float32(value), number)
+        return values
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.main:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with self._writing():
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the log in {self._path.parent} cannot be written ({error.strerror}): make room and run again, it "
+                "goes on after the last checkpoint"
+            ) from None
+
+
+def read_line(raw: bytes) -> dict[str, Any] | None:
+    """A line of a log; None if it is damaged."""
+    try:
+        line = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def _keep_before(path: pathlib.Path, first: int) -> None:
-    """Takes out of a log what came after step ``first``, and a last line that was cut short."""
+    """Takes out of a log what came after step ``first``, and a last line that was cut short.
+
+    Damaged lines are moved to a file beside it, and a warning says so.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= first:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    aside = path.with_suffix(".unfinished")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    check_file(path)
+    damaged, aside = [], path.with_suffix(".unfinished")
+    with path.open("rb") as old, aside.open("wb") as new:
+        for raw in old:
+            line = read_line(raw)
+            if line is None and raw.endswith(b"\n"):
+                damaged.append(raw)
+            elif line is not None and line["step"] <= first:
+                new.write(raw.rstrip(b"\n") + b"\n")
+    if damaged:
+        with path.with_name(DAMAGED).open("ab") as file:
+            file.writelines(damaged)
+        print(f"warning: {len(damaged)} damaged lines of {path} were moved to {DAMAGED} beside it", file=sys.stderr)
+    aside.replace(path)
 
 
 def _tensorboard(folder: pathlib.Path) -> Any:

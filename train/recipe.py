@@ -5,49 +5,71 @@ default. The files in ``presets/`` go by their names.
 """
 
 import dataclasses
-import difflib
-import json
 import pathlib
 import tomllib
-import typing
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.io import parse_json, read_bytes
+from pdrop_jax.schema import NO_OTHER_KEYS, Share, validated
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
+RECIPE_BYTES = 2**14  # of a file; tomllib takes time by the square of a dotted key
+MOST_STEPS = 10_000_000  # the table of their learning rates takes 40 MB
+
+Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Name = Annotated[str, Field(max_length=64)]
+Rate = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, le=0.999999)]  # nearer to 1 is 1 in float32, and the moments would be NaN
+Rows = Annotated[int, Field(ge=1, le=2**20)]
+Positions = Annotated[int, Field(ge=1, le=2**20)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Layer = Annotated[int, Field(ge=0, le=1024)]
+Devices = Annotated[int, Field(ge=1, le=2**16)]
+Group = Literal["vision", "projector", "llm", "lora"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Where training starts and which part of it is trained."""
 
-    start: str  # a checkpoint of ours
-    groups: tuple[str, ...] = ("projector", "llm")  # of vision, projector, llm, lora
-    layers: tuple[int, ...] | None = None  # drops; None is the checkpoint's own schedule
-    ratios: tuple[float, ...] | None = None
-    score: str = "pyramiddrop"  # what these drops choose by, a name in pdrop_jax.model.scores
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    start: Path  # a checkpoint of ours
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=4)] = ("projector", "llm")
+    # Drops; None is the checkpoint's own schedule.
+    layers: Annotated[tuple[Layer, ...], Field(max_length=64)] | None = None
+    ratios: Annotated[tuple[Share, ...], Field(max_length=64)] | None = None
+    score: Name = "pyramiddrop"  # what these drops choose by, a name in pdrop_jax.model.scores
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
     remat: Literal["none", "dots", "full"] = "full"
-    lora_rank: int = 0  # 0 is no adapters
-    lora_alpha: float = 256.0
-    lora_targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0 is no adapters
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 256.0
+    lora_targets: Annotated[tuple[Target, ...], Field(min_length=1, max_length=7)] = get_args(Target)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Conversations in LLaVA's JSON and the pictures that they speak of."""
 
-    conversations: str  # JSON list or JSON lines
-    images: str  # folder
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    conversations: Path  # JSON list or JSON lines
+    images: Path  # folder
+    outside_images: bool = False  # whether a record may name a picture that is not in that folder, as ../1.png
     image_aspect: Literal["square", "pad", "anyres"] | None = None  # None is the checkpoint's own
-    template: str = "vicuna_v1"
-    max_length: int = 2048  # positions, images expanded
+    template: Name = "vicuna_v1"
+    max_length: Positions = 2048  # images expanded
     too_long: Literal["cut", "skip"] = "cut"
-    text_buckets: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # text slots of a batch
+    # Text slots of a batch.
+    text_buckets: Annotated[tuple[Positions, ...], Field(max_length=64)] = (64, 128, 256, 512, 1024, 2048)
     group: bool = False  # batches of like modality and length
     broken: Literal["skip", "fail"] = "skip"
-    workers: int = 0  # processes that read; 0 is threads
+    workers: Annotated[int, Field(ge=0, le=256)] = 0  # processes that read; 0 is threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +80,18 @@ class Optimizer:
     2025). Word embeddings, the head and what is no matrix are left to AdamW, with optax's Nesterov momentum.
     """
 
+    __pydantic_config__ = NO_OTHER_KEYS
+
     kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 2e-5
-    vision_learning_rate: float | None = None  # None is learning_rate
-    projector_learning_rate: float | None = None
-    warmup: float = 0.03  # share of all steps
-    weight_decay: float = 0.0  # never of norms and biases
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0  # of the gradient of all groups together
+    learning_rate: Rate = 2e-5
+    vision_learning_rate: Rate | None = None  # None is learning_rate
+    projector_learning_rate: Rate | None = None
+    warmup: Share = 0.03  # of all steps
+    weight_decay: Rate = 0.0  # never of norms and biases
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
+    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0  # of the gradient of all groups together
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second is float32
 
 
@@ -75,29 +99,40 @@ class Optimizer:
 class Run:
     """Where it is kept, how long it is, and in what portions."""
 
-    folder: str  # of log, checkpoints and the trained model
-    batch_size: int = 128  # rows of a step, all processes together
-    accumulate: int = 1  # parts that a step's rows are cut into
-    epochs: int = 1
-    steps: int | None = None  # instead of epochs
-    seed: int = 0
-    save_every: int = 500  # steps
-    keep_last: int = 2
-    keep_every: int | None = None  # steps whose checkpoints stay for good
-    log_every: int = 1
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    folder: Path  # of log, checkpoints and the trained model
+    batch_size: Rows = 128  # of a step, all processes together
+    accumulate: Rows = 1  # parts that a step's rows are cut into
+    epochs: Steps = 1
+    steps: Steps | None = None  # instead of epochs
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    save_every: Steps = 500
+    keep_last: Steps = 2  # checkpoints
+    keep_every: Steps | None = None  # the checkpoints of these stay for good
+    log_every: Steps = 1
+    max_skipped: Steps = 10  # in a row for a gradient that is not finite; then the run stops
+
+    def __post_init__(self) -> None:
+        if self.keep_every and self.keep_every % self.save_every:
+            raise UserError(f"run.keep_every is {self.keep_every}, no multiple of run.save_every, {self.save_every}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Devices along each axis; see ``pdrop_jax.sharding``."""
 
-    data: int = 1
-    fsdp: int | None = None  # None is all that the others leave
-    tensor: int = 1
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    data: Devices = 1
+    fsdp: Devices | None = None  # None is all that the others leave
+    tensor: Devices = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
+    __pydantic_config__ = NO_OTHER_KEYS
+
     model: Model
     data: Data
     run: Run
@@ -113,85 +148,59 @@ def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recip
       settings: "part.key=value", value in TOML or plain text; they win over the file.
 
     Raises:
-      UserError: the file cannot be read, a key is not known, missing or of another type.
+      UserError: the file cannot be read, a key is not known, missing, of another type or out of its range.
     """
     presets = {preset.stem: preset for preset in PRESETS.glob("*.toml")}
     path = pathlib.Path(presets.get(str(path), path))
     if not (path.suffix or path.exists()):
         raise UserError(f"there is no preset {path} and no such file: there are {', '.join(sorted(presets))}")
-    try:
-        text = path.read_text()
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"the recipe {path} cannot be read: {error}") from None
+    name = f"the recipe {path.stem if path in presets.values() else path}"
+    data = _read(path, name)
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        part, dot, key = name.partition(".")
-        if not (equals and dot and isinstance(data, dict) and isinstance(data.setdefault(part, {}), dict)):
+        key, equals, value = setting.partition("=")
+        part, dot, key = key.partition(".")
+        if not (equals and dot and isinstance(data.setdefault(part, {}), dict)):
             raise UserError(f"--set {setting!r} is not of the form part.key=value")
+        if not _is_text(setting):
+            raise UserError(f"--set {setting!r} is not valid UTF-8")
         data[part][key] = _value(value)
-    recipe = parse(Recipe, data, "")
-    for name in ("accumulate", "epochs", "steps", "save_every", "keep_last", "keep_every", "log_every"):
-        if (value := getattr(recipe.run, name)) is not None and value < 1:
-            raise UserError(f"run.{name} is {value}, it must be at least 1")
-    if recipe.run.keep_every and recipe.run.keep_every % recipe.run.save_every:
-        raise UserError(
-            f"run.keep_every is {recipe.run.keep_every}, no multiple of run.save_every, {recipe.run.save_every}"
-        )
-    return recipe
+    return validated(Recipe, data, name)
+
+
+def _read(path: pathlib.Path, name: str) -> dict[str, Any]:
+    content = read_bytes(path, RECIPE_BYTES)
+    if path.suffix == ".json":
+        data = parse_json(content, name)
+        if not isinstance(data, dict):
+            raise UserError(f"{name} holds a {type(data).__name__}, expected an object")
+        return data
+    try:
+        return tomllib.loads(content.decode())
+    except RecursionError:
+        raise UserError(f"{name} is malformed: it is nested too deeply") from None
+    except ValueError as error:  # of malformed TOML, of bytes that are not UTF-8, and of too many digits
+        raise UserError(f"{name} is malformed: {error}") from None
+
+
+def _is_text(text: str) -> bool:
+    """Not so of an argument that was no UTF-8: Python has lone surrogates for its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
-def parse(kind: Any, value: Any, name: str) -> Any:
-    """``value`` of a JSON or TOML file as ``kind``: a dataclass of this file or the type of one of its fields.
-
-    Raises:
-      UserError: it is none; ``name`` is the dotted key that the message gives.
-    """
-    if dataclasses.is_dataclass(kind):
-        return _parse_dataclass(typing.cast(type, kind), value, name)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{name} is {value!r}: choose {' or '.join(map(repr, arguments))}")
-        return value
-    if type(None) in arguments:
-        return None if value is None else parse(arguments[0], value, name)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{name} is {value!r}, expected a list")
-        return tuple(parse(arguments[0], item, name) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{name} is {value!r}, expected {kind.__name__}")
-    return value
-
-
-def _parse_dataclass(kind: type, value: Any, name: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{name or 'the recipe'} is {value!r}, expected a table")
-    types = typing.get_type_hints(kind)
-    prefix = f"{name}." if name else ""
-    for key in value:
-        if key not in types:
-            near = difflib.get_close_matches(key, types, 1, 0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(types)}"
-            raise UserError(f"the recipe has an unknown key {prefix}{key}: {hint}")
-    required = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.name not in value
-    ]
-    if required:
-        raise UserError(f"the recipe has no {', '.join(prefix + key for key in required)}")
-    return kind(**{key: parse(types[key], item, prefix + key) for key, item in value.items()})
+def checked(recipe: Recipe, where: str = "the recipe") -> Recipe:
+    """``recipe``, which nothing may have read from a file, if all its values are allowed; UserError otherwise."""
+    return validated(Recipe, dataclasses.asdict(recipe), where)
 
 
 # What a run that goes on may do otherwise. Of the files that these name the contents must be the same.
@@ -201,9 +210,11 @@ FREE = (
     "run.keep_last",
     "run.keep_every",
     "run.log_every",
+    "run.max_skipped",
     "data.workers",
     "data.conversations",
     "data.images",
+    "data.outside_images",
     "model.start",
     "mesh.data",
     "mesh.fsdp",

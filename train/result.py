@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.schema import validated
 
-from .checkpoints import FOLDER, Checkpoints, Origin
+from .checkpoints import FOLDER, Checkpoints, Origin, Trained
 from .loop import MODEL
-from .model import open_start, write_model
+from .model import is_newest, open_start, write_model
 from .optimizer import make_optimizer
-from .recipe import Recipe, Run, parse
+from .recipe import Recipe, Run
 from .step import changing, init_state, join, split
 
 
@@ -21,17 +22,15 @@ def is_run(folder: pathlib.Path) -> bool:
 
 
 def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
-    """The folder of a run's model: the one that it ended with, else one made in ``scratch`` of its newest checkpoint.
+    """The folder of a run's model: the one that it wrote of its newest checkpoint, else one made in ``scratch`` of it.
 
     Raises:
       UserError: the run has no checkpoint, or the model that it began with is gone.
     """
-    if (run / MODEL).exists():
-        return run / MODEL
     opened: dict[str, Any] = {}
 
     def abstract_of(saved: Origin) -> Any:
-        recipe = parse(Recipe, saved.recipe, "")
+        recipe = validated(Recipe, saved.recipe, f"the checkpoint of step {saved.step} in {run}")
         config, params = open_start(recipe)
         optimizer = make_optimizer(recipe.optimizer, 1)  # its state has the same arrays whatever the steps
         opened.update(recipe=recipe, config=config, params=params)
@@ -41,11 +40,16 @@ def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), changing(state))
 
     with Checkpoints(run, Run(str(run))) as checkpoints:
+        if is_newest(run / MODEL, checkpoints):
+            return run / MODEL
         found = checkpoints.restore(abstract_of)
-    if not found:
-        raise UserError(f"{run} has no checkpoint yet: it has nothing to export")
-    print(f"{run} has not ended: this is its model after {found[0].step:,} steps")
+        if not found:
+            raise UserError(f"{run} has no checkpoint yet: it has nothing to export")
+        saved, arrays = found
+        made_of = Trained(**vars(saved), checkpoint=checkpoints.digest(saved.step) or "")
+    why = f"the model in {run / MODEL} is older" if (run / MODEL).exists() else f"{run} has not ended"
+    print(f"{why}: this is its model after {saved.step:,} steps")
     recipe, config, params = opened["recipe"], opened["config"], opened["params"]
     _, frozen = split(params, recipe.model.groups)
-    write_model(scratch / MODEL, config, join(found[1]["trained"], frozen), recipe)
+    write_model(scratch / MODEL, config, join(arrays["trained"], frozen), recipe, made_of)
     return scratch / MODEL

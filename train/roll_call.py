@@ -1,12 +1,14 @@
 """Processes meet before jax starts: when one is missing, jax ends the others by an abort that names nobody."""
 
 import contextlib
+import re
 import socket
 import time
 
 from pdrop_jax.errors import UserError
 
 RETRY_SECONDS = 0.2
+MOST_PROCESSES = 2**16
 PATIENCE = 10.0  # seconds that a word between two processes may take
 
 
@@ -21,7 +23,10 @@ def roll_call(coordinator: str, num_processes: int, process_id: int, seconds: fl
       UserError: some have not come in time, and which; two with one number; an address or a number that is none.
     """
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= process_id < num_processes:
+    if not 1 <= num_processes <= MOST_PROCESSES:
+        raise UserError(f"--num-processes is {num_processes}, it must be 1 to {MOST_PROCESSES}")
+    is_port = re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16
+    if not host or not is_port or not 0 <= process_id < num_processes:
         raise UserError(
             f"--coordinator {coordinator} --process-id {process_id}: expected HOST:PORT of process 0, "
             f"and a number of 0 to {num_processes - 1}"

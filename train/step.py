@@ -53,6 +53,7 @@ class Metrics:
       targets: int32.
       tokens: valid slots of the batch, images included, int32.
       skipped: steps so far whose gradient was not finite, int32.
+      skipped_in_row: those of them that were the last steps, one after the other, int32.
     """
 
     loss: jax.Array
@@ -60,6 +61,7 @@ class Metrics:
     targets: jax.Array
     tokens: jax.Array
     skipped: jax.Array
+    skipped_in_row: jax.Array
 
 
 def split(params: Params, groups: Collection[str]) -> tuple[Params, Params]:
@@ -104,6 +106,17 @@ def changing(state: TrainState) -> dict[str, Any]:
     return {"trained": state.trained, "optimizer": state.optimizer}
 
 
+def not_finite(tree: Any) -> list[str]:
+    """The dotted names of the arrays that hold NaN or infinity. They are looked through where they are."""
+    names = {path_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
+    return [name for name, finite in jax.device_get(_all_finite(names)).items() if not finite]
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("config", "optimizer", "dtype", "accumulate", "remat", "implementation"),
@@ -141,15 +154,17 @@ def train_step(
     if accumulate == 1:
         loss, gradient = jax.value_and_grad(loss_of_part)(state.trained, batch)
     else:
-        # Every part takes rows of all devices: part i is rows i, i + accumulate, …
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        # Every part takes rows of all devices: part i is rows i, i + accumulate, … The rows of a part are counted: -1
+        # would be ambiguous for arrays without elements, the crops of a batch without pictures.
+        rows = batch.length.shape[0] // accumulate
+        parts = jax.tree.map(lambda x: x.reshape(rows, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
         (loss, gradient), _ = jax.lax.scan(add_part, zero, parts)
     updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = Metrics(
-        loss, optax.tree.norm(gradient), targets, jnp.asarray(batch.length).sum(), moments.total_notfinite
-    )
+    tokens = jnp.asarray(batch.length).sum()
+    skipped = moments.total_notfinite, moments.notfinite_count
+    metrics = Metrics(loss, optax.tree.norm(gradient), targets, tokens, *skipped)
     # Where it was: what lay elsewhere would make the next step compile again.
     trained, moments = constrain_params((trained, moments))
     return TrainState(state.step + 1, trained, state.frozen, moments), metrics

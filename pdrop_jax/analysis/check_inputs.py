@@ -15,9 +15,10 @@ from pdrop_jax.analysis.report import Figures, Row, error
 from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import grid_shape, token_table, unpadded
-from pdrop_jax.inputs.conversation import TEMPLATES, load_tokenizer, render, token_ids
+from pdrop_jax.inputs.conversation import TEMPLATES, render, token_ids
 from pdrop_jax.inputs.images import as_tokens, open_image
 from pdrop_jax.inputs.targets import tokenize, training_text, turns_of
+from pdrop_jax.inputs.tokenizer import load_tokenizer
 
 BLOCK = 28  # pixels, side of the blocks whose means are recorded
 CORNER = 32  # pixels, side of the recorded patches

@@ -81,6 +81,7 @@ def evaluate(
     top_p: float = 1.0,
     seed: int = 0,
     implementation: Implementation = "auto",
+    verify: bool = True,
     outside_images: bool = False,
     overwrite: bool = False,
 ) -> Evaluation:
@@ -93,7 +94,7 @@ def evaluate(
       questions: see ``questions.read_questions``.
       images: the folder of their pictures.
       out: a new file, or one that this wrote before.
-      schedule: None is the checkpoint's own; it, dtype, quantize and mesh as in ``generation.load``.
+      schedule: None is the checkpoint's own; it, dtype, quantize, mesh and verify as in ``generation.load``.
       temperature: 0 is greedy; it and the others as in ``generation.generate``.
       outside_images: see ``questions.read_questions``.
       overwrite: start over: answers that are there are removed, whatever they are of.
@@ -124,7 +125,7 @@ def evaluate(
         answered = {n for n, answer_id in enumerate(ids) if answer_id in journal.answers}
         before = len(answered)
         if before < len(asked):
-            loaded = load(folder, schedule, dtype, mesh, quantize)
+            loaded = load(folder, schedule, dtype, mesh, quantize, verify)
             bar = tqdm(total=len(asked), initial=before, desc="answering", unit=" questions", disable=None)
             batches = answer_all(
                 loaded,

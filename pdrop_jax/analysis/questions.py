@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import IMAGE_TAG
+from pdrop_jax.inputs.conversation import IMAGE_TAG, without_tags
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.io import inside, parse_json, read_bytes, read_json
 
@@ -114,7 +114,7 @@ def _asked(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     first = (value(record, "conversations", list, where) or [None])[0]
     if not isinstance(first, dict):
         raise UserError(f"{where}: its conversation is empty")
-    text = value(first, "value", str, where).replace(IMAGE_TAG, "").strip()
+    text = without_tags(value(first, "value", str, where)).strip()
     rest = {key: item for key, item in record.items() if key != "id"}
     return {**rest, "text": f"{IMAGE_TAG}\n{text}" if record.get("image") else text}
 

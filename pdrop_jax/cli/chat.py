@@ -29,6 +29,7 @@ def run(
     dtype: Literal["float32", "bfloat16"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
+    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Answer questions, one a line, till an empty line. "/image FILE" puts a picture into the next question.
 
@@ -47,6 +48,7 @@ def run(
       dtype: of the computation, without it the checkpoint's own.
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
+      no_verify: load the weights without comparing them with their checksums.
     """
     from pdrop_jax.generation import DEMO, check_implementation, load, make_sampling
     from pdrop_jax.inputs.images import open_image
@@ -60,9 +62,8 @@ def run(
     pictures: list[Any] = [open_image(path) for path in image]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
-        session = Session(
-            load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices), mode, implementation=attention
-        )
+        loaded = load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices, verify=not no_verify)
+        session = Session(loaded, mode, implementation=attention)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

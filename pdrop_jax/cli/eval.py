@@ -31,6 +31,7 @@ def run(
     quantize: Literal["int8"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
+    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     outside_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -55,6 +56,7 @@ def run(
       quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
+      no_verify: load the weights without comparing them with their checksums.
       outside_images: allow pictures that lie outside --images, as "../1.png" does.
       overwrite: start over: remove the answers that are in OUT and OUT.unfinished, whatever they are of.
       json_output: print one JSON object instead of text.
@@ -79,6 +81,7 @@ def run(
             top_p=top_p,
             seed=seed,
             implementation=attention,
+            verify=not no_verify,
             outside_images=outside_images,
             overwrite=overwrite,
         )

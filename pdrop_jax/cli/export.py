@@ -41,7 +41,8 @@ def run(
             from pdrop_jax.model.params import count
 
             config, params = checkpoint.load(model, dtype=dtype)
-            checkpoint.save(out, config, params, companions=model, single_file=single_file)
+            about = checkpoint.training(model)
+            checkpoint.save(out, config, params, companions=model, single_file=single_file, training=about)
             print(f"{printable(out)}: {count(params):,} parameters")
             return
         from pdrop_jax.convert.exporter import export

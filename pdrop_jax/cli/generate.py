@@ -30,6 +30,7 @@ def run(
     quantize: Literal["int8"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
+    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     picture: pathlib.Path | None = None,
     heatmap: pathlib.Path | None = None,
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -54,6 +55,7 @@ def run(
       quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
+      no_verify: load the weights without comparing them with their checksums.
       picture: file to draw the kept patches into, stage by stage; for one question.
       heatmap: file to draw the scores into that each drop went by; for one question.
       overwrite: replace the files of --picture and --heatmap if they are there.
@@ -73,7 +75,7 @@ def run(
         images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
-        loaded = load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices, quantize)
+        loaded = load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices, quantize, not no_verify)
     live = sys.stdout.isatty() and not json_output and len(prompt) == 1
     with progress("compiling and answering"):
         answer = generate(

@@ -25,6 +25,7 @@ def run(
     batch_size: int = 8,
     max_new_tokens: int = 16,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     out: pathlib.Path | None = None,
     plot: pathlib.Path | None = None,
     html: pathlib.Path | None = None,
@@ -48,6 +49,7 @@ def run(
       batch_size: questions asked at a time.
       max_new_tokens: length of an answer.
       dtype: of the computation, without it the checkpoint's own.
+      no_verify: load the weights without comparing them with their checksums.
       out: file for everything as JSON.
       plot: file to draw the effects into (.png, .svg or .pdf).
       html: file for a report with pictures, which needs no network.
@@ -76,7 +78,7 @@ def run(
     from pdrop_jax.generation import load
 
     with progress("loading"):
-        loaded = load(model, dtype=dtype)
+        loaded = load(model, dtype=dtype, verify=not no_verify)
     study = run_study(
         loaded,
         asked,

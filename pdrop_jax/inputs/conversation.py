@@ -1,15 +1,10 @@
 """Prompt templates: turns of a conversation -> text -> token ids with a placeholder for each picture."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
-from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import generate_merges
 
 from pdrop_jax.errors import UserError
 
@@ -162,35 +157,14 @@ def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
     return [(f"{IMAGE_TAG}\n" * num_images + question, answer), *rest]
 
 
-def load_tokenizer(folder: pathlib.Path) -> Any:
-    """The transformers tokenizer beside a checkpoint; nothing is ever downloaded.
-
-    Raises:
-      UserError: there is none, or it cannot be read.
-    """
-    serialized, sentencepiece, settings = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-    found = {path.name for path in folder.glob("tokenizer*")}
-    # Without these files transformers may hand back an empty tokenizer, or one without BOS, and say nothing.
-    if serialized not in found and not {sentencepiece, settings} <= found:
-        raise UserError(
-            f"{folder} holds no tokenizer: copy {serialized}, or {sentencepiece} with {settings}, "
-            "from the original checkpoint into it"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if serialized not in found:
-            _order_merges_by_score(tokenizer, folder / sentencepiece)
-    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
-        raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from None
-    return tokenizer
-
-
-def _order_merges_by_score(tokenizer: Any, model_file: pathlib.Path) -> None:
-    # transformers orders them by id, and so joins runs of spaces first, which LLaMA's model scores last of all.
-    model = SentencePieceProcessor(model_file=str(model_file))
-    scores = {model.id_to_piece(i): model.get_score(i) for i in range(len(model))}
-    vocab = {piece: i for i, piece in enumerate(scores)}
-    tokenizer.backend_tokenizer.model = BPE(vocab, generate_merges(vocab, scores), fuse_unk=True, byte_fallback=True)
+def without_tags(text: str) -> str:
+    """``text`` without ``<image>`` tags, also without those that form when others are taken out: ``<im<image>age>``."""
+    kept: list[str] = []
+    for char in text if IMAGE_TAG in text else ():
+        kept.append(char)
+        if char == IMAGE_TAG[-1] and "".join(kept[-len(IMAGE_TAG) :]) == IMAGE_TAG:
+            del kept[-len(IMAGE_TAG) :]
+    return "".join(kept) if IMAGE_TAG in text else text
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

@@ -16,12 +16,12 @@ from pdrop_jax.inputs.conversation import (
     IMAGE_PLACEHOLDER,
     TEMPLATES,
     Turn,
-    load_tokenizer,
     place_images,
     render,
     token_ids,
 )
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
+from pdrop_jax.inputs.tokenizer import load_tokenizer
 from pdrop_jax.schedule import Bucket
 
 MIN_TEXT_SLOTS = 32

@@ -30,6 +30,7 @@ from pdrop_jax.inputs.conversation import (
     render_turns,
     surplus_bos,
     template_named,
+    without_tags,
 )
 
 ROLES = ("human", "gpt")  # who asks and who answers
@@ -93,7 +94,7 @@ def turns_of(messages: Any, several: bool = False) -> list[Turn]:
 
 def _tag_first(text: str) -> str:
     # LLaVA's code leaves one tag, however many there are: its records have one picture.
-    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip() if IMAGE_TAG in text else text
+    return f"{IMAGE_TAG}\n{without_tags(text).strip()}".strip() if IMAGE_TAG in text else text
 
 
 def training_text(turns: Sequence[Turn], template: str) -> TrainingText:

@@ -39,7 +39,7 @@ def test_a_list_of_conversations_asks_its_first_questions(write, tmp_path):
     def record(name, text, **rest):
         return {"id": name, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "A"}], **rest}
 
-    records = [record("4", "Which?\n<image>", image="a.png"), record("5", "Why?")]
+    records = [record("4", "Which?\n<image>", image="a.png"), record("5", "Why<im<image>age>?")]
     with_picture, without = read_questions(write(whole=json.dumps(records)), tmp_path)
     assert (with_picture.id, with_picture.text) == ("4", "<image>\nWhich?")
     assert (without.text, without.images) == ("Why?", ())

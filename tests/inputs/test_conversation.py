@@ -11,7 +11,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, IMAGE_TAG, TEMPLATES, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TAG,
+    TEMPLATES,
+    place_images,
+    render,
+    token_ids,
+    without_tags,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -187,3 +195,35 @@ def test_image_token_of_the_vocabulary_is_never_produced():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     assert tokenizer.convert_tokens_to_ids("<image>") == 320
     assert 320 not in token_ids(tokenizer, "a <image> b")
+
+
+PIECES = st.lists(
+    st.sampled_from(["<im", "<image>", "age>", "<", ">", "image", "<<image", "a", " ", "</s>"]), max_size=9
+)
+TEXTS = PIECES.map("".join)
+
+
+@given(TEXTS)
+def test_no_tag_is_left_however_tags_are_nested(text):
+    plain = without_tags(text)
+    assert IMAGE_TAG not in plain
+    assert without_tags(plain) == plain
+    once = text.replace(IMAGE_TAG, "")
+    assert IMAGE_TAG in once or plain == once
+    assert (plain == text) == (IMAGE_TAG not in text)
+
+
+def test_tags_nested_a_hundred_thousand_times_are_taken_out_at_once():
+    assert without_tags("<im" * 100_000 + "<image>" + "age>" * 100_000 + "!") == "!"
+
+
+@given(
+    st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.sampled_from([t for t in TEMPLATES if t != "plain"])
+)
+def test_a_conversation_has_the_tags_of_its_questions_and_no_others(turns, template):
+    """Whatever the answers were, once they are without tags, and wherever they meet questions and marks."""
+    asked = [(question, without_tags(answer)) for question, answer in turns]
+    tags = sum(question.count(IMAGE_TAG) for question, _ in turns)
+    placed = place_images(asked, tags)
+    assert placed == asked
+    assert render(placed, template).count(IMAGE_TAG) == tags

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 import pickle
 import sys
@@ -137,6 +138,7 @@ def test_rows_are_what_was_written(tmp_path, lines):
 BROKEN = {
     "malformed JSON": "no object",
     "no image file": record(0) | {"image": "absent.png"},
+    "picture outside of data.images": record(0) | {"image": "../images/../../0.png"},
     "<image> without picture": {"conversations": record(0)["conversations"]},
     "picture without <image>": record(0, image=False) | {"image": "0.png"},
     "no target": {"conversations": record(0, image=False)["conversations"][:1]},
@@ -176,7 +178,7 @@ def test_long_rows_are_cut(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conversations": "/absent.json"}, "^/absent.json: there is no such file of conversations"),
+        ({"conversations": "/absent.json"}, "^/absent.json cannot be read: there is no such file"),
         ({"images": "/absent"}, "^data.images: there is no folder /absent"),
         ({"template": "alpaca"}, "template 'alpaca' is not known"),
         ({"template": "chatml_direct"}, r"ends an answer with <\|im_end\|>, which the tokenizer in .* does not have"),
@@ -491,3 +493,36 @@ def test_threads_that_pickle_at_once_name_the_same_file():
         with ThreadPoolExecutor(8) as threads:
             names = {future.result()[1][0] for future in [threads.submit(rows.__reduce__) for _ in range(8)]}
         assert len(names) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "a/../../secret.png", "{folder}/secret.png", "{folder}/imagesaside/1.png", "a/../1.png"]
+)
+def test_pictures_outside_of_the_folder(tmp_path, name):
+    name = name.format(folder=tmp_path)
+    for place in (tmp_path, tmp_path / "imagesaside", tmp_path / "images/a"):
+        place.mkdir(parents=True, exist_ok=True)
+    for path in ("secret.png", "imagesaside/1.png"):
+        Image.new("RGB", (30, 20)).save(tmp_path / path)
+    records = [record(0), record(1) | {"image": name}]
+    assert opened(tmp_path, records).broken == {"picture outside of data.images": 1}
+    assert not opened(tmp_path, records, outside_images=True).broken
+
+
+@pytest.mark.parametrize("name", ["./1.png", "a/1.png", "link/1.png", "{folder}/images/1.png"])
+def test_pictures_inside_of_the_folder(tmp_path, name):
+    """A link is the business of whoever made it."""
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("elsewhere", "images/a"):
+        Image.new("RGB", (30, 20)).save(tmp_path / place / "1.png")
+    (tmp_path / "images/link").symlink_to(tmp_path / "elsewhere")
+    assert not opened(tmp_path, [record(0) | {"image": name.format(folder=tmp_path)}]).broken
+
+
+def test_a_fifo_of_conversations_is_not_waited_for(tmp_path):
+    data = write(tmp_path, [record(0)])
+    (tmp_path / "data.json").unlink()
+    os.mkfifo(tmp_path / "data.json")
+    with pytest.raises(UserError, match="is a FIFO, expected a file"):
+        open_dataset(data, CONFIG, TOKENIZER)

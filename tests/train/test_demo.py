@@ -11,7 +11,8 @@ from PIL import Image
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation import DEMO, load
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, load_tokenizer, place_images, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, place_images, render, token_ids
+from pdrop_jax.inputs.tokenizer import load_tokenizer
 from pdrop_jax.model.params import abstract_params, count, path_name
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.demo import evaluate as evaluation
@@ -191,7 +192,7 @@ def test_the_data_set(tmp_path):
 
 
 def test_bad_data_sets(tmp_path):
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="pictures is 0, it must be 1 to"):
         write_dataset(tmp_path / "none", 0)
     (tmp_path / "here").mkdir()
     with pytest.raises(UserError, match="exists"):
@@ -334,8 +335,25 @@ def test_what_a_run_cost_is_in_its_log(tmp_path):
     cost = cost_of(tmp_path)
     assert cost == Cost(steps=3, seconds=2, hours=12 / 3600, gmacs=4.0)
     assert rows_of([cost, cost])[1] == ["seconds a step", "2.00", "2.00"]
-    with pytest.raises(UserError, match=r"is no run: log\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"is no run: .*log\.jsonl cannot be read: there is no such file"):
         cost_of(tmp_path / "none")
+
+
+def test_damaged_lines_of_a_log_cost_nothing(tmp_path, capsys):
+    whole = {"step": 1, "loss": 1.0, "macs": 4e9, "seconds": 2}
+    damaged = [b"null", b"5", b"{}", b'{"step": 2, "lo\xffss": 1.0}', b"[" * 10_000]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([json.dumps(whole).encode(), *damaged]))
+    assert cost_of(tmp_path).steps == 1
+    assert capsys.readouterr().err == f"warning: 5 damaged lines of {tmp_path}/log.jsonl are left out\n"
+
+
+@pytest.mark.parametrize(("pictures", "seed"), [(0, 0), (-1, 0), (10**9, 0), (1, -1), (1, 2**63)])
+def test_numbers_that_nothing_is_drawn_with(tmp_path, pictures, seed):
+    with pytest.raises(UserError, match=r"(pictures|seed) is .*, it must be"):
+        evaluation.draw_cases(pictures, seed)
+    with pytest.raises(UserError, match=r"(pictures|seed) is .*, it must be"):
+        write_dataset(tmp_path / "data", pictures, seed)
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_interval_is_wilsons():

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, load_tokenizer, render, token_ids
+from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, render, token_ids
 from pdrop_jax.inputs.targets import Example, ends_answers, tokenize, training_text, turns_of
+from pdrop_jax.inputs.tokenizer import load_tokenizer
 from pdrop_jax.train.examples import BrokenRecord, fit, read_example, read_records
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -197,6 +198,7 @@ def test_turns():
     assert turns_of(messages("a", "b", "c")) == [("a", "b"), ("c", None)]
     assert turns_of(messages("x", "a", "b", first=SAY)) == [("a", "b")]
     assert turns_of(messages(" What \n<image> ", "b")) == [("<image>\nWhat", "b")]
+    assert turns_of(messages("What <im<image>age>", "b")) == [("<image>\nWhat", "b")]
     assert turns_of(messages("<image>", "b")) == [("<image>", "b")]
     assert turns_of(messages("a<image>b<image>", "b")) == [("<image>\nab", "b")]
     assert turns_of(messages("a<image>b<image> ", "b", "c <image>", "d"), several=True) == [
@@ -310,7 +312,7 @@ def test_lists_and_lines(tmp_path, start):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no such file of conversations"),
+        (None, "there is no such file"),
         (b"", "is empty: expected a JSON list"),
         (b"\n  \n", "is empty: expected a JSON list"),
         (b'[{"a": 1},', "begins like a JSON list but is none: "),
@@ -326,5 +328,5 @@ def test_files_that_are_none(tmp_path, content, message):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is a folder, expected a file"):
         list(read_records(tmp_path))

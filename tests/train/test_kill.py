@@ -1,10 +1,14 @@
 """Runs in processes of their own that are killed, told to end, starved of disk, or share the work."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
+import pathlib
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +20,11 @@ import pytest
 from command import PDROP
 from tiny_run import arrays_of, events, losses, recipe_in, write_data, write_start
 
+from pdrop_jax import checkpoint
+from pdrop_jax.train.result import model_of
+
 KILLS = 20
+SAID = ["data", "steps", "parameters", "shapes", "slots", "cost"]  # first words of what a run says before it begins
 DEAD_SECONDS = 150  # within which a process notices that another has died; jax misses its heartbeats after 100
 
 
@@ -46,7 +54,12 @@ def begin(folder, name, *options, limit=None, devices=1, **changes):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        [*PDROP, "train", path, *options], stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=no_larger_file
+        [*PDROP, "train", path, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=no_larger_file,
+        start_new_session=True,
     )
 
 
@@ -96,6 +109,59 @@ def test_a_run_that_is_killed_twenty_times_ends_the_same(folder):
     same(run, folder / "whole")
 
 
+def test_an_extended_run_that_is_killed_at_its_end_has_the_model_of_its_last_step(folder, tmp_path):
+    """Killed once at each of these moments, the last of a run, always by the same command."""
+    run, expected = folder / "extended", tmp_path / "expected"
+    finish(begin(folder, "extended", run_steps=4))
+    longer, kills = functools.partial(begin, folder, "extended", "--allow-changes", run_steps=6), 0
+    for moment in ("checkpoints/6", ".model.new.unfinished/params", ".model.new.unfinished/training.json"):
+        process = longer()
+        while not (run / moment).exists() and process.poll() is None:
+            time.sleep(0.0005)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        if not expected.exists():
+            assert checkpoint.training(run / "model")["step"] == 4
+            shutil.copytree(model_of(run, tmp_path), expected / "model")  # of checkpoint 6
+        model = arrays_of(run)  # whole, whichever it is
+        if checkpoint.training(run / "model")["step"] == 6:  # it had its name already
+            jax.tree.map(np.testing.assert_array_equal, model, arrays_of(expected))
+    assert kills >= 2
+    assert f"{run}/model: trained for 6 steps" in finish(longer())
+    assert checkpoint.training(run / "model")["step"] == 6
+    same(run, expected)
+
+
+def in_session(leader):
+    """The processes of a session that run, by number, but for its leader."""
+    found = set()
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _parent, _group, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.add(int(path.parent.name))
+    return found - {leader}
+
+
+@pytest.mark.parametrize(("moment", "seconds"), [("while they start", 60), ("while they read", 10)])
+def test_workers_end_with_a_run_that_is_killed(folder, moment, seconds):
+    """One that starts imports jax before it can look."""
+    process = begin(folder, f"orphans {moment}", data_workers=2, run_steps=10_000)
+    run = folder / f"orphans {moment}"
+    while len(in_session(process.pid)) < 2 or (moment == "while they read" and lines_of(run) < 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert len(in_session(process.pid)) >= 2  # workers, and multiprocessing's own tracker of what they share
+    process.kill()
+    killed = time.monotonic()
+    process.wait()
+    while in_session(process.pid) and time.monotonic() < killed + seconds:
+        time.sleep(0.05)
+    assert not in_session(process.pid)
+    process.communicate()
+
+
 def test_a_run_that_is_told_to_end_saves_and_goes_on(folder):
     recipe = {"run_steps": 60, "run_save_every": 50}
     finish(begin(folder, "untold", **recipe))
@@ -125,6 +191,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     said = finish(begin(folder, "full", limit=100_000, **recipe), code=2)
     assert len([line for line in said.splitlines() if line.startswith("pdrop train:")]) == 1
     assert "Traceback" not in said
+    assert [line.split()[0] for line in said.splitlines()] == [*SAID, "resumed", "pdrop"]  # no word of anybody else
     assert "cannot be written" in said
     assert "make room and run again" in said
     assert (folder / "full/checkpoints/2").exists()

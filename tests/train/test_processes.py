@@ -139,7 +139,16 @@ def test_somebody_else_at_the_door():
         stranger.result()
 
 
-@pytest.mark.parametrize(("coordinator", "number"), [("localhost", 0), ("localhost:no", 0), ("localhost:1", 2)])
+@pytest.mark.parametrize(
+    ("coordinator", "number"),
+    [("localhost", 0), ("localhost:no", 0), ("localhost:1", 2), ("localhost:65536", 0), ("localhost:²", 0)],
+)
 def test_addresses_and_numbers_that_are_none(coordinator, number):
     with pytest.raises(UserError, match="expected HOST:PORT of process 0, and a number of 0 to 1"):
         roll_call(coordinator, 2, number, 1)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2**31])
+def test_numbers_of_processes_that_are_none(count):
+    with pytest.raises(UserError, match=f"--num-processes is {count}, it must be 1 to 65536"):
+        roll_call("localhost:1", count, 0, 1)

@@ -1,18 +1,22 @@
 """The log of a run: what stays of it when the run goes on, and TensorBoard beside it."""
 
+import errno
 import json
+import logging
 import sys
+import threading
 import types
+import warnings
 from collections import Counter
 
 import jax.numpy as jnp
 import pytest
 
-from pdrop_jax.train import progress
+from pdrop_jax.train import hush, progress
 from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.step import Metrics
 
-METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), jnp.int32(7), jnp.int32(100), jnp.int32(0))
+METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), jnp.int32(7), jnp.int32(100), jnp.int32(0), jnp.int32(0))
 
 
 def lines(folder):
@@ -72,3 +76,30 @@ def test_without_tensorboard_there_is_the_log(tmp_path, monkeypatch):
     run(tmp_path, 0, 2)
     assert not (tmp_path / "tensorboard").exists()
     assert len(lines(tmp_path)) == 3
+
+
+def test_only_what_a_full_disk_makes_libraries_say_is_kept_off_stderr(monkeypatch, capsys):
+    for hook in ("sys.excepthook", "threading.excepthook"):
+        monkeypatch.setattr(hook, lambda kind, *rest: print(getattr(kind, "exc_value", rest[:1])))
+    monkeypatch.setattr(warnings, "filters", [*warnings.filters])
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "filters", [])
+    hush.hush_full_disk.__wrapped__()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
+        sys.excepthook(type(error), error, None)
+    for error in (OSError(errno.ENOSPC, "full"), OSError(errno.ENOENT, "none"), ValueError("wrong")):
+        threading.excepthook(threading.ExceptHookArgs((type(error), error, None, None)))
+    shown = capsys.readouterr().out
+    assert [word in shown for word in ("another", "ValueError", "full", "none", "wrong")] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert shown.count("Event loop is closed") == 1
+    for logger in loggers:
+        for path, message in (("/x/orbax/future.py", "raised"), ("/x/asyncio.py", "of orbax"), ("/x/absl.py", "other")):
+            record = logging.LogRecord(logger.name, logging.ERROR, path, 1, message, None, None)
+            assert bool(logger.filter(record)) == (message == "other")

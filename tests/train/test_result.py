@@ -1,5 +1,6 @@
 """``pdrop export`` of a run: finished or not, with adapters or without."""
 
+import shutil
 import subprocess
 
 import jax
@@ -50,6 +51,20 @@ def test_adapters_of_a_run_that_goes_on_are_merged(folder, monkeypatch, capsys):
     assert moved.max() > 1e-4
     np.testing.assert_array_equal(after["embed"]["embedding"], before["embed"]["embedding"])
     assert not list((folder / "run").glob("tmp*"))
+
+
+def test_a_model_older_than_the_newest_checkpoint_is_not_handed_out(folder, capsys):
+    """As a run leaves it that was extended and killed before it wrote its model."""
+    train(recipe_in(folder, run_steps=2))
+    shutil.copytree(folder / "run/model", folder / "older")
+    train(recipe_in(folder, run_steps=4), allow_changes=True)
+    expected = arrays(folder / "run/model")
+    shutil.rmtree(folder / "run/model")
+    (folder / "older").rename(folder / "run/model")
+    export(folder / "run", folder / "out", "pdrop")
+    assert f"the model in {folder}/run/model is older: this is its model after 4 steps" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, arrays(folder / "out"), expected)
+    assert checkpoint.training(folder / "out")["step"] == 4
 
 
 def test_a_run_without_a_checkpoint(folder):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -11,12 +12,14 @@ import pytest
 from tiny_run import CONFIG, arrays_of, compiled_in, events, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import Tiling
+from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import init_params
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train import loop
+from pdrop_jax.train.checkpoints import Trained
 from pdrop_jax.train.loop import train
+from pdrop_jax.train.model import write_model
 from pdrop_jax.train.step import train_step
 
 
@@ -234,6 +237,119 @@ def test_a_model_that_knows_no_tiles_learns_them(folder):
     assert checkpoint.load(folder / "on/model")[0].tiling == config.tiling
 
 
+def test_rows_of_one_kind_in_parts(folder):
+    """Grouped, some batches have no picture at all. Adam's eps is large so that rounding is not made a step of."""
+    recipe = {"data_group": True, "optimizer_eps": 1e-2, "run_steps": 8}
+    for parts in (1, 2):
+        train(recipe_in(folder, run_folder=str(folder / f"in-{parts}"), run_accumulate=parts, **recipe))
+    lines = map(json.loads, (folder / "in-2/log.jsonl").read_text().splitlines())
+    assert {bool(line["images"]) for line in lines if line.get("event") == "compiled"} == {True, False}
+    one, two = (np.array(losses(folder / f"in-{parts}")) for parts in (1, 2))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(folder):
+    recipe = recipe_in(folder, optimizer_learning_rate=1000.0, optimizer_weight_decay=1000.0, run_steps=60)
+    with pytest.raises(UserError, match=r"not finite|hold NaN or infinity") as error:
+        train(recipe)
+    kept = max(int(path.name) for path in (folder / "run/checkpoints").iterdir())
+    assert f"the checkpoint of step {kept} stays: lower optimizer.learning_rate" in str(error.value)
+    assert not (folder / "run/model").exists()
+    with pytest.raises(UserError, match=r"not finite|hold NaN or infinity"):
+        train(recipe)
+
+
+def test_steps_that_are_skipped_in_a_row_stop_the_run(folder):
+    """Weights are finite, logits are not, and so no gradient is."""
+    config, params = checkpoint.load(folder / "start")
+    params["head"]["kernel"] = params["head"]["kernel"] * np.float32(1e37)
+    checkpoint.save(folder / "large", config, params, companions=folder / "start")
+    recipe = {"model_start": str(folder / "large"), "run_steps": 20, "run_save_every": 4}
+    message = (
+        "the gradients of 10 steps in a row, to step 10, are not finite, so nothing is learned; "
+        "the checkpoint of step 8 stays: lower optimizer.learning_rate, or raise run.max_skipped"
+    )
+    for _ in range(2):  # and again when it goes on after step 8
+        with pytest.raises(UserError, match=re.escape(message)):
+            train(recipe_in(folder, **recipe))
+        assert [step for step, _ in losses(folder / "run")] == list(range(1, 11))
+    train(recipe_in(folder, run_max_skipped=1000, **recipe))
+    assert checkpoint.training(folder / "run/model")["step"] == 20
+
+
+def test_a_model_that_is_not_finite_is_not_trained(folder):
+    """One row of a table that no text of the data set looks at."""
+    config, params = checkpoint.load(folder / "start")
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[-1, 0].set(np.nan)
+    checkpoint.save(folder / "spoiled", config, params, companions=folder / "start")
+    message = r"1 arrays of the model .*spoiled hold NaN or infinity, embed\.embedding is the first"
+    with pytest.raises(UserError, match=message):
+        train(recipe_in(folder, model_start=str(folder / "spoiled"), model_groups=("projector",)))
+    assert not (folder / "run/checkpoints").exists()
+
+
+def test_a_model_that_is_not_finite_is_not_written(folder, whole):
+    shutil.copytree(whole, folder / "run")
+    config, params = checkpoint.load(whole / "model")
+    params["norm"]["scale"] = params["norm"]["scale"].at[3].set(np.inf)
+    made_of = Trained(**checkpoint.training(whole / "model") | {"step": 8})
+    with pytest.raises(UserError, match=r"after 8 steps is not written .* 1 of its arrays .* norm\.scale is the first"):
+        write_model(folder / "run/model", config, params, recipe_in(folder), made_of)
+    same(folder / "run", whole)
+    assert sorted(os.listdir(folder / "run")) == sorted(os.listdir(whole))
+
+
+def test_a_model_says_what_it_is_made_of(whole, parts):
+    about = checkpoint.training(whole / "model")
+    assert about["step"] == 6
+    assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe_in(parts))))
+    assert about["start"] == checkpoint.fingerprint(parts / "start")
+
+
+def age(model):
+    """Makes ``model`` one that was written after step 4 of its run."""
+    config, params = checkpoint.load(model)
+    about = checkpoint.training(model) | {"step": 4, "checkpoint": "0"}
+    shutil.rmtree(model)
+    older = jax.tree.map(lambda x: x + 1, params)
+    checkpoint.save(model, config, older, companions=model.parents[1] / "start", training=about)
+
+
+def move(model, name):
+    model.rename(model.with_name(name))
+
+
+STALE = {
+    "of an earlier step": age,
+    "of an older version": lambda model: (model / checkpoint.TRAINING).unlink(),
+    "damaged": lambda model: (model / checkpoint.TRAINING).write_bytes(b"{"),
+    "not of a run": lambda model: (model / checkpoint.TRAINING).write_bytes(b'{"step": null}'),
+    "killed before the new one has its name": lambda model: move(model, ".model.old"),
+    "killed before the old one is removed": lambda model: shutil.copytree(model, model.with_name(".model.old")),
+    "killed while it is written": lambda model: (age(model), (model.with_name(".model.new.unfinished")).mkdir()),
+    "gone": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("how", STALE)
+def test_a_model_that_is_not_of_the_last_step_is_written_again(folder, whole, how):
+    shutil.copytree(whole, folder / "run")
+    STALE[how](folder / "run/model")
+    train(recipe_in(folder))
+    same(folder / "run", whole)
+    assert checkpoint.training(folder / "run/model")["checkpoint"] == checkpoint.training(whole / "model")["checkpoint"]
+    left = {".model.old"} if how == "killed before the old one is removed" else set()
+    assert set(os.listdir(folder / "run")) - left == set(os.listdir(whole))
+
+
+def test_a_finished_run_with_another_schedule_gets_its_model(folder, whole):
+    shutil.copytree(whole, folder / "run")
+    train(recipe_in(folder, model_layers=(3,), model_ratios=(0.5,)), allow_changes=True)
+    _, params = checkpoint.load(folder / "run/model", schedule=CONFIG.schedule)
+    assert LlavaConfig.load(folder / "run/model").schedule.layers == (3,)
+    jax.tree.map(np.testing.assert_array_equal, params, checkpoint.load(whole / "model")[1])
+
+
 def test_nothing_compiles_after_the_first_step_of_a_shape(folder):
     before = train_step._cache_size()
     train(recipe_in(folder, run_steps=12))
@@ -255,9 +371,9 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
     [
         ({"model_start": "nowhere"}, "nowhere is no checkpoint"),
         ({"data_images": "nowhere"}, "there is no folder nowhere"),
-        ({"data_conversations": "nowhere.json"}, "nowhere.json: there is no such file"),
-        ({"model_groups": ("head",)}, "model.groups is ['head']: choose of vision, projector, llm, lora"),
-        ({"model_groups": ()}, "model.groups is []"),
+        ({"data_conversations": "nowhere.json"}, "nowhere.json cannot be read: there is no such file"),
+        ({"model_groups": ("head",)}, "model.groups.0 is 'head', it must be 'vision', 'projector', 'llm' or 'lora'"),
+        ({"model_groups": ()}, "model.groups is [], it must have at least 1 item"),
         ({"model_groups": ("lora",)}, "model.lora_rank is 0"),
         ({"model_lora_rank": 4}, "for LoRA give a rank and name the group"),
         ({"model_layers": (1,)}, "model.layers and model.ratios belong together"),

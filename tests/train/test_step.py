@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import llava_config, params_of, training_batch
+from tiny import llava_config, make_batch, params_of, training_batch
 
+from pdrop_jax.batch import IGNORE
 from pdrop_jax.model.lora import add_lora
 from pdrop_jax.model.params import path_name
+from pdrop_jax.schedule import Bucket
 from pdrop_jax.train.optimizer import group_of, learning_rate, make_optimizer
 from pdrop_jax.train.recipe import Optimizer
 from pdrop_jax.train.step import init_state, join, split, train_step
@@ -48,6 +50,16 @@ def test_four_parts_of_two_rows_are_one_of_eight():
     cut, four = step(fresh(), batch_of(8), accumulate=4)
     assert float(one.loss) == pytest.approx(float(four.loss), rel=1e-6)
     assert float(one.grad_norm) == pytest.approx(float(four.grad_norm), rel=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), whole.optimizer, cut.optimizer)
+
+
+def test_two_parts_of_rows_without_pictures_are_the_whole():
+    batch = make_batch([[1, 5, 6, 7], [1, 9, 4], [1, 8], [1, 3, 3, 3]], Bucket(6))
+    batch.labels = np.where(np.arange(6) < batch.length[:, None], batch.token_ids, IGNORE).astype(np.int32)
+    whole, one = step(fresh(), batch)
+    cut, two = step(fresh(), batch, accumulate=2)
+    assert float(one.loss) == pytest.approx(float(two.loss), rel=1e-6)
+    assert float(one.grad_norm) == pytest.approx(float(two.grad_norm), rel=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), whole.optimizer, cut.optimizer)
 
 

@@ -10,9 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pdrop_jax.checkpoint import new_folder
-from pdrop_jax.errors import UserError
 
-from .grids import Turn, converse, draw_grid
+from .grids import Turn, check_drawing, converse, draw_grid
 
 CONVERSATIONS = "conversations.json"
 IMAGES = "images"
@@ -25,10 +24,9 @@ def write_dataset(folder: str | os.PathLike, pictures: int, seed: int = 0) -> No
     Picture n is the same whatever ``pictures`` is.
 
     Raises:
-      UserError: ``folder`` exists, no picture is asked for, or the disk is too small.
+      UserError: ``folder`` exists, a number or a seed that is out of range, or the disk is too small.
     """
-    if pictures < 1:
-        raise UserError(f"{pictures} pictures make no data set: ask for at least one")
+    check_drawing(pictures, seed)
     records = []
     with new_folder(folder, pictures * BYTES) as new:
         (new / IMAGES).mkdir()

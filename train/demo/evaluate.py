@@ -20,7 +20,7 @@ from pdrop_jax.generation import Generation, Model, Sampling, generate_batch, lo
 from pdrop_jax.inputs.conversation import Turn as Exchange
 from pdrop_jax.schedule import DropSchedule
 
-from .grids import KINDS, SIDE, converse, draw_grid, first_question
+from .grids import KINDS, SIDE, check_drawing, converse, draw_grid, first_question
 
 BATCH = 100
 LATER = "place, asked last"
@@ -66,6 +66,7 @@ class Case:
 
 def draw_cases(pictures: int, seed: int = 0) -> list[Case]:
     """The questions to ``pictures`` grids of test photos, sorted by kind."""
+    check_drawing(pictures, seed)
     cases: dict[str, list[Case]] = {kind: [] for kind in (*KINDS, LATER)}
     for number in range(pictures):
         grid = draw_grid("test", seed, number)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pdrop_jax.errors import UserError
+
 from .photos import GARMENTS, PIXELS, Split, photos
 
 SIDE = 4  # places in a row
@@ -52,6 +54,13 @@ class Told:
         self.places = np.zeros((SIDE, SIDE), bool)
         self.garments: set[int] = set()
         self.line = False
+
+
+def check_drawing(pictures: int, seed: int) -> None:
+    """Raises UserError for a number of pictures or a seed that nothing can be drawn with."""
+    for name, value, least, most in (("pictures", pictures, 1, 10**7), ("seed", seed, 0, 2**32 - 1)):
+        if not least <= value <= most:
+            raise UserError(f"{name} is {value}, it must be {least} to {most}")
 
 
 def draw_grid(split: Split, seed: int, number: int) -> Grid:

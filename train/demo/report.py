@@ -1,9 +1,10 @@
 """Runs of the demo side by side, as a table: ``python -m pdrop_jax.train.demo.report RUN …``."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
+import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,10 +12,13 @@ import tyro
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, exit_on_error
-from pdrop_jax.train.loop import MODEL
-from pdrop_jax.train.progress import FILE
+from pdrop_jax.io import read_bytes
+from pdrop_jax.train.progress import FILE, read_line
+from pdrop_jax.train.result import model_of
 
 from .evaluate import evaluate, table
+
+NUMBERS = ("loss", "seconds", "macs")  # of a step's line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +44,12 @@ def cost_of(run: pathlib.Path) -> Cost:
       UserError: it has no log, or an empty one.
     """
     try:
-        lines = [json.loads(line) for line in (run / FILE).read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"{run} is no run: {FILE} cannot be read: {error.strerror}") from None
-    steps = [line for line in lines if "loss" in line]
+        lines = [read_line(raw) for raw in read_bytes(run / FILE).splitlines()]
+    except UserError as error:
+        raise UserError(f"{run} is no run: {error}") from None
+    if damaged := lines.count(None):
+        print(f"warning: {damaged} damaged lines of {run / FILE} are left out", file=sys.stderr)
+    steps = [line for line in lines if line and all(isinstance(line.get(key), int | float) for key in NUMBERS)]
     if not steps:
         raise UserError(f"{run / FILE} has no step in it: train first")
     seconds = [line["seconds"] for line in steps]
@@ -73,10 +79,12 @@ def run(
     """
     costs, scores = [], {}
     for folder in runs:
-        drops = LlavaConfig.load(folder / MODEL).schedule.layers
-        name = f"drops after {', '.join(map(str, drops))}" if drops else "dense"
         costs.append(cost_of(folder))
-        scores[name] = evaluate(folder / MODEL, pictures, seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            model = model_of(folder, pathlib.Path(scratch))
+            drops = LlavaConfig.load(model).schedule.layers
+            name = f"drops after {', '.join(map(str, drops))}" if drops else "dense"
+            scores[name] = evaluate(model, pictures, seed)
     print(table(scores, above=rows_of(costs)))
 
 

@@ -1,0 +1,77 @@
+"""Does a row keep the same image tokens in a batch as alone?
+
+Asks a model (the demo by default) questions about drawn test pictures in batches of 1 and of --batch-size, and prints
+one JSON object for each dtype: how many rows keep other tokens, how many are answered otherwise, the largest difference
+of a score at each drop, and the seconds that a batch and a row take to the first token. --xla-default compiles as XLA
+does by itself, with roundings to bfloat16 skipped where it fuses.
+
+    python benchmarks/batches.py
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from pdrop_jax import generation
+from pdrop_jax.generation import DEMO, Model, Sampling, load
+from pdrop_jax.train.demo.evaluate import Case, draw_cases
+
+NEW_TOKENS = 16
+
+
+def ask(model: Model, cases: Sequence[Case]) -> generation.Generation:
+    batch = model.processor([x.turns for x in cases], [x.picture for x in cases], max_new_tokens=NEW_TOKENS)
+    greedy = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+    return generation.generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy)
+
+
+def compare(model: Model, cases: Sequence[Case], batch_size: int) -> dict[str, object]:
+    kept = answers = 0
+    scores: list[list[float]] = []
+    seconds: dict[str, list[float]] = {"batch": [], "row": []}
+    rows = len(cases) // batch_size * batch_size
+    for start in range(0, rows, batch_size):
+        group = cases[start : start + batch_size]
+        together = ask(model, group)
+        seconds["batch"].append(together.prefill_seconds)
+        for n, case in enumerate(group):
+            alone = ask(model, [case])
+            seconds["row"].append(alone.prefill_seconds)
+            kept += alone.kept[0] != together.kept[n]
+            answers += alone.texts[0] != together.texts[n]
+            pairs = zip(alone.scores[0], together.scores[n], strict=True)
+            scores.append([max(float(np.nanmax(np.abs(x - y))) for x, y in zip(*pair, strict=True)) for pair in pairs])
+    return {
+        "rows": rows,
+        "kept_otherwise": kept,
+        "answered_otherwise": answers,
+        "largest_score_difference": [float(f"{x:.2g}") for x in np.max(scores, axis=0)],
+        "prefill_seconds": {name: round(statistics.median(found), 4) for name, found in seconds.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=pathlib.Path, default=DEMO)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--xla-default", action="store_true")
+    args = parser.parse_args()
+    if args.xla_default:
+        static = ("config", "capacity", "implementation")
+        generation.start = jax.jit(generation.start.__wrapped__, static_argnames=static)
+    cases = draw_cases(args.pictures)
+    for dtype in args.dtypes:
+        found = compare(load(args.model, dtype=dtype), cases, args.batch_size)
+        print(json.dumps({"dtype": dtype, "xla_default": args.xla_default, "batch_size": args.batch_size, **found}))
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()
