@@ -171,7 +171,10 @@ def write_file(path: str | os.PathLike, content: str | bytes, overwrite: bool = 
       OSError: the disk is full or may not be written.
     """
     with written_aside(path, overwrite) as new:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        try:
+            new.write_bytes(content.encode() if isinstance(content, str) else content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model import llava
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.session import Session
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "examples/tiny_tokenizer"
 CONFIG = LlavaConfig(
@@ -164,6 +165,36 @@ def test_every_step_and_row_draws_anew():
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
 def test_the_narrowest_draw_is_greedy(narrow):
     assert drawn(**{"temperature": 2.0, **narrow}) == greedy().token_ids
+
+
+BAD = [
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"temperature": 1e-40},  # the logits divided by it overflow, and every answer is token 0
+    {"top_k": 2**31},
+    {"top_p": float("nan")},
+    {"seed": 2**32},  # as a key it is seed 0
+    {"seed": 2**63},
+    {"seed": -1},
+]
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_values_that_cannot_be_drawn_with(options):
+    for ask in (lambda: generate(model(), PROMPTS, IMAGES, **options), lambda: Session(model()).ask("Hi", **options)):
+        with pytest.raises(UserError, match=r"need max_new_tokens >= 1, a temperature of 0 or in|the seed must lie in"):
+            ask()
+
+
+@pytest.mark.parametrize("extreme", [{"top_k": 2**31 - 1}, {"temperature": 1e-6}, {"seed": 2**32 - 1}], ids=str)
+def test_the_largest_and_smallest_values_draw(extreme):
+    tokens = drawn(**{"temperature": 1.0, "seed": 1, **extreme})
+    if "temperature" in extreme:
+        assert tokens == greedy().token_ids
+    if "top_k" in extreme:
+        assert tokens == drawn(temperature=1.0, seed=1)
+    if "seed" in extreme:
+        assert tokens != drawn(temperature=1.0, seed=2**31 - 1)
 
 
 COMPILED = []

@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_what_was_there(before):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # an OSError in the middle, as of a full disk
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match=r"too large: 'a\.txt'"):
             write_file("a.txt", bytes(5000), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,7 +1,9 @@
 """Answer files: complete, in order, and of one model, whatever happens to the runs that write them."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -162,6 +164,84 @@ def test_a_mistake_leaves_nothing_behind(folder, tmp_path):
             run(folder, tmp_path / "a.jsonl", **changes)
     with pytest.raises(UserError, match="drop after layer 9"):
         run(folder, tmp_path / "a.jsonl", schedule=DropSchedule((9,), (0.5,)))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("older", [b"precious", b'{"question_id": 0, "prompt": "What is in 0?", "text": "x"}\n'])
+def test_overwrite_starts_over(folder, tmp_path, older):
+    """Whatever is there: answers of another model, finished or not, or a file of somebody else's."""
+    out = tmp_path / "a.jsonl"
+    out.write_bytes(older)
+    unfinished(out).write_bytes(older)
+    with pytest.raises(UserError, match=r"a\.jsonl (line 1|holds)"):
+        run(folder, out)
+    assert run(folder, out, overwrite=True).answered == QUESTIONS
+    assert out.read_bytes() == (folder / "a.jsonl").read_bytes()
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    assert run(folder, out, overwrite=True).answered == QUESTIONS
+
+
+def test_what_is_not_an_answer_file_stays_as_it_is(folder, tmp_path):
+    out = tmp_path / "a.jsonl"
+    for content in (b"precious", b"precious\nwithout a line break at the end"):
+        unfinished(out).write_bytes(content)
+        with pytest.raises(UserError):
+            run(folder, out, model="images" if b"\n" not in content else "model")
+        assert unfinished(out).read_bytes() == content
+    unfinished(out).unlink()
+    for target, path in ((folder / "q.jsonl", out), (folder / "images" / "1.png", unfinished(out))):
+        before = target.read_bytes()
+        path.symlink_to(target)
+        with pytest.raises(UserError, match="is read by this command"):
+            run(folder, out, overwrite=True)
+        assert target.read_bytes() == before
+        path.unlink()
+    os.mkfifo(unfinished(out))
+    with pytest.raises(UserError, match="unfinished is a FIFO"):
+        run(folder, out)
+
+
+def test_answers_are_written_through_a_link(folder, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.jsonl").symlink_to("b/answers.jsonl")
+    assert run(folder, tmp_path / "a.jsonl").out == tmp_path / "a.jsonl"
+    assert (tmp_path / "b/answers.jsonl").read_bytes() == (folder / "a.jsonl").read_bytes()
+    assert (tmp_path / "a.jsonl").is_symlink()
+    assert run(folder, tmp_path / "a.jsonl").answered == 0
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond ``size`` bytes: as on a full disk, writing more is an OSError in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_costs_no_answer(folder, tmp_path):
+    """Neither while answers are appended nor while they are put into order; nothing half-written is left."""
+    out, lines = tmp_path / "a.jsonl", (folder / "a.jsonl").read_bytes().splitlines(keepends=True)
+    answers = [json.loads(line) for line in lines]
+    first = len(b"".join(lines[:3]))
+    with Journal(out) as journal:
+        journal.append(answers[:3])
+        with full_disk(first + 10), pytest.raises(OSError, match=r"a\.jsonl\.unfinished"):
+            journal.append(answers[3:])
+        assert unfinished(out).read_bytes() == b"".join(lines[:3])
+        journal.append(answers[3:])
+        with full_disk(first), pytest.raises(OSError, match="too large"):
+            journal.finish([answer["answer_id"] for answer in answers])
+    assert os.listdir(tmp_path) == ["a.jsonl.unfinished"]
+    assert run(folder, out).answered == 0
+    assert out.read_bytes() == b"".join(lines)
+
+
+def test_nothing_is_left_where_not_one_answer_could_be_written(folder, tmp_path):
+    with full_disk(10), pytest.raises(OSError, match="too large"):
+        run(folder, tmp_path / "b" / "a.jsonl")
     assert os.listdir(tmp_path) == []
 
 
