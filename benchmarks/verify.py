@@ -58,6 +58,7 @@ def write(folder: pathlib.Path, config: LlavaConfig) -> None:
 
 def uncache(folder: pathlib.Path) -> int:
     """Asks the system to drop its pages of the files in ``folder``; returns how many bytes they have."""
+    os.sync()  # pages that are not on the disk yet would stay, and be written while the files are read
     total = 0
     for path in folder.rglob("*"):
         if path.is_file():

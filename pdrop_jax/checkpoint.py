@@ -266,11 +266,11 @@ def files_to_copy(source: pathlib.Path, patterns: Iterable[str]) -> list[pathlib
     # Hugging Face's cache is models--NAME/snapshots/REVISION, whose files are all links into models--NAME/blobs.
     cache = next((parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"), root)
     for path in found:
+        check_file(path)
         place = path.resolve()
         # What an untrusted folder links to may be a secret of this machine, and be published with the copy.
         if not place.is_relative_to(root) and not place.is_relative_to(cache):
             raise UserError(f"{path} is a link out of its folder, to {place}: put a copy of that file in its place")
-        check_file(path)
     return found
 
 

@@ -96,6 +96,8 @@ def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
 def _suggestion(kind: Any, loc: tuple[int | str, ...]) -> str:
     """``: did you mean …?`` with the known key that is nearest to the last part of ``loc``."""
     for part in loc[:-1]:
+        if not isinstance(kind, type):  # a union: which of its kinds was meant is not known
+            return ""
         hints = typing.get_type_hints(kind)
         kind = hints.get(str(part), kind)
     names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

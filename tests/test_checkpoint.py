@@ -184,6 +184,12 @@ def test_a_link_to_a_link_is_judged_by_where_it_ends(params, tmp_path):
         checkpoint.save(tmp_path / "out", CONFIG, params, companions=tmp_path / "models--a/snapshots/1")
 
 
+def test_a_link_to_itself_is_not_copied(params, saved, tmp_path):
+    (saved / "tokenizer.json").symlink_to("tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read: Too many levels of symbolic links"):
+        checkpoint.save(tmp_path / "out", CONFIG, params, companions=saved)
+
+
 def test_a_fifo_is_not_copied(params, saved, tmp_path):
     os.mkfifo(saved / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer\.json is a FIFO, expected a file"):

@@ -224,8 +224,8 @@ def test_check_passes_on_the_recorded_vectors_and_fails_on_changed_ones(pdrop, t
     ("args", "words"),
     [
         (("none",), "there is no preset none and no such file: there are demo, llava-1.5-finetune"),
-        (("none.toml",), "the recipe none.toml cannot be read"),
-        (("llava-1.5-finetune",), "the recipe has no model.start"),
+        (("none.toml",), "none.toml cannot be read: there is no such file"),
+        (("llava-1.5-finetune",), "the recipe llava-1.5-finetune has no model.start"),
         (("demo", "--set", "run.step=3"), "unknown key run.step: did you mean run.steps?"),
         (("demo", "--set", "steps=3"), "--set 'steps=3' is not of the form part.key=value"),
         (("demo", "--num-processes", 2), "--coordinator, --num-processes and --process-id belong together"),
