@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
 from pdrop_jax.checksums import checksums
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import path_name
 from pdrop_jax.storage import quiet
 
@@ -217,7 +217,7 @@ class Checkpoints:
                 number += 1
                 damaged = damaged.with_name(f"damaged-{step}-{number}")
             (self.folder / str(step)).rename(damaged)
-            print(f"warning: the checkpoint of step {step} is damaged, moved to {damaged}", file=sys.stderr)
+            print(f"warning: the checkpoint of step {step} is damaged, moved to {printable(damaged)}", file=sys.stderr)
         multihost_utils.sync_global_devices("damaged checkpoint moved")
 
     @contextlib.contextmanager

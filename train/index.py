@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs import Processor, Row
 from pdrop_jax.inputs.anyres import ImageTokens, count, levels, whole
 from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, template_named
@@ -145,7 +145,7 @@ def open_dataset(data: Data, config: LlavaConfig, folder: str | os.PathLike, pro
     path = pathlib.Path(data.conversations)
     rows = _Rows(data, config, processor.tokenizer)
     records = enumerate(read_records(path), 1)
-    bar = tqdm(desc=f"tokenizing {path.name}", unit=" rows", disable=None if progress else True)
+    bar = tqdm(desc=f"tokenizing {printable(path.name)}", unit=" rows", disable=None if progress else True)
     with bar:
         while chunk := list(itertools.islice(records, CHUNK)):
             rows.add(chunk)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import restage
 from pdrop_jax.schedule import DropSchedule
@@ -78,7 +78,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
             )
         batches = _batches(job, first)
         if jax.process_index() == 0:
-            print(describe(recipe, job.config, job.dataset, state, job.steps), file=sys.stderr)
+            print(printable(describe(recipe, job.config, job.dataset, state, job.steps), keep="\n"), file=sys.stderr)
             if first:
                 print(f"resumed     after {first:,} steps", file=sys.stderr)
         last, state = _run(job, batches, first, state, checkpoints, origin)
@@ -89,7 +89,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
         if not is_made_of(folder / MODEL, made_of):  # the run went on since, or was killed before it wrote one
             write_model(folder / MODEL, job.config, join(state.trained, state.frozen), recipe, made_of)
     if jax.process_index() == 0:
-        print(f"{folder / MODEL}: trained for {last:,} steps", file=sys.stderr)
+        print(f"{printable(folder / MODEL)}: trained for {last:,} steps", file=sys.stderr)
 
 
 def open_job(recipe: Recipe) -> tuple[Job, Params, Origin]:

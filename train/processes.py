@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import jax
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, error_text
 
 from .roll_call import roll_call
 
@@ -57,7 +57,7 @@ def together(
     try:
         yield
     except (UserError, OSError) as error:
-        _leave(str(error), 2)
+        _leave(error_text(error), 2)
     except jax.errors.JaxRuntimeError as error:
         _leave(f"{str(error).splitlines()[0]}: {DIED}", 1)
     except Exception:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_file
 
 from .step import Metrics
@@ -173,7 +173,10 @@ def _keep_before(path: pathlib.Path, first: int) -> None:
     if damaged:
         with path.with_name(DAMAGED).open("ab") as file:
             file.writelines(damaged)
-        print(f"warning: {len(damaged)} damaged lines of {path} were moved to {DAMAGED} beside it", file=sys.stderr)
+        print(
+            f"warning: {len(damaged)} damaged lines of {printable(path)} were moved to {DAMAGED} beside it",
+            file=sys.stderr,
+        )
     aside.replace(path)
 
 

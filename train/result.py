@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, printable
 from pdrop_jax.schema import validated
 
 from .checkpoints import FOLDER, Checkpoints, Origin, Trained
@@ -48,7 +48,7 @@ def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
         saved, arrays = found
         made_of = Trained(**vars(saved), checkpoint=checkpoints.digest(saved.step) or "")
     why = f"the model in {run / MODEL} is older" if (run / MODEL).exists() else f"{run} has not ended"
-    print(f"{why}: this is its model after {saved.step:,} steps")
+    print(f"{printable(why)}: this is its model after {saved.step:,} steps")
     recipe, config, params = opened["recipe"], opened["config"], opened["params"]
     _, frozen = split(params, recipe.model.groups)
     write_model(scratch / MODEL, config, join(arrays["trained"], frozen), recipe, made_of)

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.errors import UserError, exit_on_error
+from pdrop_jax.errors import UserError, exit_on_error, printable
 from pdrop_jax.io import read_bytes
 from pdrop_jax.train.progress import FILE, read_line
 from pdrop_jax.train.result import model_of
@@ -48,7 +48,7 @@ def cost_of(run: pathlib.Path) -> Cost:
     except UserError as error:
         raise UserError(f"{run} is no run: {error}") from None
     if damaged := lines.count(None):
-        print(f"warning: {damaged} damaged lines of {run / FILE} are left out", file=sys.stderr)
+        print(f"warning: {damaged} damaged lines of {printable(run / FILE)} are left out", file=sys.stderr)
     steps = [line for line in lines if line and all(isinstance(line.get(key), int | float) for key in NUMBERS)]
     if not steps:
         raise UserError(f"{run / FILE} has no step in it: train first")
