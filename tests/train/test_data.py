@@ -439,7 +439,9 @@ def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
             if lost:
                 assert step.batch.query_rows[b, 0] == n - 1
     failing = dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, broken="fail"))
-    with pytest.raises(UserError, match=r"data.json, row \d+: .*2.png(:| cannot be read:) .*: put it right, or set data.broken"):
+    with pytest.raises(
+        UserError, match=r"data.json, row \d+: .*2.png(:| cannot be read:) .*: put it right, or set data.broken"
+    ):
         list(pipeline(failing, B, 0, 5, workers=workers))
 
 
