@@ -24,8 +24,7 @@ SHOWN = 60  # characters of a value in a message
 
 NO_OTHER_KEYS = ConfigDict(extra="forbid")  # as ``__pydantic_config__`` of a dataclass
 
-# Finite, unlike a float without it: JSON and TOML both can say NaN and infinity.
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+# JSON and TOML both can say NaN and infinity, which a plain float would take.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NormEps = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -64,9 +63,8 @@ def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: 
     found = next((x for x in errors if x["type"] in unknown), errors[0])
     key = prefix + ".".join(_keys(found["loc"], data))
     if found["type"] == "json_invalid":  # well-formed, since it was written here
-        return f"{where} " + (
-            "is nested too deeply" if "recursion" in found["msg"] else "has a string that is no UTF-8"
-        )
+        reason = "is nested too deeply" if "recursion" in found["msg"] else "has a string that is not valid UTF-8"
+        return f"{where} {reason}"
     if found["type"] in ("missing", "missing_argument"):
         missing = [prefix + ".".join(_keys(x["loc"], data)) for x in errors if x["type"] == found["type"]]
         return f"{where} has no {', '.join(missing)}"
