@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import os
 import signal
+import socket
 
 from pdrop_jax.errors import UserError
 
@@ -58,6 +60,20 @@ def one_line(what, listing=False):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def make_special(kind, path, device="/dev/zero"):
+    """Puts what is no regular file at ``path``: a FIFO, a socket, a link to a device, or a folder."""
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+    elif kind == "device":
+        path.symlink_to(device)
+    else:
+        assert kind == "folder"
+        path.mkdir()
 
 
 def _too_slow(*_):

@@ -4,9 +4,9 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 
 import pytest
+from mutations import make_special
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -50,15 +50,8 @@ def content():
 
 
 def make(kind, path):
-    if kind == "FIFO":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(str(path))
-    elif kind == "device":
-        path.symlink_to("/dev/null")
-    elif kind == "folder":
-        path.mkdir()
+    if kind in ("FIFO", "socket", "device", "folder"):
+        make_special(kind, path, device="/dev/null")
     elif kind == "file":
         path.write_text("precious")
     else:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command import PDROP
-from mutations import one_line
+from mutations import make_special, one_line
 from safetensors.numpy import load_file, save_file
 from tiny_torch import edit_json, rewrite, weights
 
@@ -238,12 +238,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(name, kind, hf, tmp_path)
     (hf / name).unlink(missing_ok=True)
     if name == "pytorch_model.bin":
         (hf / "model.safetensors").unlink()
-    if kind == "FIFO":
-        os.mkfifo(hf / name)
-    elif kind == "device":
-        (hf / name).symlink_to("/dev/zero")
-    else:
-        (hf / name).mkdir()
+    make_special(kind, hf / name)
     with one_line((name, kind)) as said:
         convert(hf, tmp_path / "out")
     assert f"{hf / name} is a {kind}, expected a file" in said

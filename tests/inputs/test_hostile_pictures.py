@@ -1,16 +1,14 @@
 """Pictures that are damaged, enormous, narrow, or no files at all: tokens, or a line, soon and in little memory."""
 
 import io
-import os
 import resource
-import socket
 import struct
 import time
 import zlib
 
 import numpy as np
 import pytest
-from mutations import one_line
+from mutations import make_special, one_line
 from PIL import Image
 
 from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
@@ -162,15 +160,7 @@ def test_the_narrowest_that_are_taken_cost_little(size, name, tmp_path):
 @pytest.mark.parametrize("kind", ["FIFO", "device", "socket", "folder"])
 def test_what_is_no_file_is_refused_at_once(function, kind, tmp_path):
     path = tmp_path / "a.png"
-    if kind == "FIFO":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(str(path))
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
+    make_special(kind, path)
     with one_line(kind) as said:
         function(path)
     assert said == [f"{path} is a {kind}, expected a file"]
