@@ -5,7 +5,7 @@ one JSON object for each dtype: how many rows keep other tokens, how many are an
 of a score at each drop, and the seconds that a batch and a row take to the first token. --xla-default compiles as XLA
 does by itself, with roundings to bfloat16 skipped where it fuses.
 
-    python benchmarks/batches.py
+    python -m benchmarks.batches
 """
 
 import argparse
@@ -17,17 +17,18 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from pdrop_jax import generation
-from pdrop_jax.generation import DEMO, Model, Sampling, load
-from pdrop_jax.train.demo.evaluate import Case, draw_cases
+from examples.demo.evaluate import Case, draw_cases
+from pdrop_jax.generation import engine
+from pdrop_jax.generation.pretrained import DEMO, Model, load
+from pdrop_jax.generation.sampling import Sampling
 
 NEW_TOKENS = 16
 
 
-def ask(model: Model, cases: Sequence[Case]) -> generation.Generation:
+def ask(model: Model, cases: Sequence[Case]) -> engine.Generation:
     batch = model.processor([x.turns for x in cases], [x.picture for x in cases], max_new_tokens=NEW_TOKENS)
     greedy = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
-    return generation.generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy)
+    return engine.generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy)
 
 
 def compare(model: Model, cases: Sequence[Case], batch_size: int) -> dict[str, object]:
@@ -65,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.xla_default:
         static = ("config", "capacity", "implementation")
-        generation.start = jax.jit(generation.start.__wrapped__, static_argnames=static)
+        engine.start = jax.jit(engine.start.__wrapped__, static_argnames=static)
     cases = draw_cases(args.pictures)
     for dtype in args.dtypes:
         found = compare(load(args.model, dtype=dtype), cases, args.batch_size)

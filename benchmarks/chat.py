@@ -3,7 +3,7 @@
 Random weights of LLaVA-1.5's shape with a small vision tower, one picture in the first question, drops after a quarter,
 a half and three quarters of the layers. The contenders take turns within each repeat, and medians are printed.
 
-    python benchmarks/chat.py     # 24 layers, D=1024, 576 image tokens, float32
+    python -m benchmarks.chat     # 24 layers, D=1024, 576 image tokens, float32
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from inference import Flags as Shape
 
-from pdrop_jax.generation import Model, generate
+from benchmarks.inference import Flags as Shape
+from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.engine import generate
+from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import init_params, unstack
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.session import Session
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "examples/tiny_tokenizer"
 QUESTIONS = ("What is on the table?", "Who put it there?", "And why?")

@@ -4,7 +4,7 @@ Writes a bfloat16 checkpoint of that shape, converts it, exports it again, and p
 anonymous memory (RssAnon) sampled every 5 ms, above what the process has after its imports: pages of the mapped source
 files are the operating system's to take back. Needs 45 GB of disk, removed at the end.
 
-    python benchmarks/convert_7b.py --folder /tmp/convert_7b
+    python -m benchmarks.convert_7b --folder /tmp/convert_7b
 """
 
 import argparse

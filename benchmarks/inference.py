@@ -3,8 +3,8 @@
 Random weights of LLaVA-1.5's shape; a small vision tower with the true number of patches on every side, so that the
 language model is what is timed. The contenders take turns within each repeat, and medians are printed.
 
-    python benchmarks/inference.py                  # 24 layers, D=1024, 576 image + 64 text tokens, float32
-    python benchmarks/inference.py --dtype bfloat16
+    python -m benchmarks.inference                  # 24 layers, D=1024, 576 image + 64 text tokens, float32
+    python -m benchmarks.inference --dtype bfloat16
 """
 
 import dataclasses
@@ -23,19 +23,20 @@ import numpy as np
 import tyro
 
 from pdrop_jax.analysis.cost import decode_macs, prefill_macs
-from pdrop_jax.batch import Batch
+from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
-from pdrop_jax.generation import Sampling, decode, start
+from pdrop_jax.generation.engine import decode, start
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.anyres import whole
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.processor import Row, assemble
+from pdrop_jax.inputs.assemble import Row, assemble
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
-from pdrop_jax.model.llava import embed
 from pdrop_jax.model.params import init_params, unstack
 from pdrop_jax.model.scores import Boundary
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.model.vlm import embed
+from pdrop_jax.schedule import DropSchedule
 
 GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
 NEVER = np.array([-1], np.int32)  # no stop token

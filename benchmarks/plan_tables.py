@@ -7,7 +7,7 @@ several hours on one core.
 import argparse
 import dataclasses
 
-from pdrop_jax.analysis.plan import MEMORY, devices_of
+from pdrop_jax.planner.topology import MEMORY, devices_of
 
 SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
@@ -28,10 +28,11 @@ def main() -> None:
     slices = {chip: [size for size in SLICES[chip] if size in (arguments.slices or SLICES[chip])] for chip in SLICES}
     devices = {f"{chip}:{size}": devices_of(f"{chip}:{size}") for chip in arguments.chips for size in slices[chip]}
 
+    from pdrop_jax.batch import Bucket
     from pdrop_jax.config import config_of
     from pdrop_jax.model.params import abstract_params, count
-    from pdrop_jax.schedule import Bucket, DropSchedule
-    from pdrop_jax.train.program import Job, groups_of, plan
+    from pdrop_jax.planner.programs import Program, groups_of, plan
+    from pdrop_jax.schedule import DropSchedule
 
     for model in arguments.models:
         config = config_of(model)
@@ -40,7 +41,7 @@ def main() -> None:
         for chip in arguments.chips:
             capacity = MEMORY[chip] * 2**30
             for schedule in (config.schedule, DropSchedule.none()):
-                job = Job(
+                job = Program(
                     dataclasses.replace(config, schedule=schedule),
                     "train",
                     bucket,
@@ -53,7 +54,9 @@ def main() -> None:
                     if state / number > capacity:
                         continue
                     parts = arguments.rows // number
-                    found = plan(dataclasses.replace(job, accumulate=parts), None, topology, devices[topology]).report
+                    found = plan(
+                        dataclasses.replace(job, grad_accum_steps=parts), None, topology, devices[topology]
+                    ).report
                     gib = found.total_bytes / 2**30 if found.fits else found.excess_bytes / 2**30
                     said = f"{gib:.2f} of {MEMORY[chip]} GiB" if found.fits else f"{gib:.2f} GiB too much"
                     name = "PyramidDrop" if schedule.layers else "dense"

@@ -4,7 +4,7 @@ The bfloat16 model answers greedily. Then each contender is given the same quest
 answers; compared is what it would have said next, KL(bfloat16 || contender) in nats and the best token. Last, each
 answers by itself. float32 is the yardstick: it shows what rounding to bfloat16 does alone.
 
-    python benchmarks/quantized.py                  # five or six questions about each of 200 pictures
+    python -m benchmarks.quantized                  # five or six questions about each of 200 pictures
 """
 
 import dataclasses
@@ -17,11 +17,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from examples.demo.evaluate import BATCH, NEW_TOKENS, Case, draw_cases
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.generation import Generation, Model, Sampling, generate_batch, load
-from pdrop_jax.model.llava import decode_step, prefill
-from pdrop_jax.train.demo.evaluate import BATCH, NEW_TOKENS, Case, draw_cases
+from pdrop_jax.generation.engine import generate_batch
+from pdrop_jax.generation.pretrained import Model, load
+from pdrop_jax.generation.result import Generation
+from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.model.vlm import decode_step, prefill
 
 GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
 CONTENDERS: dict[str, dict[str, Any]] = {

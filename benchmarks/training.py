@@ -5,7 +5,7 @@ language model is what is timed. All parameters are trained, in float32, nothing
 contender has a process of its own, so that its peak memory is its own; they take turns, and medians are printed. Then
 the data pipeline alone: photos of 640 x 480 pixels, read, cropped and tokenized.
 
-    python benchmarks/training.py                  # 24 layers, D=1024, 576 image + 64 text tokens
+    python -m benchmarks.training                  # 24 layers, D=1024, 576 image + 64 text tokens
 """
 
 import contextlib
@@ -25,23 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from inference import Flags as Shape
-from inference import machine, make_batch, make_torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.inference import Flags as Shape
+from benchmarks.inference import machine, make_batch, make_torch
+from examples.demo.dataset import record, write_conversations
+from examples.demo.grids import Turn
+from examples.demo.model import preprocessor
+from examples.demo.tokenizer import TEMPLATE, write_tokenizer
 from pdrop_jax.analysis.cost import training_macs
-from pdrop_jax.batch import IGNORE, Batch
+from pdrop_jax.batch import IGNORE, Batch, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.params import init_params, unstack
-from pdrop_jax.schedule import Bucket, DropSchedule
-from pdrop_jax.train.data import open_dataset, pipeline
-from pdrop_jax.train.demo.dataset import record, write_conversations
-from pdrop_jax.train.demo.grids import Turn
-from pdrop_jax.train.demo.model import preprocessor
-from pdrop_jax.train.demo.tokenizer import TEMPLATE, write_tokenizer
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.train.data.pipeline import open_dataset, pipeline
 from pdrop_jax.train.optimizer import make_optimizer
-from pdrop_jax.train.recipe import Data, Optimizer
+from pdrop_jax.train.recipe import DataRecipe, OptimizerRecipe
 from pdrop_jax.train.step import init_state, train_step
 
 GROUPS = ("vision", "projector", "llm")
@@ -84,7 +84,9 @@ def main(flags: Flags) -> None:
     for name in tqdm(CONTENDERS * flags.repeats, unit=" processes", disable=None):
         options = [f"--{key}={value}" for key, value in dataclasses.asdict(flags).items() if key != "only"]
         done = subprocess.run(
-            [sys.executable, __file__, *options, f"--only={name}"], stdout=subprocess.PIPE, check=True
+            [sys.executable, "-m", "benchmarks.training", *options, f"--only={name}"],
+            stdout=subprocess.PIPE,
+            check=True,
         )
         result = json.loads(done.stdout)
         seconds[name].append(statistics.median(result["seconds"]))
@@ -124,7 +126,7 @@ def training_batch(config: LlavaConfig, bucket: Bucket, B: int) -> Batch:
 
 
 def our_step(config: LlavaConfig, batch: Batch) -> Any:
-    optimizer = make_optimizer(Optimizer(), 1000)
+    optimizer = make_optimizer(OptimizerRecipe(), 1000)
     params = init_params(config)
     if jax.default_backend() == "cpu":
         params = unstack(params)
@@ -173,7 +175,7 @@ def time_pipeline(flags: Flags, workers: int) -> float:
             coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
             records.append(record(f"{number}.jpg", [Turn("place", "What is in row 1, column 2?", "sandal")] * 3))
         write_conversations(folder / "data.json", records)
-        data = Data(str(folder / "data.json"), str(folder), template=TEMPLATE, max_length=1024)
+        data = DataRecipe(str(folder / "data.json"), str(folder), template=TEMPLATE, max_length=1024)
         with contextlib.redirect_stderr(io.StringIO()):
             dataset = open_dataset(data, config, folder)
         B = 8

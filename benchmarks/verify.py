@@ -6,7 +6,7 @@ the seconds of each load, the ratio of the medians, the seconds that the checksu
 themselves, and the rate at which the files are read one after another. Needs 14 GB of disk, removed at the end, and
 16 GB of memory.
 
-    python benchmarks/verify.py --folder /tmp/verify
+    python -m benchmarks.verify --folder /tmp/verify
 """
 
 import argparse
@@ -24,7 +24,8 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from pdrop_jax import checkpoint, storage
+from pdrop_jax import checkpoint
+from pdrop_jax.checkpoint import storage
 from pdrop_jax.config import LlavaConfig, config_of
 from pdrop_jax.model.params import abstract_params, count
 

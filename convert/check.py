@@ -8,17 +8,17 @@ import numpy as np
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.hf_config import hf_class, hf_config
+from pdrop_jax.convert.names import NAMINGS, leaves, unrun_shapes
+from pdrop_jax.convert.sources import Source
+from pdrop_jax.convert.tensors import DTYPES
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import count, pooled, tiled, whole
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.processor import Row, assemble, choose_bucket
-from pdrop_jax.model.llava import forward
+from pdrop_jax.inputs.assemble import Row, assemble
+from pdrop_jax.inputs.buckets import choose_bucket
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.model.vlm import forward
 from pdrop_jax.schedule import DropSchedule
-
-from .hf_config import hf_class, hf_config
-from .names import NAMINGS, leaves, unrun_shapes
-from .sources import Source
-from .tensors import DTYPES
 
 TEXT_TOKENS = 12
 SIZE = 100, 200  # pixels, height and width that a tiled picture is said to have

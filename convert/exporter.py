@@ -12,16 +12,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from pdrop_jax import checkpoint, storage
+from pdrop_jax import checkpoint
+from pdrop_jax.checkpoint import storage
 from pdrop_jax.config import LlavaConfig, VisionConfig
+from pdrop_jax.convert.files import write_safetensors
+from pdrop_jax.convert.hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
+from pdrop_jax.convert.hf_parts import vision_to_hf
+from pdrop_jax.convert.names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
+from pdrop_jax.convert.tensors import DTYPES, DType
 from pdrop_jax.inputs.tokenizer import reading
 from pdrop_jax.io import read_json
-
-from .files import write_safetensors
-from .hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
-from .hf_parts import vision_to_hf
-from .names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
-from .tensors import DTYPES, DType
 
 Format = Literal["hf", "original"]
 SHARD_BYTES = 2**29

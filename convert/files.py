@@ -10,13 +10,12 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pdrop_jax.convert.hf_schema import Section
+from pdrop_jax.convert.pickles import open_pickle
+from pdrop_jax.convert.tensors import FLOATS, Tensor, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file, read_json
 from pdrop_jax.schema import validated
-
-from .hf_schema import Section
-from .pickles import open_pickle
-from .tensors import FLOATS, Tensor, Tensors
 
 # The weights of a folder, best first. A file may be split; then its index lists the parts.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -4,15 +4,13 @@ import dataclasses
 import re
 from typing import Any
 
-from pdrop_jax.config import MAX_PROJECTOR_LAYERS, MAX_TILES, LlavaConfig, Tiling, VisionConfig
+from pdrop_jax.config import MAX_PROJECTOR_LAYERS, MAX_TILES, LlavaConfig, TextConfig, Tiling, VisionConfig
+from pdrop_jax.convert.hf_parts import ORIGINAL_TYPES, read_text, text_to_hf, vision_from_hf, vision_to_hf
+from pdrop_jax.convert.hf_schema import Generation, Llava, OriginalLlava, Preprocessor, Resolutions, one_of
+from pdrop_jax.convert.projector import projector_type
 from pdrop_jax.errors import UserError
-from pdrop_jax.parts import TextConfig
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
-
-from .hf_parts import ORIGINAL_TYPES, read_text, text_to_hf, vision_from_hf, vision_to_hf
-from .hf_schema import Generation, Llava, OriginalLlava, Preprocessor, Resolutions, one_of
-from .projector import projector_type
 
 KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
 # model_type of Hugging Face's code -> ids of "<image>" and "<video>" that transformers takes if a config has none.

@@ -2,11 +2,10 @@
 
 from typing import Any
 
+from pdrop_jax.config import Activation, Family, RopeScaling, TextConfig, VisionConfig
+from pdrop_jax.convert.hf_schema import Rope, Text, Vision, one_of
 from pdrop_jax.errors import UserError
-from pdrop_jax.parts import Activation, Family, RopeScaling, TextConfig, VisionConfig
 from pdrop_jax.schema import validated
-
-from .hf_schema import Rope, Text, Vision, one_of
 
 # What transformers takes for the keys that a config of a family leaves out, where the families differ.
 FAMILIES: dict[Family, dict[str, Any]] = {

@@ -9,17 +9,17 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from pdrop_jax import checkpoint, storage
+from pdrop_jax import checkpoint
+from pdrop_jax.checkpoint import storage
+from pdrop_jax.checkpoint.storage import write_safetensors
 from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.names import Leaf, leaves, unrun_shapes
+from pdrop_jax.convert.sources import Source, open_source
+from pdrop_jax.convert.tensors import DTYPES, DType, Tensors
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import template_named
+from pdrop_jax.inputs.chat_template import template_named
 from pdrop_jax.model.layers import Params
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.storage import write_safetensors
-
-from .names import Leaf, leaves, unrun_shapes
-from .sources import Source, open_source
-from .tensors import DTYPES, DType, Tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,9 @@ from typing import Any, BinaryIO, cast
 import ml_dtypes
 import numpy as np
 
+from pdrop_jax.convert.tensors import Tensor, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file
-
-from .tensors import Tensor, Tensors
 
 PICKLE_BYTES = 2**28  # of the names, shapes and places of the tensors; their numbers lie elsewhere
 HEADERS = 3  # pickles before the object in a file of before torch 1.6: magic number, protocol, system

@@ -9,11 +9,10 @@ import numpy as np
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
-
-from .files import open_safetensors
-from .names import NAMINGS, Naming, Shape, projector_shapes
-from .pickles import open_pickle
-from .tensors import Tensor, Tensors
+from pdrop_jax.convert.files import open_safetensors
+from pdrop_jax.convert.names import NAMINGS, Naming, Shape, projector_shapes
+from pdrop_jax.convert.pickles import open_pickle
+from pdrop_jax.convert.tensors import Tensor, Tensors
 
 PREFIX = "model.mm_projector."
 NAME = re.compile(r"(?:.*mm_projector\.)?((?:\d+\.)?(?:weight|bias))")

@@ -7,16 +7,24 @@ from typing import Any
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import FORMAT, LlavaConfig, read_config
+from pdrop_jax.convert.files import read_folder
+from pdrop_jax.convert.hf_config import llava_from_hf
+from pdrop_jax.convert.hf_parts import FAMILIES, ORIGINAL_TYPES, vision_from_hf
+from pdrop_jax.convert.names import (
+    IGNORED,
+    NAMINGS,
+    TOWERS,
+    Naming,
+    closest,
+    projector_shapes,
+    torch_shapes,
+    unrun_shapes,
+)
+from pdrop_jax.convert.projector import fresh_projector, num_layers, open_projector, projector_type, read_projector
+from pdrop_jax.convert.tensors import FLOATS, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
-
-from .files import read_folder
-from .hf_config import llava_from_hf
-from .hf_parts import FAMILIES, ORIGINAL_TYPES, vision_from_hf
-from .names import IGNORED, NAMINGS, TOWERS, Naming, closest, projector_shapes, torch_shapes, unrun_shapes
-from .projector import fresh_projector, num_layers, open_projector, projector_type, read_projector
-from .tensors import FLOATS, Tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from pdrop_jax import storage
-
-from .names import Shape
+from pdrop_jax.checkpoint import storage
+from pdrop_jax.convert.names import Shape
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -1,7 +1,7 @@
-"""Make train/demo/pictures: the part of Fashion-MNIST that the demo model is trained and tested on.
+"""Make examples/demo/pictures: the part of Fashion-MNIST that the demo model is trained and tested on.
 
     apt-get install dataset-fashion-mnist   # Debian and Ubuntu; or the four .gz files from its repository
-    python examples/make_demo_pictures.py [FOLDER]
+    python -m examples.make_demo_pictures [FOLDER]
 
 The first 3,000 training and the first 200 test photos of each garment, in the official order. Training sheets are lossy
 (a third of the bytes, 35 dB), so that more of them fit; test sheets are pixel for pixel the official ones.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pdrop_jax.train.demo.photos import ACROSS, GARMENTS, PIXELS, Split, sheet_path
+from examples.demo.photos import ACROSS, GARMENTS, PIXELS, Split, sheet_path
 
 FOLDER = pathlib.Path("/usr/share/datasets/fashion-mnist")
 FILES: dict[Split, str] = {"train": "train", "test": "t10k"}

@@ -1,6 +1,6 @@
 """Make questions to the demo model in LLaVA's format, as in examples/grids, and their answers as GQA's annotations.
 
-python examples/make_grid_questions.py FOLDER [PICTURES]
+python -m examples.make_grid_questions FOLDER [PICTURES]
 
 A line also has what ``pdrop study`` knows to use: the answer, and the question in other words.
 """
@@ -12,7 +12,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from pdrop_jax.train.demo.grids import KINDS, draw_grid, first_question
+from examples.demo.grids import KINDS, draw_grid, first_question
 
 PICTURES = 8
 

@@ -12,44 +12,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pdrop_jax.analysis.budget import schedule_for_budget as schedule_for_budget
     from pdrop_jax.batch import Batch as Batch
+    from pdrop_jax.batch import Bucket as Bucket
     from pdrop_jax.config import LlavaConfig as LlavaConfig
     from pdrop_jax.config import TextConfig as TextConfig
     from pdrop_jax.config import VisionConfig as VisionConfig
     from pdrop_jax.errors import UserError as UserError
-    from pdrop_jax.generation import DEMO as DEMO
-    from pdrop_jax.generation import Generation as Generation
-    from pdrop_jax.generation import Model as Model
-    from pdrop_jax.generation import generate as generate
-    from pdrop_jax.generation import load as load
+    from pdrop_jax.generation.chat import Answer as Answer
+    from pdrop_jax.generation.chat import Session as Session
+    from pdrop_jax.generation.engine import generate as generate
+    from pdrop_jax.generation.pretrained import DEMO as DEMO
+    from pdrop_jax.generation.pretrained import Model as Model
+    from pdrop_jax.generation.pretrained import load as load
+    from pdrop_jax.generation.result import Generation as Generation
     from pdrop_jax.inputs.images import Video as Video
     from pdrop_jax.inputs.processor import Processor as Processor
-    from pdrop_jax.model.scores import Score as Score
+    from pdrop_jax.model.scores import TokenScore as TokenScore
     from pdrop_jax.model.scores import register_score as register_score
-    from pdrop_jax.schedule import Bucket as Bucket
     from pdrop_jax.schedule import DropSchedule as DropSchedule
-    from pdrop_jax.session import Answer as Answer
-    from pdrop_jax.session import Session as Session
 
 _HOME = {
-    "Answer": "session",
-    "DEMO": "generation",
+    "Answer": "generation.chat",
     "Batch": "batch",
-    "Bucket": "schedule",
+    "Bucket": "batch",
+    "DEMO": "generation.pretrained",
     "DropSchedule": "schedule",
-    "Generation": "generation",
+    "Generation": "generation.result",
     "LlavaConfig": "config",
-    "Model": "generation",
+    "Model": "generation.pretrained",
     "Processor": "inputs.processor",
-    "Score": "model.scores",
-    "Session": "session",
+    "Session": "generation.chat",
     "TextConfig": "config",
+    "TokenScore": "model.scores",
     "UserError": "errors",
     "Video": "inputs.images",
     "VisionConfig": "config",
-    "generate": "generation",
-    "load": "generation",
+    "generate": "generation.engine",
+    "load": "generation.pretrained",
     "register_score": "model.scores",
+    "schedule_for_budget": "analysis.budget",
 }
 __all__ = list(_HOME)
 

@@ -5,11 +5,31 @@ import dataclasses
 import jax
 import numpy as np
 
-from pdrop_jax.schedule import Bucket
-
 Array = jax.Array | np.ndarray
 
 IGNORE = -100  # label of a position that is not a target
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The static shape of a batch: ``text`` slots, and one full-size slot group for each of ``images``.
+
+    ``images[m]`` is the largest number of tokens that the (m+1)-th image of a row may have, ``crops`` the largest
+    number of crops that all of a row's images may have together; without it one each.
+    """
+
+    text: int
+    images: tuple[int, ...] = ()
+    crops: int = -1
+
+    def __post_init__(self) -> None:
+        if self.crops < 0:
+            object.__setattr__(self, "crops", len(self.images))
+
+    @property
+    def slots(self) -> int:
+        """S, the sequence slots of a row before any drop."""
+        return self.text + sum(self.images)
 
 
 @jax.tree_util.register_dataclass

@@ -4,44 +4,17 @@ The schedule fixes every shape of the model, so a plan made here is all that tra
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pdrop_jax.batch import Bucket
 from pdrop_jax.errors import UserError
-from pdrop_jax.parts import TextConfig
 from pdrop_jax.schema import NO_OTHER_KEYS, validated
 
 Positions = Literal["dense", "original"]
-
-# Where ``for_budget`` may drop, as shares of the depth; the earlier, the smaller a budget can be had.
-DEPTHS = ((1 / 4, 1 / 2, 3 / 4), (1 / 16, 1 / 4, 1 / 2), (1 / 16, 1 / 8, 3 / 16, 1 / 4))
-GENTLE = 0.25  # a drop that leaves less of what it finds is the last resort
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """The static shape of a batch: ``text`` slots, and one full-size slot group for each of ``images``.
-
-    ``images[m]`` is the largest number of tokens that the (m+1)-th image of a row may have, ``crops`` the largest
-    number of crops that all of a row's images may have together; without it one each.
-    """
-
-    text: int
-    images: tuple[int, ...] = ()
-    crops: int = -1
-
-    def __post_init__(self) -> None:
-        if self.crops < 0:
-            object.__setattr__(self, "crops", len(self.images))
-
-    @property
-    def slots(self) -> int:
-        """S, the sequence slots of a row before any drop."""
-        return self.text + sum(self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,64 +81,6 @@ class DropSchedule:
         """Every drop leaves the share ``ratio`` of what it finds: the paper's lambda."""
         return cls(tuple(layers), tuple(round(ratio**n, 6) for n in range(1, len(layers) + 1)))
 
-    @classmethod
-    def for_budget(
-        cls,
-        text: TextConfig = TextConfig(),
-        *,
-        average_tokens: float | None = None,
-        macs: float | None = None,
-        cache_bytes: float | None = None,
-        layers: Sequence[int] | None = None,
-        image_tokens: int = 576,
-        itemsize: int = 2,
-    ) -> "DropSchedule":
-        """The gentlest geometric schedule within one budget, all of which count one image of ``image_tokens``.
-
-        Args:
-          text: of the model, ``config.text``; LLaVA-1.5-7B's if none is given.
-          average_tokens: image tokens that a layer sees, averaged over layers.
-          macs: of the language model for the image tokens, by the paper's formula (section 3.3).
-          cache_bytes: keys and values of the image tokens.
-          layers: where to drop. None takes the latest of three choices that the budget allows without any drop leaving
-            less than a quarter of what it finds, or else the gentlest.
-          itemsize: bytes of a number in the cache.
-
-        Raises:
-          UserError: not one budget, or one that no ratio meets; it says what dropping everything leaves.
-        """
-        budgets = {"average tokens": average_tokens, "MACs": macs, "cache bytes": cache_bytes}
-        given = {name: budget for name, budget in budgets.items() if budget is not None}
-        if len(given) != 1:
-            raise UserError(f"a schedule is for one budget, of average tokens, MACs or cache bytes: got {len(given)}")
-        ((name, budget),) = given.items()
-
-        def cost(schedule: DropSchedule) -> float:
-            if name == "MACs":
-                return paper_macs(text, schedule, image_tokens)
-            if name == "cache bytes":
-                return layer_tokens(text, schedule, image_tokens) * token_bytes(text, itemsize)
-            return layer_tokens(text, schedule, image_tokens) / text.num_layers
-
-        if cost(cls.none()) <= budget:
-            return cls.none()
-        L = text.num_layers
-        choices = [layers] if layers else [sorted({max(1, round(depth * L)) for depth in depths}) for depths in DEPTHS]
-
-        def fits(layers: Sequence[int], ratio: float) -> bool:
-            return cost(cls.geometric(layers, ratio)) <= budget
-
-        found = [(choice, _largest(functools.partial(fits, choice))) for choice in choices]
-        possible = [(choice, ratio) for choice, ratio in found if ratio is not None]
-        if not possible:
-            floor = min(cost(cls.geometric(choice, 0.0)) for choice in choices)
-            raise UserError(
-                f"a budget of {budget:,.10g} {name} cannot be had with drops after layers {list(choices[-1])}: "
-                f"dropping everything there leaves {floor:,.10g}; drop earlier or allow more"
-            )
-        gentle = [each for each in possible if each[1] >= GENTLE]
-        return cls.geometric(*(gentle[0] if gentle else max(possible, key=lambda each: each[1])))
-
     def check(self, num_layers: int) -> None:
         """Raises UserError if a drop falls outside a decoder of ``num_layers`` layers."""
         if self.layers and self.layers[-1] >= num_layers:
@@ -215,7 +130,7 @@ PRESETS = {
 }
 
 
-def schedule_of(
+def parse_schedule(
     layers: Sequence[str] | None, ratios: Sequence[str | float] | None, score: str | None = None
 ) -> DropSchedule | None:
     """The schedule that a user writes: numbers for both, or for ``layers`` alone "none" or a name in ``PRESETS``.
@@ -245,40 +160,6 @@ def schedule_of(
             f"layers are whole numbers and ratios numbers, got {' '.join(layers)} and {' '.join(map(str, ratios))}"
         ) from None
     return DropSchedule(*numbers, score=score or DropSchedule.score)
-
-
-def paper_macs(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
-    """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
-
-    Multiply-accumulates of the image tokens only: no text, vision tower, projector, head or ranking, full attention
-    squares, query heads as many as key-value heads, n = tokens * ratio as it comes, not truncated.
-    """
-    D, F = text.hidden_size, text.intermediate_size
-    stages = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
-    counts = [(stage.num_layers, image_tokens * stage.ratio) for stage in stages]
-    return sum(L * (4 * n * D**2 + 2 * n**2 * D + 3 * n * D * F) for L, n in counts)
-
-
-def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> int:
-    """Image tokens that the layers see, added up."""
-    plan = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
-    return sum(stage.num_layers * stage.slots for stage in plan)
-
-
-def token_bytes(text: TextConfig, itemsize: int) -> int:
-    """Key and value of one token in one layer, of numbers of ``itemsize`` bytes."""
-    return 2 * text.num_kv_heads * text.head_dim * itemsize
-
-
-def _largest(fits: Callable[[float], bool]) -> float | None:
-    """The largest ratio in thousandths that ``fits``, which larger ones do not."""
-    low, high = 0, 1000  # fits(low) if any does, fits(high) does not
-    if not fits(0.0):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle / 1000) else (low, middle)
-    return low / 1000
 
 
 def keep_count(n: int, ratio: float) -> int:

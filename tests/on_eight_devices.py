@@ -17,23 +17,25 @@ from tiny_run import CONFIG as RUN_CONFIG
 from tiny_run import TOKENIZER, arrays_of, compiled_in, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint, sharding
-from pdrop_jax.analysis.check import Reference, check
 from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import Model, Sampling, decode, start
+from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.engine import decode, start
+from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import _splash, attention
 from pdrop_jax.model.decoder import drop, positions_of
 from pdrop_jax.model.layers import rope_tables
-from pdrop_jax.model.llava import embed, forward
-from pdrop_jax.model.quantized import quantize_decoder
+from pdrop_jax.model.quantization import quantize_decoder
 from pdrop_jax.model.scores import Boundary
+from pdrop_jax.model.vlm import embed, forward
+from pdrop_jax.parity.replay import Reference, check
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.session import Session
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.optimizer import make_optimizer
-from pdrop_jax.train.recipe import Mesh, Optimizer
+from pdrop_jax.train.recipe import MeshRecipe, OptimizerRecipe
 from pdrop_jax.train.step import init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -71,7 +73,7 @@ def answer(params, batch):
 
 
 def step(params, batch, mesh=None):
-    optimizer = make_optimizer(Optimizer(learning_rate=1e-3, warmup=0.0, eps=1e-2), 10)
+    optimizer = make_optimizer(OptimizerRecipe(learning_rate=1e-3, warmup=0.0, eps=1e-2), 10)
     params = jax.tree.map(jnp.array, params)
 
     def init(params):
@@ -210,7 +212,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
     def run(name, shape):
         changed = dataclasses.replace(recipe.run, folder=str(tmp_path / name))
-        mesh = Mesh(**dict(zip(sharding.AXES, shape, strict=True)))
+        mesh = MeshRecipe(**dict(zip(sharding.AXES, shape, strict=True)))
         before = train_step._cache_size()
         train(dataclasses.replace(recipe, run=changed, mesh=mesh))
         programs.append(train_step._cache_size() - before)
@@ -235,6 +237,6 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
     write_data(tmp_path / "data")
     write_start(tmp_path / "start")
-    for mesh, message in ((Mesh(fsdp=3), "takes 3 devices"), (Mesh(tensor=3), "a process has 8 devices")):
+    for mesh, message in ((MeshRecipe(fsdp=3), "takes 3 devices"), (MeshRecipe(tensor=3), "a process has 8 devices")):
         with pytest.raises(UserError, match=message):
             train(dataclasses.replace(recipe_in(tmp_path), mesh=mesh))

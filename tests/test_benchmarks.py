@@ -10,19 +10,19 @@ import sys
 import pytest
 from tiny_run import write_start
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+ROOT = pathlib.Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 SHAPE = ["--layers", "4", "--hidden", "32", "--mlp", "48", "--heads", "2", "--repeats", "1"]
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a benchmark in this process and gives what it printed."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def run(name, *options):
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
         capsys.readouterr()
-        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
         return capsys.readouterr().out
 
     return run
@@ -31,8 +31,8 @@ def run(monkeypatch, capsys):
 def run_as_shipped(name, *options):
     """The JSON objects that a benchmark prints, compiled as users compile it and not as tests do."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, options)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 

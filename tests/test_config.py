@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pdrop_jax.config import LlavaConfig, TextConfig, Tiling, VisionConfig
+from pdrop_jax.config import LlavaConfig, RopeScaling, TextConfig, Tiling, VisionConfig
 from pdrop_jax.convert.hf_parts import (
     rope_scaling_from_hf,
     rope_scaling_to_hf,
@@ -16,7 +16,6 @@ from pdrop_jax.convert.hf_parts import (
 )
 from pdrop_jax.convert.hf_schema import Rope
 from pdrop_jax.errors import UserError
-from pdrop_jax.parts import RopeScaling
 from pdrop_jax.schedule import DropSchedule
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)

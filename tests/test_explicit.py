@@ -14,12 +14,12 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from tiny import GQA, MHA, llava_config, make_batch
 
 from pdrop_jax import sharding
-from pdrop_jax.model import llava
+from pdrop_jax.batch import Bucket
+from pdrop_jax.model import vlm
 from pdrop_jax.model.lora import add_lora
 from pdrop_jax.model.params import abstract_params
-from pdrop_jax.schedule import Bucket
 from pdrop_jax.train.optimizer import make_optimizer
-from pdrop_jax.train.recipe import Optimizer
+from pdrop_jax.train.recipe import OptimizerRecipe
 from pdrop_jax.train.step import init_state, train_step
 
 MESH = AbstractMesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)
@@ -54,10 +54,10 @@ def test_inference(text, implementation):
     params, batch = sharding.abstract(abstract_params(config), MESH), batch_of()
 
     def answer(params, batch):
-        logits, state, _ = llava.prefill(config, params, batch, 8, implementation=implementation)
-        return logits, llava.decode_step(config, params, jnp.zeros(8, int), state, jnp.int32(0))
+        logits, state, _ = vlm.prefill(config, params, batch, 8, implementation=implementation)
+        return logits, vlm.decode_step(config, params, jnp.zeros(8, int), state, jnp.int32(0))
 
-    output = traced(functools.partial(llava.forward, config, implementation=implementation), params, batch)
+    output = traced(functools.partial(vlm.forward, config, implementation=implementation), params, batch)
     assert cut_as(output.logits, "batch", None, "vocab")
     assert cut_as(output.buffer.hidden, "batch", None, None)
     logits, (next_logits, state) = traced(answer, params, batch)
@@ -72,14 +72,14 @@ def test_inference(text, implementation):
 def test_a_training_step(monkeypatch, groups):
     """In parts, optimizer included: what comes out is cut as what went in."""
     monkeypatch.setattr(sharding, "RULES", {**sharding.RULES, "vocab": ()})
-    optimizer = make_optimizer(Optimizer(), 10)
+    optimizer = make_optimizer(OptimizerRecipe(), 10)
 
     def init(params):
         params = add_lora(params, CONFIG, 2, 4.0) if "lora" in groups else params
         return init_state(params, groups, optimizer, jnp.bfloat16)
 
     before = sharding.abstract(jax.eval_shape(init, abstract_params(CONFIG)), MESH)
-    step = functools.partial(train_step, CONFIG, optimizer, accumulate=2)
+    step = functools.partial(train_step, CONFIG, optimizer, grad_accum_steps=2)
     after, metrics = traced(step, before, batch_of(labels=True))
     jax.tree.map(
         lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim) or pytest.fail(f"{x}, {y}"), before, after
@@ -101,4 +101,4 @@ def test_a_mistake_in_the_table_is_a_type_error(monkeypatch, wrong, axes):
     monkeypatch.setattr(sharding, "logical_axes", lambda name: axes if name == wrong else right(name))
     params = sharding.abstract(abstract_params(CONFIG), MESH)
     with pytest.raises(Exception, match=r"(?i)shard|cut as"):  # jax keeps the type of its own private
-        traced(functools.partial(llava.prefill, CONFIG, new_slots=8), params, batch_of())
+        traced(functools.partial(vlm.prefill, CONFIG, new_slots=8), params, batch_of())

@@ -15,7 +15,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora
 from pdrop_jax.model.params import abstract_params, path_name
-from pdrop_jax.model.quantized import quantize_decoder
+from pdrop_jax.model.quantization import quantize_decoder
 
 HERE = pathlib.Path(__file__).parent
 

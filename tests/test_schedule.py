@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdrop_jax.batch import Bucket
 from pdrop_jax.errors import UserError
-from pdrop_jax.schedule import Bucket, DropSchedule, Stage, keep_count, keep_table
+from pdrop_jax.schedule import DropSchedule, Stage, keep_count, keep_table
 
 
 def test_the_paper_schedule_on_llava_1_5():

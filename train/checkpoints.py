@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/checkpoints/500/    after 500 steps: trained parameters, optimizer state, and their Origin
+    RUN/checkpoints/500/    after 500 steps: trained parameters, optimizer state, and their CheckpointMetadata
 
 Nothing else has to be kept of the data: which rows a step takes follows from its number.
 """
@@ -26,13 +26,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
-from pdrop_jax.checksums import checksums
+from pdrop_jax.checkpoint.checksums import checksums
+from pdrop_jax.checkpoint.storage import quiet
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import path_name
-from pdrop_jax.storage import quiet
-
-from .recipe import Run, differences
-from .step import not_finite
+from pdrop_jax.train.recipe import RunRecipe, differences
+from pdrop_jax.train.step import not_finite
 
 FOLDER = "checkpoints"
 
@@ -40,7 +39,7 @@ Arrays = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class CheckpointMetadata:
     """What a state belongs to, all of it JSON.
 
     Attributes:
@@ -59,7 +58,7 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained(Origin):
+class Trained(CheckpointMetadata):
     """What a trained model is made of, written beside its arrays.
 
     Attributes:
@@ -69,7 +68,7 @@ class Trained(Origin):
     checkpoint: str
 
 
-def changes(old: Origin, new: Origin) -> list[str]:
+def changes(old: CheckpointMetadata, new: CheckpointMetadata) -> list[str]:
     """What ``new`` differs in from ``old`` in spite of the same folder, as text."""
     found = differences(*(json.loads(json.dumps(origin.recipe)) for origin in (old, new)))
     if old.start != new.start:
@@ -82,7 +81,7 @@ def changes(old: Origin, new: Origin) -> list[str]:
 class Checkpoints:
     """The checkpoints below ``folder``; to be closed. All processes of a run make the same calls."""
 
-    def __init__(self, folder: str | os.PathLike, run: Run) -> None:
+    def __init__(self, folder: str | os.PathLike, run: RunRecipe) -> None:
         self.folder = pathlib.Path(folder).absolute() / FOLDER
         self.run = run
         self._pending: tuple[int, Any] | None = None
@@ -114,7 +113,7 @@ class Checkpoints:
         """Those that are there, newest first."""
         return sorted((int(path.name) for path in self.folder.glob("*[0-9]") if path.name.isdigit()), reverse=True)
 
-    def save(self, origin: Origin, state: Any) -> None:
+    def save(self, origin: CheckpointMetadata, state: Any) -> None:
         """Begins to write ``state``, a tree of arrays, which may be donated afterwards. Waits for the save before it.
 
         Raises:
@@ -151,7 +150,7 @@ class Checkpoints:
             with self._writing(step):
                 response.result()
 
-    def restore(self, abstract_of: Callable[[Origin], Any]) -> tuple[Origin, Any] | None:
+    def restore(self, abstract_of: Callable[[CheckpointMetadata], Any]) -> tuple[CheckpointMetadata, Any] | None:
         """The newest checkpoint that is whole; damaged ones are named on stderr and moved out of the way.
 
         Args:
@@ -165,7 +164,7 @@ class Checkpoints:
             about = self._about(step)
             found = None
             if about is not None:
-                origin = Origin(**about["origin"])
+                origin = CheckpointMetadata(**about["origin"])
                 abstract = abstract_of(origin)
                 check_arrays(abstract, about["arrays"], self.folder / str(step))
                 found = self._load(step, abstract, about["checksums"])

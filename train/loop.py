@@ -22,22 +22,21 @@ from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import restage
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, place, shardings
-
-from .checkpoints import Checkpoints, Origin, Trained, changes
-from .data import Dataset, Step, check_batches, open_dataset, pipeline
-from .hush import hush_full_disk
-from .model import is_made_of, open_start, write_model
-from .optimizer import learning_rate, make_optimizer
-from .progress import Progress
-from .recipe import MOST_STEPS, Recipe, Run, checked
-from .startup import describe, step_macs
-from .step import Metrics, TrainState, changing, init_state, join, not_finite, train_step
+from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
+from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, open_dataset, pipeline
+from pdrop_jax.train.hush import hush_full_disk
+from pdrop_jax.train.model import is_made_of, open_start, write_model
+from pdrop_jax.train.optimizer import learning_rate, make_optimizer
+from pdrop_jax.train.progress import Progress
+from pdrop_jax.train.recipe import MOST_STEPS, Recipe, RunRecipe, checked
+from pdrop_jax.train.startup import describe, step_macs
+from pdrop_jax.train.step import Metrics, TrainState, changing, init_state, join, not_finite, train_step
 
 MODEL = "model"  # the trained model, in the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainingRun:
     """What does not change while a run goes on."""
 
     recipe: Recipe
@@ -92,7 +91,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
         print(f"{printable(folder / MODEL)}: trained for {last:,} steps", file=sys.stderr)
 
 
-def open_job(recipe: Recipe) -> tuple[Job, Params, Origin]:
+def open_job(recipe: Recipe) -> tuple[TrainingRun, Params, CheckpointMetadata]:
     """All that has to be known before anything is compiled, the model to start from, and what the run belongs to.
 
     Raises:
@@ -107,9 +106,13 @@ def open_job(recipe: Recipe) -> tuple[Job, Params, Origin]:
         raise UserError(
             f"run.epochs {run.epochs:,} are {steps:,} steps, at most {MOST_STEPS:,} are supported: lower it"
         )
-    job = Job(recipe, config, dataset, steps, make_optimizer(recipe.optimizer, steps), mesh)
+    job = TrainingRun(recipe, config, dataset, steps, make_optimizer(recipe.optimizer, steps), mesh)
     start = checkpoint.fingerprint(recipe.model.start)
-    return job, params, Origin(0, dataclasses.asdict(recipe), config.schedule.to_json(), start, dataset.fingerprint)
+    return (
+        job,
+        params,
+        CheckpointMetadata(0, dataclasses.asdict(recipe), config.schedule.to_json(), start, dataset.fingerprint),
+    )
 
 
 def mesh_of(recipe: Recipe) -> Mesh:
@@ -130,12 +133,12 @@ def mesh_of(recipe: Recipe) -> Mesh:
 
 
 def _begin(
-    job: Job, params: Params, checkpoints: Checkpoints, origin: Origin, allow_changes: bool
+    job: TrainingRun, params: Params, checkpoints: Checkpoints, origin: CheckpointMetadata, allow_changes: bool
 ) -> tuple[int, TrainState]:
     """Steps taken so far, and the state after them. The stages of a checkpoint may end elsewhere than the job's."""
     shapes = jax.eval_shape(lambda x: x, params)
 
-    def abstract_of(saved: Origin) -> Any:
+    def abstract_of(saved: CheckpointMetadata) -> Any:
         different = changes(saved, origin)
         if different and not allow_changes:
             raise UserError(
@@ -157,19 +160,24 @@ def _begin(
     return saved.step, TrainState(step, frozen=state.frozen, **_restaged(arrays, old, job.config.schedule))
 
 
-def _batches(job: Job, first: int) -> Iterable[Step]:
+def _batches(job: TrainingRun, first: int) -> Iterable[Step]:
     run, parts = job.recipe.run, _parts(job.mesh, job.recipe.run)
     process, processes, workers = jax.process_index(), jax.process_count(), job.recipe.data.workers
     return pipeline(job.dataset, run.batch_size, run.seed, job.steps, first, parts, process, processes, workers)
 
 
-def _parts(mesh: Mesh, run: Run) -> int:
+def _parts(mesh: Mesh, run: RunRecipe) -> int:
     """What the rows of a step are cut into, over devices and one after the other."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * run.accumulate
+    return mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps
 
 
 def _run(
-    job: Job, batches: Iterable[Step], first: int, state: TrainState, checkpoints: Checkpoints, origin: Origin
+    job: TrainingRun,
+    batches: Iterable[Step],
+    first: int,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    origin: CheckpointMetadata,
 ) -> tuple[int, TrainState]:
     """Steps first + 1..steps, or until it is told to end. Returns the steps taken and the state after them."""
     run, model = job.recipe.run, job.recipe.model
@@ -180,7 +188,7 @@ def _run(
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
             macs = step_macs(job.config, job.dataset, job.recipe, read.batch.bucket)
-            skipped = progress.step(number, metrics, macs, float(rates[number - 1]), read.broken).skipped_in_row
+            skipped = progress.step(number, metrics, macs, float(rates[number - 1]), read.invalid).skipped_in_row
             if skipped >= run.max_skipped:
                 checkpoints.wait()
                 raise UserError(
@@ -196,7 +204,7 @@ def _run(
                 state,
                 _placed(read.batch, batch_sharding(job.mesh)),
                 dtype=jnp.dtype(model.dtype),
-                accumulate=run.accumulate,
+                grad_accum_steps=run.grad_accum_steps,
                 remat=model.remat,
             )
             bucket, queries = read.batch.bucket, read.batch.query_rows.shape[1]

@@ -17,10 +17,9 @@ from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
 from pdrop_jax.sharding import place
-
-from .checkpoints import Checkpoints, Trained, changes
-from .recipe import Model, Recipe
-from .step import not_finite
+from pdrop_jax.train.checkpoints import Checkpoints, Trained, changes
+from pdrop_jax.train.recipe import ModelRecipe, Recipe
+from pdrop_jax.train.step import not_finite
 
 
 def open_start(recipe: Recipe, mesh: Mesh | None = None) -> tuple[LlavaConfig, Params]:
@@ -60,7 +59,7 @@ def _fresh_newline(config: LlavaConfig, params: Params, seed: int, mesh: Mesh | 
     return vector if mesh is None else place({"newline": {"embedding": vector}}, mesh)["newline"]["embedding"]
 
 
-def _check_groups(model: Model, config: LlavaConfig) -> None:
+def _check_groups(model: ModelRecipe, config: LlavaConfig) -> None:
     if ("lora" in model.groups) != bool(model.lora_rank):
         raise UserError(
             f"model.lora_rank is {model.lora_rank} and model.groups {list(model.groups)}: "

@@ -12,8 +12,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from pdrop_jax.model.layers import Params
 from pdrop_jax.model.params import path_name
-
-from .recipe import Optimizer
+from pdrop_jax.train.recipe import OptimizerRecipe
 
 NEVER_DECAYED = ("scale", "bias")
 
@@ -48,7 +47,7 @@ def learning_rate(peak: float, warmup: float, steps: int) -> optax.Schedule:
 
 
 @functools.cache  # or a step would compile again for each object, equal as they are
-def make_optimizer(recipe: Optimizer, steps: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransformation:
     """Over the trained parameters; a step whose gradient is not finite changes nothing and is counted.
 
     Args:

@@ -14,8 +14,7 @@ from typing import NoReturn
 import jax
 
 from pdrop_jax.errors import UserError, error_text
-
-from .roll_call import roll_call
+from pdrop_jax.train.roll_call import roll_call
 
 TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 START_SECONDS = 300  # for all processes to come

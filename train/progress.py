@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_file
-
-from .step import Metrics
+from pdrop_jax.train.step import Metrics
 
 FILE = "log.jsonl"
 DAMAGED = "log.damaged.jsonl"
@@ -59,7 +58,7 @@ class Progress:
         self._board: Any = None
         self._bar = tqdm(initial=first, total=steps, unit=" steps", disable=None if self.main else True)
         self._since, self._tokens, self._macs = time.perf_counter(), 0, 0.0
-        self._broken: Counter[str] = Counter()
+        self._invalid: Counter[str] = Counter()
         if self.main:
             with self._writing():
                 _keep_before(self._path, first)
@@ -81,7 +80,7 @@ class Progress:
         """A line of its own: a compilation, a checkpoint, the end."""
         self._write({"event": event, "step": step, **values})
 
-    def step(self, number: int, metrics: Metrics, macs: float, learning_rate: float, broken: Counter[str]) -> Metrics:
+    def step(self, number: int, metrics: Metrics, macs: float, learning_rate: float, invalid: Counter[str]) -> Metrics:
         """The ``number``-th step, from 1. Waits for its metrics: to be called when the next one is on its way.
 
         Returns:
@@ -89,13 +88,13 @@ class Progress:
 
         Args:
           macs: multiply-accumulates of the step.
-          broken: rows of it that weigh nothing, by reason.
+          invalid: rows of it that weigh nothing, by reason.
         """
         values: Metrics = jax.device_get(metrics)
         now = time.perf_counter()
         self._tokens += int(values.tokens)
         self._macs += macs
-        self._broken += broken
+        self._invalid += invalid
         self._bar.update()
         if number % self.every and number < self.steps:
             return values
@@ -108,7 +107,7 @@ class Progress:
             "targets": int(values.targets),
             "tokens": int(values.tokens),
             "skipped": int(values.skipped),
-            "broken": dict(self._broken),
+            "invalid": dict(self._invalid),
             "macs": macs,
             "tokens_per_second": self._tokens / seconds,
             "seconds": seconds,
@@ -117,7 +116,7 @@ class Progress:
         if peak:
             line["mfu"] = 2 * self._macs / seconds / peak
         self._since, self._tokens, self._macs = now, 0, 0.0
-        self._broken.clear()
+        self._invalid.clear()
         self._write(line)
         shown = {"loss": f"{line['loss']:.4f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
         self._bar.set_postfix(shown | ({"MFU": f"{100 * line['mfu']:.1f} %"} if peak else {}))

@@ -34,7 +34,7 @@ Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelRecipe:
     """Where training starts and which part of it is trained."""
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -53,7 +53,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class DataRecipe:
     """Conversations in LLaVA's JSON and the pictures that they speak of."""
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -67,13 +67,13 @@ class Data:
     too_long: Literal["cut", "skip"] = "cut"
     # Text slots of a batch.
     text_buckets: Annotated[tuple[Positions, ...], Field(max_length=64)] = (64, 128, 256, 512, 1024, 2048)
-    group: bool = False  # batches of like modality and length
-    broken: Literal["skip", "fail"] = "skip"
+    group_by_length: bool = False  # batches of like modality and length
+    invalid: Literal["skip", "fail"] = "skip"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # processes that read; 0 is threads
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerRecipe:
     """AdamW with linear warm-up and a cosine to zero. The defaults are LLaVA-1.5's finetuning.
 
     "muon" orthogonalizes the momentum of matrices (Jordan, 2024), scaled so that AdamW's rates suit it (Liu et al.,
@@ -96,14 +96,14 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunRecipe:
     """Where it is kept, how long it is, and in what portions."""
 
     __pydantic_config__ = NO_OTHER_KEYS
 
     folder: Path  # of log, checkpoints and the trained model
     batch_size: Rows = 128  # of a step, all processes together
-    accumulate: Rows = 1  # parts that a step's rows are cut into
+    grad_accum_steps: Rows = 1  # parts that a step's rows are cut into
     epochs: Steps = 1
     steps: Steps | None = None  # instead of epochs
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
@@ -119,7 +119,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class MeshRecipe:
     """Devices along each axis; see ``pdrop_jax.sharding``."""
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -133,11 +133,11 @@ class Mesh:
 class Recipe:
     __pydantic_config__ = NO_OTHER_KEYS
 
-    model: Model
-    data: Data
-    run: Run
-    optimizer: Optimizer = Optimizer()
-    mesh: Mesh = Mesh()
+    model: ModelRecipe
+    data: DataRecipe
+    run: RunRecipe
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    mesh: MeshRecipe = MeshRecipe()
 
 
 def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recipe:

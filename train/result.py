@@ -8,13 +8,12 @@ import jax.numpy as jnp
 
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.schema import validated
-
-from .checkpoints import FOLDER, Checkpoints, Origin, Trained
-from .loop import MODEL
-from .model import is_newest, open_start, write_model
-from .optimizer import make_optimizer
-from .recipe import Recipe, Run
-from .step import changing, init_state, join, split
+from pdrop_jax.train.checkpoints import FOLDER, CheckpointMetadata, Checkpoints, Trained
+from pdrop_jax.train.loop import MODEL
+from pdrop_jax.train.model import is_newest, open_start, write_model
+from pdrop_jax.train.optimizer import make_optimizer
+from pdrop_jax.train.recipe import Recipe, RunRecipe
+from pdrop_jax.train.step import changing, init_state, join, split
 
 
 def is_run(folder: pathlib.Path) -> bool:
@@ -29,7 +28,7 @@ def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
     """
     opened: dict[str, Any] = {}
 
-    def abstract_of(saved: Origin) -> Any:
+    def abstract_of(saved: CheckpointMetadata) -> Any:
         recipe = validated(Recipe, saved.recipe, f"the checkpoint of step {saved.step} in {run}")
         config, params = open_start(recipe)
         optimizer = make_optimizer(recipe.optimizer, 1)  # its state has the same arrays whatever the steps
@@ -39,7 +38,7 @@ def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), changing(state))
 
-    with Checkpoints(run, Run(str(run))) as checkpoints:
+    with Checkpoints(run, RunRecipe(str(run))) as checkpoints:
         if is_newest(run / MODEL, checkpoints):
             return run / MODEL
         found = checkpoints.restore(abstract_of)

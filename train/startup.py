@@ -4,13 +4,13 @@ import dataclasses
 from collections import Counter
 
 from pdrop_jax.analysis.cost import training_macs
+from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.params import count
-from pdrop_jax.schedule import Bucket, DropSchedule
-
-from .index import Dataset
-from .recipe import Recipe
-from .step import TrainState
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.train.data.index import Dataset
+from pdrop_jax.train.recipe import Recipe
+from pdrop_jax.train.step import TrainState
 
 
 def step_macs(config: LlavaConfig, dataset: Dataset, recipe: Recipe, bucket: Bucket) -> float:
@@ -29,11 +29,12 @@ def describe(recipe: Recipe, config: LlavaConfig, dataset: Dataset, state: Train
     slots = [stage.slots for stage in config.schedule.plan(config.text.num_layers, bucket)]
     dense = dataclasses.replace(config, schedule=DropSchedule.none())
     macs, dense_macs = (step_macs(c, dataset, recipe, bucket) for c in (config, dense))
-    left_out = ", ".join(f"{count} {reason}" for reason, count in dataset.broken.most_common())
+    left_out = ", ".join(f"{count} {reason}" for reason, count in dataset.invalid.most_common())
     return "\n".join(
         [
             f"data        {len(dataset):,} rows, left out: {left_out or 'none'}",
-            f"steps       {steps:,} of {run.batch_size} rows, {len(planned):,} an epoch, in {run.accumulate} parts",
+            f"steps       {steps:,} of {run.batch_size} rows, {len(planned):,} an epoch, "
+            f"in {run.grad_accum_steps} parts",
             f"parameters  {count(state.trained):,} trained ({', '.join(recipe.model.groups)}), "
             f"{count(state.frozen):,} frozen",
             f"shapes      {len(shapes)} to compile, most common {bucket.text} text + {sum(bucket.images)} image slots",

@@ -17,11 +17,10 @@ from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.layers import Params, Remat
-from pdrop_jax.model.loss import count_targets, loss_of
+from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import path_name
 from pdrop_jax.sharding import constrain_params
-
-from .optimizer import group_of
+from pdrop_jax.train.optimizer import group_of
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +118,7 @@ def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "dtype", "accumulate", "remat", "implementation"),
+    static_argnames=("config", "optimizer", "dtype", "grad_accum_steps", "remat", "implementation"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -129,7 +128,7 @@ def train_step(
     batch: Batch,
     *,
     dtype: Any = jnp.bfloat16,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     remat: Remat = "full",
     implementation: Implementation = "auto",
 ) -> tuple[TrainState, Metrics]:
@@ -139,25 +138,26 @@ def train_step(
 
     Args:
       batch: B rows with labels.
-      accumulate: parts that the rows are cut into, one after the other; a divisor of B.
+      grad_accum_steps: parts that the rows are cut into, one after the other; a divisor of B.
     """
     targets = count_targets(jnp.asarray(batch.labels))
 
     def loss_of_part(trained: Params, part: Batch) -> jax.Array:
         params = join(jax.tree.map(lambda x: x.astype(dtype), trained), state.frozen)
-        total, _ = loss_of(config, params, part, implementation=implementation, remat=remat)
+        total, _ = compute_loss(config, params, part, implementation=implementation, remat=remat)
         return total / jnp.maximum(targets, 1)
 
     def add_part(carry: Any, part: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_of_part)(state.trained, part)), None
 
-    if accumulate == 1:
+    if grad_accum_steps == 1:
         loss, gradient = jax.value_and_grad(loss_of_part)(state.trained, batch)
     else:
-        # Every part takes rows of all devices: part i is rows i, i + accumulate, … The rows of a part are counted: -1
-        # would be ambiguous for arrays without elements, the crops of a batch without pictures.
-        rows = batch.length.shape[0] // accumulate
-        parts = jax.tree.map(lambda x: x.reshape(rows, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        # Every part takes rows of all devices: part i is rows i, i + grad_accum_steps, …
+        # The rows of a part are counted: -1 would be ambiguous for arrays without elements, the crops of a batch
+        # without pictures.
+        rows = batch.length.shape[0] // grad_accum_steps
+        parts = jax.tree.map(lambda x: x.reshape(rows, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
         (loss, gradient), _ = jax.lax.scan(add_part, zero, parts)
     updates, moments = optimizer.update(gradient, state.optimizer, state.trained)

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Collection
 
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.schedule import Bucket, DropSchedule, layer_tokens, paper_macs, token_bytes
+from pdrop_jax.batch import Bucket
+from pdrop_jax.config import LlavaConfig, TextConfig
+from pdrop_jax.schedule import DropSchedule
 
 # Query rows that a score asks of the next layer: all of the text, one, or, for those that are not named, none. What a
 # score of the user's costs is not known.
@@ -59,7 +60,7 @@ class Cost:
     Attributes:
       image_tokens: of each stage.
       average_tokens: image tokens that a layer sees, averaged over layers.
-      paper_macs: see ``schedule.paper_macs``.
+      paper_macs: see ``paper_macs``.
       prefill: all MACs, attention as full squares.
       text_macs: those of the decoder that the text alone would cost.
       causal_macs: those of the prefill that a causal attention need not do: queries with keys behind them.
@@ -137,3 +138,26 @@ def decode_macs(config: LlavaConfig, bucket: Bucket) -> int:
 def _layer(n: int, D: int, N: int, K: int, H: int, mlp: int) -> int:
     """A transformer layer on n tokens, its MLP having ``mlp`` weights."""
     return n * (2 * D * N * H + 2 * D * K * H + mlp) + 2 * n * n * N * H
+
+
+def paper_macs(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
+    """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
+
+    Multiply-accumulates of the image tokens only: no text, vision tower, projector, head or ranking, full attention
+    squares, query heads as many as key-value heads, n = tokens * ratio as it comes, not truncated.
+    """
+    D, F = text.hidden_size, text.intermediate_size
+    stages = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
+    counts = [(stage.num_layers, image_tokens * stage.ratio) for stage in stages]
+    return sum(L * (4 * n * D**2 + 2 * n**2 * D + 3 * n * D * F) for L, n in counts)
+
+
+def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> int:
+    """Image tokens that the layers see, added up."""
+    plan = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
+    return sum(stage.num_layers * stage.slots for stage in plan)
+
+
+def token_bytes(text: TextConfig, itemsize: int) -> int:
+    """Key and value of one token in one layer, of numbers of ``itemsize`` bytes."""
+    return 2 * text.num_kv_heads * text.head_dim * itemsize

@@ -19,14 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pdrop_jax.analysis.answering import check_batch_size, plan, read_batches
+from pdrop_jax.analysis.cost import layer_tokens, paper_macs
 from pdrop_jax.analysis.effects import Answers, Effect, Mean, beyond, effect_of, mean_of
-from pdrop_jax.analysis.questions import Question
 from pdrop_jax.batch import Batch
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import Model, generate_batch, make_sampling, reschedule
+from pdrop_jax.eval.batching import check_batch_size, plan, read_batches
+from pdrop_jax.eval.questions import Question
+from pdrop_jax.generation.engine import generate_batch
+from pdrop_jax.generation.pretrained import Model, reschedule
+from pdrop_jax.generation.sampling import make_sampling
 from pdrop_jax.model.scores import SCORES, find_score
-from pdrop_jax.schedule import DropSchedule, layer_tokens, paper_macs
+from pdrop_jax.schedule import DropSchedule
 
 ANSWER, REWORDED = "answer", "reworded"  # what a line of the question file may say besides LLaVA's fields
 
@@ -47,7 +50,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class StudyRow:
     """What a setting did.
 
     Attributes:
@@ -94,9 +97,9 @@ class Study:
     dtype: str
     schedule: DropSchedule
     right: Mean | None
-    rows: list[Row]
+    rows: list[StudyRow]
 
-    def group(self, name: str) -> list[Row]:
+    def group(self, name: str) -> list[StudyRow]:
         return [row for row in self.rows if row.setting.group == name]
 
     def as_json(self) -> dict[str, Any]:
@@ -172,9 +175,9 @@ def run_study(
     sizes = [sum(images) for images in reference.image_tokens if images]
     n = round(sum(sizes) / max(len(sizes), 1))
 
-    def row(setting: Setting, effect: Effect) -> Row:
+    def row(setting: Setting, effect: Effect) -> StudyRow:
         more = {name: beyond(effect, noise, clusters) for name, noise in effects.items()}
-        return Row(
+        return StudyRow(
             setting,
             layer_tokens(config.text, setting.schedule, n) / L,
             paper_macs(config.text, setting.schedule, n),

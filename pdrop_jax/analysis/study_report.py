@@ -9,9 +9,10 @@ from typing import Any
 from pdrop_jax.analysis.effects import Mean
 from pdrop_jax.analysis.figures import answer_picture, score_picture
 from pdrop_jax.analysis.plots import study_plot
-from pdrop_jax.analysis.questions import Question
-from pdrop_jax.analysis.study import Row, Study
-from pdrop_jax.generation import Model, generate, reschedule
+from pdrop_jax.analysis.study import Study, StudyRow
+from pdrop_jax.eval.questions import Question
+from pdrop_jax.generation.engine import generate
+from pdrop_jax.generation.pretrained import Model, reschedule
 from pdrop_jax.schedule import DropSchedule
 
 GROUPS = ("one drop", "scores", "controls", "noise")
@@ -53,7 +54,7 @@ def _share(mean: Mean | None) -> str:
     return f"{100 * mean.value:.1f} % ({100 * mean.low:.1f} to {100 * mean.high:.1f})"
 
 
-def _beyond(row: Row) -> str:
+def _beyond(row: StudyRow) -> str:
     """Noise that the changed answers are surely more than; in brackets noise that the KL alone is."""
     flipped, kl = row.beyond["flipped"], row.beyond["kl"]
     return ", ".join([*flipped, *(f"({name})" for name in kl if name not in flipped)])

@@ -9,7 +9,7 @@ import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
 from pdrop_jax.errors import UserError, error_text, printable
-from pdrop_jax.schedule import schedule_of
+from pdrop_jax.schedule import parse_schedule
 
 IMAGE = "/image "
 
@@ -50,9 +50,11 @@ def run(
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
       no_verify: load the weights without comparing them with their checksums.
     """
-    from pdrop_jax.generation import DEMO, check_implementation, load, make_sampling
+    from pdrop_jax.generation.chat import Session
+    from pdrop_jax.generation.engine import check_implementation
+    from pdrop_jax.generation.pretrained import DEMO, load
+    from pdrop_jax.generation.sampling import make_sampling
     from pdrop_jax.inputs.images import open_image
-    from pdrop_jax.session import Session
     from pdrop_jax.sharding import make_mesh
 
     make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
@@ -62,7 +64,7 @@ def run(
     pictures: list[Any] = [open_image(path) for path in image]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
-        loaded = load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices, verify=not no_verify)
+        loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, verify=not no_verify)
         session = Session(loaded, mode, implementation=attention)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -21,10 +21,10 @@ def run(
       case: only these cases.
       mesh: devices along the axes data, fsdp and tensor; without it one device.
     """
-    from pdrop_jax.analysis.check import Reference, check
-    from pdrop_jax.analysis.report import TOLERANCE, table
     from pdrop_jax.convert.importer import read
     from pdrop_jax.convert.names import torch_arrays
+    from pdrop_jax.parity.replay import Reference, check
+    from pdrop_jax.parity.report import TOLERANCE, table
     from pdrop_jax.sharding import make_mesh
 
     rows = check(folder, Reference(read, torch_arrays), case, make_mesh(mesh_sizes(mesh)) if mesh else None)

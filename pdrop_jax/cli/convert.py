@@ -8,7 +8,7 @@ import tyro
 from pdrop_jax.cli.options import Layers, Ratios
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
-from pdrop_jax.schedule import schedule_of
+from pdrop_jax.schedule import parse_schedule
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
     from pdrop_jax.convert.importer import write
     from pdrop_jax.convert.sources import open_parts, open_source
 
-    schedule = schedule_of(layers, ratios)
+    schedule = parse_schedule(layers, ratios)
     if llm is not None:
         if out is not None:
             raise UserError(f"{source} and --llm are two sources: give one, pdrop convert --llm DIR --vision DIR OUT")

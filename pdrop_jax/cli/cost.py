@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from pdrop_jax.analysis.budget import schedule_for_budget
 from pdrop_jax.cli.options import Layers, Ratios
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
-from pdrop_jax.schedule import schedule_of
+from pdrop_jax.schedule import parse_schedule
 
 MOST_TOKENS = 10**9  # of text, or of an image
 
@@ -56,7 +57,8 @@ def run(
 
     from pdrop_jax.analysis.cost import cost_of
     from pdrop_jax.config import config_of
-    from pdrop_jax.inputs.anyres import bucket_for, levels
+    from pdrop_jax.inputs.anyres import levels
+    from pdrop_jax.inputs.buckets import bucket_for
     from pdrop_jax.model.scores import find_score
     from pdrop_jax.schedule import DropSchedule
 
@@ -69,8 +71,8 @@ def run(
     if (average_tokens, macs, cache_bytes) != (None, None, None):
         if ratios is not None:
             raise UserError("a budget finds the ratios: leave out --ratios")
-        drops = None if layers is None else schedule_of(layers, (0.0,) * len(layers))
-        schedule = DropSchedule.for_budget(
+        drops = None if layers is None else parse_schedule(layers, (0.0,) * len(layers))
+        schedule = schedule_for_budget(
             config.text,
             average_tokens=average_tokens,
             macs=macs,
@@ -79,7 +81,7 @@ def run(
             image_tokens=tokens,
         )
     else:
-        schedule = schedule_of(layers, ratios) or config.schedule
+        schedule = parse_schedule(layers, ratios) or config.schedule
     if score:
         schedule = dataclasses.replace(schedule, score=score)
         find_score(dataclasses.replace(config, schedule=schedule))

@@ -10,7 +10,7 @@ import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes
 from pdrop_jax.errors import printable
-from pdrop_jax.schedule import schedule_of
+from pdrop_jax.schedule import parse_schedule
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
       overwrite: start over: remove the answers that are in OUT and OUT.unfinished, whatever they are of.
       json_output: print one JSON object instead of text.
     """
-    from pdrop_jax.analysis.evaluate import evaluate
+    from pdrop_jax.eval.evaluate import evaluate
     from pdrop_jax.sharding import make_mesh
 
     try:
@@ -70,7 +70,7 @@ def run(
             questions,
             images,
             out,
-            schedule=schedule_of(layers, ratios, score),
+            schedule=parse_schedule(layers, ratios, score),
             dtype=dtype,
             quantize=quantize,
             mesh=make_mesh(mesh_sizes(mesh)) if mesh else None,

@@ -10,7 +10,7 @@ import tyro
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_outputs
-from pdrop_jax.schedule import schedule_of
+from pdrop_jax.schedule import parse_schedule
 
 
 def run(
@@ -65,7 +65,9 @@ def run(
         _check_pictures(picture, heatmap, prompt, image, [*image, *video, *([model] if model else [])], overwrite)
     images = _images_of(prompt, image)
 
-    from pdrop_jax.generation import DEMO, check_implementation, generate, load, make_sampling
+    from pdrop_jax.generation.engine import check_implementation, generate
+    from pdrop_jax.generation.pretrained import DEMO, load
+    from pdrop_jax.generation.sampling import make_sampling
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.sharding import make_mesh
 
@@ -75,7 +77,7 @@ def run(
         images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
-        loaded = load(model or DEMO, schedule_of(layers, ratios, score), dtype, devices, quantize, not no_verify)
+        loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, quantize, not no_verify)
     live = sys.stdout.isatty() and not json_output and len(prompt) == 1
     with progress("compiling and answering"):
         answer = generate(

@@ -8,10 +8,10 @@ import tyro
 
 from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
 from pdrop_jax.errors import UserError, printable
-from pdrop_jax.schedule import schedule_of
+from pdrop_jax.schedule import parse_schedule
 
 MOST = 2**24  # rows, parts or tokens: more would overflow the sizes of arrays
-TRAINING_ADVICE = "more parts (--accumulate), more devices along fsdp"
+TRAINING_ADVICE = "more parts (--grad-accum-steps), more devices along fsdp"
 INFERENCE_ADVICE = "fewer rows (--batch), more devices along tensor"
 
 
@@ -22,7 +22,7 @@ def run(
     mesh: Mesh = (),
     bucket: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TEXT [IMAGE …]")] = (128, 576),
     batch: int = 128,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     layers: Layers = None,
     ratios: Ratios = None,
     quantize: Literal["int8"] | None = None,
@@ -39,7 +39,7 @@ def run(
       mesh: devices along the axes data, fsdp and tensor; without it all along fsdp.
       bucket: text slots of a row, and tokens of each of its images.
       batch: rows of a step or a call, all devices together.
-      accumulate: parts that a training step's rows are cut into.
+      grad_accum_steps: parts that a training step's rows are cut into.
       layers: drop image tokens after these many layers; without it the model's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
       quantize: the weights of the decoder's linear layers in inference; the rest stays bfloat16.
@@ -50,29 +50,29 @@ def run(
     """
     if quantize and mode == "train":
         raise UserError("--quantize is of inference: give --mode prefill or --mode decode")
-    numbers = {"--bucket": bucket, "--batch": (batch,), "--accumulate": (accumulate,)}
+    numbers = {"--bucket": bucket, "--batch": (batch,), "--grad-accum-steps": (grad_accum_steps,)}
     for option, values in numbers.items():
         if not values or not all(1 <= value <= MOST for value in values):
             raise UserError(f"{option} takes whole numbers in 1..{MOST:,}, got {' '.join(map(str, values))}")
-    axes, schedule = mesh_sizes(mesh), schedule_of(layers, ratios)
+    axes, schedule = mesh_sizes(mesh), parse_schedule(layers, ratios)
 
-    from pdrop_jax.analysis.plan import devices_of
+    from pdrop_jax.planner.topology import devices_of
 
     devices = devices_of(topology)
 
     from pdrop_jax.config import config_of
-    from pdrop_jax.inputs.anyres import bucket_for
+    from pdrop_jax.inputs.buckets import bucket_for
+    from pdrop_jax.planner import programs as program
     from pdrop_jax.schedule import DropSchedule
-    from pdrop_jax.train import program
 
     config = config_of(model)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     slots = bucket_for(bucket[0], bucket[1:], config)
-    job = program.Job(config, mode, slots, batch, accumulate, program.groups_of(config), quantize)
+    job = program.Program(config, mode, slots, batch, grad_accum_steps, program.groups_of(config), quantize)
 
-    def compiled(job: program.Job, sizes: dict[str, int] | None) -> program.Plan:
+    def compiled(job: program.Program, sizes: dict[str, int] | None) -> program.Plan:
         where = f" on {_axes(sizes)}" if sizes else ""
-        with progress(f"compiling {_name(job)}, rows {_rows(job.rows, job.accumulate)}{where}"):
+        with progress(f"compiling {_name(job)}, rows {_rows(job.rows, job.grad_accum_steps)}{where}"):
             return program.plan(job, sizes, topology, devices)
 
     if suggest:
@@ -115,7 +115,7 @@ def _result(found: Any, devices: int) -> dict[str, Any]:
         "model": _name(job),
         "mesh": found.mesh,
         "rows": job.rows,
-        "accumulate": job.accumulate,
+        "grad_accum_steps": job.grad_accum_steps,
         "fits": report.fits,
         "moved_bytes": report.moved_bytes,
         "macs": job.macs / devices,
@@ -139,7 +139,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         ["", *(x["model"] for x in results)],
         ["---"] * (len(results) + 1),
         ["mesh", *(_axes(x["mesh"]) for x in results)],
-        ["rows", *(_rows(x["rows"], x["accumulate"]) for x in results)],
+        ["rows", *(_rows(x["rows"], x["grad_accum_steps"]) for x in results)],
         ["fits", *map(verdict, results)],
         ["arguments", *of("argument_bytes")],
         ["temporaries", *of("temporary_bytes")],

@@ -31,7 +31,7 @@ def run(
     if (benchmark == "pope") != (questions is not None):
         raise UserError("--questions FILE belongs to pope, which needs it, and to no other benchmark")
 
-    from pdrop_jax.analysis import scoring
+    from pdrop_jax.eval import scoring
 
     if questions is not None:
         score = scoring.score_pope(answers, questions, annotations)

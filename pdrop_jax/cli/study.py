@@ -9,7 +9,7 @@ import tyro
 from pdrop_jax.cli.options import Layers, Ratios, progress
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_outputs, write_file
-from pdrop_jax.schedule import schedule_of
+from pdrop_jax.schedule import parse_schedule
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
     except ValueError:
         raise UserError(f"--layers takes whole numbers or all, got {' '.join(layers)}") from None
 
-    from pdrop_jax.analysis.questions import read_questions
+    from pdrop_jax.eval.questions import read_questions
 
     asked = read_questions(questions, images, outside_images)[:limit]
     inputs = [model, questions, *(image for question in asked for image in question.images)]
@@ -75,14 +75,14 @@ def run(
 
     from pdrop_jax.analysis.study import run_study
     from pdrop_jax.analysis.study_report import report, table
-    from pdrop_jax.generation import load
+    from pdrop_jax.generation.pretrained import load
 
     with progress("loading"):
         loaded = load(model, dtype=dtype, verify=not no_verify)
     study = run_study(
         loaded,
         asked,
-        schedule=schedule_of(schedule_layers, schedule_ratios),
+        schedule=parse_schedule(schedule_layers, schedule_ratios),
         layers=which,
         ratios=ratios,
         scores=scores,

@@ -19,7 +19,7 @@ def run(
     """Train a model; the same command resumes a run that was stopped or killed.
 
     Args:
-      recipe: a TOML or JSON file, or a preset: demo, llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain,
+      recipe: a TOML or JSON file, or a preset: llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain,
         llava-next-finetune.
       settings: of the recipe, to be changed, as run.steps=100.
       mesh: devices along the axes data, fsdp and tensor; without it the recipe's, by default all along fsdp.
@@ -36,8 +36,4 @@ def run(
     with together(coordinator, num_processes, process_id):
         from pdrop_jax.train.loop import train
 
-        if recipe == "demo":
-            from pdrop_jax.train.demo.prepare import prepare
-
-            prepare(loaded)
         train(loaded, allow_changes=allow_changes)

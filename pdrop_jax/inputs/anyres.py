@@ -8,14 +8,12 @@ that made it fit, a newline vector behind every row. All of that is one table of
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
-from pdrop_jax.schedule import Bucket
 
 NEWLINE = -1  # in a table: the newline vector
 SHRINK_FROM = 1.1  # times as high and wide as Tiling.max_tiles allows
@@ -166,6 +164,7 @@ def bilinear(features: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
     return index.reshape(height, width, 4), weight.reshape(height, width, 4)
 
 
+@functools.lru_cache(4096)  # a data set has few sizes among many pictures
 def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     """The sizes that an image of a bucket can have, ascending: (crops, tokens).
 
@@ -202,35 +201,3 @@ def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
     tile = config.vision.image_size
     rows, columns = grid_shape(size, config.tiling, tile)
     return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.vision.patches_a_side)[0])
-
-
-def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
-    """The bucket of ``text`` slots and images of so many tokens, with the crops that pictures of that size have.
-
-    Raises:
-      UserError: the model cuts no picture into so many tokens.
-    """
-    if config.tiling:
-        crops = sum(level_of(1, tokens, config)[0] for tokens in images)
-    else:
-        crops = -(-sum(images) // config.image_tokens)
-    return Bucket(text, tuple(images), crops)
-
-
-def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) -> tuple[int, int]:
-    """The smallest of ``levels`` that holds so many; of a video the frames are rounded up to a power of two.
-
-    Raises:
-      UserError: none does.
-    """
-    if video:
-        frames = 1 << (crops - 1).bit_length()
-        return frames, -(-tokens // crops) * frames
-    known = levels(config)
-    for level in known:
-        if crops <= level[0] and tokens <= level[1]:
-            return level
-    raise UserError(
-        f"a picture of {crops} crops and {tokens} tokens is larger than the largest of this model, {known[-1][0]} "
-        f"crops and {known[-1][1]} tokens"
-    )

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pdrop_jax.config import Pixels
 from pdrop_jax.io import read_json
-from pdrop_jax.parts import Pixels
 from pdrop_jax.schema import validated
 
 Side = Annotated[int, Field(ge=1, le=4096)]  # pixels of a whole picture, which is resized to it before it is cropped

@@ -20,7 +20,7 @@ import numpy as np
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import (
+from pdrop_jax.inputs.chat_template import (
     IMAGE_PLACEHOLDER,
     IMAGE_TAG,
     Turn,

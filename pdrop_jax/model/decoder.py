@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, attend_cache, attention
-from pdrop_jax.model.buffer import TokenBuffer, compact
 from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
+from pdrop_jax.model.drop import TokenBuffer, compact
 from pdrop_jax.model.layers import Params, Remat, Rope, layer_of, rematerialise, rope_at, rope_tables, scan_layers
 from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.model.ranking import choose

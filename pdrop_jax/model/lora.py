@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import DecoderLayer, Params, bind, declare
-from pdrop_jax.model.quantized import dequantize
+from pdrop_jax.model.quantization import dequantize
 from pdrop_jax.sharding import explicit
 
 LORA = "lora"

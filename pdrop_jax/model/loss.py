@@ -6,16 +6,16 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation
-from pdrop_jax.model.buffer import TokenBuffer
 from pdrop_jax.model.decoder import Drop, Remat
+from pdrop_jax.model.drop import TokenBuffer
 from pdrop_jax.model.layers import Params
-from pdrop_jax.model.llava import logits_of, trunk
+from pdrop_jax.model.vlm import forward_hidden, unembed
 from pdrop_jax.sharding import constrain
 
 CHUNK = 1024  # positions of a batch whose logits exist at the same time
 
 
-def loss_of(
+def compute_loss(
     config: LlavaConfig,
     params: Params,
     batch: Batch,
@@ -27,7 +27,7 @@ def loss_of(
 
     Divide by ``count_targets``: the official loss is the mean over all targets of a batch.
     """
-    output = trunk(config, params, batch, implementation=implementation, remat=remat)
+    output = forward_hidden(config, params, batch, implementation=implementation, remat=remat)
     return cross_entropy(config, params, output.buffer, most=batch.bucket.text), output.drops
 
 
@@ -61,7 +61,7 @@ def cross_entropy(config: LlavaConfig, params: Params, buffer: TokenBuffer, most
     @jax.checkpoint
     def of_chunk(source: jax.Array, targets: jax.Array) -> jax.Array:  # both (B, width)
         x = constrain(jnp.take_along_axis(buffer.hidden, source[..., None], axis=1), "batch", None, None)
-        logits = logits_of(config, params, x)  # (B, width, V) float32
+        logits = unembed(config, params, x)  # (B, width, V) float32
         picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(targets == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked).sum()
 

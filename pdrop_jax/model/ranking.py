@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.config import TextConfig
-from pdrop_jax.model.buffer import TokenBuffer
+from pdrop_jax.model.drop import TokenBuffer
 from pdrop_jax.model.layers import Params, Rope, rotate
 from pdrop_jax.model.lora import bind_layer
 from pdrop_jax.schedule import keep_table

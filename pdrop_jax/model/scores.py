@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.model.buffer import TokenBuffer
+from pdrop_jax.model.drop import TokenBuffer
 from pdrop_jax.model.layers import Params, Rope
 from pdrop_jax.model.ranking import Past, attention_paid, image_scores
 
@@ -66,7 +66,7 @@ Hint = Callable[[LlavaConfig, Batch, jax.Array | None], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class TokenScore:
     """A way to rank image tokens.
 
     Attributes:
@@ -168,22 +168,22 @@ def _asked_by(at: Boundary, rows: jax.Array) -> jax.Array:
     return attention_paid(at.config.text, at.next_layer, at.buffer.hidden, rows, at.rope, at.past)
 
 
-SCORES: dict[str, Score] = {
-    "pyramiddrop": Score(pyramiddrop),
-    "fastv": Score(fastv, last_layer=True),
-    "feather": Score(feather, hint=grid),
-    "v2drop": Score(v2drop, last_layer=True),
-    "last_text": Score(last_text),
-    "all_text": Score(all_text),
-    "norm": Score(norm),
-    "random": Score(hinted, hint=noise),
-    "none": Score(none),
-    "cls": Score(hinted, hint=class_attention, class_attention=True),
-    "given": Score(hinted, hint=given),
+SCORES: dict[str, TokenScore] = {
+    "pyramiddrop": TokenScore(pyramiddrop),
+    "fastv": TokenScore(fastv, last_layer=True),
+    "feather": TokenScore(feather, hint=grid),
+    "v2drop": TokenScore(v2drop, last_layer=True),
+    "last_text": TokenScore(last_text),
+    "all_text": TokenScore(all_text),
+    "norm": TokenScore(norm),
+    "random": TokenScore(hinted, hint=noise),
+    "none": TokenScore(none),
+    "cls": TokenScore(hinted, hint=class_attention, class_attention=True),
+    "given": TokenScore(hinted, hint=given),
 }
 
 
-def register_score(name: str, score: Score | Rank) -> None:
+def register_score(name: str, score: TokenScore | Rank) -> None:
     """Makes ``DropSchedule(score=name)`` rank by a function of yours. Compiled programs know a score by its name.
 
     Example::
@@ -195,10 +195,10 @@ def register_score(name: str, score: Score | Rank) -> None:
     """
     if name in SCORES:
         raise UserError(f"there is a score {name!r} already: choose another name")
-    SCORES[name] = score if isinstance(score, Score) else Score(score)
+    SCORES[name] = score if isinstance(score, TokenScore) else TokenScore(score)
 
 
-def find_score(config: LlavaConfig) -> Score:
+def find_score(config: LlavaConfig) -> TokenScore:
     """The score of the schedule.
 
     Raises:

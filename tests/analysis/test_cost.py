@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from pdrop_jax.analysis.cost import decode_macs, prefill_macs, training_macs
+from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.inputs.anyres import whole
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.processor import Row, assemble
-from pdrop_jax.model.llava import prefill
+from pdrop_jax.inputs.assemble import Row, assemble
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.model.params import init_params, unstack
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.model.vlm import prefill
+from pdrop_jax.schedule import DropSchedule
 
 
 def test_prefill_counted_by_hand():

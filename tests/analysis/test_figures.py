@@ -215,7 +215,7 @@ def test_mistakes_with_pictures(generate, model, monkeypatch, tmp_path, args, wo
 
 
 def test_without_a_model_the_demo_is_asked(generate, monkeypatch, tmp_path):
-    monkeypatch.setattr("pdrop_jax.generation.DEMO", tmp_path / "demo")
+    monkeypatch.setattr("pdrop_jax.generation.pretrained.DEMO", tmp_path / "demo")
     code, stdout, stderr = generate("--prompt", "Who?")
     assert (code, stdout) == (2, "")
     assert "--model" in stderr

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from pdrop_jax.analysis.effects import Answers
-from pdrop_jax.analysis.questions import read_questions
 from pdrop_jax.analysis.study import ask, possible_scores, run_study, stays_for_another
 from pdrop_jax.analysis.study_report import report
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation import load, reschedule
+from pdrop_jax.eval.questions import read_questions
+from pdrop_jax.generation.pretrained import load, reschedule
 from pdrop_jax.schedule import DropSchedule
 
 GRIDS = pathlib.Path(__file__).parents[2] / "examples" / "grids"

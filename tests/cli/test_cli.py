@@ -12,9 +12,10 @@ from command import PDROP
 from PIL import Image
 
 from pdrop_jax.convert.importer import convert
-from pdrop_jax.generation import generate, load
+from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.engine import generate
+from pdrop_jax.generation.pretrained import load
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.session import Session
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -226,9 +227,12 @@ def test_check_passes_on_the_recorded_vectors_and_fails_on_changed_ones(pdrop, t
         (("none",), "there is no preset none and no such file: there are demo, llava-1.5-finetune"),
         (("none.toml",), "none.toml cannot be read: there is no such file"),
         (("llava-1.5-finetune",), "the recipe llava-1.5-finetune has no model.start"),
-        (("demo", "--set", "run.step=3"), "unknown key run.step: did you mean run.steps?"),
-        (("demo", "--set", "steps=3"), "--set 'steps=3' is not of the form part.key=value"),
-        (("demo", "--num-processes", 2), "--coordinator, --num-processes and --process-id belong together"),
+        (("llava-1.5-pretrain", "--set", "run.step=3"), "unknown key run.step: did you mean run.steps?"),
+        (("llava-1.5-pretrain", "--set", "steps=3"), "--set 'steps=3' is not of the form part.key=value"),
+        (
+            ("llava-1.5-pretrain", "--num-processes", 2),
+            "--coordinator, --num-processes and --process-id belong together",
+        ),
     ],
 )
 def test_training_that_cannot_begin(fails, args, words, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from mutations import make_special, one_line
 from safetensors.numpy import load_file, save_file
 from tiny_torch import edit_json, rewrite, weights
 
-from pdrop_jax import storage
+from pdrop_jax.checkpoint import storage
 from pdrop_jax.convert import importer
 from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.importer import convert

@@ -23,14 +23,14 @@ from pdrop_jax import checkpoint
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.convert.importer import convert
 from pdrop_jax.convert.names import NAMINGS, leaves
-from pdrop_jax.inputs.conversation import render
-from pdrop_jax.inputs.processor import assemble
-from pdrop_jax.kept import kept_tokens
-from pdrop_jax.model.llava import forward
-from pdrop_jax.model.loss import loss_of
+from pdrop_jax.generation.result import kept_tokens
+from pdrop_jax.inputs.assemble import assemble
+from pdrop_jax.inputs.chat_template import render
+from pdrop_jax.model.loss import compute_loss
+from pdrop_jax.model.vlm import forward
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.train.data import open_dataset
-from pdrop_jax.train.recipe import Data
+from pdrop_jax.train.data.pipeline import open_dataset
+from pdrop_jax.train.recipe import DataRecipe
 
 PHOTOS = ("img_china_small.png", "img_flower_tall_small.png", "img_astronaut_square_small.png")
 MODELS = {
@@ -206,7 +206,7 @@ def test_training_on_a_record_of_two_photos(family, tmp_path):
         {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
     ]
     (tmp_path / "data.json").write_text(json.dumps([{"image": list(PHOTOS[:2]), "conversations": messages}]))
-    data = Data(str(tmp_path / "data.json"), str(GOLDEN), template=config.template, max_length=1024)
+    data = DataRecipe(str(tmp_path / "data.json"), str(GOLDEN), template=config.template, max_length=1024)
     dataset = open_dataset(data, config, folder)
     (planned,) = dataset.plan(1, 0, 0)
     batch = assemble([dataset.row(0)[0]], config, planned.bucket, planned.queries)
@@ -219,7 +219,7 @@ def test_training_on_a_record_of_two_photos(family, tmp_path):
     loss = model(**theirs, labels=torch.where(torch.from_numpy(target), theirs["input_ids"], -100)).loss
     loss.backward()
 
-    found, gradient = jax.jit(jax.value_and_grad(lambda params: loss_of(config, params, batch)[0]))(params)
+    found, gradient = jax.jit(jax.value_and_grad(lambda params: compute_loss(config, params, batch)[0]))(params)
     targets = target.sum()
     assert float(found) / targets == pytest.approx(loss.item(), rel=1e-5)
     arrays = flatten_dict(jax.device_get(gradient), sep=".")

@@ -13,21 +13,11 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import (
-    NEWLINE,
-    bilinear,
-    count,
-    grid_shape,
-    level_of,
-    levels,
-    pooled,
-    token_table,
-    unpadded,
-    whole,
-)
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.anyres import NEWLINE, bilinear, count, grid_shape, levels, pooled, token_table, unpadded, whole
+from pdrop_jax.inputs.assemble import Row, assemble
+from pdrop_jax.inputs.buckets import choose_bucket, level_of
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.images import Video, as_tokens, frames_as_tokens, image_size, load_image_processor
-from pdrop_jax.inputs.processor import Row, assemble, choose_bucket
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RECORDED = np.load(GOLDEN / "image_preprocess.npz")

@@ -10,14 +10,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pdrop_jax.batch import IGNORE
+from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import Processor, Row, assemble, choose_bucket
 from pdrop_jax.inputs.anyres import whole
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.images import to_crop
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = ROOT / "examples/tiny_tokenizer"

@@ -6,10 +6,10 @@ import random
 import shutil
 
 import pytest
-from test_conversation import GOLDEN, ROOT
+from test_chat_template import GOLDEN, ROOT
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import token_ids
+from pdrop_jax.inputs.chat_template import token_ids
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
 VALUES = [None, "x", 0, -1, 10**9, 2**70, [], {}, float("nan"), [[[]]], True]

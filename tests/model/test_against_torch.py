@@ -24,14 +24,15 @@ from transformers import LlavaConfig as HFLlavaConfig
 from transformers.models.llama import modeling_llama as hf
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.hf_parts import text_from_hf, vision_from_hf
 from pdrop_jax.model.attention import attention
 from pdrop_jax.model.layers import DecoderLayer, GatedMLP, Projector, RMSNorm, bind, rope_tables, rotate
-from pdrop_jax.model.llava import embed
 from pdrop_jax.model.params import abstract_params, restage
 from pdrop_jax.model.vision import averaged, vision_features
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.model.vlm import embed
+from pdrop_jax.schedule import DropSchedule
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = {

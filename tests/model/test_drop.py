@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import GQA, MHA, assert_close, llava_config, make_batch, make_buffer, params_of
 
-from pdrop_jax.model.buffer import compact
+from pdrop_jax.batch import Bucket
 from pdrop_jax.model.decoder import positions_of
+from pdrop_jax.model.drop import compact
 from pdrop_jax.model.layers import rope_tables
 from pdrop_jax.model.ranking import choose, image_scores
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
 BUCKET = Bucket(6, (8, 5))  # B and the bucket never change, so that each ratio is compiled once
 B = 3

@@ -11,14 +11,14 @@ import transformers
 from tiny import CROP, VOCAB, assert_close, decode_step, forward, llava_config, make_batch, params_of, prefill
 from torch_weights import decoder_params, hf_inputs, llava_params, random, randomised, shapes, vision_params, weights
 
-from pdrop_jax.batch import IGNORE
+from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.hf_config import llava_from_hf
 from pdrop_jax.convert.hf_parts import text_from_hf, vision_from_hf
-from pdrop_jax.model.loss import count_targets, loss_of
+from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import abstract_params, path_name, restage
 from pdrop_jax.model.vision import vision_features
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -154,7 +154,7 @@ def test_loss_and_gradients_of_qwen2_with_siglip(qwen2_siglip):
     batch = dataclasses.replace(batch, labels=np.where(text, batch.token_ids, IGNORE).astype(np.int32))
 
     def mean_loss(params):
-        return loss_of(config, params, batch)[0] / count_targets(batch.labels)
+        return compute_loss(config, params, batch)[0] / count_targets(batch.labels)
 
     loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
     module.requires_grad_(True)

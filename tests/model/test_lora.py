@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny import GQA, MHA, TWO_DROPS, assert_close, decode_step, forward, llava_config, make_batch, params_of, prefill
 
+from pdrop_jax.batch import Bucket
 from pdrop_jax.errors import UserError
-from pdrop_jax.model import llava
+from pdrop_jax.model import vlm
 from pdrop_jax.model.lora import BLOCKS, add_lora, has_lora, merge_lora
 from pdrop_jax.model.params import abstract_params, count, path_name, restage, unstack
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
 CONFIGS = {
     "mha": llava_config(MHA),
@@ -118,7 +119,7 @@ def test_gradient_of_the_adapters_alone(config):
     params = trained(params_of(config), config)
 
     def loss(params):
-        logits = llava.forward(config, params, BATCH).logits
+        logits = vlm.forward(config, params, BATCH).logits
         return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 7])
 
     found = jax.jit(jax.grad(lambda adapters: loss(with_adapters(params, adapters))))(adapters_of(params))
@@ -166,7 +167,7 @@ def test_bfloat16_parameters_stay_bfloat16():
     params = trained(base, config)
     assert {x.dtype for x in jax.tree.leaves(adapters_of(params))} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(merge_lora(params))} == {jnp.dtype("bfloat16")}
-    out = jax.eval_shape(lambda p: llava.forward(config, p, BATCH), params)
+    out = jax.eval_shape(lambda p: vlm.forward(config, p, BATCH), params)
     assert out.buffer.hidden.dtype == jnp.bfloat16
 
 

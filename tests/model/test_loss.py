@@ -8,15 +8,15 @@ import pytest
 from tiny import VOCAB, assert_close, llava_config, params_of, training_batch
 
 from pdrop_jax.batch import IGNORE
-from pdrop_jax.model import llava
+from pdrop_jax.model import vlm
 from pdrop_jax.model.decoder import Remat
-from pdrop_jax.model.loss import count_targets, cross_entropy, loss_of
+from pdrop_jax.model.loss import compute_loss, count_targets, cross_entropy
 
 CONFIG = llava_config()
 
 
 def plain_loss(params, batch):
-    output = llava.forward(CONFIG, params, batch)
+    output = vlm.forward(CONFIG, params, batch)
     logits, targets = output.logits[:, :-1], output.buffer.labels[:, 1:]
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return -jnp.where(targets == IGNORE, 0.0, own).sum()
@@ -27,7 +27,7 @@ def test_chunks_change_nothing(chunk):
     params, batch = params_of(CONFIG), training_batch()
 
     def chunked(params):
-        buffer = llava.trunk(CONFIG, params, batch).buffer
+        buffer = vlm.forward_hidden(CONFIG, params, batch).buffer
         return cross_entropy(CONFIG, params, buffer, most=batch.bucket.text, chunk=chunk)
 
     loss, gradient = jax.jit(jax.value_and_grad(chunked))(params)
@@ -41,7 +41,7 @@ def test_remat_changes_nothing(remat: Remat):
     params, batch = params_of(CONFIG), training_batch()
 
     def loss(params, remat):
-        return loss_of(CONFIG, params, batch, remat=remat)[0]
+        return compute_loss(CONFIG, params, batch, remat=remat)[0]
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     jax.tree.map(
@@ -55,7 +55,7 @@ def test_the_logits_of_all_positions_never_exist():
     params, batch = params_of(CONFIG), training_batch()
 
     def chunked(params):
-        buffer = llava.trunk(CONFIG, params, batch).buffer
+        buffer = vlm.forward_hidden(CONFIG, params, batch).buffer
         return cross_entropy(CONFIG, params, buffer, most=batch.bucket.text, chunk=6)
 
     shapes = {tuple(v.aval.shape) for v in _variables(jax.make_jaxpr(jax.grad(chunked))(params).jaxpr)}

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TWO_DROPS, assert_close, forward, llava_config, make_batch, make_buffer, params_of, row_of
 
+from pdrop_jax.batch import Bucket
 from pdrop_jax.model.decoder import run_stages
 from pdrop_jax.model.params import restage
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
 BUCKET = Bucket(6, (8, 5))
 ROWS = [[1, -8, 4, -5, 6, 7], [1, 9, -3, 5], [1, 2, 3, 4, 5]]  # two images, one, none

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from tiny import GQA, IMAGE_TOKENS, VISION, assert_close, forward, llava_config, make_batch, params_of, row_of
 
-from pdrop_jax.batch import IGNORE
+from pdrop_jax.batch import IGNORE, Bucket
+from pdrop_jax.config import VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.layers import VisionEmbedding, bind
 from pdrop_jax.model.params import restage
-from pdrop_jax.model.scores import SCORES, Score, find_score, register_score
+from pdrop_jax.model.scores import SCORES, TokenScore, find_score, register_score
 from pdrop_jax.model.vision import vision_features
-from pdrop_jax.parts import VisionConfig
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
 BUCKET = Bucket(8, (16, 9))
 ROWS = [[1, -16, 4, -9, 6, 7], [1, 9, -3, 5, 11], [1, 2, 3], [1, 8, 4, -16]]  # the last asks from an image token
@@ -208,7 +208,7 @@ def test_every_score_is_rendered_here():
 def test_a_score_of_the_users(monkeypatch):
     monkeypatch.setattr("pdrop_jax.model.scores.SCORES", dict(SCORES))
     register_score("first", lambda at: -at.buffer.index.astype(jnp.float32))
-    register_score("whole", Score(lambda at: at.buffer.hint, hint=lambda config, batch, attention: batch.image_id))
+    register_score("whole", TokenScore(lambda at: at.buffer.hint, hint=lambda config, batch, attention: batch.image_id))
     keep = np.asarray(run(config_of("first")).drops[0].keep)[1]
     assert keep[IMAGE[1]].tolist() == [True, False, False]
     run(config_of("whole"))

@@ -6,12 +6,12 @@ import functools
 import jax
 import numpy as np
 
-from pdrop_jax.batch import IGNORE, Batch
+from pdrop_jax.batch import IGNORE, Batch, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.model import llava
-from pdrop_jax.model.buffer import TokenBuffer
+from pdrop_jax.model import vlm
+from pdrop_jax.model.drop import TokenBuffer
 from pdrop_jax.model.params import abstract_params, path_name
-from pdrop_jax.schedule import Bucket, DropSchedule
+from pdrop_jax.schedule import DropSchedule
 
 VOCAB = 64
 CROP = 16  # pixels
@@ -33,9 +33,9 @@ GQA = TextConfig(
 )
 TWO_DROPS = DropSchedule((1, 2), (0.6, 0.3))
 
-forward = jax.jit(llava.forward, static_argnames=("config", "implementation", "keep_hidden"))
-prefill = jax.jit(llava.prefill, static_argnames=("config", "new_slots", "implementation"))
-decode_step = jax.jit(llava.decode_step, static_argnames=("config",))
+forward = jax.jit(vlm.forward, static_argnames=("config", "implementation", "keep_hidden"))
+prefill = jax.jit(vlm.prefill, static_argnames=("config", "new_slots", "implementation"))
+decode_step = jax.jit(vlm.decode_step, static_argnames=("config",))
 
 
 def llava_config(text=MHA, schedule=TWO_DROPS):

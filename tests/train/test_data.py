@@ -22,17 +22,17 @@ from PIL import Image
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig, Tiling, VisionConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.generation.result import kept_tokens
 from pdrop_jax.inputs import Processor, assemble
-from pdrop_jax.inputs.conversation import token_ids
+from pdrop_jax.inputs.chat_template import token_ids
 from pdrop_jax.inputs.images import open_image, to_crop
-from pdrop_jax.kept import kept_tokens
-from pdrop_jax.model.loss import loss_of
+from pdrop_jax.model.loss import compute_loss
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.train.data import open_dataset, pipeline
-from pdrop_jax.train.plan import MEGA, Sizes, batches_of, shapes_of
-from pdrop_jax.train.ragged import Ragged, RaggedBuilder
-from pdrop_jax.train.recipe import Data
+from pdrop_jax.train.data.batches import MEGA, Sizes, batches_of, shapes_of
+from pdrop_jax.train.data.pipeline import open_dataset, pipeline
+from pdrop_jax.train.data.ragged import Ragged, RaggedBuilder
+from pdrop_jax.train.recipe import DataRecipe
 
 TOKENIZER = pathlib.Path(__file__).parents[2] / "examples/tiny_tokenizer"
 CONFIG = LlavaConfig(
@@ -67,7 +67,7 @@ def write(folder, records, lines=False, **settings):
     text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
     (folder / "data.json").write_text(text)
     asked = {"template": "mistral_instruct", "max_length": 200, "text_buckets": (32, 64, 128), **settings}
-    return Data(conversations=str(folder / "data.json"), images=str(folder / "images"), **asked)
+    return DataRecipe(conversations=str(folder / "data.json"), images=str(folder / "images"), **asked)
 
 
 def opened(folder, records, **settings):
@@ -85,7 +85,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grouped(dataset):
-    return dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, group=True))
+    return dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, group_by_length=True))
 
 
 def of_pictures(counts):
@@ -104,7 +104,7 @@ def test_tiles_are_planned_by_the_heads_of_the_files(tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "images/1.png")
     (tmp_path / "images/2.png").write_text("no picture")
     dataset = open_dataset(data, config, TOKENIZER)
-    assert dataset.broken == {"corrupt picture": sum(n % 3 > 0 and n % 5 == 2 for n in range(30))}
+    assert dataset.invalid == {"corrupt picture": sum(n % 3 > 0 and n % 5 == 2 for n in range(30))}
     numbers = [n for n in range(30) if n % 3 == 0 or n % 5 != 2]
     expected = {True: (5, 4 + 20), False: (3, 4 + 2 * 5)}  # the whole; lines of two tiles and a newline
     for row, n in enumerate(numbers):
@@ -121,7 +121,7 @@ def test_rows_are_what_was_written(tmp_path, lines):
     dataset = opened(tmp_path, mixed(), lines=lines)
     processor = Processor.load(TOKENIZER, CONFIG)
     assert len(dataset) == 30
-    assert not dataset.broken
+    assert not dataset.invalid
     assert dataset.sizes.pictures.tolist() == [int(n % 3 > 0) for n in range(30)]
     assert dataset.sizes.queries.tolist() == [1 + n % 4 for n in range(30)]
     row, reason = dataset.row(4)
@@ -150,18 +150,18 @@ BROKEN = {
 def test_broken_rows_are_counted_by_reason(tmp_path, reason):
     records = [record(0), BROKEN[reason], record(1), BROKEN[reason]]
     dataset = opened(tmp_path, records, too_long="skip")
-    assert dataset.broken == {reason: 2}
+    assert dataset.invalid == {reason: 2}
     assert dataset.records.tolist() == [1, 3]
-    message = rf"2 of 4 rows are broken \(2 {reason}\), first row 2: put them right, or set data.broken"
+    message = rf"2 of 4 rows are invalid \(2 {reason}\), first row 2: put them right, or set data.invalid"
     with pytest.raises(UserError, match=message) as error:
-        opened(tmp_path, records, too_long="skip", broken="fail")
+        opened(tmp_path, records, too_long="skip", invalid="fail")
     assert "\n" not in str(error.value)
 
 
 def test_a_line_that_is_no_json(tmp_path):
     data = write(tmp_path, [record(0), record(1)], lines=True)
     pathlib.Path(data.conversations).write_text(json.dumps(record(0)) + "\n{broken\n" + json.dumps(record(1)))
-    assert open_dataset(data, CONFIG, TOKENIZER).broken == {"malformed JSON": 1}
+    assert open_dataset(data, CONFIG, TOKENIZER).invalid == {"malformed JSON": 1}
 
 
 def test_long_rows_are_cut(tmp_path):
@@ -171,7 +171,7 @@ def test_long_rows_are_cut(tmp_path):
     assert dataset.row(0)[0].labels[-1] != IGNORE
     assert {bucket.text for bucket, _ in dataset.shapes(1, 0)} == {200}  # max_length is the last bucket
     cut_before = "x" * 250
-    with pytest.raises(UserError, match=r"all 1 are broken \(1 no target\)"):
+    with pytest.raises(UserError, match=r"all 1 are invalid \(1 no target\)"):
         opened(tmp_path, [{"conversations": [{"from": "human", "value": cut_before}, {"from": "gpt", "value": "a"}]}])
 
 
@@ -202,7 +202,7 @@ def test_tokenizer_of_another_model(tmp_path):
     ("records", "message"),
     [
         ([], "holds no conversation"),
-        ([1, record(0) | {"image": "x"}, 2], r"all 3 are broken \(2 malformed JSON, 1 no image file\)"),
+        ([1, record(0) | {"image": "x"}, 2], r"all 3 are invalid \(2 malformed JSON, 1 no image file\)"),
     ],
 )
 def test_nothing_to_learn_from(tmp_path, records, message):
@@ -308,7 +308,7 @@ def several(number):
 
 def test_rows_of_several_pictures(tmp_path):
     dataset = opened(tmp_path, [several(n) for n in range(20)])
-    assert not dataset.broken
+    assert not dataset.invalid
     assert dataset.sizes.pictures.tolist() == [n % 4 for n in range(20)]
     processor = Processor.load(TOKENIZER, CONFIG)
     pixels = [to_crop(open_image(tmp_path / f"images/{n}.png"), processor.image_processor, "square") for n in range(5)]
@@ -334,7 +334,7 @@ def test_a_row_weighs_in_a_mixed_batch_what_it_weighs_alone(tmp_path):
     dataset = open_dataset(write(tmp_path, [several(1), several(3)]), TINY, TOKENIZER)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), abstract_params(TINY))
-    run = jax.jit(jax.value_and_grad(functools.partial(loss_of, TINY), has_aux=True))
+    run = jax.jit(jax.value_and_grad(functools.partial(compute_loss, TINY), has_aux=True))
 
     def loss_kept_gradient(planned):
         rows = [dataset.row(row)[0] for row in planned.rows]
@@ -380,7 +380,7 @@ def test_batches_are_the_planned_rows(dataset):
     planned = dataset.plan(B, 3, 0) + dataset.plan(B, 3, 1)[:3]
     assert len(steps) == len(planned)
     for step, (rows, bucket, queries) in zip(steps, planned, strict=True):
-        assert not step.broken
+        assert not step.invalid
         assert step.batch.bucket == bucket
         assert step.batch.query_rows.shape == (B, queries)
         assert step.batch.crops.shape == (B, len(bucket.images), 28, 28, 3)
@@ -428,7 +428,7 @@ def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
     dataset = opened(tmp_path, [record(n) for n in range(20)])
     spoil(tmp_path, kind)
     steps = list(pipeline(dataset, B, 0, 5, workers=workers))
-    assert sum((step.broken for step in steps), Counter()) == {"corrupt picture": 4}
+    assert sum((step.invalid for step in steps), Counter()) == {"corrupt picture": 4}
     for step, planned in zip(steps, dataset.plan(B, 0, 0), strict=True):
         for b, row in enumerate(planned.rows):
             n = step.batch.length[b]
@@ -438,9 +438,9 @@ def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
             assert (not step.batch.crops[b].any()) == lost
             if lost:
                 assert step.batch.query_rows[b, 0] == n - 1
-    failing = dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, broken="fail"))
+    failing = dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, invalid="fail"))
     with pytest.raises(
-        UserError, match=r"data.json, row \d+: .*2.png(:| cannot be read:) .*: put it right, or set data.broken"
+        UserError, match=r"data.json, row \d+: .*2.png(:| cannot be read:) .*: put it right, or set data.invalid"
     ):
         list(pipeline(failing, B, 0, 5, workers=workers))
 
@@ -507,8 +507,8 @@ def test_pictures_outside_of_the_folder(tmp_path, name):
     for path in ("secret.png", "imagesaside/1.png"):
         Image.new("RGB", (30, 20)).save(tmp_path / path)
     records = [record(0), record(1) | {"image": name}]
-    assert opened(tmp_path, records).broken == {"picture outside of data.images": 1}
-    assert not opened(tmp_path, records, outside_images=True).broken
+    assert opened(tmp_path, records).invalid == {"picture outside of data.images": 1}
+    assert not opened(tmp_path, records, outside_images=True).invalid
 
 
 @pytest.mark.parametrize("name", ["./1.png", "a/1.png", "link/1.png", "{folder}/images/1.png"])
@@ -519,7 +519,7 @@ def test_pictures_inside_of_the_folder(tmp_path, name):
     for place in ("elsewhere", "images/a"):
         Image.new("RGB", (30, 20)).save(tmp_path / place / "1.png")
     (tmp_path / "images/link").symlink_to(tmp_path / "elsewhere")
-    assert not opened(tmp_path, [record(0) | {"image": name.format(folder=tmp_path)}]).broken
+    assert not opened(tmp_path, [record(0) | {"image": name.format(folder=tmp_path)}]).invalid
 
 
 def test_a_fifo_of_conversations_is_not_waited_for(tmp_path):

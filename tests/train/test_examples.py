@@ -1,4 +1,4 @@
-"""Training rows: beside the recorded ones of the official code, beside its way of counting, and broken records."""
+"""Training rows: beside the recorded ones of the official code, beside its way of counting, and invalid records."""
 
 import json
 import pathlib
@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.conversation import IMAGE_PLACEHOLDER, TEMPLATES, render, token_ids
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, TEMPLATES, render, token_ids
 from pdrop_jax.inputs.targets import Example, ends_answers, tokenize, training_text, turns_of
 from pdrop_jax.inputs.tokenizer import load_tokenizer
-from pdrop_jax.train.examples import BrokenRecord, fit, read_example, read_records
+from pdrop_jax.train.data.examples import InvalidRecord, fit, read_example, read_records
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -242,7 +242,7 @@ TEXT_ONLY = messages("a", "b")
     ],
 )
 def test_broken_records(record, reason):
-    with pytest.raises(BrokenRecord) as error:
+    with pytest.raises(InvalidRecord) as error:
         read_example(record, "vicuna_v1", {"a.png"}.__contains__)
     assert error.value.reason.startswith(reason)
 
@@ -250,7 +250,7 @@ def test_broken_records(record, reason):
 @pytest.mark.parametrize("conversation", [TEXT_ONLY, [*GOOD, *TEXT_ONLY], GOOD[:1]])
 def test_plain_takes_a_picture_and_its_caption(conversation):
     image = {"image": "a.png"} if conversation is not TEXT_ONLY else {}
-    with pytest.raises(BrokenRecord, match="not for this template"):
+    with pytest.raises(InvalidRecord, match="not for this template"):
         read_example({**image, "conversations": conversation}, "plain", {"a.png"}.__contains__)
 
 
@@ -268,7 +268,7 @@ def test_a_record_of_several_pictures():
     assert pictures == ["a.png", "b.png"]
     assert "USER: Is <image> as <image>? ASSISTANT: No</s>USER: Why?" in text.text
     assert [text.text[slice(*span)] for span in text.spans] == [" No</s>", " So</s>"]
-    with pytest.raises(BrokenRecord, match="not for this template"):
+    with pytest.raises(InvalidRecord, match="not for this template"):
         read_example(two | {"conversations": messages("<image><image>", "b")}, "plain", bool)
 
 
@@ -279,9 +279,9 @@ def test_rows_are_cut_where_the_expanded_row_ends():
     cut = fit(example, 7, [4], "cut")
     assert cut.ids.tolist() == [1, IMAGE_PLACEHOLDER, 7, 8]
     assert cut.labels.tolist() == [IGNORE, IGNORE, IGNORE, 8]
-    with pytest.raises(BrokenRecord, match="no target"):
+    with pytest.raises(InvalidRecord, match="no target"):
         fit(example, 6, [4], "cut")
-    with pytest.raises(BrokenRecord, match="too long"):
+    with pytest.raises(InvalidRecord, match="too long"):
         fit(example, 7, [4], "skip")
 
 
@@ -294,7 +294,7 @@ def test_an_image_that_is_cut_goes_altogether():
 
 
 def test_a_target_that_nothing_predicts_is_none():
-    with pytest.raises(BrokenRecord, match="no target"):
+    with pytest.raises(InvalidRecord, match="no target"):
         fit(Example(np.array([7, 8]), np.array([7, IGNORE])), 5, [], "cut")
 
 

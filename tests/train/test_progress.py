@@ -42,7 +42,7 @@ def test_a_line_of_several_steps_counts_them_all(tmp_path):
     run(tmp_path, 0, 6, every=4, steps=6)
     four, six = (line for line in lines(tmp_path) if "loss" in line)
     assert (four["step"], six["step"]) == (4, 6)
-    assert (four["broken"], six["broken"]) == ({"corrupt": 4}, {"corrupt": 2})
+    assert (four["invalid"], six["invalid"]) == ({"corrupt": 4}, {"corrupt": 2})
     assert four["tokens_per_second"] == pytest.approx(400 / four["seconds"])
     assert "mfu" not in four
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.train.recipe import Data, Model, Optimizer, Recipe, Run, load_recipe
+from pdrop_jax.train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe, load_recipe
 
 TEXT = """
 [model]
@@ -30,10 +30,10 @@ def written(folder, text=TEXT, name="recipe.toml"):
 
 def test_what_a_file_leaves_out_has_the_default(tmp_path):
     assert load_recipe(written(tmp_path)) == Recipe(
-        Model("start", ("projector",)),
-        Data("chat.json", "images", text_buckets=(64, 96)),
-        Run("out"),
-        Optimizer(learning_rate=1.0),
+        ModelRecipe("start", ("projector",)),
+        DataRecipe("chat.json", "images", text_buckets=(64, 96)),
+        RunRecipe("out"),
+        OptimizerRecipe(learning_rate=1.0),
     )
 
 
@@ -44,13 +44,19 @@ def test_json_says_the_same(tmp_path):
         "run": {"folder": "out", "steps": None},
     }
     path = written(tmp_path, json.dumps(data), "recipe.json")
-    assert load_recipe(path) == Recipe(Model("start"), Data("c", "i"), Run("out"))
+    assert load_recipe(path) == Recipe(ModelRecipe("start"), DataRecipe("c", "i"), RunRecipe("out"))
 
 
 def test_settings_win_over_the_file(tmp_path):
-    settings = ["run.steps=7", "data.group=true", "model.start=other", "model.layers=[2, 4]", "data.template=plain"]
+    settings = [
+        "run.steps=7",
+        "data.group_by_length=true",
+        "model.start=other",
+        "model.layers=[2, 4]",
+        "data.template=plain",
+    ]
     recipe = load_recipe(written(tmp_path), settings)
-    assert (recipe.run.steps, recipe.data.group, recipe.model.start) == (7, True, "other")
+    assert (recipe.run.steps, recipe.data.group_by_length, recipe.model.start) == (7, True, "other")
     assert recipe.model.layers == (2, 4)
     assert recipe.data.template == "plain"
 
@@ -65,7 +71,7 @@ def test_settings_win_over_the_file(tmp_path):
         ("run.steps=0", "run.steps is 0, it must be greater than or equal to 1"),
         ("run.keep_every=750", "run.keep_every is 750, no multiple of run.save_every, 500"),
         ("run.steps=true", "run.steps is true, it must be a valid integer"),
-        ("data.broken=ignore", "data.broken is 'ignore', it must be 'skip' or 'fail'"),
+        ("data.invalid=ignore", "data.invalid is 'ignore', it must be 'skip' or 'fail'"),
         ("model.groups=llm", "model.groups is 'llm', it must be a list"),
         ("model.layers=[1, 2.5]", "model.layers.1 is 2.5, it must be a valid integer"),
         ("model.start=\udcff", "--set 'model.start=\\udcff' is not valid UTF-8"),
@@ -113,7 +119,11 @@ def test_the_official_recipes(name, groups, rate, batch_size, max_length, aspect
     paths = ["model.start=s", "data.conversations=c", "data.images=i", "run.folder=f"]
     recipe = load_recipe(name, paths)
     assert (recipe.model.groups, recipe.optimizer.learning_rate, recipe.run.batch_size) == (groups, rate, batch_size)
-    assert (recipe.data.max_length, recipe.data.image_aspect, recipe.data.group) == (max_length, aspect, group)
+    assert (recipe.data.max_length, recipe.data.image_aspect, recipe.data.group_by_length) == (
+        max_length,
+        aspect,
+        group,
+    )
     assert recipe.optimizer.vision_learning_rate == (2e-6 if "vision" in groups else None)
     assert recipe.data.template == ("plain" if name.endswith("pretrain") else "vicuna_v1")
     assert (recipe.model.layers, recipe.model.ratios) == ((8, 16, 24), (0.5, 0.25, 0.125))

@@ -71,7 +71,7 @@ def test_what_the_log_says_of_a_step(whole):
     assert line["step"] == 6
     assert line["targets"] == 4 * 5  # an answer comes in letters
     assert line["skipped"] == 0
-    assert line["broken"] == {}
+    assert line["invalid"] == {}
     assert 0 < line["learning_rate"] < 1e-2
     assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
 
@@ -362,7 +362,7 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
     (folder / "data/images/1.png").write_bytes(b"\x89PNG broken")
     train(recipe_in(folder))
     lines = map(json.loads, (folder / "run/log.jsonl").read_text().splitlines())
-    lost = sum(line["broken"].get("corrupt picture", 0) for line in lines if "loss" in line)
+    lost = sum(line["invalid"].get("corrupt picture", 0) for line in lines if "loss" in line)
     assert lost == sum(1 for n in range(24) if n % 3 and n % 5 == 1)
 
 

@@ -9,16 +9,15 @@ import optax
 import pytest
 from tiny import llava_config, make_batch, params_of, training_batch
 
-from pdrop_jax.batch import IGNORE
+from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.model.lora import add_lora
 from pdrop_jax.model.params import path_name
-from pdrop_jax.schedule import Bucket
 from pdrop_jax.train.optimizer import group_of, learning_rate, make_optimizer
-from pdrop_jax.train.recipe import Optimizer
+from pdrop_jax.train.recipe import OptimizerRecipe
 from pdrop_jax.train.step import init_state, join, split, train_step
 
 CONFIG = llava_config()
-ADAMW = make_optimizer(Optimizer(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0, weight_decay=0.1), 20)
+ADAMW = make_optimizer(OptimizerRecipe(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0, weight_decay=0.1), 20)
 
 
 def batch_of(rows):
@@ -47,7 +46,7 @@ def test_the_loss_falls():
 
 def test_four_parts_of_two_rows_are_one_of_eight():
     whole, one = step(fresh(), batch_of(8))
-    cut, four = step(fresh(), batch_of(8), accumulate=4)
+    cut, four = step(fresh(), batch_of(8), grad_accum_steps=4)
     assert float(one.loss) == pytest.approx(float(four.loss), rel=1e-6)
     assert float(one.grad_norm) == pytest.approx(float(four.grad_norm), rel=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), whole.optimizer, cut.optimizer)
@@ -57,7 +56,7 @@ def test_two_parts_of_rows_without_pictures_are_the_whole():
     batch = make_batch([[1, 5, 6, 7], [1, 9, 4], [1, 8], [1, 3, 3, 3]], Bucket(6))
     batch.labels = np.where(np.arange(6) < batch.length[:, None], batch.token_ids, IGNORE).astype(np.int32)
     whole, one = step(fresh(), batch)
-    cut, two = step(fresh(), batch, accumulate=2)
+    cut, two = step(fresh(), batch, grad_accum_steps=2)
     assert float(one.loss) == pytest.approx(float(two.loss), rel=1e-6)
     assert float(one.grad_norm) == pytest.approx(float(two.grad_norm), rel=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), whole.optimizer, cut.optimizer)
@@ -106,7 +105,7 @@ def test_no_step_compiles_twice():
 
 def test_norms_and_biases_do_not_decay():
     params = params_of(CONFIG)
-    optimizer = make_optimizer(Optimizer(learning_rate=1.0, warmup=0.0, weight_decay=0.5), 10)
+    optimizer = make_optimizer(OptimizerRecipe(learning_rate=1.0, warmup=0.0, weight_decay=0.5), 10)
     state = optimizer.init(params)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
 
@@ -119,7 +118,7 @@ def test_norms_and_biases_do_not_decay():
 
 def test_groups_have_rates_of_their_own():
     params = jax.tree.map(jnp.ones_like, params_of(CONFIG))
-    optimizer = make_optimizer(Optimizer(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0), 10)
+    optimizer = make_optimizer(OptimizerRecipe(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0), 10)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert float(updates["vision"]["embed"]["class_token"][0]) == pytest.approx(-1e-3, rel=1e-3)
     assert float(updates["projector"]["linear_0"]["bias"][0]) == pytest.approx(-1e-2, rel=1e-3)
@@ -151,7 +150,7 @@ def test_muon_moves_all_directions_of_a_matrix_alike(groups):
 
     trained, _ = split(jax.tree.map(jnp.asarray, params_of(CONFIG)), groups)
     gradient = jax.tree.map_with_path(gradient_of, trained)
-    optimizer = make_optimizer(Optimizer("muon", learning_rate=1e-2, warmup=0.0), 10)
+    optimizer = make_optimizer(OptimizerRecipe("muon", learning_rate=1e-2, warmup=0.0), 10)
     updates, _ = optimizer.update(gradient, optimizer.init(trained), trained)
     seen = set()
     for path, update in jax.tree.leaves_with_path(updates):

@@ -11,7 +11,7 @@ from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.model.params import init_params
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.train.recipe import Data, Model, Optimizer, Recipe, Run
+from pdrop_jax.train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe
 
 TOKENIZER = pathlib.Path(__file__).parents[2] / "examples/tiny_tokenizer"
 CONFIG = LlavaConfig(
@@ -44,14 +44,16 @@ def write_start(folder, config=CONFIG):
 
 def recipe_in(folder, **changes):
     """The recipe of a run in ``folder``/run; ``changes`` as part_key=value."""
-    data = Data(str(folder / "data/data.json"), str(folder / "data/images"), max_length=128, text_buckets=(48, 64))
-    model = Model(str(folder / "start"), dtype="float32")
-    run = Run(str(folder / "run"), batch_size=4, steps=6, save_every=2)
+    data = DataRecipe(
+        str(folder / "data/data.json"), str(folder / "data/images"), max_length=128, text_buckets=(48, 64)
+    )
+    model = ModelRecipe(str(folder / "start"), dtype="float32")
+    run = RunRecipe(str(folder / "run"), batch_size=4, steps=6, save_every=2)
     recipe = Recipe(
         model,
         dataclasses.replace(data, template="mistral_instruct"),
         run,
-        Optimizer(learning_rate=1e-2, warmup=0.0),
+        OptimizerRecipe(learning_rate=1e-2, warmup=0.0),
     )
     for name, value in changes.items():
         part, _, key = name.partition("_")

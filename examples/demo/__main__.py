@@ -1,0 +1,30 @@
+"""``python -m examples.demo OUT``: write the demo's training set."""
+
+import pathlib
+from typing import Annotated
+
+import tyro
+
+from examples.demo.dataset import write_dataset
+from pdrop_jax.errors import exit_on_error
+
+
+def run(
+    out: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="OUT")],
+    pictures: int = 40_000,
+    seed: int = 0,
+) -> None:
+    """Write grids of Fashion-MNIST photos with questions and answers, as a data set in LLaVA's format.
+
+    Args:
+      out: folder to write, with conversations.json and images/ (7 KB a picture).
+      pictures: how many, each with eight questions.
+      seed: of the drawing.
+    """
+    write_dataset(out, pictures, seed)
+    print(f"{out}: {pictures} pictures")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        tyro.cli(run, prog="python -m examples.demo")

@@ -1,0 +1,92 @@
+"""Folders that appear whole or not at all, and the files that go along with a model."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.io import check_file, check_new_folder
+
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+PROCESSOR = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+COMPANIONS = TOKENIZER + PROCESSOR
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]:
+    """A folder to write into that gets its name ``folder`` at the end, or vanishes if anything is raised.
+
+    A killed process leaves ``folder`` + ".unfinished", which the next run removes. Of several processes the first one
+    makes and names it, and the others wait for that.
+
+    Args:
+      nbytes: what is going to be written, about.
+
+    Raises:
+      UserError: ``folder`` exists, or the disk has not ``nbytes`` to spare.
+    """
+    folder = pathlib.Path(folder).absolute()
+    check_new_folder(folder)
+    new = folder.with_name(folder.name + ".unfinished")
+    place = next(parent for parent in new.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise UserError(f"{folder} needs {nbytes / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB free")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        multihost_utils.sync_global_devices(f"{new} is made")
+        yield new
+        multihost_utils.sync_global_devices(f"{new} is written")
+        if first:
+            new.rename(folder)
+        multihost_utils.sync_global_devices(f"{folder} is there")
+    except BaseException:
+        if first:
+            shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def copy_files(source: pathlib.Path, target: pathlib.Path, patterns: Iterable[str]) -> None:
+    """Copies the files of ``source`` that match; those that ``target`` has already are kept.
+
+    Raises:
+      UserError: one of them is no file, or a link to what does not belong to ``source``.
+    """
+    for path in files_to_copy(source, patterns):
+        if not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+
+
+def files_to_copy(source: pathlib.Path, patterns: Iterable[str]) -> list[pathlib.Path]:
+    """The files of ``source`` that match. Raises UserError as ``copy_files`` does."""
+    found = [path for pattern in patterns for path in source.glob(pattern) if not path.is_dir()]
+    root = source.resolve()
+    # Hugging Face's cache is models--NAME/snapshots/REVISION, whose files are all links into models--NAME/blobs.
+    cache = next((parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"), root)
+    for path in found:
+        check_file(path)
+        place = path.resolve()
+        # What an untrusted folder links to may be a secret of this machine, and be published with the copy.
+        if not place.is_relative_to(root) and not place.is_relative_to(cache):
+            raise UserError(f"{path} is a link out of its folder, to {place}: put a copy of that file in its place")
+    return found

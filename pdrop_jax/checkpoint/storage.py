@@ -1,0 +1,314 @@
+"""The arrays of a checkpoint folder, in one of two containers.
+
+::
+
+    params/               written by orbax, array by array: any size of model
+    sizes.json            bytes of each file in it, so that one cut short is named before orbax stumbles over it
+    checksums.json        of the arrays
+
+    params.safetensors    in place of the three: one file to ship a small model in, its checksums in its metadata
+
+Both hold the same arrays under the same names, ``stages.0.mlp.up.kernel``. An array without elements, of the empty
+stage before a drop at layer 0, is in neither. Checkpoints of the first release have no checksums; they are read with a
+note on stderr that they are not verified.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import json
+import logging
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pdrop_jax.checkpoint.checksums import Checksums, Stored, checksums, verify
+from pdrop_jax.errors import UserError
+from pdrop_jax.io import check_file, parse_json, read_json
+from pdrop_jax.schema import validated
+
+PARAMS = "params"
+SIZES = "sizes.json"
+CHECKSUMS = "checksums.json"
+SINGLE_FILE = "params.safetensors"
+GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, each call costs some milliseconds
+CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; its buffers would otherwise be as large as the array
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # safetensors' names
+
+Arrays = dict[str, jax.Array]
+Targets = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def is_single_file(folder: pathlib.Path) -> bool:
+    return (folder / SINGLE_FILE).exists()
+
+
+def stored(folder: pathlib.Path) -> dict[str, Any]:
+    """Something with a shape and a dtype for each array in ``folder``, without reading the arrays.
+
+    Raises:
+      UserError: there are none, or they are damaged.
+    """
+    found = _stored_in_file(folder) if is_single_file(folder) else _stored_by_orbax(folder)
+    expected = read_checksums(folder)
+    if expected is not None and expected.keys() != found.keys():
+        name = min(expected.keys() ^ found.keys())
+        raise UserError(
+            f"{folder} is damaged: array {name} {'is missing' if name in expected else 'has no checksum'}; "
+            "copy or convert it again"
+        )
+    return found
+
+
+def read(folder: pathlib.Path, targets: Targets, dtype: Any = None, *, check: bool = True) -> Arrays:
+    """The arrays that ``targets`` names, on the device that it says.
+
+    Read in groups of ``GROUP_BYTES``, for orbax holds twice what it reads in one call.
+
+    Args:
+      targets: in the dtype that is stored, see ``stored``.
+      dtype: to make of them once they are checked; None is their own.
+      check: compare the checksums, if the checkpoint has them.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    wanted = {name: x for name, x in targets.items() if 0 not in x.shape}
+    expected = read_checksums(folder) if check else None
+    if check and expected is None:
+        _note_unverified(folder)
+    read_group = _read_file if is_single_file(folder) else _read_by_orbax
+    arrays: Arrays = {}
+    for names in _groups(wanted):
+        group = read_group(folder, {name: wanted[name] for name in names})
+        if expected is not None:
+            verify(group, expected, str(folder))
+        for name in names:
+            x = group.pop(name)
+            arrays[name] = x if dtype in (None, x.dtype) else jax.block_until_ready(x.astype(dtype))
+            del x
+        trim_memory()
+    empty = {
+        name: jnp.zeros(x.shape, dtype or x.dtype, device=x.sharding) for name, x in targets.items() if 0 in x.shape
+    }
+    return {name: empty[name] if name in empty else arrays[name] for name in targets}
+
+
+def read_checksums(folder: pathlib.Path) -> Checksums | None:
+    """Of every array in ``folder``; None if the checkpoint was written without.
+
+    Raises:
+      UserError: they are damaged.
+    """
+    if is_single_file(folder):
+        return _checksums_of_file(folder / SINGLE_FILE)
+    path = folder / CHECKSUMS
+    return validated(Stored, read_json(path), str(path)) if path.exists() else None
+
+
+def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
+    """Writes (name, array) pairs as ``params/``, one after the other as they come. All processes call it.
+
+    Memory held beyond the arrays that the caller keeps: the largest of them and twice ``GROUP_BYTES``.
+
+    Raises:
+      OSError: the disk is full or may not be written.
+    """
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.use_compression = False  # spares a fifth of bfloat16 weights and makes writing half as fast
+    group: dict[str, Any] = {}
+    found: Checksums = {}
+    with context, _writing(folder):
+        for name, x in arrays:
+            if 0 not in x.shape:
+                group[name] = x
+            del x  # or it would live on while the next one is made
+            if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
+                found |= _save_group(folder, group)
+        found |= _save_group(folder, group)
+        ocp.partial.finalize(folder.absolute() / PARAMS)
+    if jax.process_index() == 0:
+        (folder / CHECKSUMS).write_text(json.dumps(found, indent=2) + "\n")
+        (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
+
+
+def write_single_file(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
+    """Writes (name, array) pairs as ``params.safetensors``, all of them in memory at once.
+
+    Raises:
+      OSError: the disk is full or may not be written.
+    """
+    write_safetensors(folder / SINGLE_FILE, {name: np.asarray(x) for name, x in arrays if 0 not in x.shape})
+
+
+def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes ``arrays`` with their checksums. Raises OSError as ``write`` does."""
+    with _writing(path.parent):
+        metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums(arrays))}
+        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata)
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of a file of ``write_safetensors``.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    expected = _checksums_of_file(path)
+    with _opened(path) as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if expected is not None:
+        if expected.keys() != arrays.keys():
+            raise UserError(f"{path} is damaged: array {min(expected.keys() ^ arrays.keys())} is missing")
+        verify(arrays, expected, str(path))
+    return arrays
+
+
+def trim_memory() -> None:
+    """Gives back what glibc keeps of the buffers that orbax's threads have freed, about as much as the last array."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc, nothing to do
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
+    if not (folder / PARAMS).exists() and not (folder / SIZES).exists():
+        raise UserError(f"{folder} is no checkpoint: it holds no arrays, neither {PARAMS}/ nor {SINGLE_FILE}")
+    expected, sizes = validated(dict[str, int], read_json(folder / SIZES), str(folder / SIZES)), _sizes(folder)
+    damaged = [name for name, size in expected.items() if sizes.get(name) != size]
+    if damaged:
+        raise UserError(
+            f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or of another size, "
+            f"{damaged[0]} is one; copy or convert it again"
+        )
+    with _reading(folder), quiet():
+        tree = ocp.metadata(folder.absolute() / PARAMS).metadata
+        if tree is None:
+            raise ValueError("its array metadata cannot be read")
+    return flatten_dict(tree, sep=".")
+
+
+def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with _reading(folder), quiet(), context:
+        return flatten_dict(ocp.load(folder.absolute() / PARAMS, unflatten_dict(targets, sep=".")), sep=".")
+
+
+def _groups(wanted: Targets) -> Iterator[list[str]]:
+    """Names in runs of about ``GROUP_BYTES``."""
+    group: list[str] = []
+    size = 0
+    for name, x in wanted.items():
+        group.append(name)
+        size += math.prod(x.shape) * x.dtype.itemsize
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> Checksums:
+    found = checksums(group)
+    if group:
+        ocp.partial.save(folder.absolute() / PARAMS, unflatten_dict(group, sep="."))
+        group.clear()
+        trim_memory()
+    return found
+
+
+def _stored_in_file(folder: pathlib.Path) -> dict[str, Any]:
+    with _reading(folder), _opened(folder / SINGLE_FILE) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: jax.ShapeDtypeStruct(tuple(x.get_shape()), DTYPES[x.get_dtype()]) for name, x in slices.items()}
+
+
+def _read_file(folder: pathlib.Path, targets: Targets) -> Arrays:
+    with _reading(folder), _opened(folder / SINGLE_FILE) as file:
+        return {name: jax.device_put(file.get_tensor(name), x.sharding) for name, x in targets.items()}
+
+
+@functools.cache  # once for a folder, however often it is read
+def _note_unverified(folder: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        print(
+            f"note: {folder} was written without checksums, so damage to its arrays goes unnoticed; "
+            f"pdrop export {folder} OUT --format pdrop writes a copy that has them",
+            file=sys.stderr,
+        )
+
+
+def _checksums_of_file(path: pathlib.Path) -> Checksums | None:
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get(CHECKSUMS)
+    where = f"the metadata of {path}"
+    return None if text is None else validated(Stored, parse_json(text, where), where)
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    check_file(path)
+    with _reading(path), safe_open(path, "np") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file makes orbax raise
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"the arrays in {path} cannot be read, convert again or restore a copy: {reason}") from None
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except UserError:
+        raise
+    except (ValueError, SafetensorError) as error:  # how their writers report what the operating system refused
+        raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves it to us to say what went wrong.
+
+    Orbax logs at length what it raises, and closes its event loop under the reads and writes that are still on their
+    way; each of them then complains on stderr from a thread of its own.
+    """
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    except Exception:
+        time.sleep(0.5)  # for them to arrive
+        gc.collect()  # and for what they leave behind
+        raise
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,1 @@
+"""Answers to question files, and their scores."""

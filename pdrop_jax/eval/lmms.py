@@ -1,0 +1,112 @@
+"""pdrop-jax as a model of lmms-eval: every benchmark that it has, with batches and buckets as in ``pdrop eval``.
+
+::
+
+    pip install 'pdrop-jax[lmms-eval]'
+    python -m lmms_eval --model pdrop_jax --model_args pretrained=DIR,layers=8/16/24,ratios=0.5/0.25/0.125 --tasks mme
+
+Tried with lmms-eval 0.7.3, torch 2.13.0 and transformers 5.24.0. Only that program imports this module; torch, which it
+needs, computes nothing here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.eval.batching import answer_all
+from pdrop_jax.eval.questions import Question
+from pdrop_jax.generation.pretrained import DEMO, load
+from pdrop_jax.schedule import parse_schedule
+
+WINDOW = 32  # batches whose pictures are in memory at a time: tasks hand them over decoded
+
+
+class PdropJax(lmms):
+    """The model. Its arguments are those of ``--model_args``; lists are written with slashes.
+
+    Answers are left whole as by lmms-eval's own LLaVA: a task's ``until`` does not cut them.
+
+    Args:
+      pretrained: a checkpoint's folder; None is the demo model.
+      layers: "8/16/24", or "none" to drop nothing, or a name in ``schedule.PRESETS``; None is the checkpoint's own.
+      ratios: "0.5/0.25/0.125".
+      score: a name in ``model.scores``.
+      dtype: "float32" or "bfloat16"; None is the checkpoint's own.
+      quantize: "int8" or None.
+      batch_size: ``--batch_size``.
+      max_batch_size, device: lmms-eval hands them to every model; not used.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        layers: str | int | None = None,
+        ratios: str | float | None = None,
+        score: str | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        quantize: Literal["int8"] | None = None,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = load(
+            pretrained or DEMO, parse_schedule(words(layers), words(ratios), score), dtype, quantize=quantize
+        )
+        self.batch_size = int(batch_size)
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """An answer to each request, in their order."""
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="answering", unit=" questions", disable=self.rank != 0) as bar:
+            for settings, numbers in self._windows(requests):
+                questions = [self._question(requests[n]) for n in numbers]
+                for asked, generation in answer_all(self.model, questions, batch_size=self.batch_size, **settings):
+                    for at, text in zip(asked, generation.texts, strict=True):
+                        context, kwargs = requests[numbers[at]].args[:2]
+                        self.cache_hook.add_partial("generate_until", (context, kwargs), text)
+                        texts[numbers[at]] = text
+                    bar.update(len(asked))
+        return texts
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Raises UserError: the next question of such a task depends on the answer to the last."""
+        raise UserError("pdrop_jax does not answer tasks of several rounds: choose tasks that generate_until")
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Raises UserError: answers are generated, not ranked."""
+        raise UserError("pdrop_jax does not rank given answers: choose tasks that generate_until")
+
+    def _windows(self, requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Positions of requests that are answered together, with what they ask of ``answer_all``."""
+        alike: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            alike.setdefault(tuple(settings_of(request.args[1]).items()), []).append(number)
+        size = self.batch_size * WINDOW
+        for settings, numbers in alike.items():
+            yield from ((dict(settings), numbers[at : at + size]) for at in range(0, len(numbers), size))
+
+    def _question(self, request: Instance) -> Question:
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        visuals = visuals if isinstance(visuals, list | tuple) else [visuals]
+        return Question(doc_id, context, tuple(x for x in visuals if x is not None), where=f"task {task}")
+
+
+def settings_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's ``generation_kwargs`` as arguments of ``answer_all``; what it leaves out is greedy, 128 tokens."""
+    settings = {"max_new_tokens": int(kwargs.get("max_new_tokens") or 128)}
+    if kwargs.get("temperature") and kwargs.get("do_sample", True):
+        settings |= {name: kwargs[name] for name in ("temperature", "top_k", "top_p") if kwargs.get(name)}
+    return settings
+
+
+def words(value: str | int | float | None) -> list[str] | None:
+    """ "8/16" -> ["8", "16"]; lmms-eval reads a number alone as a number."""
+    return None if value is None else str(value).split("/")

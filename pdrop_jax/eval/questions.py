@@ -1,0 +1,165 @@
+"""Files of questions and answers: LLaVA's JSON lines, and its JSON list of conversations (ScienceQA)."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.chat_template import IMAGE_TAG, without_tags
+from pdrop_jax.inputs.images import Picture
+from pdrop_jax.io import inside, parse_json, read_bytes, read_json
+
+MOST_NAMES = 3  # of an error message
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question to a model.
+
+    Attributes:
+      id: usually unique; that of LLaVA's TextVQA and MME is the name of the picture, which is asked about repeatedly.
+      text: with one ``<image>`` tag for each of ``images``, or without any.
+      fields: everything else that the file says of it.
+      where: "file line 3", for messages.
+    """
+
+    id: str | int
+    text: str
+    images: tuple[Picture, ...] = ()
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    where: str = ""
+
+
+def read_questions(
+    path: str | os.PathLike, images: str | os.PathLike = "", outside_images: bool = False
+) -> list[Question]:
+    """The questions of a file, in its order.
+
+    A line is ``{"question_id", "text", "image", …}``, where ``image`` is a file in the folder ``images``, a list of
+    them, or absent. Of a record of a JSON list ``{"id", "conversations", "image", …}`` the first question is taken.
+
+    Args:
+      outside_images: whether a picture may lie outside ``images``, as ``../1.png`` does.
+
+    Raises:
+      UserError: the file or a picture is not there, a line is malformed, an id stands twice and is not the name of its
+        picture, a picture lies outside its folder, or there are not as many tags as pictures.
+    """
+    folder = pathlib.Path(images)
+    questions = [_question(record, where, folder, outside_images) for where, record in _records(pathlib.Path(path))]
+    if not questions:
+        raise UserError(f"{path} holds no questions")
+    seen: dict[str, Question] = {}
+    for question in questions:
+        first = seen.setdefault(str(question.id), question)
+        if first is not question and not _names_its_picture(question):
+            raise UserError(f"{question.where}: question_id {question.id!r} is that of {first.where} too")
+    _check_pictures(questions)
+    return questions
+
+
+def read_lines(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line of a JSON-lines file; blank ones are skipped.
+
+    Raises:
+      UserError: the file cannot be read, or a line is no JSON object.
+    """
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if line.strip():
+            yield number, parse(line, f"{path} line {number}")
+
+
+def parse(line: bytes, where: str) -> dict[str, Any]:
+    """The object of one line.
+
+    Raises:
+      UserError: it is none.
+    """
+    record = parse_json(line, where)
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is malformed: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def value(record: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], where: str) -> Any:
+    """``record[key]``.
+
+    Raises:
+      UserError: it is missing, or of none of ``kinds``.
+    """
+    if not isinstance(record, dict) or key not in record:
+        raise UserError(f"{where} has no {key!r}")
+    found = record[key]
+    if not isinstance(found, kinds) or isinstance(found, bool):
+        raise UserError(f"{where}: {key!r} is {json.dumps(found)[:60]}, which is not what is expected there")
+    return found
+
+
+def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if read_bytes(path).lstrip()[:1] != b"[":
+        yield from ((f"{path} line {number}", record) for number, record in read_lines(path))
+        return
+    for number, record in enumerate(read_json(path, list), 1):
+        where = f"{path} record {number}"
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is malformed: expected a JSON object, got {type(record).__name__}")
+        yield where, {"question_id": value(record, "id", (str, int), where), **_asked(record, where)}
+
+
+def _asked(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A record of LLaVA's conversations with its first question as text, as llava.eval.model_vqa_science asks it."""
+    first = (value(record, "conversations", list, where) or [None])[0]
+    if not isinstance(first, dict):
+        raise UserError(f"{where}: its conversation is empty")
+    text = without_tags(value(first, "value", str, where)).strip()
+    rest = {key: item for key, item in record.items() if key != "id"}
+    return {**rest, "text": f"{IMAGE_TAG}\n{text}" if record.get("image") else text}
+
+
+def _question(record: dict[str, Any], where: str, images: pathlib.Path, outside_images: bool) -> Question:
+    fields = dict(record)
+    question_id = value(fields, "question_id", (str, int), where)
+    text = value(fields, "text", str, where)
+    names = fields.get("image")
+    names = [] if names is None else names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{where}: 'image' is neither the name of a file nor a list of such names")
+    outside = [] if outside_images else [name for name in names if not inside(images, name)]
+    if outside:
+        raise UserError(
+            f"{where}: the picture {outside[0]!r} lies outside the folder {images}: name another folder, --images DIR, "
+            "or allow it with --outside-images"
+        )
+    tags = text.count(IMAGE_TAG)
+    if tags not in (0, len(names)):
+        raise UserError(
+            f"{where}: question {question_id!r} has {tags} <image> tags but {len(names)} pictures: name one for each"
+        )
+    for key in ("question_id", "text", "image"):
+        fields.pop(key, None)
+    return Question(question_id, text, tuple(images / name for name in names), fields, where)
+
+
+def _names_its_picture(question: Question) -> bool:
+    names = [pathlib.Path(str(image)) for image in question.images[:1]]
+    return any(pathlib.PurePosixPath(str(question.id)).name in (name.name, name.stem) for name in names)
+
+
+def _check_pictures(questions: list[Question]) -> None:
+    there: dict[Any, bool] = {}
+    missing = []
+    for question in questions:
+        for image in question.images:
+            if image not in there:
+                there[image] = os.path.isfile(str(image))
+            if not there[image]:
+                missing.append(f"{image} of question {question.id!r}, {question.where}")
+    if missing:
+        more = f", and {len(missing) - MOST_NAMES} more" if len(missing) > MOST_NAMES else ""
+        raise UserError(
+            f"{len(missing)} pictures are not there: {'; '.join(missing[:MOST_NAMES])}{more}; "
+            "name the folder they are in, --images DIR"
+        )

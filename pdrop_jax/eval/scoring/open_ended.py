@@ -1,0 +1,140 @@
+"""TextVQA, VQAv2 and GQA: short answers in the model's own words."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.eval.questions import value
+from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read_answers
+from pdrop_jax.eval.scoring.normalise import evalai, without_articles, without_punctuation
+from pdrop_jax.io import read_json
+
+ENOUGH = 3  # people who gave an answer make it wholly right
+
+
+def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """VQA's accuracy of an answer among those of several people, each left out in turn.
+
+    With one person left out, ``min(1, matches among the others / 3)``; of this the mean. Of ten people two who gave the
+    answer make 0.6, three 0.9, four 1.
+    """
+    matches = sum(truth == answer for truth in truths)
+    among = [matches - (truth == answer) for truth in truths]
+    return mean([min(1.0, others / ENOUGH) for others in among])
+
+
+def score_textvqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
+    """TextVQA as ``llava.eval.eval_textvqa``: answers and truths normalised as EvalAI does, then ``soft_accuracy``.
+
+    Args:
+      answers: an answer file; its question ids are those of the pictures, and the prompt tells their questions apart.
+      annotations: TextVQA_0.5.1_val.json.
+
+    Raises:
+      UserError: a file is malformed, or answers and annotations are not of the same questions.
+    """
+    path = pathlib.Path(annotations)
+    truths = {}
+    wanted = []
+    for number, item in enumerate(_records(read_json(path), "data", path), 1):
+        where = f"{path} record {number}"
+        question = value(item, "question", str, where).lower()
+        key = (str(value(item, "image_id", (str, int), where)), question)
+        truths[key] = [evalai(str(truth)) for truth in value(item, "answers", list, where)]
+        wanted.append(key)
+    found = read_answers(answers)
+    keys = [(answer.id, textvqa_question(answer.prompt).lower()) for answer in found]
+    check_complete(answers, keys, wanted)
+    scores = [soft_accuracy(evalai(answer.text), truths[key]) for answer, key in zip(found, keys, strict=True)]
+    return ScoreReport("textvqa", len(scores), {"accuracy": mean(scores)})
+
+
+def textvqa_question(prompt: str) -> str:
+    """The question in a prompt of LLaVA's, among OCR tokens or before what it tells the model to do."""
+    if prompt.startswith("OCR tokens: "):
+        asked = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
+        return asked[1] if asked else prompt
+    first, *rest = prompt.split("\n")
+    return rest[0] if rest and first.startswith("Reference OCR token:") else first
+
+
+def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
+    """VQAv2: an answer as LLaVA submits it, normalised as EvalAI does, scored as the official evaluation does.
+
+    That normalises truths, and the answer once more, only where people disagree.
+
+    Args:
+      annotations: v2_mscoco_val2014_annotations.json.
+
+    Raises:
+      UserError: a file is malformed, or answers and annotations are not of the same questions.
+    """
+    path = pathlib.Path(annotations)
+    records = {}
+    for number, item in enumerate(_records(read_json(path), "annotations", path), 1):
+        records[str(value(item, "question_id", (str, int), f"{path} record {number}"))] = item
+    found = read_answers(answers)
+    check_complete(answers, [answer.id for answer in found], records)
+    scores: list[float] = []
+    types: dict[str, list[float]] = {}
+    for answer in found:
+        where = f"{path} question {answer.id}"
+        people = value(records[answer.id], "answers", list, where)
+        truths = [_on_one_line(value(person, "answer", str, where)) for person in people]
+        text = evalai(answer.text)
+        if len(set(truths)) > 1:
+            truths = [without_articles(without_punctuation(truth)) for truth in truths]
+            text = without_articles(without_punctuation(text))
+        scores.append(soft_accuracy(text.lower(), [truth.lower() for truth in truths]))
+        types.setdefault(str(records[answer.id].get("answer_type", "other")), []).append(scores[-1])
+    groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in sorted(types.items())}
+    return ScoreReport("vqav2", len(scores), {"accuracy": mean(scores)}, groups)
+
+
+def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
+    """GQA: the share of balanced questions whose answer, in lower case without a full stop at its end, is the truth.
+
+    As ``convert_gqa_for_eval`` and GQA's own ``eval``, whose questions of the structural type "query" are the open
+    ones. Its consistency, validity, plausibility and grounding need files that LLaVA's evaluation does not use.
+
+    Args:
+      annotations: testdev_balanced_questions.json.
+
+    Raises:
+      UserError: a file is malformed, or answers and annotations are not of the same questions.
+    """
+    path = pathlib.Path(annotations)
+    questions = read_json(path)
+    found = read_answers(answers)
+    check_complete(answers, [answer.id for answer in found], questions)
+    right: dict[str, list[float]] = {"binary": [], "open": []}
+    for answer in found:
+        question, where = questions[answer.id], f"{path} question {answer.id}"
+        truth = value(question, "answer", str, where)
+        balanced = question.get("isBalanced", True)
+        if not isinstance(balanced, bool):
+            raise UserError(f"{where}: 'isBalanced' is {json.dumps(balanced)[:60]}, expected true or false")
+        if balanced:
+            structure = value(question, "types", dict, where).get("structural")
+            right["open" if structure == "query" else "binary"].append(answer.text.rstrip(".").lower() == truth)
+    if not any(right.values()):
+        raise UserError(f"{path} holds no balanced question, and no others are scored")
+    groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in right.items()}
+    return ScoreReport(
+        "gqa", sum(map(len, right.values())), {"accuracy": mean([*right["binary"], *right["open"]])}, groups
+    )
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _records(data: Mapping[str, Any], key: str, path: pathlib.Path) -> list[Mapping[str, Any]]:
+    records = data.get(key)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path} is malformed: expected an object with a list of records, {key!r}")
+    return records

@@ -1,0 +1,1 @@
+"""Answers: load a checkpoint, generate, chat."""

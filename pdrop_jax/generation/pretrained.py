@@ -1,0 +1,77 @@
+"""A checkpoint in memory, ready to answer."""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from pdrop_jax.checkpoint import load as load_checkpoint
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.model.layers import Params
+from pdrop_jax.model.params import restage, unstack
+from pdrop_jax.model.scores import find_score
+from pdrop_jax.schedule import DropSchedule
+
+DEMO = pathlib.Path(__file__).parent / "demo"  # the small trained model that comes with the package
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint; ``mesh`` is None on one device."""
+
+    config: LlavaConfig
+    params: Params
+    processor: Processor
+    mesh: Mesh | None = None
+
+
+def load(
+    folder: str | pathlib.Path = DEMO,
+    schedule: DropSchedule | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    quantize: Literal["int8"] | None = None,
+    verify: bool = True,
+) -> Model:
+    """Loads a converted or trained checkpoint.
+
+    Args:
+      folder: without it the demo model.
+      schedule: None is the checkpoint's own.
+      dtype: of parameters and activations, float32 or bfloat16; None is the checkpoint's own.
+      mesh: devices to share the work, see ``sharding.make_mesh``; None is one device.
+      quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantization``; activations stay
+        ``dtype``.
+      verify: compare every array with its checksum, see ``checksums``.
+
+    Raises:
+      UserError: the folder is no checkpoint, it is damaged, the schedule does not fit the decoder, or ``quantize`` is
+        something else.
+    """
+    if folder == DEMO and not DEMO.exists():
+        raise UserError("this installation has no demo model: name the folder of a checkpoint, --model DIR")
+    config, params = load_checkpoint(
+        pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
+    )
+    processor = Processor.load(pathlib.Path(folder), config)
+    # Quantized stacks are scanned on a CPU too: of a list of layers XLA makes all the plain weights at once.
+    if jax.default_backend() == "cpu" and mesh is None and not quantize:
+        params = unstack(params)
+    return Model(config, params, processor, mesh)
+
+
+def reschedule(model: Model, schedule: DropSchedule) -> Model:
+    """``model`` with the stage boundaries of another schedule, its arrays shared where they need not be cut anew.
+
+    Raises:
+      UserError: the schedule does not fit the decoder, or its score the model.
+    """
+    config = dataclasses.replace(model.config, schedule=schedule)
+    find_score(config)
+    params = restage(model.params, model.config, schedule)
+    processor = dataclasses.replace(model.processor, config=config)
+    return dataclasses.replace(model, config=config, params=params, processor=processor)

@@ -1,0 +1,71 @@
+"""What drops did to the images of a batch, as lists: by row, stage boundary and image."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.model.decoder import Drop
+
+
+def kept_tokens(batch: Batch, drops: Sequence[Drop]) -> list[list[list[list[int]]]]:
+    """[row][stage boundary][image] -> indices within the image of the tokens that stayed."""
+
+    def stayed(row: int, at: Drop, image: int, slots: np.ndarray) -> list[int]:
+        return (at.index[row][at.keep[row] & (at.image_id[row] == image)] - slots[0]).tolist()
+
+    return _by_image(batch, drops, stayed)
+
+
+def token_scores(batch: Batch, drops: Sequence[Drop]) -> list[list[list[np.ndarray]]]:
+    """[row][stage boundary][image] -> (n,) float32 scores of the image's tokens, NaN of those gone before."""
+
+    def scored(row: int, at: Drop, image: int, slots: np.ndarray) -> np.ndarray:
+        scores, here = np.full(len(slots), np.nan, np.float32), at.image_id[row] == image
+        scores[at.index[row][here] - slots[0]] = at.scores[row][here]
+        return scores
+
+    return _by_image(batch, drops, scored)
+
+
+def _by_image(batch: Batch, drops: Sequence[Drop], found: Callable[..., Any]) -> list[list[list[Any]]]:
+    """[row][stage boundary][image] of ``found(row, drop, image, slots of the image's tokens)``."""
+    rows = []
+    for row, image_id in enumerate(np.asarray(batch.image_id)):
+        slots = {int(m): np.flatnonzero(image_id == m) for m in np.unique(image_id) if m}
+        rows.append([[found(row, at, m, where) for m, where in slots.items()] for at in drops])
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Answers of a batch and what they took.
+
+    Attributes:
+      texts: one answer for each row.
+      token_ids: new tokens of each row, without the stop token.
+      stage_lengths: [row][stage], valid tokens that the stage saw of the prompt.
+      image_tokens: [row][image], tokens before the first drop.
+      kept: [row][stage boundary][image], indices of the image tokens that stayed, counted within the image.
+      scores: [row][stage boundary][image], float32 score of each of the image's tokens; NaN where it had gone before.
+      first_logits: (B, V) float32 on the device, what the first new token is drawn from.
+      compile_seconds: 0 when the shapes were seen before.
+      prefill_seconds: up to the first new token.
+      decode_seconds: all tokens after the first.
+      cache_bytes: size of the KV caches of the whole batch.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    stage_lengths: list[list[int]]
+    image_tokens: list[list[int]]
+    kept: list[list[list[list[int]]]]
+    scores: list[list[list[np.ndarray]]]
+    first_logits: jax.Array
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: int

@@ -1,0 +1,149 @@
+"""Rows of token ids and images laid out as the arrays of a Batch."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from pdrop_jax.batch import IGNORE, Batch, Bucket
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import NEWLINE, ImageTokens
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a batch before it is laid out.
+
+    Attributes:
+      ids: token ids; IMAGE_PLACEHOLDER stands for a whole image.
+      images: one for each placeholder, in order.
+      labels: in training, for each of ``ids`` the id itself where it is a target, IGNORE elsewhere.
+    """
+
+    ids: Sequence[int] | np.ndarray
+    images: Sequence[ImageTokens] = ()
+    labels: Sequence[int] | np.ndarray | None = None
+
+
+def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: int = 1) -> Batch:
+    """Lay out rows as the arrays of a Batch: B = len(rows), Q = queries.
+
+    The crops of a row's images lie one after another. B is not rounded up: a caller who varies it pays one compilation
+    for each B.
+
+    Without labels the query row is the last slot of the prompt. If any row has labels, the batch has, and the query
+    rows of a row are the slots right before each run of targets; a row without target has its last text slot.
+
+    Raises:
+      UserError: no rows, an empty row, a row that does not fit, placeholders and images that differ in number, crops of
+        another size than the vision tower's, an id outside the vocabulary, labels that are not as many as the ids.
+    """
+    if not rows:
+        raise UserError("a batch needs at least one prompt, got none")
+    B, S, C, size = len(rows), bucket.slots, bucket.crops, config.vision.image_size
+    T = 4 if any(image.weight is not None for row in rows for image in row.images) else config.features_per_token
+    token_ids = np.zeros((B, S), np.int32)
+    feature_index = np.full((B, S, T), -1, np.int32)
+    feature_weight = np.zeros((B, S, T), np.float32)
+    image_id = np.zeros((B, S), np.int32)
+    length = np.zeros(B, np.int32)
+    crops = np.zeros((B, C, size, size, 3), np.float32)
+    query_rows = np.full((B, queries), -1, np.int32)
+    labels = np.full((B, S), IGNORE, np.int32) if any(row.labels is not None for row in rows) else None
+    for b, row in enumerate(rows):
+        _check_row(b + 1, row, config, bucket)
+        ids, images = expand(row.ids, [len(image) for image in row.images])
+        n = length[b] = len(ids)
+        token_ids[b, :n], image_id[b, :n] = ids, images
+        used = 0
+        for m, image in enumerate(row.images, 1):
+            index, feature_weight[b, :n][images == m] = image.widened(T)
+            first, features = 0, config.image_tokens
+            if image.video and config.frame_tokens:
+                first, features = C * config.image_tokens, config.frame_tokens
+            newline = C * (config.image_tokens + config.frame_tokens)
+            feature_index[b, :n][images == m] = np.where(index == NEWLINE, newline, first + used * features + index)
+            crops[b, used : used + len(image.crops)] = image.crops
+            used += len(image.crops)
+        found = np.array([n - 1])
+        if labels is not None:
+            if row.labels is not None:
+                labels[b, :n][images == 0] = np.asarray(row.labels, np.int32)[np.asarray(row.ids) != IMAGE_PLACEHOLDER]
+            found = _query_rows(labels[b, :n], images)
+        if len(found) > queries:
+            raise UserError(f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}")
+        query_rows[b, : len(found)] = found
+    weight = feature_weight if T > 1 else None
+    return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket, weight)
+
+
+def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Give each placeholder the slots of its image.
+
+    For ``[1, 7, -200, 8]`` and an image of 3 tokens::
+
+      token_ids  1  7  0  0  0  8
+      image_id   0  0  1  1  1  0
+
+    Args:
+      sizes: tokens of each image.
+
+    Returns:
+      token_ids and image_id of one row, int32, as long as the row gets.
+    """
+    row = np.asarray(ids, np.int32)
+    is_image = row == IMAGE_PLACEHOLDER
+    slots = np.ones(len(row), int)
+    slots[is_image] = sizes
+    in_image = np.repeat(is_image, slots)
+    token_ids = np.where(in_image, 0, np.repeat(row, slots))
+    image_id = np.where(in_image, np.repeat(np.cumsum(is_image), slots), 0)
+    return token_ids.astype(np.int32), image_id.astype(np.int32)
+
+
+def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
+    """Slots right before a run of targets, ascending; the last text slot if there is no run. Both arguments (n,) int32.
+
+    A target in slot 0 begins no run: nothing stands before it.
+    """
+    target = labels != IGNORE
+    found = np.flatnonzero(target[1:] & ~target[:-1])
+    if len(found):
+        return found
+    text = np.flatnonzero(image_id == 0)
+    return text[-1:] if len(text) else np.array([len(labels) - 1])
+
+
+def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> None:
+    ids, size, vocab_size = np.asarray(row.ids), config.vision.image_size, config.text.vocab_size
+    placeholders = int((ids == IMAGE_PLACEHOLDER).sum())
+    text = ids[ids != IMAGE_PLACEHOLDER]
+    if not len(ids):
+        raise UserError(f"prompt {number} has no tokens")
+    if row.labels is not None and len(row.labels) != len(ids):
+        raise UserError(f"prompt {number} has {len(ids)} tokens but {len(row.labels)} labels")
+    if placeholders != len(row.images):
+        raise UserError(f"prompt {number} has {placeholders} image placeholders but {len(row.images)} pictures")
+    if len(text) > bucket.text or placeholders > len(bucket.images):
+        raise UserError(
+            f"prompt {number} has {len(text)} text tokens and {placeholders} images, but its bucket holds "
+            f"{bucket.text} and {len(bucket.images)}"
+        )
+    tokens, crops = [len(image) for image in row.images], sum(len(image.crops) for image in row.images)
+    if crops > bucket.crops or any(n > most for n, most in zip(tokens, bucket.images, strict=False)):
+        raise UserError(
+            f"prompt {number} has images of {tokens} tokens in {crops} crops, but its bucket holds "
+            f"{list(bucket.images)} in {bucket.crops}"
+        )
+    if len(text) and not 0 <= text.min() <= text.max() < vocab_size:
+        raise UserError(
+            f"prompt {number} has token ids {text.min()}..{text.max()} but the model knows 0..{vocab_size - 1}: "
+            "the tokenizer belongs to another model"
+        )
+    for image in row.images:
+        if image.crops.shape[1:] != (size, size, 3):
+            raise UserError(
+                f"prompt {number} has crops of shape {image.crops.shape[1:]}, the vision tower takes {size, size, 3}"
+            )

@@ -1,0 +1,210 @@
+"""The whole model as pure functions: pixels and ids -> embeddings -> stages -> logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.model.attention import Implementation, aligned
+from pdrop_jax.model.cache import StageCache
+from pdrop_jax.model.decoder import Drop, run_stages, run_token
+from pdrop_jax.model.drop import TokenBuffer
+from pdrop_jax.model.layers import Params, Remat, RMSNorm, bind
+from pdrop_jax.model.scores import find_score
+from pdrop_jax.model.vision import image_features
+from pdrop_jax.sharding import constrain, explicit
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Output:
+    """Result of ``forward`` and ``forward_hidden``.
+
+    Attributes:
+      logits: (B, S_last, V) float32, over the last stage's buffer; garbage on padding. None from ``forward_hidden``.
+      buffer: the last stage's tokens; ``hidden`` is after the final norm.
+      lengths: (B,) int32 for each stage, its valid slots.
+      drops: one for each stage boundary.
+      hidden: each stage's layer inputs (L_s, B, S_s, D), if asked for.
+    """
+
+    logits: jax.Array | None
+    buffer: TokenBuffer
+    lengths: tuple[jax.Array, ...]
+    drops: tuple[Drop, ...]
+    hidden: list[jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DecodeState:
+    """What a decode step needs of the prefill.
+
+    Attributes:
+      caches: one for each stage, None for a stage without layers.
+      lengths: (B,) int32 for each stage, its valid slots after the prefill.
+    """
+
+    caches: tuple[StageCache | None, ...]
+    lengths: tuple[jax.Array, ...]
+
+
+def embed(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    slots: int,
+    implementation: Implementation = "auto",
+    remat: Remat = "none",
+) -> TokenBuffer:
+    """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
+    hidden, attention = embed_tokens(params, batch.token_ids), None
+    if batch.crops.shape[1]:
+        follows = find_score(config).class_attention
+        features, seen = image_features(config, params, jnp.asarray(batch.crops), implementation, remat, follows)
+        index = jnp.asarray(batch.feature_index)
+        hidden = jnp.where(index[..., :1] >= 0, _pick(features, index, batch.feature_weight), hidden)
+        if seen is not None:
+            attention = jnp.where(index[..., 0] >= 0, _pick(seen, index, batch.feature_weight)[..., 0], 0.0)
+    return buffer_of(config, batch, hidden, slots, attention)
+
+
+def buffer_of(
+    config: LlavaConfig, batch: Batch, hidden: jax.Array, slots: int, attention: jax.Array | None = None
+) -> TokenBuffer:
+    """The batch's tokens with ``hidden`` (B, S, D) before any drop, padded to ``slots`` slots.
+
+    Args:
+      attention: (B, S) float32, that of the class tokens.
+    """
+    B, S = batch.token_ids.shape
+    image_id = jnp.asarray(batch.image_id)
+    image_count = (image_id[:, None] == jnp.arange(len(batch.bucket.images) + 1)[:, None]).sum(-1)  # (B, M + 1)
+
+    hint = find_score(config).hint if batch.bucket.images else None
+
+    def pad(x: jax.Array, value: int = 0) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, slots - S)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+
+    return TokenBuffer(
+        hidden=constrain(pad(hidden), "batch", None, None),
+        image_id=pad(image_id),
+        index=jnp.broadcast_to(jnp.arange(slots), (B, slots)),
+        length=jnp.asarray(batch.length),
+        query_rows=jnp.asarray(batch.query_rows),
+        image_count=image_count,
+        labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), -100),
+        hint=None if hint is None else pad(hint(config, batch, attention)),
+    )
+
+
+def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | None) -> jax.Array:
+    """Features (B, P, D) at ``index`` (B, S, T), blended by ``weight`` (B, S, T) float32 -> (B, S, D)."""
+    B, S, T = index.shape
+    picked = jnp.take_along_axis(features, jnp.maximum(index, 0).reshape(B, S * T, 1), axis=1)
+    if weight is None:
+        return picked
+    blended = picked.reshape(B, S, T, -1) * jnp.asarray(weight)[..., None]
+    return blended.sum(2).astype(features.dtype)
+
+
+def embed_tokens(params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
+    """Token ids (B, T) -> (B, T, D)."""
+    ids = jnp.asarray(ids)
+    table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
+    cut = explicit((*ids.shape, table.shape[-1]), "batch", None, None)
+    return constrain(jnp.asarray(table).at[ids].get(out_sharding=cut), "batch", None, None)
+
+
+def unembed(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Normed hidden states (B, T, D) -> (B, T, V) float32."""
+    if config.text.tie_embeddings:
+        kernel, spec = params["embed"]["embedding"], "BTD,VD->BTV"
+    else:
+        kernel, spec = params["head"]["kernel"], "BTD,DV->BTV"
+    return jnp.einsum(spec, x, kernel, preferred_element_type=jnp.float32)
+
+
+def final_norm(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
+    return bind(RMSNorm, config.text.hidden_size, config.text.norm_eps, params=params["norm"])(x)
+
+
+def forward_hidden(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    implementation: Implementation = "auto",
+    remat: Remat = "none",
+    keep_hidden: bool = False,
+) -> Output:
+    """Everything but the head, without caches; ``logits`` is None."""
+    plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
+    buffer = embed(config, params, batch, plan[0].slots, implementation, remat)
+    buffer, _, lengths, drops, hidden = run_stages(
+        config,
+        params["stages"],
+        plan,
+        buffer,
+        batch.bucket.images,
+        implementation=implementation,
+        remat=remat,
+        keep_hidden=keep_hidden,
+    )
+    x = final_norm(config, params, buffer.hidden)
+    return Output(None, dataclasses.replace(buffer, hidden=x), lengths, drops, hidden)
+
+
+def forward(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    implementation: Implementation = "auto",
+    keep_hidden: bool = False,
+) -> Output:
+    """All logits of the last stage, without caches."""
+    output = forward_hidden(config, params, batch, implementation=implementation, keep_hidden=keep_hidden)
+    return dataclasses.replace(output, logits=unembed(config, params, output.buffer.hidden))
+
+
+def prefill(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    new_slots: int,
+    *,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, DecodeState, tuple[Drop, ...]]:
+    """Runs the prompts and fills the caches.
+
+    Args:
+      new_slots: cache slots for tokens to come.
+
+    Returns:
+      (logits (B, V) float32 after the last prompt token, state for ``decode_step``, drops).
+    """
+    plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
+    buffer = embed(config, params, batch, plan[0].slots, implementation)
+    buffer, caches, lengths, drops, _ = run_stages(
+        config, params["stages"], plan, buffer, batch.bucket.images, new_slots=new_slots, implementation=implementation
+    )
+    return next_logits(config, params, buffer), DecodeState(caches, lengths), drops
+
+
+def next_logits(config: LlavaConfig, params: Params, buffer: TokenBuffer) -> jax.Array:
+    """Logits (B, V) float32 after the last token of each row, from what left the last layer."""
+    last = jnp.take_along_axis(buffer.hidden, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, D)
+    return unembed(config, params, final_norm(config, params, last))[:, 0]
+
+
+def decode_step(
+    config: LlavaConfig, params: Params, tokens: jax.Array, state: DecodeState, step: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+    """Logits (B, V) float32 after ``tokens`` (B,) int32, the (step + 1)-th new token of each row."""
+    x = embed_tokens(params, tokens[:, None])
+    x, caches = run_token(config, params["stages"], x, state.caches, state.lengths, step)
+    logits = unembed(config, params, final_norm(config, params, x))
+    return logits[:, 0], dataclasses.replace(state, caches=caches)

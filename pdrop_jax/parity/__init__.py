@@ -1,0 +1,1 @@
+"""Recorded vectors of the PyTorch code, replayed."""

@@ -1,0 +1,84 @@
+"""Rows of ``pdrop check``: the worst of what was found in a case, and the tolerances it is held to."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+TOLERANCE = {"hidden": 1e-4, "scores": 5e-6, "logits": 1e-4, "pixels": 1e-5, "loss": 1e-5, "gradients": 1e-4}  # float32
+
+Figures = dict[str, Any]  # some of Comparison's fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Worst figures of a case; None where it records nothing of the kind.
+
+    Attributes:
+      hidden: largest absolute difference of hidden states.
+      scores: of ranking scores.
+      logits: of logits.
+      pixels: of picture statistics.
+      loss: of the loss.
+      gradients: the same, over the reference's largest value plus 0.01, so that 1e-4 is 1e-4 * absmax + 1e-6.
+      kept: every kept image token equal.
+      tokens: every token equal.
+      labels: every target of a training row equal.
+      text: every rendered prompt equal.
+    """
+
+    case: str
+    hidden: float | None = None
+    scores: float | None = None
+    logits: float | None = None
+    pixels: float | None = None
+    loss: float | None = None
+    gradients: float | None = None
+    kept: bool | None = None
+    tokens: bool | None = None
+    labels: bool | None = None
+    text: bool | None = None
+
+    @classmethod
+    def worst(cls, case: str, found: Sequence[Figures]) -> "Comparison":
+        fields: Figures = {}
+        for name in {name for figures in found for name in figures}:
+            values = [figures[name] for figures in found if name in figures]
+            fields[name] = all(values) if isinstance(values[0], bool) else max(values)
+        return cls(case, **fields)
+
+    @property
+    def ok(self) -> bool:
+        """Something was compared, all of it is equal or within tolerance."""
+        found = {
+            name: value for name, value in dataclasses.asdict(self).items() if name != "case" and value is not None
+        }
+        # Written so that a NaN is out of tolerance.
+        return bool(found) and all(v if isinstance(v, bool) else v <= TOLERANCE[name] for name, v in found.items())
+
+
+def error(ours: Any, theirs: np.ndarray) -> float:
+    """Largest absolute difference; infinite if the shapes differ, so that nothing is compared by broadcasting."""
+    ours = np.asarray(ours, np.float32)
+    if ours.shape != theirs.shape:
+        return float("inf")
+    difference = np.abs(ours - theirs).max(initial=0.0)
+    return float("inf") if np.isnan(difference) else float(difference)
+
+
+def table(rows: Sequence[Comparison]) -> str:
+    """A line for each case, columns aligned; ``-`` where a case records nothing."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, bool):
+            return "equal" if value else "DIFFERS"
+        return f"{value:.1e}"
+
+    names = ["hidden", "scores", "logits", "pixels", "loss", "gradients", "kept", "tokens", "labels", "text"]
+    lines = [["case", *names, ""]]
+    lines += [[row.case, *(cell(getattr(row, name)) for name in names), "ok" if row.ok else "FAIL"] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)

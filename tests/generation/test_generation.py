@@ -1,0 +1,284 @@
+"""Generation: what is drawn, when it stops, and that nothing is compiled twice."""
+
+import collections
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.engine import generate, generate_batch
+from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.generation.sampling import Sampling, sample
+from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.model import vlm
+from pdrop_jax.model.params import abstract_params
+from pdrop_jax.schedule import DropSchedule
+
+TOKENIZER = pathlib.Path(__file__).parents[2] / "examples/tiny_tokenizer"
+CONFIG = LlavaConfig(
+    VisionConfig(28, 7, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),  # 16 image tokens
+    TextConfig(320, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_length=256),
+    DropSchedule((1,), (0.3,)),
+    template="plain",
+    eos_token_ids=(1, 2),
+)
+RED, BLUE = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 30), "blue")
+PROMPTS, IMAGES = ["What is it?", "Say more"], [RED, None]
+GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+
+
+@functools.cache
+def model(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(0.3 * rng.standard_normal(leaf.shape), dtype)
+
+    return Model(CONFIG, jax.tree.map(draw, abstract_params(CONFIG)), Processor.load(TOKENIZER, CONFIG))
+
+
+@functools.cache
+def greedy(max_new_tokens=12):
+    return generate(model(), PROMPTS, IMAGES, max_new_tokens=max_new_tokens)
+
+
+def test_greedy_takes_the_best_token_of_each_step():
+    batch = model().processor(PROMPTS, IMAGES)
+    prefill = jax.jit(functools.partial(vlm.prefill, CONFIG, new_slots=8))
+    step = jax.jit(functools.partial(vlm.decode_step, CONFIG))
+    logits, state, _ = prefill(model().params, batch)
+    tokens = [logits.argmax(-1).astype(jnp.int32)]
+    for n in range(7):
+        logits, state = step(model().params, tokens[-1], state, jnp.int32(n))
+        tokens.append(logits.argmax(-1).astype(jnp.int32))
+    assert [ids[:8] for ids in greedy().token_ids] == np.stack(tokens, 1).tolist()
+
+
+def test_the_picture_and_the_question_matter():
+    other_picture = generate(model(), PROMPTS, [BLUE, None], max_new_tokens=12)
+    other_question = generate(model(), ["Where is it?", "Say more"], IMAGES, max_new_tokens=12)
+    assert other_picture.token_ids[0] != greedy().token_ids[0]
+    assert other_question.token_ids[0] != greedy().token_ids[0]
+    assert other_picture.token_ids[1] == other_question.token_ids[1] == greedy().token_ids[1]
+
+
+def test_a_row_of_a_batch_answers_as_if_it_were_alone():
+    batch = model().processor(PROMPTS, IMAGES)
+    for b in range(2):
+        alone = jax.tree.map(lambda x: x[b : b + 1], batch)  # noqa: B023
+        answer = generate_batch(model(), alone, max_new_tokens=12, sampling=GREEDY)
+        assert answer.token_ids == [greedy().token_ids[b]]
+
+
+def test_fewer_new_tokens_are_the_beginning_of_more():
+    assert greedy(5).token_ids == [ids[:5] for ids in greedy().token_ids]
+
+
+def test_one_new_token_needs_no_decode_step():
+    assert greedy(1).token_ids == [ids[:1] for ids in greedy().token_ids]
+
+
+def with_stop(token):
+    config = dataclasses.replace(CONFIG, eos_token_ids=(2, token))
+    return dataclasses.replace(model(), processor=dataclasses.replace(model().processor, config=config))
+
+
+def test_a_row_ends_before_its_stop_token_and_the_others_go_on():
+    first, second = greedy().token_ids
+    stop = next(token for token in first[1:] if token not in second)
+    answer = generate(with_stop(stop), PROMPTS, IMAGES, max_new_tokens=12)
+    assert answer.token_ids == [first[: first.index(stop)], second]
+
+
+def test_a_stop_token_at_once_is_an_empty_answer():
+    first, _ = greedy().token_ids
+    answer = generate(with_stop(first[0]), PROMPTS, IMAGES, max_new_tokens=12)
+    assert answer.token_ids[0] == []
+    assert answer.texts[0] == ""
+
+
+def test_streamed_pieces_are_the_texts():
+    pieces = ["", ""]
+
+    def stream(row, text):
+        pieces[row] += text
+
+    answer = generate(model(), PROMPTS, IMAGES, max_new_tokens=11, stream=stream)
+    assert [piece.strip() for piece in pieces] == answer.texts
+    assert answer.token_ids == [ids[:11] for ids in greedy().token_ids]
+
+
+def test_texts_are_the_decoded_tokens():
+    assert greedy().texts == [model().processor.decode(ids) for ids in greedy().token_ids]
+
+
+def test_what_each_stage_saw():
+    batch = model().processor(PROMPTS, IMAGES)
+    with_image, text_only = batch.length.tolist()
+    assert greedy().stage_lengths == [[with_image, with_image - 16 + int(16 * 0.3)], [text_only, text_only]]
+
+
+def test_the_kept_tokens_are_counted_within_their_image():
+    (kept,) = greedy().kept[0][0]
+    assert len(kept) == int(16 * 0.3)
+    assert kept == sorted(set(kept))
+    assert set(kept) <= set(range(16))
+    assert greedy().kept[1] == [[]]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
+def test_the_caches_hold_both_stages_and_the_new_tokens(dtype, size):
+    answer = generate(model(dtype), PROMPTS, IMAGES, max_new_tokens=12)
+    slots = (32 + 16 + 64) + (32 + int(16 * 0.3) + 64)
+    assert answer.cache_bytes == 2 * size * 2 * slots * 2 * 8  # k and v, bytes, rows, slots, heads, head dim
+
+
+def test_a_bfloat16_model_answers():
+    answer = generate(model(jnp.bfloat16), PROMPTS, IMAGES, max_new_tokens=12)
+    assert [len(ids) for ids in answer.token_ids] == [12, 12]
+    assert answer.token_ids == generate(model(jnp.bfloat16), PROMPTS, IMAGES, max_new_tokens=12).token_ids
+
+
+def drawn(**options):
+    return generate(model(), PROMPTS, IMAGES, max_new_tokens=12, **options).token_ids
+
+
+def test_a_seed_repeats_itself_and_another_differs():
+    assert drawn(temperature=1.0, seed=3) == drawn(temperature=1.0, seed=3)
+    assert drawn(temperature=1.0, seed=3) != drawn(temperature=1.0, seed=4)
+
+
+def test_every_step_and_row_draws_anew():
+    first, second = drawn(temperature=1e6, seed=1)  # all but uniform: only the random numbers decide
+    assert len(set(first)) > 6
+    assert first != second
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
+def test_the_narrowest_draw_is_greedy(narrow):
+    assert drawn(**{"temperature": 2.0, **narrow}) == greedy().token_ids
+
+
+BAD = [
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"temperature": 1e-40},  # the logits divided by it overflow, and every answer is token 0
+    {"top_k": 2**31},
+    {"top_p": float("nan")},
+    {"seed": 2**32},  # as a key it is seed 0
+    {"seed": 2**63},
+    {"seed": -1},
+]
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_values_that_cannot_be_drawn_with(options):
+    for ask in (lambda: generate(model(), PROMPTS, IMAGES, **options), lambda: Session(model()).ask("Hi", **options)):
+        with pytest.raises(UserError, match=r"need max_new_tokens >= 1, a temperature of 0 or in|the seed must lie in"):
+            ask()
+
+
+@pytest.mark.parametrize("extreme", [{"top_k": 2**31 - 1}, {"temperature": 1e-6}, {"seed": 2**32 - 1}], ids=str)
+def test_the_largest_and_smallest_values_draw(extreme):
+    tokens = drawn(**{"temperature": 1.0, "seed": 1, **extreme})
+    if "temperature" in extreme:
+        assert tokens == greedy().token_ids
+    if "top_k" in extreme:
+        assert tokens == drawn(temperature=1.0, seed=1)
+    if "seed" in extreme:
+        assert tokens != drawn(temperature=1.0, seed=2**31 - 1)
+
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_second_call_in_the_same_bucket_compiles_nothing(temperature):
+    generate(model(), PROMPTS, IMAGES, max_new_tokens=3, temperature=temperature)
+    before = len(COMPILED)
+    assert before > 0
+    generate(
+        model(),
+        ["How many people do you see?", "Why?"],
+        [None, BLUE],
+        max_new_tokens=40,  # the same capacity
+        temperature=temperature and 1.3,
+        top_k=5,
+        top_p=0.9,
+        seed=9,
+        stream=lambda row, text: None,
+    )
+    assert COMPILED[before:] == []
+
+
+LOGITS = np.array([2.0, 1.5, 1.0, 1.0, 0.0, -1.0, -2.0, 0.5], np.float32)
+jitted_sample = jax.jit(sample)
+
+
+def frequencies(**options):
+    rows = jnp.tile(jnp.asarray(LOGITS), (20_000, 1))
+    counts = collections.Counter(jitted_sample(rows, jax.random.key(0), settings(**options)).tolist())
+    return np.array([counts[token] / len(rows) for token in range(len(LOGITS))])
+
+
+def settings(temperature=1.0, top_k=0, top_p=1.0):
+    return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p), greedy=False)
+
+
+def probabilities(temperature=1.0, top_k=0, top_p=1.0):
+    """As transformers warps logits."""
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    logits = LogitsProcessorList(warpers)(None, torch.tensor(LOGITS)[None])
+    return logits.softmax(-1)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 2},
+        {"top_k": 100},
+        {"top_p": 0.5},
+        {"top_p": 0.9},
+        {"temperature": 1.5, "top_k": 5, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_transformers_would(options):
+    ours, expected = frequencies(**options), probabilities(**options)
+    assert ((ours > 0) == (expected > 0)).all()
+    assert np.abs(ours - expected).max() < 0.015  # four standard deviations of 20000 draws
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_new_tokens": 250},
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense_are_refused(options):
+    with pytest.raises(UserError, match="need"):
+        generate(model(), PROMPTS, IMAGES, **options)

@@ -1,0 +1,189 @@
+"""Planning for TPUs: the compiler's figures, read; and the command, as a user calls it."""
+
+import json
+import subprocess
+
+import pytest
+from command import PDROP
+
+from pdrop_jax.batch import Bucket
+from pdrop_jax.cli.plan import run
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.planner import hlo as plan
+from pdrop_jax.planner import programs as program
+from pdrop_jax.schedule import DropSchedule
+
+CONFIG = LlavaConfig(
+    vision=VisionConfig(56, 14, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2),
+    text=TextConfig(512, 256, 512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128, max_length=512),
+    schedule=DropSchedule((1,), (0.5,)),
+)
+HLO = """
+%piece (p: bf16[2,128]) -> bf16[8,128] {
+  ROOT %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, dimensions={0}
+}
+%layer (carry: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, dimensions={0}
+  %overlapped = bf16[8,128]{1,0} fusion(%p), kind=kCustom, calls=%piece, metadata={op_name="all-reduce("}
+}
+%more (carry: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%n, %limit), direction=LT
+}
+ENTRY %main (q: f32[2,4]) -> f32[16,4] {
+  %layers = (s32[]{:T(128)}, f32[4]{0}) while(%tuple), condition=%more, body=%layer
+  %ag = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%q), channel_id=8, dimensions={0}
+  %agd = f32[16,4]{1,0} all-gather-done(%ag), metadata={op_name="all-gather("}
+  %reduce = (f32[]{:T(128)}, f32[3]{0}) all-reduce(%a, %b), channel_id=9, to_apply=%add
+}
+%add (a: f32[], b: f32[]) -> f32[] {
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    found = plan.collectives(HLO)
+    assert found["all-gather"] == (3 + 1, 3 * 8 * 128 * 2 + 16 * 4 * 4)
+    assert found["all-reduce"] == (1, 4 + 3 * 4)
+    assert found["all-to-all"] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Used 17.25G of 15.75G hbm. Exceeded hbm capacity by 1.50G.\n\nAll",
+        "the total memory required for HLO temporaries (17.25G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_does_not_fit_says_by_how_much(message):
+    class Full:
+        def compile(self):
+            raise RuntimeError(message)
+
+    report = plan.compile_report(Full, "v5e:2x4")
+    assert not report.fits
+    assert report.excess_bytes == 1.5 * 2**30
+
+
+def test_another_error_of_the_compiler_is_not_hidden():
+    class Broken:
+        def compile(self):
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        plan.compile_report(Broken, "v5e:2x4")
+
+
+def test_bad_topologies(monkeypatch):
+    with pytest.raises(UserError, match="is not of the form v5e:4x8"):
+        plan.devices_of("a100:8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'pdrop-jax\[plan\]'"):
+        plan.devices_of("v5e:2x4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    CONFIG.save(folder)
+    return folder
+
+
+def planned(folder, *options):
+    command = [*PDROP, "plan", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_training_step_is_compiled_for_a_slice(folder):
+    done = planned(folder, "--mesh", "fsdp=4", "tensor=2", "--batch", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    pyramid, dense = json.loads(done.stdout)["plans"]
+    assert (pyramid["model"], dense["model"]) == ("PyramidDrop", "dense")
+    assert pyramid["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert pyramid["fits"]
+    assert dense["fits"]
+    assert pyramid["macs"] < dense["macs"]
+    assert pyramid["argument_bytes"] == pytest.approx(dense["argument_bytes"], rel=0.01)
+    # The state is donated: what comes out lies where it went in, but for the metrics.
+    assert pyramid["output_bytes"] < 0.01 * pyramid["argument_bytes"]
+    assert sum(count for count, _ in pyramid["collectives"].values()) > 0
+
+
+def test_a_decode_step_needs_no_second_cache(folder):
+    done = planned(folder, "--mesh", "data=4", "tensor=2", "--batch", "512", "--mode", "decode", "--no-dense", "--json")
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads(done.stdout)["plans"]
+    slots = 112 + 144 + 128 + 112 + 72 + 128
+    cache = 512 // 4 * slots * 2 * 128 * 2  # of one device: keys and values, one of two heads, bfloat16
+    assert report["argument_bytes"] > cache
+    assert report["temporary_bytes"] < 0.05 * cache
+
+
+def test_int8_weights_take_half_the_bytes_and_no_plain_copy(folder):
+    common = ("--mode", "decode", "--mesh", "data=4", "tensor=2", "--batch", "8", "--layers", "none", "--json")
+    runs = [planned(folder, *common, *more) for more in ((), ("--quantize", "int8"))]
+    assert [done.returncode for done in runs] == [0, 0], runs
+    plain, quantized = (json.loads(done.stdout)["plans"][0] for done in runs)
+    weights = (
+        2 * (2 * 256 * 512 + 2 * 256 * 256 + 3 * 256 * 512) // 2
+    )  # q and o, k and v, the mlp: two layers, cut in two
+    scales = 2 * ((512 + 2 * 256 + 2 * 512) // 2 + 2 * 256)  # of all but o and down cut in two
+    saved = plain["argument_bytes"] - quantized["argument_bytes"]
+    assert saved == pytest.approx(weights - 4 * scales, rel=0.01)  # a byte for each weight
+    assert quantized["temporary_bytes"] - plain["temporary_bytes"] < 0.25 * 2 * weights  # of a copy in bfloat16
+
+
+def test_training_is_not_quantized(capsys):
+    with pytest.raises(UserError, match="give --mode prefill or --mode decode"):
+        run("llava-1.5-7b", "v5e:2x4", quantize="int8")
+
+
+def test_rows_that_cannot_be_cut(folder):
+    done = planned(folder, "--batch", "12")
+    assert done.returncode == 2
+    assert "12 rows cannot be cut into 8 parts: choose a multiple of 8" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch", "fits", "expected"),
+    [
+        # 128 rows of a training step: four parts, whatever the mesh.
+        (
+            "train",
+            128,
+            lambda job: job.rows / job.grad_accum_steps <= 32,
+            [(8, 1, 128, 4), (4, 2, 128, 4), (2, 4, 128, 4)],
+        ),
+        # As many rows as fit, from the first number that the mesh can cut.
+        ("prefill", 4, lambda job: job.rows <= 20, [(8, 1, 16, 1), (4, 2, 16, 1), (2, 4, 16, 1)]),
+        ("decode", 4, lambda job: False, []),
+        ("train", 8, lambda job: job.rows / job.grad_accum_steps <= 2, [(2, 4, 8, 4)]),
+    ],
+)
+def test_what_fits_is_suggested(mode, batch, fits, expected):
+    def compiled(job, sizes):
+        report = plan.Report(0, 0, 0, 0, 1, 0 if fits(job) else 1, {}, 0.0)
+        return program.Plan(job, sizes, report)
+
+    found = program.suggest(program.Program(CONFIG, mode, Bucket(112, (144,)), batch), 8, compiled)
+    assert [(x.mesh["fsdp"], x.mesh["tensor"], x.job.rows, x.job.grad_accum_steps) for x in found] == expected
+
+
+def test_the_mesh_that_moves_least_a_row_comes_first():
+    def compiled(job, sizes):  # more rows on a mesh of more devices along tensor, and more bytes
+        fits, moved = job.rows <= 8 * sizes["tensor"], {1: 80, 2: 96, 4: 256}[sizes["tensor"]]
+        return program.Plan(job, sizes, plan.Report(0, 0, 0, 0, 1, not fits, {"all-gather": (1, moved)}, 0.0))
+
+    found = program.suggest(program.Program(CONFIG, "prefill", Bucket(112, (144,)), 8), 8, compiled)
+    assert [(x.mesh["tensor"], x.job.rows) for x in found] == [(2, 16), (4, 32), (1, 8)]
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch, capsys):
+    report = plan.Report(0, 0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
+    monkeypatch.setattr(plan, "devices_of", lambda topology: [None] * 8)
+    monkeypatch.setattr(program, "plan", lambda job, *_: program.Plan(job, {"fsdp": 8}, report))
+    run("llava-next-7b", "v5e:2x4", bucket=(128, 2880))
+    said = capsys.readouterr().out
+    assert "no: 1.50 GiB over 16.00" in said
+    assert "try more parts (--grad-accum-steps), more devices along fsdp, a larger slice, or --suggest" in said
