@@ -21,7 +21,8 @@ from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.params import init_params, unstack
+from pdrop_jax.model.params import init_params
+from pdrop_jax.model.stacking import unstack
 from pdrop_jax.schedule import DropSchedule
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "examples/tiny_tokenizer"

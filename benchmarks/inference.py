@@ -31,10 +31,11 @@ from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.model.decoder import drop, positions_of
-from pdrop_jax.model.layers import rope_tables
-from pdrop_jax.model.params import init_params, unstack
-from pdrop_jax.model.scores import Boundary
+from pdrop_jax.model.decoder import positions_of
+from pdrop_jax.model.drop import Boundary, drop
+from pdrop_jax.model.params import init_params
+from pdrop_jax.model.rope import rope_tables
+from pdrop_jax.model.stacking import unstack
 from pdrop_jax.model.vlm import embed
 from pdrop_jax.schedule import DropSchedule
 

@@ -37,7 +37,8 @@ from examples.demo.tokenizer import TEMPLATE, write_tokenizer
 from pdrop_jax.analysis.cost import training_macs
 from pdrop_jax.batch import IGNORE, Batch, Bucket
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.params import init_params, unstack
+from pdrop_jax.model.params import init_params
+from pdrop_jax.model.stacking import unstack
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.data.pipeline import open_dataset, pipeline
 from pdrop_jax.train.optimizer import make_optimizer
@@ -126,11 +127,11 @@ def training_batch(config: LlavaConfig, bucket: Bucket, B: int) -> Batch:
 
 
 def our_step(config: LlavaConfig, batch: Batch) -> Any:
-    optimizer = make_optimizer(OptimizerRecipe(), 1000)
+    optimizer = make_optimizer(config, OptimizerRecipe(), 1000)
     params = init_params(config)
     if jax.default_backend() == "cpu":
         params = unstack(params)
-    state = init_state(params, GROUPS, optimizer, jnp.float32)
+    state = init_state(config, params, GROUPS, optimizer, jnp.float32)
     del params
 
     def step() -> None:

@@ -18,7 +18,7 @@ from pdrop_jax.convert.sources import Source, open_source
 from pdrop_jax.convert.tensors import DTYPES, DType, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import template_named
-from pdrop_jax.model.layers import Params
+from pdrop_jax.model.params import Params
 from pdrop_jax.schedule import DropSchedule
 
 

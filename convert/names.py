@@ -13,8 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.layers import Params
-from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.params import Params, abstract_params
 
 Shape = tuple[int, ...]
 

@@ -26,10 +26,11 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import _splash, attention
-from pdrop_jax.model.decoder import drop, positions_of
-from pdrop_jax.model.layers import rope_tables
+from pdrop_jax.model.decoder import positions_of
+from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
+from pdrop_jax.model.placement import shardings
 from pdrop_jax.model.quantization import quantize_decoder
-from pdrop_jax.model.scores import Boundary
+from pdrop_jax.model.rope import rope_tables
 from pdrop_jax.model.vlm import embed, forward
 from pdrop_jax.parity.replay import Reference, check
 from pdrop_jax.schedule import DropSchedule
@@ -50,7 +51,7 @@ def mesh_of(shape):
 
 
 def placed(mesh, params, batch):
-    params = jax.device_put(params, sharding.shardings(params, mesh))
+    params = jax.device_put(params, shardings(CONFIG, params, mesh))
     return params, jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), batch)
 
 
@@ -73,13 +74,13 @@ def answer(params, batch):
 
 
 def step(params, batch, mesh=None):
-    optimizer = make_optimizer(OptimizerRecipe(learning_rate=1e-3, warmup=0.0, eps=1e-2), 10)
+    optimizer = make_optimizer(CONFIG, OptimizerRecipe(learning_rate=1e-3, warmup=0.0, eps=1e-2), 10)
     params = jax.tree.map(jnp.array, params)
 
     def init(params):
-        return init_state(params, ("vision", "projector", "llm"), optimizer, jnp.float32)
+        return init_state(CONFIG, params, ("vision", "projector", "llm"), optimizer, jnp.float32)
 
-    where = mesh and sharding.shardings(jax.eval_shape(init, params), mesh)
+    where = mesh and shardings(CONFIG, jax.eval_shape(init, params), mesh)
     state = jax.jit(init, out_shardings=where)(params)
     state, metrics = train_step(CONFIG, optimizer, state, batch, dtype=jnp.float32)
     return state.trained, (metrics.loss, metrics.grad_norm)
@@ -111,7 +112,8 @@ def test_a_drop_stays_within_the_rows_of_a_device(shape):
         buffer = embed(CONFIG, params, batch, plan[0].slots)
         rope = rope_tables(CONFIG.text, positions_of(CONFIG.schedule, buffer))
         first = jax.tree.map(lambda x: x[0], params["stages"]["1"])
-        return drop(plan[1], Boundary(CONFIG, 0, buffer, rope, first), max(BATCH.bucket.images))[0].hidden
+        at = Boundary(CONFIG, 0, buffer, rope, first)
+        return drop(plan[1], at, pyramiddrop_score, max(BATCH.bucket.images))[0].hidden
 
     with jax.set_mesh(mesh):
         text = jax.jit(boundary).lower(params, batch).compile().as_text()
@@ -152,7 +154,7 @@ def test_recorded_vectors(case):
 
 def test_parameters_are_cut():
     mesh = mesh_of((2, 2, 2))
-    params = jax.device_put(params_of(CONFIG), sharding.shardings(params_of(CONFIG), mesh))
+    params = jax.device_put(params_of(CONFIG), shardings(CONFIG, params_of(CONFIG), mesh))
     kernel = params["stages"]["0"]["attention"]["q"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
@@ -163,9 +165,9 @@ def test_quantized_on_a_mesh(tmp_path):
     checkpoint.save(tmp_path / "model", CONFIG, params_of(CONFIG))
     mesh = mesh_of((2, 2, 2))
     _, params = checkpoint.load(tmp_path / "model", mesh=mesh, quantize="int8")
-    expected = quantize_decoder(params_of(CONFIG))
+    expected = quantize_decoder(CONFIG, params_of(CONFIG))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    for x, where in zip(jax.tree.leaves(params), jax.tree.leaves(sharding.shardings(params, mesh)), strict=True):
+    for x, where in zip(jax.tree.leaves(params), jax.tree.leaves(shardings(CONFIG, params, mesh)), strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim)
     assert params["stages"]["0"]["mlp"]["up"]["kernel"].qvalue.addressable_shards[0].data.shape == (1, 16, 24)
     batch = jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), BATCH)
@@ -196,7 +198,7 @@ def test_a_conversation_on_a_mesh_is_that_on_one_device(mode):
 
     expected = answers(params, None)
     assert [len(ids) for ids, *_ in expected] == [3, 3]
-    assert answers(jax.device_put(params, sharding.shardings(params, mesh)), mesh) == expected
+    assert answers(jax.device_put(params, shardings(CHAT, params, mesh)), mesh) == expected
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
@@ -237,6 +239,6 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
     write_data(tmp_path / "data")
     write_start(tmp_path / "start")
-    for mesh, message in ((MeshRecipe(fsdp=3), "takes 3 devices"), (MeshRecipe(tensor=3), "a process has 8 devices")):
+    for mesh, message in ((MeshRecipe(fsdp=3), "needs 3 devices"), (MeshRecipe(tensor=3), "a process has 8 devices")):
         with pytest.raises(UserError, match=message):
             train(dataclasses.replace(recipe_in(tmp_path), mesh=mesh))

@@ -18,10 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
-from pdrop_jax.model.layers import Params
-from pdrop_jax.model.params import restage
+from pdrop_jax.model.params import Params
+from pdrop_jax.model.placement import abstract, place, shardings
+from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, place, shardings
+from pdrop_jax.sharding import batch_sharding, make_mesh
 from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
 from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, open_dataset, pipeline
 from pdrop_jax.train.hush import hush_full_disk
@@ -47,7 +48,9 @@ class TrainingRun:
     mesh: Mesh
 
     def init(self, params: Params) -> TrainState:
-        return init_state(params, self.recipe.model.groups, self.optimizer, jnp.dtype(self.recipe.model.dtype))
+        return init_state(
+            self.config, params, self.recipe.model.groups, self.optimizer, jnp.dtype(self.recipe.model.dtype)
+        )
 
 
 def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
@@ -106,7 +109,7 @@ def open_job(recipe: Recipe) -> tuple[TrainingRun, Params, CheckpointMetadata]:
         raise UserError(
             f"run.epochs {run.epochs:,} are {steps:,} steps, at most {MOST_STEPS:,} are supported: lower it"
         )
-    job = TrainingRun(recipe, config, dataset, steps, make_optimizer(recipe.optimizer, steps), mesh)
+    job = TrainingRun(recipe, config, dataset, steps, make_optimizer(config, recipe.optimizer, steps), mesh)
     start = checkpoint.fingerprint(recipe.model.start)
     return (
         job,
@@ -147,11 +150,11 @@ def _begin(
             )
         schedule = DropSchedule.from_json(saved.schedule)
         state = jax.eval_shape(lambda params: job.init(restage(params, job.config, schedule)), shapes)
-        return abstract(changing(state), job.mesh)
+        return abstract(job.config, changing(state), job.mesh)
 
     found = checkpoints.restore(abstract_of)
-    params = place(params, job.mesh)
-    state = jax.jit(job.init, out_shardings=shardings(jax.eval_shape(job.init, params), job.mesh))(params)
+    params = place(job.config, params, job.mesh)
+    state = jax.jit(job.init, out_shardings=shardings(job.config, jax.eval_shape(job.init, params), job.mesh))(params)
     if not found:
         return 0, state
     saved, arrays = found

@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
-from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import add_lora, merge_lora
+from pdrop_jax.model.params import Params
+from pdrop_jax.model.placement import place
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
-from pdrop_jax.sharding import place
 from pdrop_jax.train.checkpoints import Checkpoints, Trained, changes
 from pdrop_jax.train.recipe import ModelRecipe, Recipe
 from pdrop_jax.train.step import not_finite
@@ -56,7 +56,7 @@ def _fresh_newline(config: LlavaConfig, params: Params, seed: int, mesh: Mesh | 
     D, embedding = config.text.hidden_size, params["embed"]["embedding"]
     vector = jax.random.normal(jax.random.key(seed), (D,), jnp.float32) / D**0.5
     vector = vector.astype(embedding.dtype)
-    return vector if mesh is None else place({"newline": {"embedding": vector}}, mesh)["newline"]["embedding"]
+    return vector if mesh is None else place(config, {"newline": {"embedding": vector}}, mesh)["newline"]["embedding"]
 
 
 def _check_groups(model: ModelRecipe, config: LlavaConfig) -> None:

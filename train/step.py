@@ -16,11 +16,10 @@ import optax
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation
-from pdrop_jax.model.layers import Params, Remat
+from pdrop_jax.model.layers import Remat
 from pdrop_jax.model.loss import compute_loss, count_targets
-from pdrop_jax.model.params import path_name
-from pdrop_jax.sharding import constrain_params
-from pdrop_jax.train.optimizer import group_of
+from pdrop_jax.model.params import Params, path_name, spec_of
+from pdrop_jax.model.placement import constrain_params
 
 
 @jax.tree_util.register_dataclass
@@ -63,16 +62,12 @@ class Metrics:
     skipped_in_row: jax.Array
 
 
-def split(params: Params, groups: Collection[str]) -> tuple[Params, Params]:
-    """(parameters of ``groups``, the others), each the whole tree with None in place of what it lacks.
-
-    The scale of an adapter is a constant of its group, never trained.
-    """
+def split(config: LlavaConfig, params: Params, groups: Collection[str]) -> tuple[Params, Params]:
+    """(trained parameters of ``groups``, the others), each the whole tree with None in place of what it lacks."""
 
     def is_trained(path: tuple) -> bool:
-        name = path_name(path)
-        group = group_of(name)
-        return group in groups and not (group == "lora" and name.endswith(".scale"))
+        spec = spec_of(config, path_name(path))
+        return spec.group in groups and not spec.constant
 
     trained = jax.tree.map_with_path(lambda path, x: x if is_trained(path) else None, params)
     frozen = jax.tree.map_with_path(lambda path, x: None if is_trained(path) else x, params)
@@ -85,7 +80,7 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def init_state(
-    params: Params, groups: Collection[str], optimizer: optax.GradientTransformation, dtype: Any
+    config: LlavaConfig, params: Params, groups: Collection[str], optimizer: optax.GradientTransformation, dtype: Any
 ) -> TrainState:
     """The state before the first step.
 
@@ -94,7 +89,7 @@ def init_state(
       groups: what is trained, of "vision", "projector", "llm" and "lora".
       dtype: of the computation.
     """
-    trained, frozen = split(params, groups)
+    trained, frozen = split(config, params, groups)
     trained = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), trained)
     frozen = jax.tree.map(lambda x: jnp.asarray(x, dtype), frozen)
     return TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained))
@@ -166,5 +161,5 @@ def train_step(
     skipped = moments.total_notfinite, moments.notfinite_count
     metrics = Metrics(loss, optax.tree.norm(gradient), targets, tokens, *skipped)
     # Where it was: what lay elsewhere would make the next step compile again.
-    trained, moments = constrain_params((trained, moments))
+    trained, moments = constrain_params(config, (trained, moments))
     return TrainState(state.step + 1, trained, state.frozen, moments), metrics

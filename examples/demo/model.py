@@ -14,8 +14,7 @@ from safetensors.numpy import save_file
 from examples.demo.tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
 from pdrop_jax.checkpoint import UNUSED, save
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.model.layers import Params
-from pdrop_jax.model.params import init_params, path_name
+from pdrop_jax.model.params import Params, init_params, path_name
 from pdrop_jax.schedule import DropSchedule
 
 SCHEDULE = DropSchedule(layers=(4, 5, 6), ratios=(0.5, 0.25, 0.125))

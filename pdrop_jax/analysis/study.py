@@ -3,7 +3,7 @@
 Everything is compared with the dense model on the same questions:
 
 - one drop: at each layer, at each ratio (figure 1 of the paper);
-- scores: other ways to choose, at the same numbers of tokens;
+- scores: other ways to select_tokens, at the same numbers of tokens;
 - controls: the tokens that another question would keep, no image at all;
 - noise: what has nothing to do with dropping. The question in other words, the other number format, and the same again
   in batches of another size. An effect that is no larger than these is none to speak of.

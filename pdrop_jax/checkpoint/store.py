@@ -26,13 +26,13 @@ from pdrop_jax.checkpoint.folders import COMPANIONS, copy_files, files_to_copy, 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_bytes, read_json
-from pdrop_jax.model.layers import Params
 from pdrop_jax.model.lora import has_lora
-from pdrop_jax.model.params import abstract_params, restage
+from pdrop_jax.model.params import Params, abstract_params
+from pdrop_jax.model.placement import shardings
 from pdrop_jax.model.quantization import is_quantized, quantize_decoder
 from pdrop_jax.model.scores import find_score
+from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.sharding import shardings
 
 UNUSED = "unused.safetensors"
 TRAINING = "training.json"
@@ -122,7 +122,7 @@ def load(
         if "stages" in part:
             part = restage(part, config, result.schedule)
         if quantize:
-            part = quantize_decoder(part)
+            part = quantize_decoder(result, part)
         arrays |= flatten_dict(part, sep=".")
     return result, unflatten_dict(arrays, sep=".")
 
@@ -169,7 +169,7 @@ def abstract_arrays(
     check_shapes(_shapes(config), _nonempty_shapes(stored), f"the arrays in {folder} do not fit its config.json")
     params = abstract_params(config)
     one = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
-    where = jax.tree.map(lambda _: one, params) if mesh is None else shardings(params, mesh)
+    where = jax.tree.map(lambda _: one, params) if mesh is None else shardings(config, params, mesh)
 
     def target(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         own = stored.get(name, stored["embed.embedding"]).dtype

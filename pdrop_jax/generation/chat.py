@@ -43,10 +43,10 @@ from pdrop_jax.inputs.processor import as_list
 from pdrop_jax.model import multi_turn
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import StageCache, cache_bytes, empty_caches, grow
-from pdrop_jax.model.decoder import Drop
-from pdrop_jax.model.layers import Params
+from pdrop_jax.model.decoder import DecodeState
+from pdrop_jax.model.drop import DropRecord
+from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score, given
-from pdrop_jax.model.vlm import DecodeState
 
 Mode = Literal["keep", "rerank"]
 
@@ -129,7 +129,7 @@ class Session:
             raise UserError(f"mode must be 'keep' or 'rerank', got {mode!r}")
         check_implementation(implementation)
         score = find_score(model.config)
-        if score.last_layer or score.class_attention or score.hint is given:
+        if score.last_layer or score.class_attention or score.precompute is given:
             raise UserError(
                 f"a conversation cannot be ranked by {model.config.schedule.score!r}: it needs what no cache keeps"
             )
@@ -267,7 +267,7 @@ def _start_turn(
     slots: int,
     capacity: int,
     implementation: Implementation,
-) -> tuple[State, jax.Array | None, tuple[Drop, ...]]:
+) -> tuple[State, jax.Array | None, tuple[DropRecord, ...]]:
     """A turn up to its first new token.
 
     Args:

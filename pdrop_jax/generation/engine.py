@@ -23,9 +23,10 @@ from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
 from pdrop_jax.generation.sampling import Sampling, make_sampling, sample
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import cache_bytes
-from pdrop_jax.model.decoder import Drop
-from pdrop_jax.model.layers import Params
-from pdrop_jax.model.vlm import DecodeState, decode_step, prefill
+from pdrop_jax.model.decoder import DecodeState
+from pdrop_jax.model.drop import DropRecord
+from pdrop_jax.model.params import Params
+from pdrop_jax.model.vlm import decode_step, prefill
 from pdrop_jax.sharding import batch_sharding
 
 CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
@@ -74,7 +75,7 @@ def start(
     *,
     capacity: int,
     implementation: Implementation = "auto",
-) -> tuple[State, jax.Array, tuple[Drop, ...]]:
+) -> tuple[State, jax.Array, tuple[DropRecord, ...]]:
     """Prefill and the first new token of each row.
 
     Args:

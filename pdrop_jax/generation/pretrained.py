@@ -11,9 +11,9 @@ from pdrop_jax.checkpoint import load as load_checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.layers import Params
-from pdrop_jax.model.params import restage, unstack
+from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score
+from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.schedule import DropSchedule
 
 DEMO = pathlib.Path(__file__).parent / "demo"  # the small trained model that comes with the package

@@ -8,22 +8,22 @@ import jax
 import numpy as np
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.model.decoder import Drop
+from pdrop_jax.model.drop import DropRecord
 
 
-def kept_tokens(batch: Batch, drops: Sequence[Drop]) -> list[list[list[list[int]]]]:
+def kept_tokens(batch: Batch, drops: Sequence[DropRecord]) -> list[list[list[list[int]]]]:
     """[row][stage boundary][image] -> indices within the image of the tokens that stayed."""
 
-    def stayed(row: int, at: Drop, image: int, slots: np.ndarray) -> list[int]:
+    def stayed(row: int, at: DropRecord, image: int, slots: np.ndarray) -> list[int]:
         return (at.index[row][at.keep[row] & (at.image_id[row] == image)] - slots[0]).tolist()
 
     return _by_image(batch, drops, stayed)
 
 
-def token_scores(batch: Batch, drops: Sequence[Drop]) -> list[list[list[np.ndarray]]]:
+def token_scores(batch: Batch, drops: Sequence[DropRecord]) -> list[list[list[np.ndarray]]]:
     """[row][stage boundary][image] -> (n,) float32 scores of the image's tokens, NaN of those gone before."""
 
-    def scored(row: int, at: Drop, image: int, slots: np.ndarray) -> np.ndarray:
+    def scored(row: int, at: DropRecord, image: int, slots: np.ndarray) -> np.ndarray:
         scores, here = np.full(len(slots), np.nan, np.float32), at.image_id[row] == image
         scores[at.index[row][here] - slots[0]] = at.scores[row][here]
         return scores
@@ -31,7 +31,7 @@ def token_scores(batch: Batch, drops: Sequence[Drop]) -> list[list[list[np.ndarr
     return _by_image(batch, drops, scored)
 
 
-def _by_image(batch: Batch, drops: Sequence[Drop], found: Callable[..., Any]) -> list[list[list[Any]]]:
+def _by_image(batch: Batch, drops: Sequence[DropRecord], found: Callable[..., Any]) -> list[list[list[Any]]]:
     """[row][stage boundary][image] of ``found(row, drop, image, slots of the image's tokens)``."""
     rows = []
     for row, image_id in enumerate(np.asarray(batch.image_id)):

@@ -1,8 +1,8 @@
-"""The one attention call of the model.
+"""Attention, and what each query sees.
 
-Implementations: ``xla`` is the reference and serves everything; ``blocked`` does so too and is the faster one on a CPU;
-``cudnn`` is NVIDIA's flash attention; ``splash`` is the Pallas flash attention for TPU. ``auto`` takes the platform's
-own where it can serve and xla otherwise. A forced implementation that cannot serve raises.
+Implementations: ``xla`` is the reference and handles everything; so does ``blocked``, which is faster on a CPU;
+``cudnn`` is NVIDIA's flash attention; ``splash`` is the Pallas flash attention for TPUs. ``auto`` takes the platform's
+own if it can handle the call and xla otherwise. A forced implementation that cannot raises an error.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pdrop_jax.sharding import partition
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]
 
 BLOCK = 128  # queries of one block of ``blocked``
-SPLASH_ALIGN = 128  # sequence lengths must be multiples of it
+SPLASH_ALIGN = 128  # sequence lengths must be multiples of this
 
 
 def attention(
@@ -40,13 +40,13 @@ def attention(
       causal: query t sees keys 0..t; T must equal S.
       length: (B,) int32, keys from ``length[b]`` on are not seen; None is S.
       window: with ``causal``, query t sees keys t - window + 1 .. t (Mistral, section 2); None is all up to t.
-      implementation: see the module.
+      implementation: see the top of this module.
 
     Returns:
       (B, T, N, H), dtype of q. Rows of padding queries are finite and meaningless.
 
     Raises:
-      UserError: the forced implementation cannot serve this call.
+      UserError: the forced implementation cannot handle this call.
     """
     chosen = _choose(q, k, causal) if implementation == "auto" else implementation
     if causal and q.shape[1] != k.shape[1]:
@@ -77,8 +77,36 @@ def attention(
     )
 
 
+def attention_mask(
+    query: jax.Array, key: jax.Array, *, causal: bool = True, window: int | None = None, length: jax.Array | None = None
+) -> jax.Array:
+    """Which keys each query sees, (B, T, S) bool; B is 1 where all rows are alike.
+
+    Args:
+      query: (T,) or (B, T) int32, slots of the queries.
+      key: (S,) int32, slots of the keys.
+      causal: a query sees no key behind its own slot.
+      window: a query sees the last ``window`` keys up to its own slot; None is all.
+      length: (B,) int32, keys from ``length[b]`` on are not seen.
+
+    Example, queries and keys 0..3, ``window=2``::
+
+        1 . . .
+        1 1 . .
+        . 1 1 .
+        . . 1 1
+    """
+    query = query.reshape(-1, query.shape[-1], 1)
+    seen = key <= query if causal else jnp.ones((*query.shape[:2], len(key)), bool)
+    if window is not None:
+        seen &= key > query - window
+    if length is not None:
+        seen &= key < length[:, None, None]
+    return seen
+
+
 def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, window: int | None = None) -> jax.Array:
-    """``attention`` of new tokens to a cache in which they stand already: each sees the slots up to its own.
+    """``attention`` of new tokens to a cache that holds them already: each sees the slots up to its own.
 
     One token is a matrix-vector product for each head, where no flash kernel helps. More are taken in blocks, as in
     ``blocked``, or their scores would fill the memory.
@@ -94,27 +122,25 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
       (B, T, N, H), dtype of q.
     """
     B, T, N, H = q.shape
-    K = k.shape[1]
+    K, C = k.shape[1:3]
+    window = None if window is None or window >= C else window
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2)  # (B, K, T, G, H)
     blocks = []
     for start in range(0, T, BLOCK):
         block = q[:, :, start : start + BLOCK]
-        # M is T and G in one: with two axes of size 1 XLA for CPUs takes a slower product (a decode step by a third).
+        # T and G are one axis: with two axes of size 1 XLA for CPUs takes a slower product (a decode step by a third).
         rows = block.reshape(B, K, -1, H)
-        logits = jnp.einsum("BKMH,BKCH->BKMC", rows, k, preferred_element_type=jnp.float32) * H**-0.5
-        own = (first[:, None] + jnp.arange(start, start + block.shape[2]))[..., None]  # (B, T, 1)
-        slot = jnp.arange(k.shape[2])
-        seen = slot <= own  # (B, T, C)
-        if window is not None and window < k.shape[2]:
-            seen &= slot > own - window
+        logits = jnp.einsum("BKQH,BKCH->BKQC", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+        query = first[:, None] + jnp.arange(start, start + block.shape[2])  # (B, T)
+        seen = attention_mask(query, jnp.arange(C), window=window)
         logits = jnp.where(seen[:, None, :, None], logits.reshape(*block.shape[:-1], -1), -jnp.inf)
-        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(B, K, -1, k.shape[2])
-        blocks.append(jnp.einsum("BKMC,BKCH->BKMH", probs, v).reshape(block.shape))
+        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(B, K, -1, C)
+        blocks.append(jnp.einsum("BKQC,BKCH->BKQH", probs, v).reshape(block.shape))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2).reshape(B, T, N, H)
 
 
 def aligned(implementation: Implementation) -> int:
-    """What buffer lengths are rounded up to a multiple of, so that the implementation can serve every stage."""
+    """Buffer lengths must be a multiple of this for the implementation to handle every stage."""
     splash = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
     return SPLASH_ALIGN if splash else 1
 
@@ -147,24 +173,18 @@ def _blocked(
         rows = slice(start, min(start + BLOCK, T))
         keys = slice(max(0, start - window + 1) if window else 0, rows.stop if causal else S)
         logits = jnp.einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k[:, :, keys], preferred_element_type=jnp.float32)
-        logits = jnp.where(_seen(rows, keys, causal, length, window), logits * H**-0.5, -jnp.inf)
+        query, key = jnp.arange(rows.start, rows.stop), jnp.arange(keys.start, keys.stop)
+        # A valid query stands before all padding, so the causal mask hides the padding already.
+        seen = attention_mask(query, key, causal=causal, window=window, length=None if causal else length)
+        logits = jnp.where(seen[:, None, None], logits * H**-0.5, -jnp.inf)
         probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         blocks.append(jnp.einsum("BKGTS,BKSH->BKGTH", probs, v[:, :, keys]))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _seen(rows: slice, keys: slice, causal: bool, length: jax.Array | None, window: int | None) -> jax.Array:
-    """Which of the keys ``keys`` the queries ``rows`` see; broadcasts to (B, K, G, T, S)."""
-    key = jnp.arange(keys.start, keys.stop)
-    if causal:  # a valid query stands before all padding, so the causal mask hides it already
-        query = jnp.arange(rows.start, rows.stop)[:, None]
-        return (key <= query) & (key > query - window) if window else key <= query
-    return jnp.ones(key.shape, bool) if length is None else (key < length[:, None])[:, None, None, None]
-
-
 def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
     if not causal:
-        return "splash attention serves causal attention only"
+        return "splash attention is for causal attention only"
     if q.shape[1] % SPLASH_ALIGN:
         return f"splash attention needs a length that is a multiple of {SPLASH_ALIGN}, got {q.shape[1]}"
     return ""
@@ -207,14 +227,14 @@ def _splash(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _splash_local(q, k, v, length, window, interpret)
-    # The compiler cannot cut a kernel: each device is given its rows and heads. Key-value heads that cannot be shared
-    # out are repeated, so that every device has those of its queries.
-    cut = partition(("batch", None, "heads", None), q.shape, mesh)
-    if partition(("batch", None, "heads", None), k.shape, mesh) != cut:
+    # The compiler cannot shard a kernel: each device is given its rows and heads. Key-value heads that cannot be
+    # sharded are repeated, so that every device has those of its queries.
+    spec = partition(("batch", None, "heads", None), q.shape, mesh)
+    if partition(("batch", None, "heads", None), k.shape, mesh) != spec:
         k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     local = functools.partial(_splash_local, window=window, interpret=interpret)
-    specs = (cut, cut, cut, PartitionSpec(cut[0]))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(q, k, v, length)
+    specs = (spec, spec, spec, PartitionSpec(spec[0]))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, length)
 
 
 def _splash_local(

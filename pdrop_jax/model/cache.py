@@ -1,4 +1,4 @@
-"""KV caches: one for each stage, since each stage sees tokens of its own."""
+"""KV caches: one for each stage, since each stage sees its own tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.sharding import constrain, explicit
+from pdrop_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -17,8 +17,8 @@ class StageCache:
     """Keys and values of a stage's layers.
 
     Attributes:
-      k: (L_s, B, K, C, H), rotated keys; C slots hold the stage's tokens and then the new ones of each row. Slots
-        stand next to H so that decoding reads a head's keys as the matrix they are, without a transposed copy.
+      k: (L_s, B, K, C, H), rotated keys; C slots hold a row's tokens of the stage, then its new ones. Slots are next
+        to H so that decoding reads a head's keys as the matrix that they are, without a transposed copy.
       v: (L_s, B, K, C, H).
     """
 
@@ -27,7 +27,7 @@ class StageCache:
 
 
 def cache_prompt(k: jax.Array, v: jax.Array, new_slots: int) -> StageCache:
-    """One layer's cache, without the leading L_s, of the keys and values (B, S, K, H) of a whole buffer."""
+    """The cache of one layer, without the leading L_s, from the keys and values (B, S, K, H) of a whole buffer."""
 
     def pad(x: jax.Array) -> jax.Array:
         x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, new_slots), (0, 0)])
@@ -45,7 +45,7 @@ def empty_caches(config: LlavaConfig, rows: int, dtype: DTypeLike) -> tuple[Stag
 
 
 def grow(cache: StageCache, slots: int) -> StageCache:
-    """``cache`` with ``slots`` slots; it has no more than that."""
+    """``cache`` enlarged to ``slots`` slots."""
 
     def pad(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, slots - x.shape[3]), (0, 0)])
@@ -55,16 +55,15 @@ def grow(cache: StageCache, slots: int) -> StageCache:
 
 
 def write_tokens(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, first: jax.Array) -> StageCache:
-    """Keys and values (B, T, K, H) of new tokens into the slots from ``first`` (B,) on; what stands there is lost.
+    """Writes keys and values (B, T, K, H) of new tokens into the slots from ``first`` (B,) on.
 
-    What would stand behind the last slot is left out: a chunk's padding may reach there.
+    What would go past the last slot is left out: a chunk's padding may reach there.
     """
     rows = jnp.arange(first.shape[0])[:, None]
     slots = first[:, None] + jnp.arange(k.shape[1])  # (B, T)
-    cut = explicit(cache.k.shape, None, "batch", "heads", None, None)
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[layer, rows, :, slots].set(new, mode="drop", out_sharding=cut)
+        return old.at[layer, rows, :, slots].set(new, mode="drop")
 
     return StageCache(write(cache.k, k), write(cache.v, v))
 

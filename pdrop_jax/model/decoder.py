@@ -1,8 +1,7 @@
 """The decoder: a stage is a run over its layers, a stage boundary is a drop.
 
-The ways through it share the layers and differ in what the queries see: ``run_stages`` over whole buffers, with or
-without caches (prefill, training), ``run_on_cache`` for tokens behind those that a stage has cached, and ``run_token``
-for one such token in all stages (decode).
+``run_stages`` is the one loop over stages. Without ``past`` it runs whole buffers: training and prefill. With ``past``
+the buffer's tokens come after those in the caches: a later turn of a conversation, or one token of a decode step.
 """
 
 import dataclasses
@@ -12,48 +11,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, attend_cache, attention
 from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
-from pdrop_jax.model.drop import TokenBuffer, compact
-from pdrop_jax.model.layers import Params, Remat, Rope, layer_of, rematerialise, rope_at, rope_tables, scan_layers
-from pdrop_jax.model.lora import bind_layer
-from pdrop_jax.model.ranking import choose
-from pdrop_jax.model.scores import Boundary, find_score
+from pdrop_jax.model.drop import Boundary, DropRecord, TokenBuffer, drop
+from pdrop_jax.model.layers import Remat, decoder_layer, layer_of, rematerialise, scan_layers
+from pdrop_jax.model.params import Params
+from pdrop_jax.model.rope import rope_at, rope_tables
+from pdrop_jax.model.scores import find_score
 from pdrop_jax.schedule import DropSchedule, Stage
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Drop:
-    """What happened at one stage boundary; all (B, S) over the buffer before the drop.
+class DecodeState:
+    """Where the next tokens continue.
 
     Attributes:
-      scores: float32, see ``scores``.
-      keep: bool.
-      image_id: int32, 0 for text and padding.
-      index: int32, slot before the first drop.
+      caches: one for each stage, None for a stage without layers.
+      lengths: (B,) int32 for each stage, valid slots of its cache.
     """
 
-    scores: jax.Array
-    keep: jax.Array
-    image_id: jax.Array
-    index: jax.Array
+    caches: tuple[StageCache | None, ...]
+    lengths: tuple[jax.Array, ...]
 
 
-def positions_of(schedule: DropSchedule, buffer: TokenBuffer) -> jax.Array:
-    """(B, S) int32: renumbered after each drop, or the original slots (``DropSchedule.positions``)."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DecoderOutput:
+    """Result of ``run_stages``.
+
+    Attributes:
+      buffer: the tokens of the last stage, ``hidden`` as its last layer returns it.
+      state: of the stages that ran; its caches are None if none were asked for.
+      drops: one for each stage boundary.
+      layer_inputs: for each stage (L_s, B, S_s, D), or None if not asked for.
+    """
+
+    buffer: TokenBuffer
+    state: DecodeState
+    drops: tuple[DropRecord, ...]
+    layer_inputs: tuple[jax.Array | None, ...]
+
+
+def positions_of(
+    schedule: DropSchedule, buffer: TokenBuffer, stage_length: jax.Array | int = 0, first_length: jax.Array | int = 0
+) -> jax.Array:
+    """(B, S) int32: renumbered after each drop, or the original slots, see ``DropSchedule.positions``.
+
+    Args:
+      stage_length: (B,) int32, tokens of earlier turns in the stage.
+      first_length: (B,) int32, tokens of earlier turns in the first stage.
+    """
     if schedule.positions == "original":
-        return buffer.index
-    return jnp.broadcast_to(jnp.arange(buffer.slots), buffer.index.shape)
-
-
-def drop(stage: Stage, at: Boundary, max_count: int) -> tuple[TokenBuffer, Drop]:
-    """One stage boundary: score, choose, compact. Returns (buffer of ``stage``, Drop)."""
-    buffer = at.buffer
-    scores = jax.lax.stop_gradient(find_score(at.config).rank(at))
-    keep = choose(buffer, scores, stage.ratio, max_count)
-    return compact(buffer, keep, stage.slots), Drop(scores, keep, buffer.image_id, buffer.index)
+        return buffer.index + jnp.reshape(first_length, (-1, 1))
+    return jnp.broadcast_to(jnp.arange(buffer.slots) + jnp.reshape(stage_length, (-1, 1)), buffer.index.shape)
 
 
 def run_stages(
@@ -64,122 +77,104 @@ def run_stages(
     image_sizes: Sequence[int],
     *,
     first: int = 0,
+    past: DecodeState | None = None,
+    max_positions: int | None = None,
     new_slots: int | None = None,
     implementation: Implementation = "auto",
     remat: Remat = "none",
     keep_hidden: bool = False,
-) -> tuple[TokenBuffer, tuple[StageCache | None, ...], tuple[jax.Array, ...], tuple[Drop, ...], list[Any]]:
-    """Runs the stages from ``first`` on over ``buffer``, dropping at each boundary.
+) -> DecoderOutput:
+    """Runs the stages of ``plan`` from ``first`` on over ``buffer``, dropping at each boundary.
 
     Args:
       stages: parameters, one entry for each stage of ``plan``.
-      buffer: what left the stage before ``first``, before the drop between them.
+      buffer: the output of the stage before ``first``, before the drop between them.
       image_sizes: largest token count of each image of a row; empty means that nothing can be dropped.
-      new_slots: make a cache for each stage, with so many slots for tokens to come; None makes none.
+      past: caches that hold earlier tokens, with room for the buffer's. A stage drops by its scores among the tokens
+        in its cache and the buffer, as if it saw all of them.
+      max_positions: static, rope tables are made for so many positions; None is the buffer's slots, and with ``past``
+        no table at all, for a single token.
+      new_slots: without ``past``, returns a cache for each stage with so many slots for tokens to come.
+      implementation: of the attention without ``past``; with it, it is ``attention.attend_cache``.
       remat: what a layer keeps for its gradient.
-      keep_hidden: also return each stage's layer inputs (L_s, B, S_s, D).
-
-    Returns:
-      (last buffer, caches, valid length (B,) of each stage, drops, layer inputs of each stage).
+      keep_hidden: also returns the input of each layer.
     """
-    drops, caches, lengths, hidden = [], [], [], []
-    follows = find_score(config).last_layer and bool(image_sizes)
+    score = find_score(config)
+    follow = score.last_layer and bool(image_sizes)
+    drops, caches, lengths, layer_inputs = [], [], [], []
     last_layer = last_input = None
-    tables = rope_tables(config.text, jnp.arange(buffer.slots)[None])
-    rope = rope_at(tables, positions_of(config.schedule, buffer))
-    for s, stage in enumerate(plan[first:], first):
-        layers = stages[str(s)]
-        if s and image_sizes:
-            at = Boundary(config, s - 1, buffer, rope, first_layer(layers), None, last_layer, last_input)
-            buffer, dropped = drop(stage, at, max(image_sizes))
-            drops.append(dropped)
-            rope = rope_at(tables, positions_of(config.schedule, buffer))
-        length = buffer.length
+    if max_positions is None and past is None:
+        max_positions = buffer.slots
+    tables = max_positions and rope_tables(config.text, jnp.arange(max_positions)[None])
 
-        def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: jax.Array = length) -> tuple[Any, Any]:
-            x = carry[0]
+    def rope_of(buffer: TokenBuffer, s: int) -> Any:
+        before = (0, 0) if past is None else (past.lengths[s], past.lengths[0])
+        positions = positions_of(config.schedule, buffer, *before)
+        return rope_at(tables, positions) if tables else rope_tables(config.text, positions)
+
+    for s, stage in enumerate(plan[first:], first):
+        layers, cache = stages[str(s)], None if past is None else past.caches[s]
+        start = jnp.int32(0) if past is None else past.lengths[s]
+        if s and image_sizes:
+            earlier = None if cache is None else (cache.k[0], start)
+            at = Boundary(
+                config=config,
+                number=s - 1,
+                buffer=buffer,
+                rope=rope_of(buffer, s),
+                next_layer=layer_of(layers, 0),
+                past=earlier,
+                last_layer=last_layer,
+                last_input=last_input,
+            )
+            buffer, dropped = drop(stage, at, score.rank, max(image_sizes))
+            drops.append(dropped)
+        rope, length = rope_of(buffer, s), buffer.length
+
+        def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: Any = length, start: Any = start) -> Any:
+            x, cache, _ = carry
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
                 window = config.text.sliding_window
+                if cache is not None:
+                    written = write_tokens(cache, n, k, v, start)
+                    return attend_cache(q, written.k[n], written.v[n], start, window), written
                 out = attention(q, k, v, causal=True, length=length, window=window, implementation=implementation)
                 return out, None if new_slots is None else cache_prompt(k, v, new_slots)
 
-            out, cache = bind_layer(config.text, params)(x, rope, attend)
-            return (out, x if follows else None), (cache, x if keep_hidden else None)
+            out, new = decoder_layer(config.text, params, x, rope, attend)
+            carried, stacked = (new, None) if cache is not None else (None, new)
+            return (out, carried, x if follow else None), (stacked, x if keep_hidden else None)
 
-        start = (buffer.hidden, buffer.hidden if follows else None)
-        (x, last_input), outputs = scan_layers(rematerialise(body, remat), start, layers)
-        last_layer = layer_of(layers, -1) if follows and stage.num_layers else None
-        cache, inputs = outputs or (None, None)  # a stage may be without layers
+        begin = (buffer.hidden, cache, buffer.hidden if follow else None)
+        (x, cache, last_input), outputs = scan_layers(rematerialise(body, remat), begin, layers)
+        prompt_cache, inputs = outputs or (None, None)  # a stage may have no layers
+        last_layer = layer_of(layers, -1) if follow and stage.num_layers else None
         buffer = dataclasses.replace(buffer, hidden=x)
-        caches.append(cache)
-        lengths.append(length)
-        hidden.append(inputs)
-    return buffer, tuple(caches), tuple(lengths), tuple(drops), hidden
-
-
-def run_on_cache(
-    config: LlavaConfig,
-    layers: Params | list[Params],
-    x: jax.Array,
-    cache: StageCache | None,
-    first: jax.Array,
-    rope: Rope,
-) -> tuple[jax.Array, StageCache | None]:
-    """New tokens of each row through one stage, behind those in its cache.
-
-    Rows of another number of tokens are padded on the right: a token sees none behind it, and what padding leaves in
-    the cache is overwritten by the next tokens.
-
-    Args:
-      layers: the stage's parameters.
-      x: (B, T, D).
-      cache: None if the stage has no layers.
-      first: (B,) int32, valid slots of the cache; the tokens stand in those behind.
-      rope: at the tokens' positions.
-
-    Returns:
-      ((B, T, D), cache).
-    """
-
-    def body(carry: Any, params: Params, n: Any) -> tuple[Any, None]:
-        x, cache = carry
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache]:
-            written = write_tokens(cache, n, k, v, first)
-            return attend_cache(q, written.k[n], written.v[n], first, config.text.sliding_window), written
-
-        return bind_layer(config.text, params)(x, rope, attend), None
-
-    return scan_layers(body, (x, cache), layers)[0]
+        caches.append(prompt_cache if past is None else cache)
+        lengths.append(length + start)
+        layer_inputs.append(inputs)
+    state = DecodeState(tuple(caches), tuple(lengths))
+    return DecoderOutput(buffer, state, tuple(drops), tuple(layer_inputs))
 
 
 def run_token(
-    config: LlavaConfig,
-    stages: Params,
-    x: jax.Array,
-    caches: Sequence[StageCache | None],
-    lengths: Sequence[jax.Array],
-    step: jax.Array,
-) -> tuple[jax.Array, tuple[StageCache | None, ...]]:
+    config: LlavaConfig, stages: Params, x: jax.Array, state: DecodeState, step: jax.Array
+) -> tuple[jax.Array, DecodeState]:
     """One new token of each row through all layers; nothing is dropped.
 
     Args:
       x: (B, 1, D), embeddings of the tokens.
-      lengths: valid length (B,) of each stage after the prefill.
-      step: () int32, tokens decoded before this one. The token stands in slot ``lengths[s] + step`` of stage s.
+      state: of the prefill.
+      step: () int32, tokens decoded before this one. The token goes to slot ``state.lengths[s] + step`` of stage s.
 
     Returns:
-      ((B, 1, D), caches).
+      ((B, 1, D), the state with this token in its caches and the lengths of the prefill).
     """
-    filled = []
-    for s, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
-        position = step + (length if config.schedule.positions == "dense" else lengths[0])
-        rope = rope_tables(config.text, position[:, None])
-        x, cache = run_on_cache(config, stages[str(s)], x, cache, length + step, rope)
-        filled.append(cache)
-    return x, tuple(filled)
-
-
-def first_layer(layers: Params | list[Params]) -> Params:
-    return layer_of(layers, 0)
+    B = x.shape[0]
+    zero, one = jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32)
+    token = TokenBuffer(x, image_id=zero, index=zero, length=one, query_rows=zero, image_count=zero)
+    past = dataclasses.replace(state, lengths=tuple(length + step for length in state.lengths))
+    plan = config.schedule.plan(config.text.num_layers, Bucket(text=1))
+    output = run_stages(config, stages, plan, token, (), past=past)
+    return output.buffer.hidden, dataclasses.replace(state, caches=output.state.caches)

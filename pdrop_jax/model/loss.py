@@ -1,4 +1,4 @@
-"""Next-token cross-entropy on what is left after the drops, without the logits of all positions at once."""
+"""Next-token cross-entropy on the tokens left after the drops, without the logits of all positions at once."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation
-from pdrop_jax.model.decoder import Drop, Remat
-from pdrop_jax.model.drop import TokenBuffer
-from pdrop_jax.model.layers import Params
+from pdrop_jax.model.drop import DropRecord, TokenBuffer
+from pdrop_jax.model.layers import Remat
+from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import forward_hidden, unembed
 from pdrop_jax.sharding import constrain
 
@@ -22,7 +22,7 @@ def compute_loss(
     *,
     implementation: Implementation = "auto",
     remat: Remat = "none",
-) -> tuple[jax.Array, tuple[Drop, ...]]:
+) -> tuple[jax.Array, tuple[DropRecord, ...]]:
     """The sum of the cross-entropies of ``batch``'s targets, () float32, and what was dropped.
 
     Divide by ``count_targets``: the official loss is the mean over all targets of a batch.
@@ -39,8 +39,8 @@ def count_targets(labels: jax.Array) -> jax.Array:
 def cross_entropy(config: LlavaConfig, params: Params, buffer: TokenBuffer, most: int, chunk: int = CHUNK) -> jax.Array:
     """Sum of the next-token cross-entropies over the targets of ``buffer``, () float32.
 
-    The targets' positions are brought together, then gone through in chunks whose logits are made again for the
-    gradient: (B, S, V) never exists.
+    The positions of the targets are gathered, then processed in chunks whose logits are recomputed for the gradient:
+    (B, S, V) never exists.
 
     Args:
       buffer: the last stage's tokens, ``hidden`` after the final norm, ``labels`` not shifted.

@@ -1,63 +1,67 @@
-"""int8 weights for inference: ``qwix.QArray``s in the places of the decoder's kernels.
+"""int8 weights for inference: ``qwix.QArray``s in place of the decoder's kernels.
 
 The weights of q, k, v, o, gate, up and down become int8, with a float32 scale for each output channel::
 
     kernel.qvalue    int8, the kernel's shape
     kernel.scale     float32, the kernel's shape but 1 along its inputs
 
-Everything else stays as it is: activations, biases, norms, the embedding table, the head, the vision tower and the
-projector. A layer multiplies by ``qvalue * scale``, rounded to the dtype of its activations. On a TPU that happens
-inside the matrix product: what is read from memory is int8. Kernels cut along fsdp are brought together in that dtype,
-so cut along tensor.
+Activations, biases, norms, the embedding table, the head, the vision tower and the projector keep their dtype. A layer
+multiplies by ``qvalue * scale``, rounded to the dtype of its activations. On a TPU that happens inside the matrix
+product: what is read from memory is int8. Kernels sharded along fsdp are gathered in the dtype of the activations, so
+shard along tensor.
 """
 
 import functools
-import re
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import qwix
 
-from pdrop_jax.model.layers import Params
-from pdrop_jax.model.params import path_name
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.params import Params, path_name, spec_of
 
-KERNEL = re.compile(r"stages\.\d+\.(?:\d+\.)?(?:attention|mlp)\.(\w+)\.kernel")
-INPUTS = {  # projection -> the axes of its kernel that are summed over
-    **dict.fromkeys(("q", "k", "v"), (-3,)),
-    "o": (-3, -2),
-    **dict.fromkeys(("gate", "up", "down"), (-2,)),
-}
+if TYPE_CHECKING:
+    import qwix
 
 
-def quantize_decoder(params: Params) -> Params:
+def quantize_decoder(config: LlavaConfig, params: Params) -> Params:
     """``params``, or a part of them, with the decoder's kernels in int8.
 
     Symmetric: an output channel's largest weight is 127.5 steps, and no weight is moved by more than half a step.
 
     Args:
       params: stacked or not, of any float dtype; may be abstract, under ``jax.eval_shape``.
+
+    Raises:
+      UserError: qwix is not installed.
     """
 
-    def of(path: tuple, x: jax.Array) -> jax.Array | qwix.QArray:
-        found = KERNEL.fullmatch(path_name(path))
-        return _quantize(x, INPUTS[found[1]]) if found else x
+    def quantize(path: tuple, x: jax.Array) -> "jax.Array | qwix.QArray":
+        name = path_name(path)
+        if not (name.startswith("stages.") and name.endswith(".kernel")):
+            return x
+        spec = spec_of(config, name)
+        return _quantize(x, tuple(i - len(spec.shape) for i in spec.inputs))
 
-    return jax.tree.map_with_path(of, params)
+    return jax.tree.map_with_path(quantize, params)
 
 
-@functools.partial(jax.jit, static_argnums=1)  # else the whole stack would stand in memory as float32
-def _quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> qwix.QArray:
+@functools.partial(jax.jit, static_argnums=1)  # else the whole stack would be in memory as float32
+def _quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> "qwix.QArray":
+    try:
+        import qwix  # needed with int8 weights only
+    except ImportError:
+        raise UserError("int8 weights need qwix, which is not installed: pip install 'pdrop-jax[quantize]'") from None
     outputs = set(range(kernel.ndim)) - {axis % kernel.ndim for axis in inputs}
     return qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=outputs)
 
 
-def dequantize(layer: Params) -> Params:
-    """One layer's parameters with plain kernels, in the dtype of its norms. Plain ones are passed on."""
-    dtype = layer["attention_norm"]["scale"].dtype
-    return jax.tree.map(
-        lambda x: qwix.dequantize(x).astype(dtype) if is_quantized(x) else x, layer, is_leaf=is_quantized
-    )
+def dequantize(kernel: "qwix.QArray", dtype: Any) -> jax.Array:
+    import qwix
+
+    return qwix.dequantize(kernel).astype(dtype)
 
 
-def is_quantized(x: object) -> bool:
-    return isinstance(x, qwix.QArray)
+def is_quantized(x: object) -> "TypeGuard[qwix.QArray]":
+    return hasattr(x, "qvalue")

@@ -1,19 +1,19 @@
-"""What image tokens are chosen by: small functions behind one signature, found by the schedule's ``score``.
+"""Token-scoring functions, selected by ``DropSchedule.score``.
 
-A score looks at a ``Boundary`` and gives every slot a number; of each image the tokens with the largest stay:
+A score looks at a ``drop.Boundary`` and gives every slot a number; the tokens of each image with the largest are kept:
 
 =============  =========================================================================================================
 pyramiddrop    attention of the query rows in the next layer (PyramidDrop, section 3.2)
 fastv          attention of the query rows in the last layer that ran (FastV, section 4)
-feather        the next layer's without rope, softmax over image tokens; at the first drop every third token of every
-               third line stays first (FEATHER, section 5)
+feather        as pyramiddrop without rope, softmax over image tokens only; the first drop also keeps every third token
+               of every third line of patches (FEATHER, section 5)
 v2drop         how far the last layer moved the hidden state, L2 norm (V2Drop)
-last_text      as pyramiddrop, asked by the last text token up to each query row
-all_text       as pyramiddrop, asked by every text token that is no target
+last_text      as pyramiddrop, with the last text token up to each query row as the query
+all_text       as pyramiddrop, with every text token that is not a target as a query
 norm           L2 norm of the hidden state
-random         a number drawn for the token, from the schedule's seed and the row's text
-none           nothing: all image tokens go (early exit)
-cls            attention of the vision tower's class token in the last layer that runs, mean over heads
+random         a random number for each token, from the schedule's seed and the row's text
+none           no score: all image tokens are dropped (early exit)
+cls            attention of the vision tower's class token in its last layer, mean over heads
 given          ``Batch.scores``
 =============  =========================================================================================================
 """
@@ -28,41 +28,13 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.model.drop import TokenBuffer
-from pdrop_jax.model.layers import Params, Rope
-from pdrop_jax.model.ranking import Past, attention_paid, image_scores
+from pdrop_jax.model.drop import Boundary, attention_scores, pyramiddrop_score
 
 GRID = 3  # FEATHER's stride
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Boundary:
-    """What a score may look at.
-
-    Attributes:
-      config: static.
-      number: static, 0 at the first drop.
-      buffer: tokens before the drop; ``hidden`` is the next layer's input.
-      rope: (B, S, H/2) each, at the buffer's positions.
-      next_layer: parameters of the layer behind the boundary.
-      past: what the next layer has cached of earlier turns, or None.
-      last_layer: parameters of the layer before the boundary; None before the first layer.
-      last_input: (B, S, D), what that layer got; None unless the score asks for it.
-    """
-
-    config: LlavaConfig = dataclasses.field(metadata={"static": True})
-    number: int = dataclasses.field(metadata={"static": True})
-    buffer: TokenBuffer
-    rope: Rope
-    next_layer: Params
-    past: Past | None = None
-    last_layer: Params | None = None
-    last_input: jax.Array | None = None
-
-
 Rank = Callable[[Boundary], jax.Array]
-Hint = Callable[[LlavaConfig, Batch, jax.Array | None], jax.Array]
+Precompute = Callable[[LlavaConfig, Batch, jax.Array | None], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,33 +42,30 @@ class TokenScore:
     """A way to rank image tokens.
 
     Attributes:
-      rank: ``Boundary`` -> (B, S) float32, the larger stays; only slots of one image are compared. No gradient flows.
-      hint: what is known before the decoder, ``(config, batch, attention) -> (B, S) float32``, found in
-        ``buffer.hint``; ``attention`` is the class token's, (B, S) float32, or None.
-      last_layer: whether ``rank`` looks at ``last_layer`` and ``last_input``.
-      class_attention: whether ``hint`` looks at ``attention``.
+      rank: ``drop.Boundary`` -> (B, S) float32, the larger is kept; only slots of one image are compared. No gradient
+        flows through.
+      precompute: the part that is known before the decoder, ``(config, batch, attention) -> (B, S) float32``, found in
+        ``buffer.precomputed_scores``; ``attention`` is the class token's, (B, S) float32, or None.
+      last_layer: whether ``rank`` needs ``last_layer`` and ``last_input``.
+      class_attention: whether ``precompute`` needs ``attention``.
     """
 
     rank: Rank
-    hint: Hint | None = None
+    precompute: Precompute | None = None
     last_layer: bool = False
     class_attention: bool = False
-
-
-def pyramiddrop(at: Boundary) -> jax.Array:
-    return image_scores(at.config.text, at.next_layer, at.buffer, at.rope, at.past)
 
 
 def fastv(at: Boundary) -> jax.Array:
     assert at.last_layer is not None
     assert at.last_input is not None
-    return attention_paid(at.config.text, at.last_layer, at.last_input, at.buffer.query_rows, at.rope)
+    return attention_scores(at.config.text, at.last_layer, at.last_input, at.buffer.query_rows, at.rope)
 
 
 def feather(at: Boundary) -> jax.Array:
     buffer, among = at.buffer, at.buffer.image_id > 0
-    scores = attention_paid(at.config.text, at.next_layer, buffer.hidden, buffer.query_rows, None, among=among)
-    return scores if at.number else scores + hinted(at)  # attention is never above 1
+    scores = attention_scores(at.config.text, at.next_layer, buffer.hidden, buffer.query_rows, None, among=among)
+    return scores if at.number else scores + precomputed(at)  # attention is never above 1
 
 
 def v2drop(at: Boundary) -> jax.Array:
@@ -131,13 +100,13 @@ def none(at: Boundary) -> jax.Array:
     return jnp.zeros(at.buffer.image_id.shape, jnp.float32)
 
 
-def hinted(at: Boundary) -> jax.Array:
-    assert at.buffer.hint is not None
-    return at.buffer.hint
+def precomputed(at: Boundary) -> jax.Array:
+    assert at.buffer.precomputed_scores is not None
+    return at.buffer.precomputed_scores
 
 
 def noise(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
-    """Uniform in 0..1. A row draws by its own text, so that it keeps the same tokens in any batch."""
+    """Uniform in 0..1. The key of a row depends on its own text, so it keeps the same tokens in any batch."""
     ids = jnp.asarray(batch.token_ids).astype(jnp.uint32)
     text = (ids * (2 * jnp.arange(ids.shape[1], dtype=jnp.uint32) + 1)).sum(1)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.schedule.seed), text)
@@ -145,10 +114,10 @@ def noise(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax
 
 
 def grid(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
-    """1 at tokens that stand on every third line and column of their crop's patches, counted from the first."""
-    index = jnp.asarray(batch.feature_index)[..., 0]  # a blended token stands where its first feature does
+    """1 at tokens on every third line and column of their crop's patches, counted from the first."""
+    index = jnp.asarray(batch.feature_index)[..., 0]  # a blended token is where its first feature is
     side, features = config.vision.patches_a_side, config.image_tokens
-    patch = index % features - (features - side**2)  # a class token, where it is kept, stands nowhere
+    patch = index % features - (features - side**2)  # a class token, where it is kept, has no place in the grid
     here = (index >= 0) & (index < batch.bucket.crops * features) & (patch >= 0)
     return (here & (patch // side % GRID == 0) & (patch % side % GRID == 0)).astype(jnp.float32)
 
@@ -160,31 +129,31 @@ def class_attention(config: LlavaConfig, batch: Batch, attention: jax.Array | No
 
 def given(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
     if batch.scores is None:
-        raise UserError("score 'given' ranks by the batch's own scores, and it has none: set Batch.scores")
+        raise UserError("score 'given' needs Batch.scores, which this batch does not have")
     return jnp.asarray(batch.scores, jnp.float32)
 
 
 def _asked_by(at: Boundary, rows: jax.Array) -> jax.Array:
-    return attention_paid(at.config.text, at.next_layer, at.buffer.hidden, rows, at.rope, at.past)
+    return attention_scores(at.config.text, at.next_layer, at.buffer.hidden, rows, at.rope, at.past)
 
 
 SCORES: dict[str, TokenScore] = {
-    "pyramiddrop": TokenScore(pyramiddrop),
+    "pyramiddrop": TokenScore(pyramiddrop_score),
     "fastv": TokenScore(fastv, last_layer=True),
-    "feather": TokenScore(feather, hint=grid),
+    "feather": TokenScore(feather, precompute=grid),
     "v2drop": TokenScore(v2drop, last_layer=True),
     "last_text": TokenScore(last_text),
     "all_text": TokenScore(all_text),
     "norm": TokenScore(norm),
-    "random": TokenScore(hinted, hint=noise),
+    "random": TokenScore(precomputed, precompute=noise),
     "none": TokenScore(none),
-    "cls": TokenScore(hinted, hint=class_attention, class_attention=True),
-    "given": TokenScore(hinted, hint=given),
+    "cls": TokenScore(precomputed, precompute=class_attention, class_attention=True),
+    "given": TokenScore(precomputed, precompute=given),
 }
 
 
 def register_score(name: str, score: TokenScore | Rank) -> None:
-    """Makes ``DropSchedule(score=name)`` rank by a function of yours. Compiled programs know a score by its name.
+    """Registers a score under ``name``, for ``DropSchedule(score=name)``. Compiled programs know a score by its name.
 
     Example::
 
@@ -194,15 +163,15 @@ def register_score(name: str, score: TokenScore | Rank) -> None:
       UserError: the name is taken.
     """
     if name in SCORES:
-        raise UserError(f"there is a score {name!r} already: choose another name")
+        raise UserError(f"score {name!r} is already registered: choose another name")
     SCORES[name] = score if isinstance(score, TokenScore) else TokenScore(score)
 
 
 def find_score(config: LlavaConfig) -> TokenScore:
-    """The score of the schedule.
+    """The score that the schedule names.
 
     Raises:
-      UserError: there is none of that name, or it needs what the model does not have.
+      UserError: it is unknown, or needs something that the model or schedule lacks.
     """
     name = config.schedule.score
     if name not in SCORES:
@@ -212,7 +181,7 @@ def find_score(config: LlavaConfig) -> TokenScore:
         )
     score = SCORES[name]
     if score.last_layer and 0 in config.schedule.layers:
-        raise UserError(f"score {name!r} looks at the layer before a drop, and there is none before layer 0")
+        raise UserError(f"score {name!r} needs the layer before a drop, and there is none before layer 0")
     if score.class_attention and not config.vision.class_tokens:
         raise UserError(f"score {name!r} needs a class token, and a {config.vision.kind} tower has none")
     return score

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.layers import (
-    Params,
-    Projector,
     Remat,
-    VisionEmbedding,
-    VisionLayer,
-    bind,
+    layer_norm,
     layer_of,
+    linear,
+    projector,
     rematerialise,
     scan_layers,
+    vision_embedding,
+    vision_layer,
 )
+from pdrop_jax.model.params import Params
 from pdrop_jax.sharding import constrain
 
 
@@ -31,33 +32,32 @@ def vision_features(
 ) -> tuple[jax.Array, jax.Array | None]:
     """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
 
-    The tower's last norm is no part of any hidden state, as in transformers.
+    The tower's last norm is not part of any hidden state, as in transformers.
 
     Args:
-      class_attention: also return (P, T) float32, what the class token attends to in the last layer that runs, mean
-        over heads; None without it.
+      class_attention: also returns the class token's attention in the last layer that runs, (P, T) float32, mean over
+        heads; None without it.
     """
-    x = bind(VisionEmbedding, config.vision, params=params["embed"])(constrain(pixels, "batch", None, None, None))
-    if implementation == "splash":  # serves causal attention only: forcing it means the decoder
+    x = vision_embedding(config.vision, params["embed"], constrain(pixels, "batch", None, None, None))
+    if implementation == "splash":  # is for causal attention only: forcing it means the decoder
         implementation = "xla"
 
     def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
         x = carry[0]
-        out = bind(VisionLayer, config.vision, params=layer)(x, implementation)
+        out = vision_layer(config.vision, layer, x, implementation)
         return (constrain(out, "batch", None, None), x if class_attention else None), None
 
     start = (x, x if class_attention else None)
     (x, last_input), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
     if last_input is None:
         return x, None
-    last = bind(VisionLayer, config.vision, params=layer_of(params["layers"], -1))
-    return x, class_attention_of(last, last_input)
+    return x, class_attention_of(config, layer_of(params["layers"], -1), last_input)
 
 
-def class_attention_of(layer: VisionLayer, x: jax.Array) -> jax.Array:
-    """A layer's input (P, T, D_vision) -> (P, T) float32, attention of its first token, mean over heads."""
-    h = layer.attention_norm(jax.lax.stop_gradient(x))
-    q, k = layer.attention.q(h[:, :1])[:, 0], layer.attention.k(h)
+def class_attention_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
+    """The input of a layer (P, T, D_vision) -> (P, T) float32, attention of its first token, mean over heads."""
+    h = layer_norm(params["attention_norm"], jax.lax.stop_gradient(x), config.vision.norm_eps)
+    q, k = linear(params["attention"]["q"], h[:, :1])[:, 0], linear(params["attention"]["k"], h)
     logits = jnp.einsum("PNH,PTNH->PNT", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
     return jax.nn.softmax(logits, axis=-1).mean(1)
 
@@ -70,15 +70,15 @@ def image_features(
     remat: Remat = "none",
     class_attention: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """A row's crops as its pool of feature vectors.
+    """The crops of each row as its pool of feature vectors.
 
     Args:
       crops: (B, C, h, w, 3) normalised pixels, C > 0.
 
     Returns:
-      (B, C * (image_tokens + frame_tokens), D), dtype of the parameters: the features of all crops, then those that
-      they have as frames of a video; and one vector more, the newline, where pictures are tiled. With
-      ``class_attention`` as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
+      (B, C * (image_tokens + frame_tokens), D), dtype of the parameters: the features of all crops, then their
+      features as frames of a video; where images are tiled, one more vector, the newline. With ``class_attention``
+      also as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
@@ -87,7 +87,7 @@ def image_features(
     D, side = config.text.hidden_size, config.vision.patches_a_side
 
     def pool(x: jax.Array) -> jax.Array:
-        """Of all tokens (B * C, T, N) of the tower those that a picture has, then those that a frame has."""
+        """From all tokens (B * C, T, N) of the tower, those that an image has, then those that a video frame has."""
         x = x if config.keep_class_token else x[:, config.vision.class_tokens :]
         return jnp.concatenate([x, averaged(x, side, config.frame_stride)], axis=1) if config.frame_stride else x
 
@@ -95,8 +95,7 @@ def image_features(
         parts = jnp.split(x, [config.image_tokens], axis=1)
         return jnp.concatenate([part.reshape(B, C * part.shape[1], part.shape[2]) for part in parts], axis=1)
 
-    project = bind(Projector, config.vision.hidden_size, D, config.projector_layers, params=params["projector"])
-    x = by_row(project(pool(x)))
+    x = by_row(projector(params["projector"], pool(x)))
     attention = None if attention is None else by_row(pool(attention[..., None]))
     if config.tiling:
         newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, D))
@@ -108,7 +107,7 @@ def image_features(
 def averaged(x: jax.Array, side: int, stride: int) -> jax.Array:
     """Means (P, (side // stride)**2, D) over squares of ``stride`` a side of the last ``side``**2 features of each row.
 
-    What is left over at the right and at the bottom is no part of any, as in torch's AvgPool2d.
+    What is left over at the right and at the bottom is ignored, as in torch's AvgPool2d.
     """
     P, D, squares = x.shape[0], x.shape[-1], side // stride
     x = x[:, -(side**2) :].reshape(P, side, side, D)[:, : squares * stride, : squares * stride]

@@ -1,20 +1,20 @@
-"""The whole model as pure functions: pixels and ids -> embeddings -> stages -> logits."""
+"""The whole model as pure functions: pixels and token ids -> embeddings -> stages -> logits."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.batch import Batch
+from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.attention import Implementation, aligned
-from pdrop_jax.model.cache import StageCache
-from pdrop_jax.model.decoder import Drop, run_stages, run_token
-from pdrop_jax.model.drop import TokenBuffer
-from pdrop_jax.model.layers import Params, Remat, RMSNorm, bind
+from pdrop_jax.model.decoder import DecodeState, run_stages, run_token
+from pdrop_jax.model.drop import DropRecord, TokenBuffer
+from pdrop_jax.model.layers import Remat, rms_norm
+from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.vision import image_features
-from pdrop_jax.sharding import constrain, explicit
+from pdrop_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -27,28 +27,14 @@ class Output:
       buffer: the last stage's tokens; ``hidden`` is after the final norm.
       lengths: (B,) int32 for each stage, its valid slots.
       drops: one for each stage boundary.
-      hidden: each stage's layer inputs (L_s, B, S_s, D), if asked for.
+      layer_inputs: for each stage (L_s, B, S_s, D), or None if not asked for.
     """
 
     logits: jax.Array | None
     buffer: TokenBuffer
     lengths: tuple[jax.Array, ...]
-    drops: tuple[Drop, ...]
-    hidden: list[jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class DecodeState:
-    """What a decode step needs of the prefill.
-
-    Attributes:
-      caches: one for each stage, None for a stage without layers.
-      lengths: (B,) int32 for each stage, its valid slots after the prefill.
-    """
-
-    caches: tuple[StageCache | None, ...]
-    lengths: tuple[jax.Array, ...]
+    drops: tuple[DropRecord, ...]
+    layer_inputs: tuple[jax.Array | None, ...]
 
 
 def embed(
@@ -62,8 +48,8 @@ def embed(
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
     hidden, attention = embed_tokens(params, batch.token_ids), None
     if batch.crops.shape[1]:
-        follows = find_score(config).class_attention
-        features, seen = image_features(config, params, jnp.asarray(batch.crops), implementation, remat, follows)
+        needed = find_score(config).class_attention
+        features, seen = image_features(config, params, jnp.asarray(batch.crops), implementation, remat, needed)
         index = jnp.asarray(batch.feature_index)
         hidden = jnp.where(index[..., :1] >= 0, _pick(features, index, batch.feature_weight), hidden)
         if seen is not None:
@@ -82,8 +68,7 @@ def buffer_of(
     B, S = batch.token_ids.shape
     image_id = jnp.asarray(batch.image_id)
     image_count = (image_id[:, None] == jnp.arange(len(batch.bucket.images) + 1)[:, None]).sum(-1)  # (B, M + 1)
-
-    hint = find_score(config).hint if batch.bucket.images else None
+    precompute = find_score(config).precompute if batch.bucket.images else None
 
     def pad(x: jax.Array, value: int = 0) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, slots - S)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
@@ -95,8 +80,8 @@ def buffer_of(
         length=jnp.asarray(batch.length),
         query_rows=jnp.asarray(batch.query_rows),
         image_count=image_count,
-        labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), -100),
-        hint=None if hint is None else pad(hint(config, batch, attention)),
+        labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), IGNORE),
+        precomputed_scores=None if precompute is None else pad(precompute(config, batch, attention)),
     )
 
 
@@ -112,14 +97,12 @@ def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | 
 
 def embed_tokens(params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
     """Token ids (B, T) -> (B, T, D)."""
-    ids = jnp.asarray(ids)
     table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
-    cut = explicit((*ids.shape, table.shape[-1]), "batch", None, None)
-    return constrain(jnp.asarray(table).at[ids].get(out_sharding=cut), "batch", None, None)
+    return constrain(jnp.asarray(table)[jnp.asarray(ids)], "batch", None, None)
 
 
 def unembed(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Normed hidden states (B, T, D) -> (B, T, V) float32."""
+    """Normed hidden states (B, T, D) -> logits (B, T, V) float32."""
     if config.text.tie_embeddings:
         kernel, spec = params["embed"]["embedding"], "BTD,VD->BTV"
     else:
@@ -128,7 +111,7 @@ def unembed(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def final_norm(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
-    return bind(RMSNorm, config.text.hidden_size, config.text.norm_eps, params=params["norm"])(x)
+    return rms_norm(params["norm"], x, config.text.norm_eps)
 
 
 def forward_hidden(
@@ -142,19 +125,24 @@ def forward_hidden(
 ) -> Output:
     """Everything but the head, without caches; ``logits`` is None."""
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
-    buffer = embed(config, params, batch, plan[0].slots, implementation, remat)
-    buffer, _, lengths, drops, hidden = run_stages(
+    output = run_stages(
         config,
         params["stages"],
         plan,
-        buffer,
+        embed(config, params, batch, plan[0].slots, implementation, remat),
         batch.bucket.images,
         implementation=implementation,
         remat=remat,
         keep_hidden=keep_hidden,
     )
-    x = final_norm(config, params, buffer.hidden)
-    return Output(None, dataclasses.replace(buffer, hidden=x), lengths, drops, hidden)
+    buffer = dataclasses.replace(output.buffer, hidden=final_norm(config, params, output.buffer.hidden))
+    return Output(
+        logits=None,
+        buffer=buffer,
+        lengths=output.state.lengths,
+        drops=output.drops,
+        layer_inputs=output.layer_inputs,
+    )
 
 
 def forward(
@@ -177,7 +165,7 @@ def prefill(
     new_slots: int,
     *,
     implementation: Implementation = "auto",
-) -> tuple[jax.Array, DecodeState, tuple[Drop, ...]]:
+) -> tuple[jax.Array, DecodeState, tuple[DropRecord, ...]]:
     """Runs the prompts and fills the caches.
 
     Args:
@@ -188,14 +176,14 @@ def prefill(
     """
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
     buffer = embed(config, params, batch, plan[0].slots, implementation)
-    buffer, caches, lengths, drops, _ = run_stages(
+    output = run_stages(
         config, params["stages"], plan, buffer, batch.bucket.images, new_slots=new_slots, implementation=implementation
     )
-    return next_logits(config, params, buffer), DecodeState(caches, lengths), drops
+    return next_logits(config, params, output.buffer), output.state, output.drops
 
 
 def next_logits(config: LlavaConfig, params: Params, buffer: TokenBuffer) -> jax.Array:
-    """Logits (B, V) float32 after the last token of each row, from what left the last layer."""
+    """Logits (B, V) float32 after the last token of each row, from the output of the last layer."""
     last = jnp.take_along_axis(buffer.hidden, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, D)
     return unembed(config, params, final_norm(config, params, last))[:, 0]
 
@@ -204,7 +192,5 @@ def decode_step(
     config: LlavaConfig, params: Params, tokens: jax.Array, state: DecodeState, step: jax.Array
 ) -> tuple[jax.Array, DecodeState]:
     """Logits (B, V) float32 after ``tokens`` (B,) int32, the (step + 1)-th new token of each row."""
-    x = embed_tokens(params, tokens[:, None])
-    x, caches = run_token(config, params["stages"], x, state.caches, state.lengths, step)
-    logits = unembed(config, params, final_norm(config, params, x))
-    return logits[:, 0], dataclasses.replace(state, caches=caches)
+    x, state = run_token(config, params["stages"], embed_tokens(params, tokens[:, None]), state, step)
+    return unembed(config, params, final_norm(config, params, x))[:, 0], state

@@ -22,14 +22,14 @@ from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import image_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.model.decoder import Drop
-from pdrop_jax.model.layers import Params
+from pdrop_jax.model.drop import DropRecord
+from pdrop_jax.model.params import Params
+from pdrop_jax.model.placement import place
 from pdrop_jax.model.vlm import decode_step, forward, prefill
 from pdrop_jax.parity.inputs import image_preprocess, preprocess_masks, prompts
 from pdrop_jax.parity.report import Comparison, Figures, error
 from pdrop_jax.parity.training import ToTorch, compare_training
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.sharding import place
 
 Arrays = Mapping[str, np.ndarray]
 QUERIES = 4  # at least the answers of any recorded conversation
@@ -73,7 +73,7 @@ def check(
 
     def load(folder: pathlib.Path, schedule: DropSchedule) -> tuple[LlavaConfig, Params]:
         config, params = reference.load(folder, schedule)
-        return config, place(params, mesh) if mesh else params
+        return config, place(config, params, mesh) if mesh else params
 
     placed, rows = reference._replace(load=load), []
     where = jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
@@ -191,7 +191,7 @@ def _compare_forward(config: LlavaConfig, params: Params, batch: Batch, arrays: 
     if "hs_final_norm" in arrays:
         hidden.append(_valid_error(output.buffer.hidden, arrays["hs_final_norm"], last))
     plan = config.schedule.plan(config.text.num_layers, batch.bucket)
-    for stage, layer_inputs, length in zip(plan, output.hidden, output.lengths, strict=True):
+    for stage, layer_inputs, length in zip(plan, output.layer_inputs, output.lengths, strict=True):
         for n in range(stage.num_layers):
             if (name := f"hs_in_layer{stage.start + n}") in arrays:
                 hidden.append(_valid_error(layer_inputs[n], arrays[name], length))
@@ -200,7 +200,7 @@ def _compare_forward(config: LlavaConfig, params: Params, batch: Batch, arrays: 
     return found | _compare_drops(batch, output.drops, arrays)
 
 
-def _compare_drops(batch: Batch, drops: Sequence[Drop], arrays: Arrays) -> Figures:
+def _compare_drops(batch: Batch, drops: Sequence[DropRecord], arrays: Arrays) -> Figures:
     """Scores and kept tokens of each row at each boundary, as far as they are recorded."""
     drops = jax.device_get(drops)
     kept = kept_tokens(batch, drops)

@@ -11,9 +11,9 @@ import numpy as np
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.decoder import Drop
-from pdrop_jax.model.layers import Params
+from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.loss import compute_loss, count_targets
+from pdrop_jax.model.params import Params
 from pdrop_jax.parity.report import Figures, error
 
 ToTorch = Callable[[LlavaConfig, Params], dict[str, np.ndarray]]
@@ -23,7 +23,7 @@ FLOOR = 1e-2  # makes TOLERANCE["gradients"] 1e-4 * absmax + 1e-6
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _loss_and_gradient(config: LlavaConfig, params: Params, batch: Batch) -> Any:
-    def mean(params: Params) -> tuple[jax.Array, tuple[Drop, ...]]:
+    def mean(params: Params) -> tuple[jax.Array, tuple[DropRecord, ...]]:
         total, drops = compute_loss(config, params, batch, remat="full")
         return total / count_targets(jnp.asarray(batch.labels)), drops
 
@@ -38,7 +38,7 @@ def compare_training(
     info: Any,
     to_torch: ToTorch,
     folder: pathlib.Path,
-) -> tuple[Figures, tuple[Drop, ...]]:
+) -> tuple[Figures, tuple[DropRecord, ...]]:
     """The loss, every recorded gradient, and the fingerprints of all, of ``batch``."""
     (loss, drops), gradient = _loss_and_gradient(config, params, batch)
     ours = to_torch(config, jax.device_get(gradient))

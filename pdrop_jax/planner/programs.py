@@ -18,9 +18,10 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import State, decode, start
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.placement import abstract
 from pdrop_jax.model.quantization import quantize_decoder
 from pdrop_jax.planner.hlo import Report, compile_report
-from pdrop_jax.sharding import abstract, batch_sharding, make_mesh, partition
+from pdrop_jax.sharding import batch_sharding, make_mesh, partition
 from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import OptimizerRecipe
 from pdrop_jax.train.step import init_state, train_step
@@ -141,14 +142,16 @@ def lower(job: Program, mesh: Mesh) -> Any:
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
     if job.mode == "train":
-        optimizer = make_optimizer(OptimizerRecipe(), STEPS)
-        init = functools.partial(init_state, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
-        train_state = abstract(jax.eval_shape(init, abstract_params(config)), mesh)
+        optimizer = make_optimizer(config, OptimizerRecipe(), STEPS)
+        init = functools.partial(init_state, config, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
+        train_state = abstract(config, jax.eval_shape(init, abstract_params(config)), mesh)
         program, arguments = train_step, (config, optimizer, train_state, batch)
         settings = {"grad_accum_steps": job.grad_accum_steps, "implementation": "splash"}
     else:
         params = abstract_params(config, jnp.bfloat16)
-        params = abstract(jax.eval_shape(quantize_decoder, params) if job.quantize else params, mesh)
+        if job.quantize:
+            params = jax.eval_shape(functools.partial(quantize_decoder, config), params)
+        params = abstract(config, params, mesh)
         greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)

@@ -10,7 +10,8 @@ from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.model.params import init_params, unstack
+from pdrop_jax.model.params import init_params
+from pdrop_jax.model.stacking import unstack
 from pdrop_jax.model.vlm import prefill
 from pdrop_jax.schedule import DropSchedule
 

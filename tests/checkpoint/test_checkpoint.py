@@ -20,8 +20,9 @@ from pdrop_jax.checkpoint import storage
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora, merge_lora
-from pdrop_jax.model.params import abstract_params, restage
+from pdrop_jax.model.params import abstract_params
 from pdrop_jax.model.quantization import quantize_decoder
+from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(

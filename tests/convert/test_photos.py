@@ -117,7 +117,7 @@ def assert_same_answers(ours, model, inputs, features, batch, question, pictures
         with torch.no_grad():
             logits = model(**row).logits[0].numpy()
             new = model.generate(**row, do_sample=False, max_new_tokens=NEW_TOKENS)[0, n:].numpy()
-        found = np.asarray(output.hidden[0][0, b, : len(is_image)])[is_image]  # what enters the first layer
+        found = np.asarray(output.layer_inputs[0][0, b, : len(is_image)])[is_image]  # what enters the first layer
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(output.logits[b, :n], logits, atol=1e-4)
         stops = [i for i in range(len(new)) if new[i] in ours.processor.stop_ids]

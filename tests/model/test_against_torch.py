@@ -27,9 +27,11 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.hf_parts import text_from_hf, vision_from_hf
+from pdrop_jax.model import layers
 from pdrop_jax.model.attention import attention
-from pdrop_jax.model.layers import DecoderLayer, GatedMLP, Projector, RMSNorm, bind, rope_tables, rotate
-from pdrop_jax.model.params import abstract_params, restage
+from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.rope import rope_tables, rotate
+from pdrop_jax.model.stacking import restage
 from pdrop_jax.model.vision import averaged, vision_features
 from pdrop_jax.model.vlm import embed
 from pdrop_jax.schedule import DropSchedule
@@ -81,7 +83,7 @@ def clip_config(**changes):
 def test_rms_norm():
     module = randomised(hf.LlamaRMSNorm(32, eps=1e-2))
     x = random(2, 5, 32)
-    ours = bind(RMSNorm, 32, 1e-2, params={"scale": weights(module)["weight"]})(x)
+    ours = layers.rms_norm({"scale": weights(module)["weight"]}, x, 1e-2)
     assert_close(ours, module(torch.tensor(x)), atol=1e-5)
 
 
@@ -121,9 +123,7 @@ def run_both(module, ours, params, x):
     positions = np.arange(x.shape[1])[None]
     tables = hf.LlamaRotaryEmbedding(module.self_attn.config)(torch.tensor(x), torch.tensor(positions))
     theirs = module(torch.tensor(x), position_embeddings=tables)
-    layer = jax.jit(
-        lambda params, x: bind(DecoderLayer, ours, params=params)(x, rope_tables(ours, positions), attend)[0]
-    )
+    layer = jax.jit(lambda params, x: layers.decoder_layer(ours, params, x, rope_tables(ours, positions), attend)[0])
     return layer(params, x), theirs
 
 
@@ -138,7 +138,7 @@ def test_attention(text):
 def test_mlp():
     module = randomised(hf.LlamaMLP(llama_config()))
     x = random(2, 5, 32)
-    assert_close(bind(GatedMLP, 32, 48, params=mlp_params(weights(module)))(x), module(torch.tensor(x)), atol=1e-5)
+    assert_close(layers.gated_mlp(mlp_params(weights(module)), x), module(torch.tensor(x)), atol=1e-5)
 
 
 @texts("mha", "gqa", "llama3")
@@ -174,7 +174,7 @@ def test_projector_mlp2x_gelu():
         LlavaMultiModalProjector(HFLlavaConfig(vision_config=clip_config(), text_config=llama_config()))
     )
     x = random(2, 5, 16)
-    ours = bind(Projector, 16, 32, 2, params=projector_params(weights(module)))(x)
+    ours = layers.projector(projector_params(weights(module)), x)
     assert_close(ours, module(torch.tensor(x)), atol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_projector_linear():
     module = randomised(torch.nn.Linear(16, 32))
     x = random(2, 5, 16)
     params = {"linear_0": {"kernel": weights(module)["weight"].T, "bias": weights(module)["bias"]}}
-    assert_close(bind(Projector, 16, 32, 1, params=params)(x), module(torch.tensor(x)), atol=1e-5)
+    assert_close(layers.projector(params, x), module(torch.tensor(x)), atol=1e-5)
 
 
 WHOLE = {

@@ -9,7 +9,8 @@ import pytest
 from tiny import GQA, MHA, TWO_DROPS, assert_close, decode_step, forward, llava_config, make_batch, params_of, prefill
 
 from pdrop_jax.batch import Bucket
-from pdrop_jax.model.params import abstract_params, unstack
+from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.stacking import unstack
 from pdrop_jax.schedule import DropSchedule
 
 PROMPTS = [[1, -8, 4, -5, 6, 7], [1, 9, -3, 5], [1, 2, 3, 4, 5]]  # rows of 17, 6 and 5 slots; the last without image

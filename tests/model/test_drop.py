@@ -12,9 +12,8 @@ from tiny import GQA, MHA, assert_close, llava_config, make_batch, make_buffer, 
 
 from pdrop_jax.batch import Bucket
 from pdrop_jax.model.decoder import positions_of
-from pdrop_jax.model.drop import compact
-from pdrop_jax.model.layers import rope_tables
-from pdrop_jax.model.ranking import choose, image_scores
+from pdrop_jax.model.drop import attention_scores, compact, select_tokens
+from pdrop_jax.model.rope import rope_tables
 from pdrop_jax.schedule import DropSchedule
 
 BUCKET = Bucket(6, (8, 5))  # B and the bucket never change, so that each ratio is compiled once
@@ -39,6 +38,10 @@ def buffers(draw):
     return make_buffer(make_batch([draw(row()) for _ in range(B)], BUCKET, labels=labels))
 
 
+def scores_of(config, layer, buffer, rope):
+    return attention_scores(config, layer, buffer.hidden, buffer.query_rows, rope)
+
+
 def few_values():
     """Scores (B, S) with many ties."""
     size = B * BUCKET.slots
@@ -48,7 +51,7 @@ def few_values():
 
 @jax.jit(static_argnames="ratio")
 def drop(buffer, scores, ratio):
-    keep = choose(buffer, scores, ratio, max(BUCKET.images))
+    keep = select_tokens(buffer, scores, ratio, max(BUCKET.images))
     return keep, compact(buffer, keep, BUCKET.text + sum(int(n * ratio) for n in BUCKET.images))
 
 
@@ -114,7 +117,7 @@ def test_a_query_row_follows_its_token(buffer, scores, ratio):
 @given(buffers(), few_values(), few_values())
 def test_a_second_drop_counts_from_the_original_size(buffer, scores, later_scores):
     _, after = drop(buffer, scores, 0.6)
-    keep = choose(after, later_scores[:, : after.slots], 0.29, max(BUCKET.images))
+    keep = select_tokens(after, later_scores[:, : after.slots], 0.29, max(BUCKET.images))
     for m in (1, 2):
         kept = (keep & (after.image_id == m)).sum(1)
         assert kept.tolist() == [int(n * 0.29) for n in buffer.image_count[:, m]]
@@ -189,7 +192,7 @@ def next_layer(text):
 @pytest.mark.parametrize("stride", [1, 3], ids=["dense", "original"])
 def test_scores_are_the_attention_of_the_next_layer(text, stride):
     buffer, positions = ranked_buffer(), stride * np.tile(np.arange(BUCKET.slots), (B, 1))
-    ours = image_scores(text, next_layer(text), buffer, rope_tables(text, positions))
+    ours = scores_of(text, next_layer(text), buffer, rope_tables(text, positions))
     valid = np.arange(BUCKET.slots) < buffer.length[:, None]
     expected = plain_scores(text, next_layer(text), buffer, positions)
     assert_close(np.where(valid, ours, 0), expected, atol=1e-6)
@@ -197,15 +200,13 @@ def test_scores_are_the_attention_of_the_next_layer(text, stride):
 
 def test_scores_of_a_row_add_up_to_one():
     buffer = ranked_buffer()
-    assert_close(
-        image_scores(MHA, next_layer(MHA), buffer, rope_tables(MHA, buffer.index)).sum(1), np.ones(B), atol=1e-6
-    )
+    assert_close(scores_of(MHA, next_layer(MHA), buffer, rope_tables(MHA, buffer.index)).sum(1), np.ones(B), atol=1e-6)
 
 
 def test_scores_of_a_bfloat16_model_are_float32():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (next_layer(MHA), ranked_buffer().hidden))
     buffer = dataclasses.replace(ranked_buffer(), hidden=half[1])
-    scores = image_scores(MHA, half[0], buffer, rope_tables(MHA, buffer.index))
+    scores = scores_of(MHA, half[0], buffer, rope_tables(MHA, buffer.index))
     assert scores.dtype == jnp.float32
     assert_close(scores.sum(1), np.ones(B), atol=1e-6)
 
@@ -214,7 +215,7 @@ def test_no_gradient_flows_through_the_ranking():
     buffer = ranked_buffer()
 
     def total(hidden, layer):
-        scores = image_scores(MHA, layer, dataclasses.replace(buffer, hidden=hidden), rope_tables(MHA, buffer.index))
+        scores = scores_of(MHA, layer, dataclasses.replace(buffer, hidden=hidden), rope_tables(MHA, buffer.index))
         return (scores**2).sum()
 
     gradients = jax.grad(total, argnums=(0, 1))(buffer.hidden, next_layer(MHA))

@@ -16,7 +16,8 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.hf_config import llava_from_hf
 from pdrop_jax.convert.hf_parts import text_from_hf, vision_from_hf
 from pdrop_jax.model.loss import compute_loss, count_targets
-from pdrop_jax.model.params import abstract_params, path_name, restage
+from pdrop_jax.model.params import abstract_params, path_name
+from pdrop_jax.model.stacking import restage
 from pdrop_jax.model.vision import vision_features
 from pdrop_jax.schedule import DropSchedule
 
@@ -91,7 +92,7 @@ def test_scores_are_the_attention_of_the_next_layer(name):
     batch = make_batch([[1, -10, 5, 6]], Bucket(3, (10,)))
     out = forward(config, params, batch, keep_hidden=True)
     module.config.output_attentions = True
-    theirs = module.model(inputs_embeds=torch.tensor(np.array(out.hidden[0][0]))).attentions[1]  # (1, N, S, S)
+    theirs = module.model(inputs_embeds=torch.tensor(np.array(out.layer_inputs[0][0]))).attentions[1]  # (1, N, S, S)
     (drop,) = out.drops
     assert_close(drop.scores[0], theirs[0, :, -1].mean(0), atol=1e-6)
     assert (np.asarray(drop.scores[0]) > 0).sum() == (WINDOW if name == "mistral_window" else 13)

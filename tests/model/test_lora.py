@@ -12,7 +12,8 @@ from pdrop_jax.batch import Bucket
 from pdrop_jax.errors import UserError
 from pdrop_jax.model import vlm
 from pdrop_jax.model.lora import BLOCKS, add_lora, has_lora, merge_lora
-from pdrop_jax.model.params import abstract_params, count, path_name, restage, unstack
+from pdrop_jax.model.params import abstract_params, count, path_name
+from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.schedule import DropSchedule
 
 CONFIGS = {
@@ -29,18 +30,23 @@ def trained(params, config, targets=tuple(BLOCKS), **kwargs):
     rng = np.random.default_rng(0)
 
     def leaf(path, x):
-        is_b = ".lora." in path_name(path) and path[-1].key == "b"
+        is_b = is_adapter(path) and path[-1].key == "b"
         return jnp.asarray(rng.standard_normal(x.shape, np.float32)) / 4 if is_b else x
 
     return jax.tree.map_with_path(leaf, add_lora(params, config, R, 2 * R, targets, **kwargs))
 
 
+def is_adapter(path):
+    return ".lora." in path_name(path)
+
+
 def adapters_of(params):
-    return {s: stack["lora"] for s, stack in params["stages"].items()}
+    """``params`` with None in place of all that is no adapter."""
+    return jax.tree.map_with_path(lambda path, x: x if is_adapter(path) else None, params)
 
 
 def with_adapters(params, adapters):
-    return {**params, "stages": {s: {**stack, "lora": adapters[s]} for s, stack in params["stages"].items()}}
+    return jax.tree.map(lambda x, y: x if y is None else y, params, adapters, is_leaf=lambda x: x is None)
 
 
 def assert_equal_trees(ours, theirs):
@@ -124,25 +130,24 @@ def test_gradient_of_the_adapters_alone(config):
 
     found = jax.jit(jax.grad(lambda adapters: loss(with_adapters(params, adapters))))(adapters_of(params))
     kernels = jax.jit(jax.grad(loss))(merge_lora(params))["stages"]
-    for s, blocks in found.items():
-        for block, names in blocks.items():
-            for name, grad in names.items():
-                # dL/da = scale * dL/dW b', dL/db = scale * a' dL/dW, by layer
-                adapter, scale = params["stages"][s]["lora"][block][name], 2.0
-                L = adapter["scale"].shape[0]
-                a, b = np.reshape(adapter["a"], (L, -1, R)), np.reshape(adapter["b"], (L, R, -1))
-                kernel = np.reshape(kernels[s][block][name]["kernel"], (L, a.shape[1], b.shape[2]))
-                expected = scale * kernel @ b.swapaxes(1, 2), scale * a.swapaxes(1, 2) @ kernel
-                assert_close(np.reshape(grad["a"], a.shape), expected[0], 1e-5)
-                assert_close(np.reshape(grad["b"], b.shape), expected[1], 1e-5)
-                assert np.abs(grad["a"]).max() > 1e-4
-                assert not np.asarray(grad["scale"]).any()
+    for s in params["stages"]:
+        for name, block in BLOCKS.items():
+            # dL/da = scale * dL/dW b', dL/db = scale * a' dL/dW, by layer
+            adapter, grad = (tree["stages"][s][block][name]["lora"] for tree in (params, found))
+            L, scale = adapter["scale"].shape[0], 2.0
+            a, b = np.reshape(adapter["a"], (L, -1, R)), np.reshape(adapter["b"], (L, R, -1))
+            kernel = np.reshape(kernels[s][block][name]["kernel"], (L, a.shape[1], b.shape[2]))
+            expected = scale * kernel @ b.swapaxes(1, 2), scale * a.swapaxes(1, 2) @ kernel
+            assert_close(np.reshape(grad["a"], a.shape), expected[0], 1e-5)
+            assert_close(np.reshape(grad["b"], b.shape), expected[1], 1e-5)
+            assert np.abs(grad["a"]).max() > 1e-4
+            assert not np.asarray(grad["scale"]).any()
 
 
 def test_initial_values():
     config = CONFIGS["gqa"]
-    lora = add_lora(params_of(config), config, 32, 48)["stages"]["2"]["lora"]
-    o = lora["attention"]["o"]
+    stage = add_lora(params_of(config), config, 32, 48)["stages"]["2"]
+    o = stage["attention"]["o"]["lora"]
     assert o["a"].shape == (1, 4, 16, 32)
     assert o["b"].shape == (1, 32, 32)
     assert not np.asarray(o["b"]).any()
@@ -150,8 +155,8 @@ def test_initial_values():
     assert np.abs(o["a"]).max() == pytest.approx(1 / 8, rel=0.02)  # 1 / sqrt(4 * 16)
     assert np.std(o["a"]) == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
     again, other = (add_lora(params_of(config), config, 32, 48, seed=seed) for seed in (0, 1))
-    assert_equal_trees(again["stages"]["2"]["lora"], lora)
-    assert not np.array_equal(other["stages"]["2"]["lora"]["mlp"]["up"]["a"], lora["mlp"]["up"]["a"])
+    assert_equal_trees(again["stages"]["2"], stage)
+    assert not np.array_equal(other["stages"]["2"]["mlp"]["up"]["lora"]["a"], stage["mlp"]["up"]["lora"]["a"])
 
 
 def test_abstract_parameters_and_their_count():
@@ -174,9 +179,9 @@ def test_bfloat16_parameters_stay_bfloat16():
 @pytest.mark.parametrize(
     ("targets", "rank", "message"),
     [
-        (["q", "k_proj"], 4, "unknown LoRA targets k_proj: choose of q, k, v, o, gate, up, down"),
-        ([], 4, "LoRA without targets: choose of q"),
-        (["q"], 0, "a LoRA rank of 0 adds nothing"),
+        (["q", "k_proj"], 4, "unknown LoRA targets k_proj: choose from q, k, v, o, gate, up, down"),
+        ([], 4, "LoRA without targets: choose from q"),
+        (["q"], 0, "the LoRA rank is 0: it must be at least 1"),
     ],
 )
 def test_what_makes_no_adapters(targets, rank, message):
@@ -190,5 +195,5 @@ def test_adapters_are_not_added_twice():
     params = add_lora(params_of(config), config, R, R, ["q"])
     assert has_lora(params)
     assert not has_lora(params_of(config))
-    with pytest.raises(UserError, match="carry LoRA adapters already"):
+    with pytest.raises(UserError, match="already carry LoRA adapters"):
         add_lora(params, config, R, R, ["k"])

@@ -9,7 +9,7 @@ from tiny import VOCAB, assert_close, llava_config, params_of, training_batch
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.model import vlm
-from pdrop_jax.model.decoder import Remat
+from pdrop_jax.model.layers import Remat
 from pdrop_jax.model.loss import compute_loss, count_targets, cross_entropy
 
 CONFIG = llava_config()

@@ -24,11 +24,10 @@ from tiny import (
 from pdrop_jax.batch import Bucket
 from pdrop_jax.model import multi_turn, vlm
 from pdrop_jax.model.cache import empty_caches, grow, write_tokens
-from pdrop_jax.model.decoder import drop, first_layer, positions_of, run_stages
-from pdrop_jax.model.drop import TokenBuffer
-from pdrop_jax.model.layers import rope_tables
-from pdrop_jax.model.scores import Boundary
-from pdrop_jax.model.vlm import DecodeState
+from pdrop_jax.model.decoder import DecodeState, positions_of, run_stages
+from pdrop_jax.model.drop import Boundary, TokenBuffer, drop, pyramiddrop_score
+from pdrop_jax.model.layers import layer_of
+from pdrop_jax.model.rope import rope_tables
 from pdrop_jax.schedule import DropSchedule
 
 # Three conversations of three turns, each turn a row: a negative number is an image of that many tokens.
@@ -172,8 +171,8 @@ def without_cache(config, params, row):
                 before = np.pad(image_id, (old, 0))  # what was kept stays, as text does
                 asked = packed(joined([*chosen, part]), before, image_tokens[n])
                 rope = rope_tables(config.text, positions_of(config.schedule, asked))
-                at = Boundary(config, s - 1, asked, rope, first_layer(layers))
-                keep = np.asarray(drop_(stage, at, 8)[1].keep[0])
+                at = Boundary(config, s - 1, asked, rope, layer_of(layers, 0))
+                keep = np.asarray(drop_(stage, at, pyramiddrop_score, 8)[1].keep[0])
                 stays = keep[old : old + len(image_id)]
                 chosen.append(tuple(x[stays] for x in part))
                 image_ids[n] = image_id[stays]
@@ -188,12 +187,12 @@ def without_cache(config, params, row):
 
 
 embed = jax.jit(vlm.embed, static_argnames=("config", "slots"))
-drop_ = jax.jit(drop, static_argnames=("stage", "max_count"))
+drop_ = jax.jit(drop, static_argnames=("stage", "score", "max_count"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan"))
 def run(config, stages, plan, buffer):
-    return run_stages(config, stages, plan, buffer, ())[0].hidden[0]
+    return run_stages(config, stages, plan, buffer, ()).buffer.hidden[0]
 
 
 @pytest.mark.parametrize("config", [CONFIGS["gqa_original_positions"], CONFIGS["layer_0"]], ids=["original", "layer_0"])

@@ -14,7 +14,8 @@ from transformers import LlavaConfig as HFLlavaConfig
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
-from pdrop_jax.model.params import abstract_params, count, init_params, path_name, restage, unstack
+from pdrop_jax.model.params import abstract_params, count, init_params, path_name
+from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.schedule import DropSchedule
 
 SCHEDULES = [DropSchedule.none(), TWO_DROPS, DropSchedule((0,), (0.5,)), DropSchedule((0, 2), (0.5, 0.5))]

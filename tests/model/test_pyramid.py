@@ -11,7 +11,7 @@ from tiny import TWO_DROPS, assert_close, forward, llava_config, make_batch, mak
 
 from pdrop_jax.batch import Bucket
 from pdrop_jax.model.decoder import run_stages
-from pdrop_jax.model.params import restage
+from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
 
 BUCKET = Bucket(6, (8, 5))
@@ -133,7 +133,7 @@ def gradient_of_hidden(schedule):
 
     def loss(hidden):
         first = dataclasses.replace(buffer, hidden=hidden)
-        last, *_ = run_stages(config, params["stages"], plan, first, BUCKET.images)
+        last = run_stages(config, params["stages"], plan, first, BUCKET.images).buffer
         valid = np.arange(last.slots) < last.length[:, None]
         return (last.hidden[..., 0] * valid).sum(), (last.index[0], valid[0])
 

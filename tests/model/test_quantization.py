@@ -7,8 +7,9 @@ import pytest
 from tiny import GQA, MHA, assert_close, decode_step, forward, llava_config, make_batch, params_of, prefill
 
 from pdrop_jax.batch import Bucket
-from pdrop_jax.model.params import path_name, unstack
+from pdrop_jax.model.params import path_name
 from pdrop_jax.model.quantization import is_quantized, quantize_decoder
+from pdrop_jax.model.stacking import unstack
 from pdrop_jax.schedule import DropSchedule
 
 CONFIGS = {"mha": llava_config(MHA), "gqa": llava_config(GQA, DropSchedule((0, 2), (0.6, 0.3)))}
@@ -29,7 +30,7 @@ def reference(params):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_decoders_kernels_are_within_half_a_step_and_the_rest_is_untouched(dtype):
     params = params_of(CONFIGS["mha"], dtype)
-    ours = jax.tree.leaves_with_path(quantize_decoder(params), is_leaf=is_quantized)
+    ours = jax.tree.leaves_with_path(quantize_decoder(CONFIGS["mha"], params), is_leaf=is_quantized)
     names = set()
     for (path, x), (_, original) in zip(ours, jax.tree.leaves_with_path(params), strict=True):
         name = path_name(path)
@@ -50,7 +51,7 @@ def test_the_decoders_kernels_are_within_half_a_step_and_the_rest_is_untouched(d
 
 @configs
 def test_logits_and_kept_tokens_are_those_of_the_plain_values(config):
-    params = quantize_decoder(params_of(config))
+    params = quantize_decoder(config, params_of(config))
     ours, theirs = forward(config, params, BATCH), forward(config, reference(params), BATCH)
     original = forward(config, params_of(config), BATCH)
     assert_close(ours.logits, theirs.logits, 1e-5)
@@ -70,28 +71,28 @@ def test_prefill_and_decoding_are_those_of_the_plain_values():
         second, _ = decode_step(config, params, np.array([11, 12, 13], np.int32), state, jnp.int32(0))
         return np.stack([first, second])
 
-    params = quantize_decoder(params_of(config))
+    params = quantize_decoder(config, params_of(config))
     assert_close(logits(params), logits(reference(params)), 1e-5)
 
 
 def test_a_list_of_layers_is_quantized_as_a_stack_is():
     config = CONFIGS["gqa"]
-    stacked = quantize_decoder(params_of(config))
-    layers = quantize_decoder(unstack(jax.tree.map(lambda x: x, params_of(config))))
+    stacked = quantize_decoder(config, params_of(config))
+    layers = quantize_decoder(config, unstack(jax.tree.map(lambda x: x, params_of(config))))
     for stage, stack in stacked["stages"].items():
         for n, layer in enumerate(layers["stages"][stage]):
             jax.tree.map(np.testing.assert_array_equal, layer, jax.tree.map(lambda x: x[n], stack))  # noqa: B023
 
 
 def test_quantizing_twice_is_quantizing_once():
-    once = quantize_decoder(params_of(CONFIGS["mha"]))
-    twice = quantize_decoder(once)
+    once = quantize_decoder(CONFIGS["mha"], params_of(CONFIGS["mha"]))
+    twice = quantize_decoder(CONFIGS["mha"], once)
     assert jax.tree.structure(once) == jax.tree.structure(twice)
     jax.tree.map(np.testing.assert_array_equal, once, twice)
 
 
 def test_activations_keep_their_dtype():
     config = CONFIGS["gqa"]
-    params = quantize_decoder(params_of(config, jnp.bfloat16))
+    params = quantize_decoder(config, params_of(config, jnp.bfloat16))
     out = jax.eval_shape(lambda p: forward(config, p, BATCH), params)
     assert out.buffer.hidden.dtype == jnp.bfloat16

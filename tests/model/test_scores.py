@@ -11,9 +11,9 @@ from tiny import GQA, IMAGE_TOKENS, VISION, assert_close, forward, llava_config,
 from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.model.layers import VisionEmbedding, bind
-from pdrop_jax.model.params import restage
+from pdrop_jax.model.layers import vision_embedding
 from pdrop_jax.model.scores import SCORES, TokenScore, find_score, register_score
+from pdrop_jax.model.stacking import restage
 from pdrop_jax.model.vision import vision_features
 from pdrop_jax.schedule import DropSchedule
 
@@ -41,7 +41,7 @@ def run(config, batch=BATCH):
 
 def layer_inputs():
     """(3, B, S, D): what each layer gets as long as nothing was dropped."""
-    return np.asarray(run(config_of("norm", (), ())).hidden[0], np.float64)
+    return np.asarray(run(config_of("norm", (), ())).layer_inputs[0], np.float64)
 
 
 def layer_params(n):
@@ -126,7 +126,7 @@ def test_the_last_layer_is_that_of_the_stage_that_ran(name):
     """The second drop, over what the first one left."""
     out = run(config_of(name))
     once = run(config_of(name, (1,), (0.6,)))
-    x = np.asarray(once.hidden[1], np.float64)  # inputs of layers 1 and 2
+    x = np.asarray(once.layer_inputs[1], np.float64)  # inputs of layers 1 and 2
     for b in range(2):
         n, image = int(once.lengths[1][b]), np.asarray(out.drops[1].image_id[b]) > 0
         if name == "v2drop":
@@ -176,7 +176,7 @@ def test_cls_is_the_towers_attention(layers):
         for m in range(int(BATCH.image_id[b].max())):
             pixels = BATCH.crops[b, m][None]
             # The one layer that runs gets what is embedded.
-            x = np.asarray(bind(VisionEmbedding, VISION, params=tower["embed"])(jnp.asarray(pixels))[0], np.float64)
+            x = np.asarray(vision_embedding(VISION, tower["embed"], jnp.asarray(pixels))[0], np.float64)
             h = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + VISION.norm_eps)
             h = h * layer["attention_norm"]["scale"] + layer["attention_norm"]["bias"]
             q, k = (
@@ -197,7 +197,7 @@ def test_given_scores_choose():
     of_image = BATCH.image_id[0] == 1
     best = np.sort(np.argsort(-scores[0][of_image])[: int(16 * 0.6)])
     assert np.flatnonzero(np.asarray(out.drops[0].keep)[0][of_image]).tolist() == best.tolist()
-    with pytest.raises(UserError, match="the batch's own scores, and it has none"):
+    with pytest.raises(UserError, match="score 'given' needs Batch.scores"):
         run(config)
 
 
@@ -208,11 +208,14 @@ def test_every_score_is_rendered_here():
 def test_a_score_of_the_users(monkeypatch):
     monkeypatch.setattr("pdrop_jax.model.scores.SCORES", dict(SCORES))
     register_score("first", lambda at: -at.buffer.index.astype(jnp.float32))
-    register_score("whole", TokenScore(lambda at: at.buffer.hint, hint=lambda config, batch, attention: batch.image_id))
+    register_score(
+        "whole",
+        TokenScore(lambda at: at.buffer.precomputed_scores, precompute=lambda config, batch, attention: batch.image_id),
+    )
     keep = np.asarray(run(config_of("first")).drops[0].keep)[1]
     assert keep[IMAGE[1]].tolist() == [True, False, False]
     run(config_of("whole"))
-    with pytest.raises(UserError, match="there is a score 'first' already"):
+    with pytest.raises(UserError, match="score .first. is already registered"):
         register_score("first", lambda at: at.buffer.index)
 
 
@@ -223,7 +226,7 @@ def test_a_score_of_the_users(monkeypatch):
         (config_of("zzz"), f"unknown score 'zzz': one of {', '.join(SCORES)}"),
         (
             config_of("v2drop", (0, 2)),
-            "score 'v2drop' looks at the layer before a drop, and there is none before layer 0",
+            "score 'v2drop' needs the layer before a drop, and there is none before layer 0",
         ),
         (
             dataclasses.replace(config_of("cls"), vision=VisionConfig(16, 4, 16, 24, 2, 2, kind="siglip")),

@@ -11,13 +11,15 @@ from tiny import llava_config, make_batch, params_of, training_batch
 
 from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.model.lora import add_lora
-from pdrop_jax.model.params import path_name
-from pdrop_jax.train.optimizer import group_of, learning_rate, make_optimizer
+from pdrop_jax.model.params import path_name, spec_of
+from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.recipe import OptimizerRecipe
 from pdrop_jax.train.step import init_state, join, split, train_step
 
 CONFIG = llava_config()
-ADAMW = make_optimizer(OptimizerRecipe(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0, weight_decay=0.1), 20)
+ADAMW = make_optimizer(
+    CONFIG, OptimizerRecipe(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0, weight_decay=0.1), 20
+)
 
 
 def batch_of(rows):
@@ -27,7 +29,7 @@ def batch_of(rows):
 
 def fresh(groups=("projector", "llm"), params=None):
     params = jax.tree.map(jnp.array, params_of(CONFIG)) if params is None else params
-    return init_state(params, groups, ADAMW, jnp.float32)
+    return init_state(CONFIG, params, groups, ADAMW, jnp.float32)
 
 
 def step(state, batch, **settings):
@@ -74,7 +76,7 @@ def test_a_frozen_group_does_not_change_by_one_bit(groups):
 
     def compare(path, old, new):
         if not np.array_equal(old, np.asarray(new)):
-            changed.add(group_of(path_name(path)))
+            changed.add(spec_of(CONFIG, path_name(path)).group)
 
     jax.tree.map_with_path(compare, before, after)
     assert changed == set(groups)
@@ -105,7 +107,7 @@ def test_no_step_compiles_twice():
 
 def test_norms_and_biases_do_not_decay():
     params = params_of(CONFIG)
-    optimizer = make_optimizer(OptimizerRecipe(learning_rate=1.0, warmup=0.0, weight_decay=0.5), 10)
+    optimizer = make_optimizer(CONFIG, OptimizerRecipe(learning_rate=1.0, warmup=0.0, weight_decay=0.5), 10)
     state = optimizer.init(params)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
 
@@ -118,7 +120,7 @@ def test_norms_and_biases_do_not_decay():
 
 def test_groups_have_rates_of_their_own():
     params = jax.tree.map(jnp.ones_like, params_of(CONFIG))
-    optimizer = make_optimizer(OptimizerRecipe(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0), 10)
+    optimizer = make_optimizer(CONFIG, OptimizerRecipe(learning_rate=1e-2, vision_learning_rate=1e-3, warmup=0.0), 10)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert float(updates["vision"]["embed"]["class_token"][0]) == pytest.approx(-1e-3, rel=1e-3)
     assert float(updates["projector"]["linear_0"]["bias"][0]) == pytest.approx(-1e-2, rel=1e-3)
@@ -148,9 +150,9 @@ def test_muon_moves_all_directions_of_a_matrix_alike(groups):
         u, s, v = jnp.linalg.svd(matrices, full_matrices=False)
         return (u * jnp.linspace(1.0, 0.1, s.shape[-1]) @ v).reshape(x.shape)
 
-    trained, _ = split(jax.tree.map(jnp.asarray, params_of(CONFIG)), groups)
+    trained, _ = split(CONFIG, jax.tree.map(jnp.asarray, params_of(CONFIG)), groups)
     gradient = jax.tree.map_with_path(gradient_of, trained)
-    optimizer = make_optimizer(OptimizerRecipe("muon", learning_rate=1e-2, warmup=0.0), 10)
+    optimizer = make_optimizer(CONFIG, OptimizerRecipe("muon", learning_rate=1e-2, warmup=0.0), 10)
     updates, _ = optimizer.update(gradient, optimizer.init(trained), trained)
     seen = set()
     for path, update in jax.tree.leaves_with_path(updates):
@@ -175,8 +177,8 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_what_is_split_is_joined():
     params = params_of(CONFIG)
-    trained, frozen = split(params, ("projector",))
-    assert {group_of(path_name(path)) for path, _ in jax.tree.leaves_with_path(trained)} == {"projector"}
+    trained, frozen = split(CONFIG, params, ("projector",))
+    assert {spec_of(CONFIG, path_name(path)).group for path, _ in jax.tree.leaves_with_path(trained)} == {"projector"}
     assert not jax.tree.leaves(frozen["projector"])
     assert jax.tree.structure(join(trained, frozen)) == jax.tree.structure(params)
     assert isinstance(ADAMW, optax.GradientTransformation)

@@ -1,0 +1,41 @@
+"""Rotary position embeddings (RoFormer, section 3.4)."""
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.config import TextConfig
+
+Rope = tuple[jax.Array, jax.Array]  # cos, sin: (B, T, H/2) float32
+
+
+def rope_tables(config: TextConfig, positions: jax.Array) -> Rope:
+    """cos and sin of the rotary angles at ``positions`` (B, T) int32."""
+    H = config.head_dim
+    inverse = 1.0 / config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        inverse = inverse / scaling.factor
+    elif scaling is not None:
+        # Long wavelengths are stretched by the factor, short ones are kept, those between are blended (Llama 3.1).
+        turns = scaling.original_max_length * inverse / (2 * jnp.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        inverse = blend * inverse + (1 - blend) * inverse / scaling.factor
+    angles = positions[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_at(tables: Rope, positions: jax.Array) -> Rope:
+    """The rows of ``tables`` (1, S, H/2) at ``positions`` (B, T) int32 < S.
+
+    XLA computes a gather once, but fuses a sine into its consumers and recomputes it for every head and layer.
+    """
+    cos, sin = (table[0][positions] for table in tables)
+    return cos, sin
+
+
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates ``x`` (B, T, N, H) by ``rope`` in float32; the halves of H are the pairs, as in Hugging Face's LLaMA."""
+    cos, sin = (table[:, :, None] for table in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
