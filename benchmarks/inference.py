@@ -32,7 +32,7 @@ from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.model.decoder import positions_of
-from pdrop_jax.model.drop import Boundary, drop
+from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
 from pdrop_jax.model.params import init_params
 from pdrop_jax.model.rope import rope_tables
 from pdrop_jax.model.stacking import unstack
@@ -163,7 +163,7 @@ def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> 
     plan = config.schedule.plan(config.text.num_layers, batch.bucket)
     buffer = jax.jit(embed, static_argnums=(0, 3))(config, params, batch, plan[0].slots)
     total = 0.0
-    run = jax.jit(drop, static_argnums=(0, 2))
+    run = jax.jit(drop, static_argnums=(0, 2, 3))
     for s, stage in enumerate(plan[1:], 1):
         layers = params["stages"][str(s)]
         first = layers[0] if _is_list(layers) else jax.tree.map(lambda x: x[0], layers)
@@ -172,7 +172,7 @@ def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> 
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            after, _ = jax.block_until_ready(run(stage, at, max(batch.bucket.images)))
+            after, _ = jax.block_until_ready(run(stage, at, pyramiddrop_score, max(batch.bucket.images)))
             times.append(time.perf_counter() - began)
         total += statistics.median(times[1:])
         buffer = after

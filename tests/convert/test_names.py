@@ -1,6 +1,7 @@
 """The tables of names: complete, without overlap, and those of real checkpoints."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 from tiny_torch import GOLDEN, VARIANTS, weights
 
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig, TextConfig, Tiling, VisionConfig
 from pdrop_jax.convert.names import NAMINGS, TOWERS, closest, leaves, torch_shapes, unrun_shapes
 from pdrop_jax.convert.sources import open_source
-from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.params import abstract_params, param_specs
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(
@@ -100,3 +101,14 @@ def test_the_format_is_told_by_its_names(key):
     names = list(torch_shapes(CONFIG, NAMINGS[key]))
     assert closest(CONFIG, names, NAMINGS) == key
     assert closest(CONFIG, names[::2], NAMINGS) == key
+
+
+def test_every_row_of_a_table_is_of_a_declared_array():
+    """What no model has are the biases of LLaMA's norms and mlps, which the table has rows for as it has for CLIP's."""
+    siglip = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, kind="siglip"))
+    tiled = dataclasses.replace(CONFIG, tiling=Tiling.next(28))
+    declared = {path for config in (CONFIG, siglip, tiled) for path in flatten_dict(param_specs(config), sep=".")}
+    rows = NAMINGS["original"].table(CONFIG.projector_layers)
+    left = {row for row in rows if row not in {re.sub(r"^stages\.\d+", "stages", path) for path in declared}}
+    mlps, norms = (f"stages.mlp.{name}.bias" for name in ("gate", "up", "down")), ("attention_norm", "mlp_norm")
+    assert left == {*mlps, *(f"stages.{name}.bias" for name in norms), "norm.bias"}

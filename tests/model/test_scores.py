@@ -197,7 +197,7 @@ def test_given_scores_choose():
     of_image = BATCH.image_id[0] == 1
     best = np.sort(np.argsort(-scores[0][of_image])[: int(16 * 0.6)])
     assert np.flatnonzero(np.asarray(out.drops[0].keep)[0][of_image]).tolist() == best.tolist()
-    with pytest.raises(UserError, match="score 'given' needs Batch.scores"):
+    with pytest.raises(UserError, match=r"score 'given' needs Batch\.scores"):
         run(config)
 
 
@@ -215,7 +215,7 @@ def test_a_score_of_the_users(monkeypatch):
     keep = np.asarray(run(config_of("first")).drops[0].keep)[1]
     assert keep[IMAGE[1]].tolist() == [True, False, False]
     run(config_of("whole"))
-    with pytest.raises(UserError, match="score .first. is already registered"):
+    with pytest.raises(UserError, match="score 'first' is already registered"):
         register_score("first", lambda at: at.buffer.index)
 
 
