@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pdrop_jax.generation.pretrained import Model as Model
     from pdrop_jax.generation.pretrained import load as load
     from pdrop_jax.generation.result import Generation as Generation
+    from pdrop_jax.generation.sampling import Sampling as Sampling
     from pdrop_jax.inputs.images import Video as Video
     from pdrop_jax.inputs.processor import Processor as Processor
     from pdrop_jax.model.scores import TokenScore as TokenScore
@@ -42,6 +43,7 @@ _HOME = {
     "LlavaConfig": "config",
     "Model": "generation.pretrained",
     "Processor": "inputs.processor",
+    "Sampling": "generation.sampling",
     "Session": "generation.chat",
     "TextConfig": "config",
     "TokenScore": "model.scores",

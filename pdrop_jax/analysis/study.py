@@ -27,7 +27,7 @@ from pdrop_jax.eval.batching import check_batch_size, plan, read_batches
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate_batch
 from pdrop_jax.generation.pretrained import Model, reschedule
-from pdrop_jax.generation.sampling import make_sampling
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.scores import SCORES, find_score
 from pdrop_jax.schedule import DropSchedule
 
@@ -157,7 +157,8 @@ def run_study(
 
     expected = _field(questions, ANSWER)
     clusters = [question.images[0] if question.images else question.id for question in questions]
-    asking = functools.partial(ask, questions=questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    asking = functools.partial(ask, questions=questions, batch_size=batch_size, sampling=sampling)
     whole = reschedule(model, DropSchedule.none())
     reference = asking(whole)
     noises = _noises(whole, questions, batch_size, asking)
@@ -221,21 +222,20 @@ def ask(
     questions: Sequence[Question],
     *,
     batch_size: int,
-    max_new_tokens: int,
+    sampling: Sampling,
     given: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Answers:
-    """Greedy answers to all questions.
+    """Answers to all questions.
 
     Args:
       given: [question][image] -> (n,) scores of the image's tokens, for the score "given".
     """
-    size, sampling = len(questions), make_sampling(max_new_tokens, 0.0, 0, 1.0)
-    found: list[tuple[str, np.ndarray, Any, Any]] = [("", np.empty(0), (), ())] * size
-    groups = plan(model.processor, questions, batch_size, max_new_tokens)
+    found: list[tuple[str, np.ndarray, Any, Any]] = [("", np.empty(0), (), ())] * len(questions)
+    groups = plan(model.processor, questions, batch_size, sampling.max_new_tokens)
     for group, batch in zip(groups, read_batches(model.processor, questions, groups, batch_size), strict=True):
         if given is not None:
             batch = _with_scores(batch, [given[number] for number in group.questions])
-        answer = generate_batch(model, batch, max_new_tokens=max_new_tokens, sampling=sampling)
+        answer = generate_batch(model, batch, sampling)
         first = np.asarray(jax.nn.log_softmax(answer.first_logits))
         rows = zip(answer.texts, first, answer.kept, answer.image_tokens, strict=True)
         for number, row in zip(group.questions, rows, strict=False):  # a batch may be filled up

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, SamplingOptions, mesh_sizes, progress
 from pdrop_jax.errors import UserError, error_text, printable
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
 IMAGE = "/image "
@@ -21,11 +22,7 @@ def run(
     layers: Layers = None,
     ratios: Ratios = None,
     score: str | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: SamplingOptions = Sampling(),
     dtype: Literal["float32", "bfloat16"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
     mesh: Mesh = (),
@@ -40,11 +37,6 @@ def run(
       layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
       score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
-      max_new_tokens: length of an answer.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens, 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: of the drawing.
       dtype: of the computation, without it the checkpoint's own.
       attention: implementation.
       mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
@@ -53,11 +45,9 @@ def run(
     from pdrop_jax.generation.chat import Session
     from pdrop_jax.generation.engine import check_implementation
     from pdrop_jax.generation.pretrained import DEMO, load
-    from pdrop_jax.generation.sampling import make_sampling
     from pdrop_jax.inputs.images import open_image
     from pdrop_jax.sharding import make_mesh
 
-    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
     check_implementation(attention)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a question
@@ -66,19 +56,13 @@ def run(
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
         loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, verify=not no_verify)
         session = Session(loaded, mode, implementation=attention)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
     live = sys.stdin.isatty()
     while line := _read(live):
         try:
             if line.startswith(IMAGE):
                 pictures.append(open_image(line.removeprefix(IMAGE).strip()))
                 continue
-            answer = session.ask(line, pictures, seed=seed, stream=_print_piece, **options)
+            answer = session.ask(line, pictures, sampling, stream=_print_piece)
         except KeyboardInterrupt:
             break
         except UserError as error:

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, SamplingOptions, mesh_sizes
 from pdrop_jax.errors import printable
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
 
@@ -22,11 +23,7 @@ def run(
     ratios: Ratios = None,
     score: str | None = None,
     batch_size: int = 8,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: SamplingOptions = Sampling(max_new_tokens=128),
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: Literal["int8"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
@@ -47,11 +44,6 @@ def run(
       ratios: share of the image tokens kept at each drop.
       score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
       batch_size: questions answered at a time.
-      max_new_tokens: length of an answer.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens, 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: of the drawing.
       dtype: of the computation, without it the checkpoint's own.
       quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
       attention: implementation.
@@ -75,11 +67,7 @@ def run(
             quantize=quantize,
             mesh=make_mesh(mesh_sizes(mesh)) if mesh else None,
             batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling=sampling,
             implementation=attention,
             verify=not no_verify,
             outside_images=outside_images,

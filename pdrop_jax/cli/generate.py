@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
+from pdrop_jax.cli.options import Layers, Mesh, Ratios, SamplingOptions, mesh_sizes, progress
 from pdrop_jax.errors import UserError, printable
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_outputs
 from pdrop_jax.schedule import parse_schedule
 
@@ -21,11 +22,7 @@ def run(
     layers: Layers = None,
     ratios: Ratios = None,
     score: str | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: SamplingOptions = Sampling(),
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: Literal["int8"] | None = None,
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
@@ -46,11 +43,6 @@ def run(
       layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
       ratios: share of the image tokens kept at each drop.
       score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
-      max_new_tokens: length of an answer.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens, 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: of the drawing.
       dtype: of the computation, without it the checkpoint's own.
       quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
       attention: implementation.
@@ -67,11 +59,9 @@ def run(
 
     from pdrop_jax.generation.engine import check_implementation, generate
     from pdrop_jax.generation.pretrained import DEMO, load
-    from pdrop_jax.generation.sampling import make_sampling
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.sharding import make_mesh
 
-    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
     check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
@@ -84,11 +74,7 @@ def run(
             loaded,
             prompt,
             images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling,
             implementation=attention,
             stream=_print_piece if live else None,
         )

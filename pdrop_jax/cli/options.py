@@ -9,10 +9,12 @@ from typing import Annotated
 import tyro
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import PRESETS
 
 Layers = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar=f"N [N …]|none|{'|'.join(PRESETS)}")]
 Mesh = Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS=N [AXIS=N …]")]
+SamplingOptions = Annotated[Sampling, tyro.conf.arg(name="")]  # --max-new-tokens, --temperature, …
 Ratios = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="R [R …]")]
 
 

@@ -18,7 +18,7 @@ from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import check_implementation, generate_batch
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation
-from pdrop_jax.generation.sampling import make_sampling
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.anyres import ImageTokens, count
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
@@ -82,44 +82,31 @@ def answer_all(
     questions: Sequence[Question],
     *,
     batch_size: int = 8,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(max_new_tokens=128),
     implementation: Implementation = "auto",
     answered: Container[int] = (),
 ) -> Generator[tuple[list[int], Generation]]:
     """Answers batch by batch, see ``plan`` for their order.
 
-    The last batch of a bucket is filled up with its last question, of which the surplus answers are left out. What a
-    batch draws at a temperature depends on ``seed`` and its place in the plan, not on the batches before it.
+    The last batch of a bucket is padded with copies of its last question, whose answers are left out. Samples of a batch
+    depend on the seed and on the batch's position in the plan, not on the batches before it.
 
     Args:
-      temperature: 0 is greedy; this and the others as in ``generation.generate``.
-      answered: positions of questions that have been; a batch of nothing else is skipped.
+      answered: positions of questions that have been answered already; a batch of only such questions is skipped.
 
     Yields:
       (positions in ``questions``, their answers): one row of the ``Generation`` for each, its seconds and bytes those
       of the whole batch.
 
     Raises:
-      UserError: see ``plan``; a picture cannot be read, bad sampling values.
+      UserError: see ``plan``; a picture cannot be read.
     """
-    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
-    groups = plan(model.processor, questions, batch_size, max_new_tokens)
+    groups = plan(model.processor, questions, batch_size, sampling.max_new_tokens)
     todo = [(n, group) for n, group in enumerate(groups) if any(i not in answered for i in group.questions)]
     batches = read_batches(model.processor, questions, [group for _, group in todo], batch_size)
     for (number, group), batch in zip(todo, batches, strict=True):
-        generation = generate_batch(
-            model,
-            batch,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed + number,
-            implementation=implementation,
-        )
+        generation = generate_batch(model, batch, sampling.for_batch(number), implementation=implementation)
         yield group.questions, _first_rows(generation, len(group.questions))
 
 

@@ -31,7 +31,7 @@ from pdrop_jax.eval.journal import AnswerRecord, Journal, unfinished
 from pdrop_jax.eval.questions import Question, read_lines, read_questions
 from pdrop_jax.generation.engine import check_implementation
 from pdrop_jax.generation.pretrained import load
-from pdrop_jax.generation.sampling import make_sampling
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_output
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.schedule import DropSchedule
@@ -75,11 +75,7 @@ def evaluate(
     quantize: Literal["int8"] | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 8,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(max_new_tokens=128),
     implementation: Implementation = "auto",
     verify: bool = True,
     outside_images: bool = False,
@@ -95,7 +91,7 @@ def evaluate(
       images: the folder of their pictures.
       out: a new file, or one that this wrote before.
       schedule: None is the checkpoint's own; it, dtype, quantize, mesh and verify as in ``pdrop_jax.load``.
-      temperature: 0 is greedy; it and the others as in ``generation.generate``.
+      sampling: answer length and sampling; the default is greedy decoding.
       outside_images: see ``questions.read_questions``.
       overwrite: start over: answers that are there are removed, whatever they are of.
 
@@ -105,7 +101,6 @@ def evaluate(
         or a question that is too long is found before the model is loaded.
     """
     began = time.perf_counter()
-    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
     check_batch_size(batch_size)
     folder = pathlib.Path(model)
@@ -113,8 +108,7 @@ def evaluate(
     inputs = [questions, *(image for question in asked for image in question.images), *([folder] if overwrite else ())]
     target = check_output(out, overwrite=True, inputs=inputs, makes_folder=True)
     check_output(unfinished(target), overwrite=True, inputs=inputs, makes_folder=True)
-    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch_size": batch_size}
-    metadata = describe(folder, schedule, dtype, quantize, max_new_tokens, drawing if temperature else None)
+    metadata = describe(folder, schedule, dtype, quantize, sampling, batch_size)
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
@@ -131,11 +125,7 @@ def evaluate(
                 loaded,
                 asked,
                 batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
+                sampling=sampling,
                 implementation=implementation,
                 answered=answered,
             )
@@ -153,13 +143,12 @@ def describe(
     schedule: DropSchedule | None,
     dtype: str | None,
     quantize: str | None,
-    max_new_tokens: int,
-    drawing: Mapping[str, Any] | None,
+    sampling: Sampling,
+    batch_size: int,
 ) -> dict[str, Any]:
-    """All that answers depend on besides the question, read without loading the model.
+    """Everything that answers depend on besides the question, read without loading the model.
 
-    Args:
-      drawing: how tokens are drawn; None is greedy.
+    "sampling" is None for greedy decoding. Otherwise it includes the batch size, since rows of a batch share a key.
 
     Raises:
       UserError: ``folder`` is no checkpoint, or the schedule does not fit it.
@@ -167,13 +156,15 @@ def describe(
     config = LlavaConfig.load(folder)
     schedule = schedule or config.schedule
     schedule.check(config.text.num_layers)
+    samples = {**dataclasses.asdict(sampling), "batch_size": batch_size}
+    del samples["max_new_tokens"]  # it has a key of its own
     return {
         "fingerprint": fingerprint(folder),
         "schedule": schedule.to_json(),
         "dtype": dtype or storage.stored(folder)["embed.embedding"].dtype.name,
         "quantize": quantize,
-        "max_new_tokens": max_new_tokens,
-        "sampling": drawing and dict(drawing),
+        "max_new_tokens": sampling.max_new_tokens,
+        "sampling": None if sampling.greedy else samples,
     }
 
 

@@ -20,6 +20,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.eval.batching import answer_all
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.pretrained import DEMO, load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
 WINDOW = 32  # batches whose pictures are in memory at a time: tasks hand them over decoded
@@ -65,9 +66,11 @@ class PdropJax(lmms):
         """An answer to each request, in their order."""
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="answering", unit=" questions", disable=self.rank != 0) as bar:
-            for settings, numbers in self._windows(requests):
+            for sampling, numbers in self._windows(requests):
                 questions = [self._question(requests[n]) for n in numbers]
-                for asked, generation in answer_all(self.model, questions, batch_size=self.batch_size, **settings):
+                for asked, generation in answer_all(
+                    self.model, questions, batch_size=self.batch_size, sampling=sampling
+                ):
                     for at, text in zip(asked, generation.texts, strict=True):
                         context, kwargs = requests[numbers[at]].args[:2]
                         self.cache_hook.add_partial("generate_until", (context, kwargs), text)
@@ -83,14 +86,14 @@ class PdropJax(lmms):
         """Raises UserError: answers are generated, not ranked."""
         raise UserError("pdrop_jax does not rank given answers: choose tasks that generate_until")
 
-    def _windows(self, requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Positions of requests that are answered together, with what they ask of ``answer_all``."""
-        alike: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+    def _windows(self, requests: Sequence[Instance]) -> Iterator[tuple[Sampling, list[int]]]:
+        """Positions of requests that are answered together, with the sampling that they ask for."""
+        alike: dict[Sampling, list[int]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(tuple(settings_of(request.args[1]).items()), []).append(number)
+            alike.setdefault(sampling_of(request.args[1]), []).append(number)
         size = self.batch_size * WINDOW
-        for settings, numbers in alike.items():
-            yield from ((dict(settings), numbers[at : at + size]) for at in range(0, len(numbers), size))
+        for sampling, numbers in alike.items():
+            yield from ((sampling, numbers[at : at + size]) for at in range(0, len(numbers), size))
 
     def _question(self, request: Instance) -> Question:
         context, _, doc_to_visual, doc_id, task, split = request.args
@@ -99,12 +102,16 @@ class PdropJax(lmms):
         return Question(doc_id, context, tuple(x for x in visuals if x is not None), where=f"task {task}")
 
 
-def settings_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's ``generation_kwargs`` as arguments of ``answer_all``; what it leaves out is greedy, 128 tokens."""
-    settings = {"max_new_tokens": int(kwargs.get("max_new_tokens") or 128)}
+def sampling_of(kwargs: Mapping[str, Any]) -> Sampling:
+    """A task's ``generation_kwargs``. What it leaves out is greedy decoding of up to 128 tokens.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+    given: dict[str, Any] = {"max_new_tokens": int(kwargs.get("max_new_tokens") or 128)}
     if kwargs.get("temperature") and kwargs.get("do_sample", True):
-        settings |= {name: kwargs[name] for name in ("temperature", "top_k", "top_p") if kwargs.get(name)}
-    return settings
+        given |= {name: kwargs[name] for name in ("temperature", "top_k", "top_p") if kwargs.get(name)}
+    return Sampling(**given)
 
 
 def words(value: str | int | float | None) -> list[str] | None:

@@ -31,9 +31,10 @@ from pdrop_jax.generation.engine import (
     on_devices,
     rows_on_devices,
 )
+from pdrop_jax.generation.next_token import TokenSampler, token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import kept_tokens
-from pdrop_jax.generation.sampling import Sampling, make_sampling
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
@@ -145,12 +146,8 @@ class Session:
         self,
         question: str,
         image: Picture | Sequence[Picture] | None = None,
+        sampling: Sampling = Sampling(),
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
         stream: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answers the next question of the conversation.
@@ -160,15 +157,14 @@ class Session:
 
         Args:
           image: new pictures, one for each ``<image>`` tag in the question; without a tag they go in front of it.
-          max_new_tokens, temperature, top_k, top_p: see ``generate``.
-          seed: of the drawing, together with the number of the turn.
+          sampling: answer length and sampling; each turn samples with a key of its own, made of the seed and the turn.
           stream: called with new text while the answer grows.
 
         Raises:
-          UserError: unreadable picture, image tags and pictures do not match, bad sampling values, more turns than the
+          UserError: unreadable picture, image tags and pictures do not match, more turns than the
             template can hold, a conversation longer than the model's positions.
         """
-        sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        max_new_tokens, sampler = sampling.max_new_tokens, token_sampler(sampling)
         processor, config = self._model.processor, self._model.config
         pictures = as_list(image)
         new_row = processor.row([(question, None)], pictures, self._template)
@@ -209,8 +205,8 @@ class Session:
                 model,
                 hidden,
                 np.int32(back),
-                jax.random.fold_in(jax.random.key(seed), len(turns)),
-                sampling,
+                jax.random.fold_in(jax.random.key(sampling.seed), len(turns)),
+                sampler,
                 stop_ids,
                 slots=whole.bucket.slots,
                 capacity=capacity,
@@ -219,7 +215,7 @@ class Session:
             prefill_seconds = timer.lap()
             size = cache_bytes(state.model.caches) + (0 if hidden is None else hidden.nbytes)
             send = None if stream is None else lambda row, text: stream(text)
-            state, (new,) = finish(self._model, state, max_new_tokens, sampling, stop_ids, timer, send)
+            state, (new,) = finish(self._model, state, max_new_tokens, sampler, stop_ids, timer, send)
         drawn = int(state.step)
 
         if self._mode == "keep":
@@ -261,7 +257,7 @@ def _start_turn(
     hidden: jax.Array | None,
     back: jax.Array,
     key: jax.Array,
-    sampling: Sampling,
+    sampler: TokenSampler,
     stop_ids: jax.Array,
     *,
     slots: int,
@@ -292,7 +288,7 @@ def _start_turn(
             capacity,
             implementation=implementation,
         )
-    return first_token(logits, after, capacity, key, sampling, stop_ids), hidden, drops
+    return first_token(logits, after, capacity, key, sampler, stop_ids), hidden, drops
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "width"))

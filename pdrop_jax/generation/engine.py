@@ -18,9 +18,10 @@ import numpy as np
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.generation.next_token import TokenSampler, sample, token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
-from pdrop_jax.generation.sampling import Sampling, make_sampling, sample
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
@@ -56,8 +57,8 @@ class State:
     model: DecodeState
 
 
-def _append(state: State, logits: jax.Array, sampling: Sampling, stop_ids: jax.Array) -> State:
-    token = sample(logits, jax.random.fold_in(state.key, state.step), sampling)
+def _append(state: State, logits: jax.Array, sampler: TokenSampler, stop_ids: jax.Array) -> State:
+    token = sample(logits, jax.random.fold_in(state.key, state.step), sampler)
     token = jnp.where(state.done, 0, token)
     done = state.done | (token[:, None] == stop_ids).any(1)
     tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
@@ -70,7 +71,7 @@ def start(
     params: Params,
     batch: Batch,
     key: jax.Array,
-    sampling: Sampling,
+    sampler: TokenSampler,
     stop_ids: jax.Array,
     *,
     capacity: int,
@@ -86,16 +87,16 @@ def start(
       (state, logits (B, V) float32 that the token is drawn from, drops).
     """
     logits, model, drops = prefill(config, params, batch, capacity, implementation=implementation)
-    return first_token(logits, model, capacity, key, sampling, stop_ids), logits, drops
+    return first_token(logits, model, capacity, key, sampler, stop_ids), logits, drops
 
 
 def first_token(
-    logits: jax.Array, model: DecodeState, capacity: int, key: jax.Array, sampling: Sampling, stop_ids: jax.Array
+    logits: jax.Array, model: DecodeState, capacity: int, key: jax.Array, sampler: TokenSampler, stop_ids: jax.Array
 ) -> State:
-    """The state with one new token of each row, drawn from ``logits`` (B, V)."""
+    """The state with one new token of each row, sampled from ``logits`` (B, V)."""
     B = logits.shape[0]
     state = State(jnp.zeros((B, capacity), jnp.int32), jnp.int32(0), jnp.zeros(B, bool), key, model)
-    return _append(state, logits, sampling, stop_ids)
+    return _append(state, logits, sampler, stop_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=ROUNDED)
@@ -104,7 +105,7 @@ def decode(
     params: Params,
     state: State,
     until: jax.Array,
-    sampling: Sampling,
+    sampler: TokenSampler,
     stop_ids: jax.Array,
 ) -> State:
     """Decodes until every row is done or has ``until`` () int32 new tokens. Consumes ``state``."""
@@ -115,7 +116,7 @@ def decode(
     def one(state: State) -> State:
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
         logits, model = decode_step(config, params, last, state.model, state.step - 1)
-        return _append(dataclasses.replace(state, model=model), logits, sampling, stop_ids)
+        return _append(dataclasses.replace(state, model=model), logits, sampler, stop_ids)
 
     return jax.lax.while_loop(more, one, state)
 
@@ -124,45 +125,34 @@ def generate(
     model: Model,
     prompts: Sequence[str],
     images: Sequence[Any] | None = None,
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     implementation: Implementation = "auto",
     stream: Callable[[int, str], None] | None = None,
 ) -> Generation:
     """Answers ``prompts`` about ``images``.
 
+    Example::
+
+        generate(model, ["What is this?"], ["cat.jpg"], Sampling(max_new_tokens=128, temperature=0.7, seed=1))
+
     Args:
       prompts: B questions.
       images: for each row None, a picture or several (path, PIL image or uint8 array), or a ``Video``.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens; 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: 0..4294967295.
+      sampling: answer length and sampling; the default is greedy decoding of up to 64 tokens.
+      implementation: attention implementation, see ``model.attention``.
       stream: called with (row, new text) while the answers grow.
 
     Raises:
-      UserError: unreadable picture, image tags and pictures do not match, prompt too long, bad sampling values.
+      UserError: a picture cannot be read, image tags and pictures do not match, or a prompt is too long.
     """
-    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
-    batch = model.processor(prompts, images, max_new_tokens=max_new_tokens)
-    return generate_batch(
-        model,
-        batch,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        implementation=implementation,
-        stream=stream,
-    )
+    batch = model.processor(prompts, images, max_new_tokens=sampling.max_new_tokens)
+    return generate_batch(model, batch, sampling, implementation=implementation, stream=stream)
 
 
 def check_implementation(implementation: Implementation) -> None:
-    """Raises UserError for an attention that this machine does not have."""
+    """Raises UserError for an attention implementation that this machine cannot run."""
     if implementation == "splash" and jax.default_backend() != "tpu":
         raise UserError(f"splash attention needs a TPU, this is a {jax.default_backend()}: use 'auto'")
 
@@ -170,15 +160,14 @@ def check_implementation(implementation: Implementation) -> None:
 def generate_batch(
     model: Model,
     batch: Batch,
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int = 0,
     implementation: Implementation = "auto",
     stream: Callable[[int, str], None] | None = None,
 ) -> Generation:
-    """``generate`` from a prepared batch."""
+    """Same as ``generate``, for a batch that ``model.processor`` has prepared."""
     config, processor = model.config, model.processor
+    sampler = token_sampler(sampling)
     stop_ids = np.array(processor.stop_ids, np.int32)
     timer = Timer()
     with on_devices(model):
@@ -187,16 +176,16 @@ def generate_batch(
             config,
             model.params,
             rows_on_devices(model, batch),
-            jax.random.key(seed),
-            sampling,
+            jax.random.key(sampling.seed),
+            sampler,
             stop_ids,
-            capacity=capacity_for(max_new_tokens),
+            capacity=capacity_for(sampling.max_new_tokens),
             implementation=implementation,
         )
         prefill_seconds = timer.lap()
         size = cache_bytes(state.model.caches)
         lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
-        state, token_ids = finish(model, state, max_new_tokens, sampling, stop_ids, timer, stream)
+        state, token_ids = finish(model, state, sampling.max_new_tokens, sampler, stop_ids, timer, stream)
     drops = jax.device_get(drops)
     return Generation(
         texts=[processor.decode(ids) for ids in token_ids],
@@ -234,12 +223,12 @@ def finish(
     model: Model,
     state: State,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampler: TokenSampler,
     stop_ids: np.ndarray,
     timer: "Timer",
     stream: Callable[[int, str], None] | None,
 ) -> tuple[State, list[list[int]]]:
-    """Decodes till every row is done or has its ``max_new_tokens``; consumes ``state``.
+    """Decodes until every row is done or has ``max_new_tokens`` tokens; consumes ``state``.
 
     Returns:
       (state, new tokens of each row without the stop token).
@@ -258,7 +247,7 @@ def finish(
         if over:
             return state, [_until_stop(row[:sent], stop_ids) for row in tokens]
         until = min(step + STREAM_EVERY, max_new_tokens) if stream else max_new_tokens
-        state = timer.call(decode, model.config, model.params, state, np.int32(until), sampling, stop_ids)
+        state = timer.call(decode, model.config, model.params, state, np.int32(until), sampler, stop_ids)
 
 
 def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
@@ -267,7 +256,7 @@ def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
 
 
 class Timer:
-    """Seconds of jitted calls, with compilation apart."""
+    """Measures jitted calls, compilation and execution separately, in seconds."""
 
     def __init__(self) -> None:
         self.compile_seconds = 0.0

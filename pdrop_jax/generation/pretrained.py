@@ -16,7 +16,7 @@ from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.schedule import DropSchedule
 
-DEMO = pathlib.Path(__file__).parent / "demo"  # the small trained model that comes with the package
+DEMO = pathlib.Path(__file__).parents[1] / "demo"  # the small trained model that comes with the package
 
 
 @dataclasses.dataclass(frozen=True)

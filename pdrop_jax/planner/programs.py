@@ -16,6 +16,7 @@ from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import State, decode, start
+from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.model.placement import abstract
@@ -152,7 +153,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
         if job.quantize:
             params = jax.eval_shape(functools.partial(quantize_decoder, config), params)
         params = abstract(config, params, mesh)
-        greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
+        greedy, stop = token_sampler(Sampling()), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)
         settings = {"capacity": CAPACITY, "implementation": "splash"}

@@ -15,6 +15,7 @@ from pdrop_jax.convert.importer import convert
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_a_batch_answers_as_each_question_alone(pdrop, model):
 def test_int8_weights(pdrop, model):
     common = ("generate", "--model", model, "--image", PHOTO, "--max-new-tokens", 8, "--json", "--prompt", "Who is it?")
     answer = json.loads(pdrop(*common, "--quantize", "int8").stdout)
-    expected = generate(load(model, quantize="int8"), ["Who is it?"], [PHOTO], max_new_tokens=8)
+    expected = generate(load(model, quantize="int8"), ["Who is it?"], [PHOTO], Sampling(8))
     assert answer["token_ids"] == expected.token_ids[0]
     assert answer["kept"] == expected.kept[0]
 
@@ -122,7 +123,7 @@ def test_another_score(pdrop, model):
         (("--layers", 2, "--ratios", 0.5, "--score", "fastw"), "unknown score 'fastw': did you mean 'fastv'?"),
         (("--score", "fastv"), "score 'fastv' is of a schedule: give layers too"),
         (("--layers", "tokens-64"), "decoder of 8 layers"),
-        (("--max-new-tokens", 0), "max_new_tokens >= 1"),
+        (("--max-new-tokens", 0), "max_new_tokens must be at least 1, got 0"),
         (("--top-p", 0), "top_p"),
         (("--attention", "splash"), "needs a TPU"),
         (("--attention", "cudnn"), "on a GPU"),
@@ -164,7 +165,7 @@ class Terminal(io.StringIO):
 
 def answers_of(model, questions):
     session = Session(load(model))
-    return [session.ask(question, image, max_new_tokens=4).text for question, image in questions]
+    return [session.ask(question, image, Sampling(4)).text for question, image in questions]
 
 
 def test_chat_answers_line_by_line(pdrop, model, monkeypatch):

@@ -15,10 +15,11 @@ from pdrop_jax.eval.batching import answer_all, plan
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate, start
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.processor import Processor
 
-SETTINGS = {"batch_size": 2, "max_new_tokens": 4}
+SETTINGS = {"batch_size": 2, "sampling": Sampling(4)}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_every_question_is_answered_as_it_is_alone(model, questions):
         found |= dict(zip(numbers, generation.token_ids, strict=True))
     assert sorted(found) == list(range(8))
     for number, question in enumerate(questions):
-        twice = generate(model, [question.text] * 2, [list(question.images)] * 2, max_new_tokens=4)
+        twice = generate(model, [question.text] * 2, [list(question.images)] * 2, Sampling(4))
         assert found[number] == twice.token_ids[0]
     assert len({tuple(ids) for ids in found.values()}) > 4
 
