@@ -13,6 +13,7 @@ from pdrop_jax.analysis.study import Study, StudyRow
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import Model, reschedule
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
 GROUPS = ("one drop", "scores", "controls", "noise")
@@ -103,8 +104,8 @@ def _html_table(rows: list[list[str]]) -> str:
 def _pictured(model: Model, schedule: DropSchedule, question: Question) -> str:
     dropping = reschedule(model, schedule)
     texts, pictures = [question.text], [list(question.images)]
-    dense = generate(reschedule(model, DropSchedule.none()), texts, pictures, max_new_tokens=16).texts[0]
-    answer = generate(dropping, texts, pictures, max_new_tokens=16)
+    dense = generate(reschedule(model, DropSchedule.none()), texts, pictures, Sampling(max_new_tokens=16)).texts[0]
+    answer = generate(dropping, texts, pictures, Sampling(max_new_tokens=16))
     kept = answer_picture(question.images, answer.kept[0], dropping.processor)
     scores = score_picture(question.images, answer.scores[0], dropping.processor)
     said = f"{question.text} Dense: {dense}. With drops: {answer.texts[0]}."

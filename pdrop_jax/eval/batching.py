@@ -88,8 +88,8 @@ def answer_all(
 ) -> Generator[tuple[list[int], Generation]]:
     """Answers batch by batch, see ``plan`` for their order.
 
-    The last batch of a bucket is padded with copies of its last question, whose answers are left out. Samples of a batch
-    depend on the seed and on the batch's position in the plan, not on the batches before it.
+    The last batch of a bucket is padded with copies of its last question, whose answers are left out. The samples of a
+    batch depend on the seed and on its position in the plan, not on the batches before it.
 
     Args:
       answered: positions of questions that have been answered already; a batch of only such questions is skipped.

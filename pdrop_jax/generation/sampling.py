@@ -1,4 +1,4 @@
-"""How answers are sampled, as users choose it. Importing this does not import jax; ``next_token`` is the device side."""
+"""How answers are sampled. This module does not import jax: the device side is ``next_token``."""
 
 import dataclasses
 
