@@ -6,9 +6,13 @@ Example::
 
     model = pdrop_jax.load("llava-1.5-7b")
     pdrop_jax.generate(model, ["What is on the table?"], ["kitchen.jpg"]).texts
+
+    sampling = pdrop_jax.Sampling(max_new_tokens=128, temperature=0.7)
+    pdrop_jax.generate(model, ["Describe it."], ["kitchen.jpg"], sampling).texts
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from pdrop_jax.model.scores import register_score as register_score
     from pdrop_jax.schedule import DropSchedule as DropSchedule
 
-_HOME = {
+_MODULES = {
     "Answer": "generation.chat",
     "Batch": "batch",
     "Bucket": "batch",
@@ -55,12 +59,18 @@ _HOME = {
     "register_score": "model.scores",
     "schedule_for_budget": "analysis.budget",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line answers --help without waiting for jax and transformers.
-    if name not in _HOME:
+    if name == "__version__":
+        return importlib.metadata.version("pdrop-jax")
+    if name not in _MODULES:
         raise AttributeError(f"module 'pdrop_jax' has no attribute {name!r}")
-    module = importlib.import_module(f"pdrop_jax.{_HOME[name]}")
+    module = importlib.import_module(f"pdrop_jax.{_MODULES[name]}")
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

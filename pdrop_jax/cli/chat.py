@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, SamplingOptions, mesh_sizes, progress
+from pdrop_jax.cli.options import (
+    Attention,
+    Dtype,
+    Layers,
+    Mesh,
+    Model,
+    NoVerify,
+    Ratios,
+    SamplingOptions,
+    Score,
+    mesh_sizes,
+    progress,
+)
 from pdrop_jax.errors import UserError, error_text, printable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
@@ -16,31 +28,24 @@ IMAGE = "/image "
 
 
 def run(
-    model: pathlib.Path | None = None,
+    model: Model = None,
     image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
     mode: Literal["keep", "rerank"] = "rerank",
     layers: Layers = None,
     ratios: Ratios = None,
-    score: str | None = None,
+    score: Score = None,
     sampling: SamplingOptions = Sampling(),
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    dtype: Dtype = None,
+    attention: Attention = "auto",
     mesh: Mesh = (),
-    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    no_verify: NoVerify = False,
 ) -> None:
-    """Answer questions, one a line, till an empty line. "/image FILE" puts a picture into the next question.
+    """Chat about images, one question a line, until an empty line or /exit. /help lists the commands.
 
     Args:
-      model: a checkpoint; without it the small demo model that comes with the package.
-      image: pictures of the first question.
-      mode: "rerank", every question chooses its own image tokens; "keep", those that an earlier one dropped are gone.
-      layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
-      ratios: share of the image tokens kept at each drop.
-      score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
-      dtype: of the computation, without it the checkpoint's own.
-      attention: implementation.
-      mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
-      no_verify: load the weights without comparing them with their checksums.
+      image: Images of the first question.
+      mode: "rerank" selects image tokens anew for every question; "keep" never brings back tokens that an earlier
+        question dropped, which is faster.
     """
     from pdrop_jax.generation.chat import Session
     from pdrop_jax.generation.engine import check_implementation

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from pdrop_jax.analysis.budget import schedule_for_budget
-from pdrop_jax.cli.options import Layers, Ratios
+from pdrop_jax.cli.options import ConfigModel, Layers, Ratios
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
 from pdrop_jax.schedule import parse_schedule
@@ -17,7 +17,7 @@ MOST_TOKENS = 10**9  # of text, or of an image
 
 
 def run(
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "llava-1.5-7b",
+    model: ConfigModel = "llava-1.5-7b",
     layers: Layers = None,
     ratios: Ratios = None,
     score: str | None = None,
@@ -35,7 +35,6 @@ def run(
     With a budget for the image tokens the ratios are found; --layers alone then says where to drop.
 
     Args:
-      model: llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, or a checkpoint; only its config is read.
       layers: drop image tokens after these many layers; without it the model's own schedule. Also paper, tokens-192,
         tokens-128 or tokens-64, schedules for 32 layers.
       ratios: share of the image tokens kept at each drop.

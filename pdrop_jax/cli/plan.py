@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
+from pdrop_jax.cli.options import ConfigModel, Layers, Mesh, Ratios, mesh_sizes, progress
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.schedule import parse_schedule
 
@@ -16,8 +16,8 @@ INFERENCE_ADVICE = "fewer rows (--batch), more devices along tensor"
 
 
 def run(
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
     topology: str,
+    model: ConfigModel = "llava-1.5-7b",
     mode: Literal["train", "prefill", "decode"] = "train",
     mesh: Mesh = (),
     bucket: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TEXT [IMAGE …]")] = (128, 576),
@@ -33,7 +33,6 @@ def run(
     """Compile a program for a TPU slice without one, and print what a device needs.
 
     Args:
-      model: llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, or a checkpoint; only its config is read.
       topology: chips, as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1, tpu7x:2x2x1.
       mode: a full fine-tune's step in bfloat16 with float32 masters and moments, or bfloat16 inference.
       mesh: devices along the axes data, fsdp and tensor; without it all along fsdp.

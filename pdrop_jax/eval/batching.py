@@ -19,9 +19,9 @@ from pdrop_jax.generation.engine import check_implementation, generate_batch
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.anyres import ImageTokens, count
+from pdrop_jax.inputs.anyres import count
 from pdrop_jax.inputs.assemble import Row, assemble
-from pdrop_jax.inputs.buckets import choose_bucket
+from pdrop_jax.inputs.buckets import ImageSize, bucket_of_sizes, text_length
 from pdrop_jax.inputs.images import Picture, as_tokens, image_size, open_image, read_image
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import Implementation
@@ -57,8 +57,8 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
         for number, question in enumerate(bar):
             try:
                 ids = np.array(processor.ids(question.text, len(question.images)), np.int32)
-                row = Row(ids, [_sized(image, processor, len(question.images)) for image in question.images])
-                bucket = choose_bucket([row], processor.config, max_new_tokens)
+                sizes = [_size(image, processor, len(question.images)) for image in question.images]
+                bucket = bucket_of_sizes([(text_length(ids), sizes)], processor.config, max_new_tokens)
             except UserError as error:
                 raise _of(question, error) from None
             buckets.setdefault(bucket, []).append((number, ids))
@@ -144,15 +144,13 @@ def _batch(processor: Processor, questions: Sequence[Question], group: Group, ba
     return assemble(rows, processor.config, group.bucket)
 
 
-def _sized(image: Picture, processor: Processor, of: int) -> ImageTokens:
-    """A picture, one ``of`` so many of its row, as ``choose_bucket`` needs it: as many crops and tokens, all empty."""
+def _size(image: Picture, processor: Processor, images: int) -> ImageSize:
+    """The size of an image of a question with so many ``images``. Only the header of a file is read."""
     config = processor.config
-    if config.tiling is None or (config.tiling.alone and of > 1):
-        crops, tokens = 1, config.image_tokens + (config.tiling is not None)
-    else:
-        size = image_size(image) if isinstance(image, str | os.PathLike) else open_image(image).size[::-1]
-        crops, tokens = count(size, config)
-    return ImageTokens(np.empty((crops, 0)), np.empty((tokens, 0), np.int32))
+    if config.tiling is None or (config.tiling.alone and images > 1):
+        return ImageSize(1, config.image_tokens + (config.tiling is not None))
+    size = image_size(image) if isinstance(image, str | os.PathLike) else open_image(image).size[::-1]
+    return ImageSize(*count(size, config))
 
 
 def _first_rows(generation: Generation, rows: int) -> Generation:

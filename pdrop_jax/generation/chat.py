@@ -142,6 +142,9 @@ class Session:
         self._images: list[ImageTokens] = []
         self._past: _Past | None = None
 
+    def __repr__(self) -> str:
+        return f"Session({self._model!r}, mode={self._mode!r}, turns={len(self.turns)}, images={len(self._images)})"
+
     def ask(
         self,
         question: str,

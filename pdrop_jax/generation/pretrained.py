@@ -11,7 +11,7 @@ from pdrop_jax.checkpoint import load as load_checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.params import Params
+from pdrop_jax.model.params import Params, count
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.schedule import DropSchedule
@@ -27,6 +27,12 @@ class Model:
     params: Params
     processor: Processor
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        sizes = f"{short_count(count(self.params))} parameters, {self.params['embed']['embedding'].dtype}"
+        layers = ", ".join(map(str, self.config.schedule.layers))
+        where = "" if self.mesh is None else f", mesh {dict(self.mesh.shape)}"
+        return f"Model(LLaVA, {sizes}, {f'drops after layers {layers}' if layers else 'dense'}{where})"
 
 
 def load(
@@ -75,3 +81,11 @@ def reschedule(model: Model, schedule: DropSchedule) -> Model:
     params = restage(model.params, model.config, schedule)
     processor = dataclasses.replace(model.processor, config=config)
     return dataclasses.replace(model, config=config, params=params, processor=processor)
+
+
+def short_count(n: int) -> str:
+    """ "2.4M" for 2,400,000."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.1f}{letter}"
+    return str(n)

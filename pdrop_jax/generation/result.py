@@ -1,6 +1,7 @@
 """What drops did to the images of a batch, as lists: by row, stage boundary and image."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,3 +70,8 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     cache_bytes: int
+
+    def __repr__(self) -> str:
+        texts = textwrap.shorten(repr(self.texts), 200, placeholder=" …")
+        seconds = f"prefill {self.prefill_seconds:.2f} s, decode {self.decode_seconds:.2f} s"
+        return f"Generation(texts={texts}, {sum(map(len, self.token_ids))} new tokens, {seconds})"

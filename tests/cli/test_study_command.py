@@ -13,7 +13,7 @@ DEMO = pathlib.Path(__file__).parents[2] / "pdrop_jax" / "demo"
 def test_the_command(pdrop, tmp_path):
     files = [tmp_path / name for name in ("study.json", "study.png", "study.html")]
     result = pdrop(
-        *("study", DEMO, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--limit", 10),
+        *("study", "--model", DEMO, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--limit", 10),
         *("--layers", 1, "--ratios", 0.0, 1.0, "--scores", "pyramiddrop", "--batch-size", 5),
         *("--out", files[0], "--plot", files[1], "--html", files[2]),
     )
@@ -43,5 +43,5 @@ def test_the_command(pdrop, tmp_path):
     ],
 )
 def test_bad_input(arguments, message, fails):
-    command = ("study", DEMO, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS)
+    command = ("study", "--model", DEMO, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS)
     assert message in fails(*command, *arguments)

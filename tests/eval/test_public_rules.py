@@ -32,7 +32,9 @@ def score_of(benchmark, texts, annotations, prompts=None, ids=None, questions=No
         for file, content in annotations.items():
             (folder / "ann" / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / "ann" / file).write_text(content if isinstance(content, str) else json.dumps(content))
-        target = folder / "ann" / next(iter(annotations)) if benchmark in ("gqa", "textvqa", "vqav2") else folder / "ann"
+        target = (
+            folder / "ann" / next(iter(annotations)) if benchmark in ("gqa", "textvqa", "vqav2") else folder / "ann"
+        )
         if questions is None:
             return getattr(scoring, f"score_{benchmark}")(folder / "a.jsonl", target)
         (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
@@ -113,7 +115,8 @@ def test_gqa(rows):
     assert score.values["accuracy"] == pytest.approx(sum(right) / len(right))
 
 
-DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(), [0, *range(11)], strict=True))
+NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+DIGITS = {word: max(n - 1, 0) for n, word in enumerate(NUMBERS)}
 # Of VQA's table, the words that PIECES can make.
 APOSTROPHES = {"dont": "don't", "hes": "he's", "somebody'd": "somebodyd", "couldnt've": "couldn't've"}
 

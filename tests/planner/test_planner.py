@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
 
 
 def planned(folder, *options):
-    command = [*PDROP, "plan", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
+    command = [*PDROP, "plan", "--model", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
