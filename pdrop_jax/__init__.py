@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from pdrop_jax.config import TextConfig as TextConfig
     from pdrop_jax.config import VisionConfig as VisionConfig
     from pdrop_jax.errors import UserError as UserError
-    from pdrop_jax.generation.chat import Answer as Answer
     from pdrop_jax.generation.chat import Session as Session
     from pdrop_jax.generation.engine import generate as generate
     from pdrop_jax.generation.pretrained import DEMO as DEMO
     from pdrop_jax.generation.pretrained import Model as Model
     from pdrop_jax.generation.pretrained import load as load
+    from pdrop_jax.generation.result import Answer as Answer
     from pdrop_jax.generation.result import Generation as Generation
     from pdrop_jax.generation.sampling import Sampling as Sampling
     from pdrop_jax.inputs.images import Video as Video
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pdrop_jax.schedule import DropSchedule as DropSchedule
 
 _MODULES = {
-    "Answer": "generation.chat",
+    "Answer": "generation.result",
     "Batch": "batch",
     "Bucket": "batch",
     "DEMO": "generation.pretrained",

@@ -1,5 +1,6 @@
-"""``pdrop chat``: several questions about pictures, each on the cache of those before."""
+"""``pdrop chat``: a conversation about images in the terminal."""
 
+import contextlib
 import io
 import pathlib
 import sys
@@ -24,7 +25,7 @@ from pdrop_jax.errors import UserError, error_text, printable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
-IMAGE = "/image "
+COMMANDS = "/image FILE adds an image to the next question, /reset starts a new conversation, /exit ends the chat"
 
 
 def run(
@@ -62,10 +63,23 @@ def run(
         loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, verify=not no_verify)
         session = Session(loaded, mode, implementation=attention)
     live = sys.stdin.isatty()
+    if live:
+        with contextlib.suppress(ImportError):  # not on every platform
+            import readline  # noqa: F401  input() then edits lines and remembers those before
     while line := _read(live):
         try:
-            if line.startswith(IMAGE):
-                pictures.append(open_image(line.removeprefix(IMAGE).strip()))
+            if line.startswith("/"):
+                command, _, argument = line.partition(" ")
+                if command == "/exit":
+                    break
+                if command == "/reset":
+                    session, pictures = Session(loaded, mode, implementation=attention), []
+                elif command == "/image" and argument.strip():
+                    pictures.append(open_image(argument.strip()))
+                elif command == "/help":
+                    print(COMMANDS)
+                else:
+                    raise UserError(f"unknown command {line!r}: {COMMANDS}")
                 continue
             answer = session.ask(line, pictures, sampling, stream=_print_piece)
         except KeyboardInterrupt:
@@ -80,11 +94,11 @@ def run(
         if live:
             seconds = answer.compile_seconds + answer.prefill_seconds
             tokens = f"{answer.stage_lengths[0]} tokens, {answer.cached} of them cached"
-            print(f"({tokens}; first word after {seconds:.2f} s)", file=sys.stderr)
+            print(f"({tokens}; first token after {seconds:.2f} s)", file=sys.stderr)
 
 
 def _read(live: bool) -> str:
-    """The next line without white space around it; empty at the end."""
+    """The next line, stripped; an empty string at the end of the input."""
     try:
         return input("> " if live else "").strip()
     except (EOFError, KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from typing import Annotated
 
 import tyro
@@ -73,7 +74,7 @@ def run(
     check_outputs([(out, ()), (plot, PLOTS), (html, [".html"])], overwrite=overwrite, inputs=inputs)
 
     from pdrop_jax.analysis.study import run_study
-    from pdrop_jax.analysis.study_report import report, table
+    from pdrop_jax.analysis.study_report import report, table, warning
 
     with progress("loading"):
         loaded = load(model or DEMO, dtype=dtype, verify=not no_verify)
@@ -88,6 +89,8 @@ def run(
         max_new_tokens=max_new_tokens,
     )
     print(printable(table(study), keep="\n"))  # before anything is written: the disk may be full
+    if warning(study):
+        print(f"pdrop study: warning: {warning(study)}", file=sys.stderr)
     if out:
         write_file(out, json.dumps(study.as_json()) + "\n", overwrite)
     if plot:

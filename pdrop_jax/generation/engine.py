@@ -1,13 +1,12 @@
-"""Answers: a jitted prefill, a jitted decode loop, and the host code around them.
+"""Generation: a jitted prefill, a jitted decode loop, and the host code around them.
 
 The two jitted functions are ``start`` (prompts -> state with the first new token) and ``decode`` (a
-``lax.while_loop`` that donates its state). Both compile once for a bucket, a batch size and a capacity.
+``lax.while_loop`` that donates its state). Each compiles once for a bucket, a batch size and a capacity.
 """
 
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from pdrop_jax.generation.next_token import TokenSampler, sample, token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.generation.timer import Timer
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
@@ -30,10 +30,10 @@ from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import decode_step, prefill
 from pdrop_jax.sharding import batch_sharding
 
-CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
-STREAM_EVERY = 4  # tokens between two calls of a stream
-# Left to itself XLA skips roundings to bfloat16 where it fuses, and what it fuses depends on the size of the batch: a
-# row would keep other tokens in a batch than alone (benchmarks/batches.py).
+CAPACITY_STEP = 64  # capacities are multiples of it, so that few are compiled
+STREAM_EVERY = 4  # new tokens between two calls of ``stream``
+# By default XLA omits roundings to bfloat16 inside fusions, and what it fuses depends on the batch size: a row could keep
+# other tokens in a batch than alone (benchmarks/batches.py).
 ROUNDED = {"xla_allow_excess_precision": False}
 
 
@@ -44,9 +44,9 @@ class State:
 
     Attributes:
       tokens: (B, C) int32, new tokens; 0 after a row's stop token.
-      step: () int32, how many of them there are.
-      done: (B,) bool, rows that drew a stop token.
-      key: PRNG key of the call.
+      step: () int32, number of new tokens.
+      done: (B,) bool, rows that have sampled a stop token.
+      key: PRNG key of the whole call.
       model: caches and lengths.
     """
 
@@ -81,10 +81,10 @@ def start(
 
     Args:
       stop_ids: (n,) int32.
-      capacity: slots for new tokens.
+      capacity: cache slots for new tokens.
 
     Returns:
-      (state, logits (B, V) float32 that the token is drawn from, drops).
+      (state, logits (B, V) float32 that the token is sampled from, drop records).
     """
     logits, model, drops = prefill(config, params, batch, capacity, implementation=implementation)
     return first_token(logits, model, capacity, key, sampler, stop_ids), logits, drops
@@ -154,7 +154,7 @@ def generate(
 def check_implementation(implementation: Implementation) -> None:
     """Raises UserError for an attention implementation that this machine cannot run."""
     if implementation == "splash" and jax.default_backend() != "tpu":
-        raise UserError(f"splash attention needs a TPU, this is a {jax.default_backend()}: use 'auto'")
+        raise UserError(f"splash attention needs a TPU, but this is a {jax.default_backend()}: use 'auto'")
 
 
 def generate_batch(
@@ -203,6 +203,7 @@ def generate_batch(
 
 
 def capacity_for(max_new_tokens: int) -> int:
+    """Cache slots for new tokens: ``max_new_tokens`` rounded up to a multiple of CAPACITY_STEP."""
     return -(-max_new_tokens // CAPACITY_STEP) * CAPACITY_STEP
 
 
@@ -212,7 +213,7 @@ def on_devices(model: Model) -> contextlib.AbstractContextManager:
 
 
 def rows_on_devices(model: Model, batch: Batch) -> Batch:
-    """The batch's rows shared out over the model's mesh, if it has one."""
+    """The batch with its rows sharded over the model's mesh, if it has one."""
     if model.mesh is None:
         return batch
     rows = batch_sharding(model.mesh, len(batch.length))
@@ -225,7 +226,7 @@ def finish(
     max_new_tokens: int,
     sampler: TokenSampler,
     stop_ids: np.ndarray,
-    timer: "Timer",
+    timer: Timer,
     stream: Callable[[int, str], None] | None,
 ) -> tuple[State, list[list[int]]]:
     """Decodes until every row is done or has ``max_new_tokens`` tokens; consumes ``state``.
@@ -253,24 +254,3 @@ def finish(
 def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
     stops = np.flatnonzero(np.isin(ids, stop_ids))
     return ids[: stops[0] if len(stops) else None].tolist()
-
-
-class Timer:
-    """Measures jitted calls, compilation and execution separately, in seconds."""
-
-    def __init__(self) -> None:
-        self.compile_seconds = 0.0
-        self._seconds = 0.0
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        function.lower(*args, **kwargs).compile()  # the call below finds the executable in jit's own cache
-        compiled = time.perf_counter()
-        result = jax.block_until_ready(function(*args, **kwargs))
-        self.compile_seconds += compiled - began
-        self._seconds += time.perf_counter() - compiled
-        return result
-
-    def lap(self) -> float:
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds

@@ -197,6 +197,17 @@ def test_a_chat_at_a_terminal_goes_on_after_a_mistake(pdrop, model, monkeypatch)
     assert len(mistakes) == 3
 
 
+def test_the_commands_of_a_chat(pdrop, model, monkeypatch):
+    lines = ["/help", "/hlep", "/image", f"/image {PHOTO}", "/reset", "Who is it?", "/exit", "not asked"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(lines)))
+    result = pdrop("chat", "--model", model, "--max-new-tokens", 4)
+    assert result.code == 0
+    (text,) = answers_of(model, [("Who is it?", None)])  # the image was reset
+    about = "/image FILE adds an image to the next question, /reset starts a new conversation, /exit ends the chat"
+    assert result.stdout == f"> {about}\n" + "> " * 5 + text + "\n> "
+    assert result.stderr.splitlines()[:2] == [f"unknown command {line!r}: {about}" for line in ("/hlep", "/image")]
+
+
 def test_unknown_commands_list_the_known_ones(pdrop):
     result = pdrop("trian")
     assert result.code == 2

@@ -23,6 +23,8 @@ def test_the_command(pdrop, tmp_path):
     assert [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()] == ["", "---", "dense", *names]
     assert names[:2] == ["layer 1, ratio 0", "layer 1, ratio 1"]
     assert data["questions"] == 10
+    assert data["pictures"] < 10
+    assert f"has only {data['pictures']} image" in result.stderr
     assert Image.open(files[1]).width == 1650
     assert files[2].read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files)
@@ -31,14 +33,14 @@ def test_the_command(pdrop, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--layers", "none"), "--layers takes whole numbers or all, got none"),
+        (("--layers", "none"), "--layers takes whole numbers or 'all', got none"),
         (("--layers", "8"), "drop after layer 8 in a decoder of 8 layers"),
         (("--ratios", "1.5"), "keep ratios must lie in 0..1, got [1.5]"),
         (("--scores", "nrom"), "unknown score 'nrom': did you mean 'norm'?"),
         (("--schedule-layers", "none"), "the schedule drops nothing, so there is nothing to study"),
         (("--html", "report.txt"), "report.txt: the name ends in '.txt', expected .html"),
         (("--plot", "nowhere/plot.png"), "there is no folder nowhere"),
-        (("--limit", "0"), "there is no question to ask"),
+        (("--limit", "0"), "--limit must be at least 1, got 0"),
         (("--questions", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
     ],
 )

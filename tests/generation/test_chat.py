@@ -58,7 +58,7 @@ def finished(mode, schedule=ONE_DROP):
 
 def test_scores_that_need_what_no_cache_keeps():
     for score in ("fastv", "cls"):
-        with pytest.raises(UserError, match=f"a conversation cannot be ranked by '{score}'"):
+        with pytest.raises(UserError, match=f"a conversation cannot use score '{score}'"):
             Session(reschedule(model(), DropSchedule((1,), (0.5,), score=score)))
     Session(reschedule(model(), DropSchedule((1,), (0.5,), score="all_text")))
 
