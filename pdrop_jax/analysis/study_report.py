@@ -29,7 +29,7 @@ tr:nth-child(even) { background: #f4f4f4 } img, svg { max-width: 100%; height: a
 def cells(study: Study, groups: Sequence[str] = GROUPS) -> list[list[str]]:
     """A header and a row for each setting, in few characters so that the table fits a narrow screen.
 
-    "tokens" is the number of image tokens that a layer sees, averaged over layers; "exceeds" is described at ``_beyond``.
+    "tokens" is the number of image tokens that a layer sees, averaged over layers; for "exceeds" see ``_beyond``.
     """
     head = ["", "tokens", "changed, %", "KL, nats", "right, %", "exceeds"]
     rows = [["dense", f"{study.image_tokens}", "", "", _share(study.right), ""]]
@@ -89,8 +89,8 @@ def report(study: Study, model: Model, questions: Sequence[Question]) -> str:
         "<h1>What dropping image tokens does to the answers</h1>",
         f"<p>{asked}; {about}. Every row is compared with the same model without drops, on the same questions. In "
         "brackets are 95 % intervals, from resampling the images. <em>Tokens</em> are the image tokens that a layer "
-        "sees, averaged over layers. <em>Exceeds</em> names the kinds of noise that the changed answers significantly exceed, "
-        "and in brackets those that only the KL divergence exceeds.</p>",
+        "sees, averaged over layers. <em>Exceeds</em> names the kinds of noise that the changed answers significantly "
+        "exceed, and in brackets those that only the KL divergence exceeds.</p>",
         f"<p><strong>{warning(study)}</strong></p>" if warning(study) else "",
         f"<figure>{_svg(study_plot(study))}</figure>",
     ]

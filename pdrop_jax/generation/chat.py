@@ -85,7 +85,7 @@ class Session:
         score = find_score(model.config)
         if score.last_layer or score.class_attention or score.precompute is given:
             raise UserError(
-                f"a conversation cannot use score {model.config.schedule.score!r}, which needs inputs that are not cached"
+                f"a conversation cannot use score {model.config.schedule.score!r}: its inputs are not cached"
             )
         self.turns: list[Turn] = []
         self._model = model

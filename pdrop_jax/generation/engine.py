@@ -32,8 +32,8 @@ from pdrop_jax.sharding import batch_sharding
 
 CAPACITY_STEP = 64  # capacities are multiples of it, so that few are compiled
 STREAM_EVERY = 4  # new tokens between two calls of ``stream``
-# By default XLA omits roundings to bfloat16 inside fusions, and what it fuses depends on the batch size: a row could keep
-# other tokens in a batch than alone (benchmarks/batches.py).
+# By default XLA omits roundings to bfloat16 inside fusions, and what it fuses depends on the batch size: a row could
+# keep other tokens in a batch than alone (benchmarks/batches.py).
 ROUNDED = {"xla_allow_excess_precision": False}
 
 
