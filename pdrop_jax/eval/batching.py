@@ -1,7 +1,7 @@
-"""Answers to many questions: grouped by bucket, in batches of one size, the next one read while the device works.
+"""Answers many questions: grouped by bucket, in batches of one size, reading the next batch while the device works.
 
-Every batch of a bucket has the same shape, so that each bucket compiles once. A bucket is known from the text and from
-the sizes of the pictures, of which only the heads are read; pictures themselves are in memory for two batches at most.
+All batches of a bucket have the same shape, so each bucket compiles once. A question's bucket follows from its text and
+the sizes of its images, for which only file headers are read. Images of at most two batches are in memory at a time.
 """
 
 import concurrent.futures
@@ -26,7 +26,7 @@ from pdrop_jax.inputs.images import Picture, as_tokens, image_size, open_image, 
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import Implementation
 
-MOST_ROWS = 4096  # of a batch: of 336 x 336 pixels each they are 5.5 GB before they reach a device
+MOST_ROWS = 4096  # in a batch: at 336 x 336 pixels each, 5.5 GB of float32 before they reach a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Group:
     """Questions that are answered as one batch.
 
     Attributes:
-      bucket: of the batch.
-      questions: positions in the list of all questions, ascending; at most as many as the batch has rows.
-      ids: token ids of each, int32.
+      bucket: bucket of the batch.
+      questions: positions in the list of all questions, ascending; at most one for each row of the batch.
+      ids: int32 token ids of each question.
     """
 
     bucket: Bucket
@@ -45,11 +45,11 @@ class Group:
 
 
 def plan(processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> list[Group]:
-    """The batches of ``questions``, largest bucket first: what does not fit the device fails at once.
+    """Splits ``questions`` into batches, largest bucket first, so that a batch too large for the device fails at once.
 
     Raises:
-      UserError: a question does not fit the model, tags and pictures differ in number, the head of a picture cannot be
-        read, or there is no such batch size.
+      UserError: a question does not fit the model, image tags and images differ in number, the header of an image
+        cannot be read, or the batch size is out of range.
     """
     check_batch_size(batch_size)
     buckets: dict[Bucket, list[tuple[int, np.ndarray]]] = {}
@@ -72,9 +72,9 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises UserError if a batch of so many rows cannot be."""
+    """Raises UserError if the batch size is out of range."""
     if not 1 <= batch_size <= MOST_ROWS:
-        raise UserError(f"the batch size must lie in 1..{MOST_ROWS:,}, got {batch_size:,}")
+        raise UserError(f"the batch size must be in 1..{MOST_ROWS:,}, got {batch_size:,}")
 
 
 def answer_all(
@@ -86,7 +86,7 @@ def answer_all(
     implementation: Implementation = "auto",
     answered: Container[int] = (),
 ) -> Generator[tuple[list[int], Generation]]:
-    """Answers batch by batch, see ``plan`` for their order.
+    """Answers batch by batch, in the order of ``plan``.
 
     The last batch of a bucket is padded with copies of its last question, whose answers are left out. The samples of a
     batch depend on the seed and on its position in the plan, not on the batches before it.
@@ -95,8 +95,8 @@ def answer_all(
       answered: positions of questions that have been answered already; a batch of only such questions is skipped.
 
     Yields:
-      (positions in ``questions``, their answers): one row of the ``Generation`` for each, its seconds and bytes those
-      of the whole batch.
+      (positions in ``questions``, their answers): one row of the ``Generation`` for each; its seconds and bytes are
+      those of the whole batch.
 
     Raises:
       UserError: see ``plan``; a picture cannot be read.
@@ -113,7 +113,7 @@ def answer_all(
 def read_batches(
     processor: Processor, questions: Sequence[Question], groups: Sequence[Group], batch_size: int
 ) -> Iterator[Batch]:
-    """The batches of ``groups``, the next one read while the caller is at work; short ones are filled up.
+    """Yields the batches of ``groups``, reading the next one while the caller works; short batches are padded.
 
     Raises:
       UserError: a picture cannot be read.

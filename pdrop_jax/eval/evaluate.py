@@ -1,12 +1,12 @@
-"""AnswerRecord files: the questions of a file answered one time each, over any number of runs.
+"""Answer files: each question of a file is answered once, over any number of runs.
 
-Answers lie in ``A.jsonl.unfinished`` in the order in which they came; when the last is there they are written in the
-order of the questions and renamed to ``A.jsonl``. A line is LLaVA's::
+Answers are appended to ``A.jsonl.unfinished`` in the order in which they are generated. When all are there, they are
+written in the order of the questions and renamed to ``A.jsonl``. Lines are in LLaVA's format::
 
     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 
-``metadata`` says what the answers depend on, see ``describe``. ``answer_id`` is a hash of that and of the question: a
-run goes on only with its own answers.
+``metadata`` holds everything that answers depend on, see ``describe``. ``answer_id`` is a hash of it and of the
+question, so a run resumes only from its own answers.
 """
 
 import collections
@@ -36,7 +36,7 @@ from pdrop_jax.io import check_output
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.schedule import DropSchedule
 
-# Keys of ``describe`` as messages name them.
+# Names of the keys of ``describe`` in messages.
 LABELS = {
     "fingerprint": "model",
     "schedule": "schedule",
@@ -49,13 +49,13 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
       out: the answer file.
-      questions: of the whole file.
-      answered: by this run; the others had been answered before.
-      seconds: of this run, loading and compilation included.
+      questions: number of questions in the file.
+      answered: number of questions that this run answered; the others had been answered before.
+      seconds: duration of this run, including loading and compilation.
     """
 
     out: pathlib.Path
@@ -81,24 +81,24 @@ def evaluate(
     outside_images: bool = False,
     overwrite: bool = False,
 ) -> Evaluation:
-    """Answers every question of a file, or those that an earlier run of the same did not get to.
+    """Answers the questions of a file that an earlier, interrupted run has not answered.
 
-    Greedy answers may be resumed with another batch size, mesh or attention.
+    Greedy runs may be resumed with another batch size, mesh or attention implementation.
 
     Args:
-      model: a checkpoint's folder.
-      questions: see ``questions.read_questions``.
-      images: the folder of their pictures.
-      out: a new file, or one that this wrote before.
-      schedule: None is the checkpoint's own; it, dtype, quantize, mesh and verify as in ``pdrop_jax.load``.
+      model: checkpoint folder.
+      questions: question file, see ``questions.read_questions``.
+      images: folder of the images.
+      out: a new file, or one that this function wrote before.
+      schedule, dtype, quantize, mesh, verify: see ``pdrop_jax.load``.
       sampling: answer length and sampling; the default is greedy decoding.
       outside_images: see ``questions.read_questions``.
-      overwrite: start over: answers that are there are removed, whatever they are of.
+      overwrite: delete existing answers, of whatever run, and start over.
 
     Raises:
-      UserError: the questions, the model or the values are wrong; ``out`` is an input or no regular file, it holds
-        answers of another model, schedule or question, or another process is writing it. All but an unreadable picture
-        or a question that is too long is found before the model is loaded.
+      UserError: the questions, the model or an argument are invalid; ``out`` is an input or not a regular file, it
+        holds answers of another model, schedule or question, or another process is writing it. Everything except an
+        unreadable image or a question that is too long is found before the model is loaded.
     """
     began = time.perf_counter()
     check_implementation(implementation)
@@ -112,7 +112,7 @@ def evaluate(
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
-        unfinished(target).unlink(missing_ok=True)  # of a run that was killed right after it had renamed its answers
+        unfinished(target).unlink(missing_ok=True)  # left by a run that was killed right after renaming its answers
         return Evaluation(pathlib.Path(out), len(asked), 0, time.perf_counter() - began)
     with Journal(target, overwrite) as journal:
         check_answers(journal.path, journal.answers.values(), asked, ids, metadata)
@@ -169,10 +169,10 @@ def describe(
 
 
 def answer_ids(questions: Sequence[Question], metadata: Mapping[str, Any], images: str | os.PathLike) -> list[str]:
-    """A hash for each question of what its answer depends on; a question that stands repeatedly counts its times.
+    """For each question a hash of everything its answer depends on; repeated questions are numbered.
 
     Args:
-      images: the folder that pictures are named from, so that it may be moved.
+      images: image paths are hashed relative to this folder, so that it may be moved.
     """
     times: collections.Counter[str] = collections.Counter()
     ids = []
@@ -193,7 +193,7 @@ def check_answers(
     metadata: Mapping[str, Any],
     whole: bool = False,
 ) -> None:
-    """Raises UserError unless every answer is one to ``questions`` under ``metadata``; ``whole``: and all are there."""
+    """Raises UserError unless all answers belong to ``questions`` and ``metadata``; if ``whole``, none may be missing."""
     what_to_do = f"name another file, --out FILE, or remove {path} to start again (--overwrite)"
     texts: dict[str, list[str]] = {}
     for question in questions:
@@ -207,7 +207,7 @@ def check_answers(
 
 
 def _difference(answer: AnswerRecord, texts: Mapping[str, Sequence[str]], metadata: Mapping[str, Any]) -> str:
-    """What tells ``answer`` from those to questions of such ``texts`` by id under ``metadata``."""
+    """How ``answer`` differs from the answers of this run, whose question texts by id are ``texts``."""
     theirs = answer.get("metadata")
     theirs = theirs if isinstance(theirs, dict) else {}
     for key, ours in metadata.items():

@@ -1,4 +1,4 @@
-"""Scores of answer files, each benchmark's as LLaVA's evaluation scripts compute it."""
+"""Scoring of answer files, by the rules of each benchmark's public script."""
 
 from pdrop_jax.eval.scoring.choices import score_scienceqa
 from pdrop_jax.eval.scoring.files import ScoreReport

@@ -13,11 +13,11 @@ LETTERS = "ABCDE"
 
 
 def score_scienceqa(answers: str | os.PathLike, annotations: str | os.PathLike, split: str = "test") -> ScoreReport:
-    """ScienceQA as ``llava.eval.eval_science_qa``; ``image_accuracy`` is that of the prompts with an image tag.
+    """ScienceQA as in ``llava.eval.eval_science_qa``; ``image_accuracy`` is over the prompts with an image tag.
 
     Args:
       annotations: the folder of problems.json and pid_splits.json.
-      split: of the latter.
+      split: a split in pid_splits.json.
 
     Raises:
       UserError: a file is malformed, there is no such split, or answers and annotations are not of the same questions.

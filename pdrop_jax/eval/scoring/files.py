@@ -1,4 +1,4 @@
-"""What all scores are made of: answers that are there, each one time, and numbers with names."""
+"""Reading of answer files, checks that they are complete, and the report that all scores return."""
 
 import collections
 import dataclasses
@@ -10,17 +10,17 @@ from typing import Any
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import read_lines, value
 
-MOST_NAMES = 3  # of an error message
+MOST_NAMES = 3  # in an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreReport:
-    """A benchmark's result.
+    """The score of a benchmark.
 
     Attributes:
-      answers: how many were scored.
-      values: of all of them. Shares lie in 0..1; MME's sums are points.
-      groups: the same for each part of the benchmark: categories, tasks or types of answers.
+      answers: number of scored answers.
+      values: named values over all answers. Shares are in 0..1; MME's sums are points.
+      groups: the same for each category, task or answer type of the benchmark.
     """
 
     benchmark: str
@@ -31,7 +31,7 @@ class ScoreReport:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A line of an answer file; ``where`` is "file line 3"."""
+    """A line of an answer file; ``where`` is its location, such as "file line 3"."""
 
     id: str
     text: str
@@ -40,10 +40,10 @@ class Answer:
 
 
 def read_answers(path: str | os.PathLike) -> list[Answer]:
-    """The answers of a file in LLaVA's format, ours or another program's; a line may lack its prompt.
+    """Reads an answer file in LLaVA's format, written by any program; the prompt is optional.
 
     Raises:
-      UserError: it cannot be read, a line is malformed, or there is none.
+      UserError: the file cannot be read, a line is malformed, or there are no lines.
     """
     answers = []
     for number, line in read_lines(pathlib.Path(path)):
@@ -56,7 +56,7 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
 
 
 def check_complete(path: str | os.PathLike, found: Iterable[Hashable], wanted: Iterable[Hashable]) -> None:
-    """Raises UserError unless a file has exactly the ``wanted`` answers, each as often as it is wanted."""
+    """Raises UserError unless the answers ``found`` are exactly those ``wanted``, counting repetitions."""
     there, due = collections.Counter(iter(found)), collections.Counter(iter(wanted))
     wrong = [
         f"{what} {difference.total():,}: {_names(difference)}"
@@ -71,7 +71,7 @@ def check_complete(path: str | os.PathLike, found: Iterable[Hashable], wanted: I
 
 
 def mean(numbers: Sequence[float]) -> float:
-    """0 of none."""
+    """The mean, or 0 of an empty sequence."""
     return sum(numbers) / len(numbers) if numbers else 0.0
 
 

@@ -1,4 +1,4 @@
-"""TextVQA, VQAv2 and GQA: short answers in the model's own words."""
+"""TextVQA, VQAv2 and GQA: short open-ended answers."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read
 from pdrop_jax.eval.scoring.normalise import VQA_COMMA, evalai, without_articles, without_punctuation
 from pdrop_jax.io import read_json
 
-ENOUGH = 3  # people who gave an answer make it wholly right
+ENOUGH = 3  # annotators that make an answer fully correct
 
 
 def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """VQA's accuracy of an answer among those of several people, each left out in turn.
+    """VQA's accuracy of an answer, given those of several annotators.
 
-    With one person left out, ``min(1, matches among the others / 3)``; of this the mean. Of ten people two who gave the
-    answer make 0.6, three 0.9, four 1.
+    The mean of ``min(1, matches among the others / 3)`` over leaving out each annotator in turn. Of ten annotators, two
+    that gave the answer make 0.6, three 0.9, four 1.
     """
     matches = sum(truth == answer for truth in truths)
     among = [matches - (truth == answer) for truth in truths]
@@ -28,10 +28,10 @@ def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def score_textvqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """TextVQA as ``llava.eval.eval_textvqa``: answers and truths normalised as EvalAI does, then ``soft_accuracy``.
+    """TextVQA as in ``llava.eval.eval_textvqa``: EvalAI's normalization of both sides, then ``soft_accuracy``.
 
     Args:
-      answers: an answer file; its question ids are those of the pictures, and the prompt tells their questions apart.
+      answers: answer file. Its question ids are those of the images; prompts tell the questions of an image apart.
       annotations: TextVQA_0.5.1_val.json.
 
     Raises:
@@ -66,9 +66,9 @@ def textvqa_question(prompt: str) -> str:
 
 
 def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """VQAv2: an answer as LLaVA submits it, normalised as EvalAI does, scored as the official evaluation does.
+    """VQAv2: answers are normalized as LLaVA submits them, then scored as in the official evaluation.
 
-    That normalises truths, and the answer once more, only where people disagree.
+    The latter normalizes the reference answers, and the answer a second time, only where annotators disagree.
 
     Args:
       annotations: v2_mscoco_val2014_annotations.json.
@@ -99,10 +99,10 @@ def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> S
 
 
 def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """GQA: the share of balanced questions whose answer, in lower case without a full stop at its end, is the truth.
+    """GQA: the share of balanced questions whose answer, in lower case and without final full stops, is correct.
 
-    As ``convert_gqa_for_eval`` and GQA's own ``eval``, whose questions of the structural type "query" are the open
-    ones. Its consistency, validity, plausibility and grounding need files that LLaVA's evaluation does not use.
+    As in ``convert_gqa_for_eval`` and GQA's own ``eval``, in which questions of structural type "query" are open. GQA's
+    consistency, validity, plausibility and grounding need files that LLaVA's evaluation does not use.
 
     Args:
       annotations: testdev_balanced_questions.json.

@@ -1,4 +1,4 @@
-"""POPE and MME: questions to be answered by yes or no."""
+"""POPE and MME: yes-or-no questions."""
 
 import os
 import pathlib
@@ -26,10 +26,10 @@ INSTRUCTIONS = ("Answer the question using a single word or phrase.", "Please an
 
 
 def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """POPE as ``llava.eval.eval_pope``, category by category; the values of all are the means of the categories.
+    """POPE as in ``llava.eval.eval_pope``, by category; the overall values are means over the categories.
 
-    Labels belong to the questions of a category by their order: POPE numbers its questions anew in each category, LLaVA
-    throughout. A ratio whose denominator is 0 is 0.
+    Labels are matched to the questions of a category by order, since POPE numbers the questions of each category from 1
+    and LLaVA numbers them throughout. A ratio whose denominator is 0 is 0.
 
     Args:
       questions: llava_pope_test.jsonl, with the category of each question.
@@ -66,7 +66,7 @@ def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotat
 
 
 def says_yes(text: str) -> bool:
-    """POPE's reading of an answer: yes, unless its first sentence has the word no, No or not."""
+    """POPE's reading of an answer: yes, unless its first sentence contains the word no, No or not."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
@@ -90,13 +90,13 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def score_mme(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """MME as its ``calculation``: a task's score is 100 times accuracy plus the share of pictures wholly right.
+    """MME as in its ``calculation``: a task scores 100 * (accuracy + share of images with both answers right).
 
-    A picture has two questions. ``perception`` and ``cognition`` are the sums over their tasks, of 10 and 4 in full.
+    An image has two questions. ``perception`` and ``cognition`` are the sums over their tasks, 10 and 4 if all are there.
 
     Args:
-      answers: an answer file; its question ids are task/picture, and the prompt tells a picture's questions apart.
-      annotations: the folder MME_Benchmark_release_version, of which the tasks that are there are scored.
+      answers: answer file. Its question ids are task/image; prompts tell the questions of an image apart.
+      annotations: the folder MME_Benchmark_release_version; the tasks found in it are scored.
 
     Raises:
       UserError: a file is malformed, or answers and annotations are not of the same questions.
@@ -122,7 +122,7 @@ def score_mme(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
 
 
 def mme_word(text: str) -> str:
-    """MME's reading of an answer: what its first four letters hold, "yes" before "no", else "other"."""
+    """MME's reading of an answer: "yes" or else "no" if its first four characters contain it, otherwise "other"."""
     return next((word for word in ("yes", "no") if word in text.lower()[:4]), "other")
 
 
@@ -142,7 +142,7 @@ def _mme_truths(folder: pathlib.Path) -> dict[tuple[str, str, str], str]:
 
 
 def _mme_key(name: str, question: str) -> tuple[str, str, str]:
-    """Task, picture and question, without the instructions that LLaVA and MME put behind it in different ways."""
+    """Task, image and question, without the instructions that LLaVA and MME append in different forms."""
     for instruction in INSTRUCTIONS:
         question = question.replace(instruction, "")
     return name.split("/")[0], name.split("/")[-1].split(".")[0], " ".join(question.split())
