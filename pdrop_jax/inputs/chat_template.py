@@ -1,4 +1,4 @@
-"""Prompt templates: turns of a conversation -> text -> token ids with a placeholder for each picture."""
+"""Chat templates: turns of a conversation -> text -> token ids with a placeholder for each image."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from tokenizers.pre_tokenizers import Metaspace
 from pdrop_jax.errors import UserError
 
 IMAGE_TAG = "<image>"
-IMAGE_PLACEHOLDER = -200  # stands for a whole picture in a row of token ids
+IMAGE_PLACEHOLDER = -200  # stands for a whole image in a row of token ids
 
-Turn = tuple[str, str | None]  # question and answer; None is the answer that the model is asked for
+Turn = tuple[str, str | None]  # question and answer; the answer to be generated is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Template:
     asked: str
     answer: str
     answered: str
-    end_token: str | None = None  # the token by which the model ends its turn
+    end_token: str | None = None  # the token that ends the model's turn
     max_turns: int | None = None
 
 

@@ -92,7 +92,7 @@ def _ratio(part: float, whole: float) -> float:
 def score_mme(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
     """MME as in its ``calculation``: a task scores 100 * (accuracy + share of images with both answers right).
 
-    An image has two questions. ``perception`` and ``cognition`` are the sums over their tasks, 10 and 4 if all are there.
+    An image has two questions. ``perception`` and ``cognition`` are the sums over their tasks, 10 and 4 in full.
 
     Args:
       answers: answer file. Its question ids are task/image; prompts tell the questions of an image apart.
