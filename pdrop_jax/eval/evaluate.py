@@ -193,7 +193,7 @@ def check_answers(
     metadata: Mapping[str, Any],
     whole: bool = False,
 ) -> None:
-    """Raises UserError unless all answers belong to ``questions`` and ``metadata``, and, if ``whole``, none is missing."""
+    """Raises UserError unless all answers are of this run; with ``whole`` all must be there."""
     what_to_do = f"name another file, --out FILE, or remove {path} to start again (--overwrite)"
     texts: dict[str, list[str]] = {}
     for question in questions:

@@ -112,5 +112,5 @@ def test_a_picture_that_cannot_be_read_is_named(model, tmp_path):
 
 
 def test_a_batch_needs_a_row(model, questions):
-    with pytest.raises(UserError, match=r"must lie in 1\.\.4,096, got 0"):
+    with pytest.raises(UserError, match=r"must be in 1\.\.4,096, got 0"):
         next(answer_all(model, questions, batch_size=0))
