@@ -268,7 +268,7 @@ def test_killed_at_any_moment_no_answer_is_lost_or_doubled(folder, tmp_path):
     }
 
     def begin():
-        return subprocess.Popen([*PDROP, "eval", folder / "model", *paths, *longer], env=environment)
+        return subprocess.Popen([*PDROP, "eval", "--model", folder / "model", *paths, *longer], env=environment)
 
     written = 0
     for _ in range(2):
