@@ -136,7 +136,7 @@ def test_int8_weights_take_half_the_bytes_and_no_plain_copy(folder):
 
 def test_training_is_not_quantized(capsys):
     with pytest.raises(UserError, match="give --mode prefill or --mode decode"):
-        run("llava-1.5-7b", "v5e:2x4", quantize="int8")
+        run("v5e:2x4", "llava-1.5-7b", quantize="int8")
 
 
 def test_rows_that_cannot_be_cut(folder):
@@ -183,7 +183,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch, capsys):
     report = plan.Report(0, 0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
     monkeypatch.setattr(plan, "devices_of", lambda topology: [None] * 8)
     monkeypatch.setattr(program, "plan", lambda job, *_: program.Plan(job, {"fsdp": 8}, report))
-    run("llava-next-7b", "v5e:2x4", bucket=(128, 2880))
+    run("v5e:2x4", "llava-next-7b", bucket=(128, 2880))
     said = capsys.readouterr().out
     assert "no: 1.50 GiB over 16.00" in said
     assert "try more parts (--grad-accum-steps), more devices along fsdp, a larger slice, or --suggest" in said
