@@ -18,6 +18,7 @@ from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.convert.files import write_safetensors
 from pdrop_jax.convert.hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
 from pdrop_jax.convert.hf_parts import vision_to_hf
+from pdrop_jax.convert.jinja import add_chat_template
 from pdrop_jax.convert.names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
 from pdrop_jax.convert.tensors import DTYPES, DType
 from pdrop_jax.inputs.tokenizer import reading
@@ -39,6 +40,8 @@ class Summary:
 
 def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DType | None = None) -> Summary:
     """Writes checkpoint ``model`` as PyTorch checkpoint ``out``: config.json, safetensors, tokenizer files.
+
+    In format "hf" a chat template comes with the tokenizer: the source's own, or ours as Jinja.
 
     Peak memory is that of one shard (512 MiB, or one stack of ours if that is larger) twice.
 
@@ -66,6 +69,8 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
             _write_tower(model, new / tower_folder(config), config, dtype, unrun)
         if format == "hf" and config.image_token_id is None:
             _complete_processor(new, theirs)
+        if format == "hf":
+            add_chat_template(new, config.template)
         return _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
 
 

@@ -64,7 +64,7 @@ class DataRecipe:
     image_aspect: Literal["square", "pad", "anyres"] | None = None  # None is the checkpoint's own
     template: Name = "vicuna_v1"
     max_length: Positions = 2048  # images expanded
-    too_long: Literal["cut", "skip"] = "cut"
+    too_long: Literal["truncate", "skip"] = "truncate"
     # Text slots of a batch.
     text_buckets: Annotated[tuple[Positions, ...], Field(max_length=64)] = (64, 128, 256, 512, 1024, 2048)
     group_by_length: bool = False  # batches of like modality and length

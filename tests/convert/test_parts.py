@@ -339,7 +339,7 @@ def test_the_command(first, parts, tmp_path, monkeypatch, capfd):
     assert not pdrop(monkeypatch, "convert", *arguments, "--seed", 3, "--template", "plain", "--check")
     summary, new, check = capfd.readouterr().out.splitlines()
     assert summary.startswith(f"{out}: ")
-    assert new == "its projector is new (seed 3): it knows nothing before it is trained"
+    assert new == "The projector is randomly initialized (seed 3); train it before use"
     assert float(check.split()[4].rstrip(",")) < 1e-4
     assert json.loads((out / "config.json").read_text())["template"] == "plain"
     assert_same(arrays_of(out), join(parts, tmp_path / "expected", seed=3)[1])
@@ -357,10 +357,13 @@ def test_the_command_with_a_projector(parts, hf, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SRC", "OUT", "--llm", "LLM", "--vision", "V"], "SRC and --llm are two sources"),
-        (["OUT", "--llm", "LLM"], "--llm needs a vision tower: pass its folder, --vision DIR"),
-        (["SRC"], "SRC alone says not what to do: pdrop convert SRC OUT"),
-        (["SRC", "OUT", "--projector-type", "linear"], "--projector-type is for --llm"),
+        (
+            ["SRC", "OUT", "--llm", "LLM", "--vision", "V"],
+            "Both SRC (SRC) and --llm were given. Usage: pdrop convert --llm DIR --vision DIR OUT",
+        ),
+        (["OUT", "--llm", "LLM"], "--llm requires a vision tower: add --vision DIR"),
+        (["SRC"], "Missing OUT. Usage: pdrop convert SRC OUT"),
+        (["SRC", "OUT", "--projector-type", "linear"], "--projector-type requires --llm"),
         (["OUT", "--llm", "LLM", "--vision", "V"], "LLM is no checkpoint: it has no config.json"),
         ([GOLDEN / "model_mha", "OUT", "--projector", "mm_projector.bin"], "mm_projector.bin cannot be read"),
     ],

@@ -276,26 +276,26 @@ def test_rows_are_cut_where_the_expanded_row_ends():
     ids = np.array([1, IMAGE_PLACEHOLDER, 7, 8, 9], np.int32)
     example = Example(ids, np.array([IGNORE, IGNORE, IGNORE, 8, 9], np.int32))
     assert fit(example, 8, [4], "skip") is example
-    cut = fit(example, 7, [4], "cut")
+    cut = fit(example, 7, [4], "truncate")
     assert cut.ids.tolist() == [1, IMAGE_PLACEHOLDER, 7, 8]
     assert cut.labels.tolist() == [IGNORE, IGNORE, IGNORE, 8]
     with pytest.raises(InvalidRecord, match="no target"):
-        fit(example, 6, [4], "cut")
+        fit(example, 6, [4], "truncate")
     with pytest.raises(InvalidRecord, match="too long"):
         fit(example, 7, [4], "skip")
 
 
 def test_an_image_that_is_cut_goes_altogether():
     example = Example(np.array([1, 7, 8, IMAGE_PLACEHOLDER, 9]), np.array([IGNORE, 7, 8, IGNORE, 9]))
-    assert fit(example, 5, [4], "cut").ids.tolist() == [1, 7, 8]
+    assert fit(example, 5, [4], "truncate").ids.tolist() == [1, 7, 8]
     two = Example(np.array([IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER, 9]), np.array([IGNORE, 7, IGNORE, 9]))
-    assert fit(two, 8, [3, 4], "cut").ids.tolist() == [IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER]
-    assert fit(two, 7, [3, 4], "cut").ids.tolist() == [IMAGE_PLACEHOLDER, 7]
+    assert fit(two, 8, [3, 4], "truncate").ids.tolist() == [IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER]
+    assert fit(two, 7, [3, 4], "truncate").ids.tolist() == [IMAGE_PLACEHOLDER, 7]
 
 
 def test_a_target_that_nothing_predicts_is_none():
     with pytest.raises(InvalidRecord, match="no target"):
-        fit(Example(np.array([7, 8]), np.array([7, IGNORE])), 5, [], "cut")
+        fit(Example(np.array([7, 8]), np.array([7, IGNORE])), 5, [], "truncate")
 
 
 @pytest.mark.parametrize("start", ["", "\n \n", "\ufeff"])

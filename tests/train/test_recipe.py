@@ -135,5 +135,5 @@ def test_the_official_recipes(name, groups, rate, batch_size, max_length, aspect
 
 
 def test_a_preset_that_is_not_there():
-    with pytest.raises(UserError, match=r"no preset llava-2 and no such file: there are demo, llava-1\.5"):
+    with pytest.raises(UserError, match=r"no preset llava-2 and no such file: there are llava-1\.5"):
         load_recipe("llava-2")

@@ -82,4 +82,4 @@ def test_from_the_command_line(folder):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "pdrop export: --single-file is for --format pdrop\n"
+    assert done.stderr == "pdrop export: --single-file requires --format pdrop\n"

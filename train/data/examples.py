@@ -101,7 +101,9 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
     return conversation, pictures
 
 
-def fit(example: Example, max_length: int, image_tokens: Sequence[int], too_long: Literal["cut", "skip"]) -> Example:
+def fit(
+    example: Example, max_length: int, image_tokens: Sequence[int], too_long: Literal["truncate", "skip"]
+) -> Example:
     """``example`` within ``max_length`` positions, each of its images counted in full with its ``image_tokens``.
 
     LLaVA's code cuts in the middle of an image too. Here all of the image goes then: nothing comes after it any more,
