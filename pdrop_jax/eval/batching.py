@@ -6,7 +6,6 @@ the sizes of the pictures, of which only the heads are read; pictures themselves
 
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Container, Generator, Iterator, Sequence
 
 import numpy as np
@@ -19,10 +18,9 @@ from pdrop_jax.generation.engine import check_implementation, generate_batch
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation
 from pdrop_jax.generation.sampling import make_sampling
-from pdrop_jax.inputs.anyres import ImageTokens, count
 from pdrop_jax.inputs.assemble import Row, assemble
-from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.images import Picture, as_tokens, image_size, open_image, read_image
+from pdrop_jax.inputs.buckets import smallest_bucket
+from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import Implementation
 
@@ -52,13 +50,15 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
         read, or there is no such batch size.
     """
     check_batch_size(batch_size)
+    config = processor.config
     buckets: dict[Bucket, list[tuple[int, np.ndarray]]] = {}
     with tqdm(questions, "measuring", unit=" questions", disable=None, delay=2, leave=False) as bar:
         for number, question in enumerate(bar):
+            count = len(question.images)
             try:
-                ids = np.array(processor.ids(question.text, len(question.images)), np.int32)
-                row = Row(ids, [_sized(image, processor, len(question.images)) for image in question.images])
-                bucket = choose_bucket([row], processor.config, max_new_tokens)
+                ids = np.array(processor.ids(question.text, count), np.int32)
+                sizes = [measure(image, config, alone=count == 1) for image in question.images]
+                bucket = smallest_bucket([len(ids) - count], [sizes], config, max_new_tokens)
             except UserError as error:
                 raise _of(question, error) from None
             buckets.setdefault(bucket, []).append((number, ids))
@@ -155,17 +155,6 @@ def _batch(processor: Processor, questions: Sequence[Question], group: Group, ba
         rows.append(Row(ids, images))
     rows += rows[-1:] * (batch_size - len(rows))
     return assemble(rows, processor.config, group.bucket)
-
-
-def _sized(image: Picture, processor: Processor, of: int) -> ImageTokens:
-    """A picture, one ``of`` so many of its row, as ``choose_bucket`` needs it: as many crops and tokens, all empty."""
-    config = processor.config
-    if config.tiling is None or (config.tiling.alone and of > 1):
-        crops, tokens = 1, config.image_tokens + (config.tiling is not None)
-    else:
-        size = image_size(image) if isinstance(image, str | os.PathLike) else open_image(image).size[::-1]
-        crops, tokens = count(size, config)
-    return ImageTokens(np.empty((crops, 0)), np.empty((tokens, 0), np.int32))
 
 
 def _first_rows(generation: Generation, rows: int) -> Generation:

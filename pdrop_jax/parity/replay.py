@@ -162,7 +162,7 @@ def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
         labels = arrays["labels"][b][valid] if "labels" in arrays else None
         rows.append(Row(ids[valid].tolist(), images, labels))
     text = max(sum(i != IMAGE_PLACEHOLDER for i in row.ids) for row in rows)
-    bucket = image_bucket(text, [row.images for row in rows], config)
+    bucket = image_bucket(text, [[image.size for image in row.images] for row in rows], config)
     return assemble(rows, config, bucket, QUERIES if "labels" in arrays else 1)
 
 

@@ -12,6 +12,7 @@ NUMBERS = {"none": "0"} | {
     for n, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
 }
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+EVALAI_COMMA, VQA_COMMA = r"\d,+\d", r"\d,\d"  # the two evaluations differ for "1,,2"
 MOST_FULL_STOPS = 32  # the original hands re.sub a flag, 32, in the place of the count
 CONTRACTED = """
 'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
@@ -28,12 +29,13 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
-def without_punctuation(text: str) -> str:
-    """A mark becomes a space, or nothing where a space is beside it anywhere or a comma stands between digits.
+def without_punctuation(text: str, comma: str = EVALAI_COMMA) -> str:
+    """Replaces each punctuation mark by a space, or removes it if a space is next to it anywhere in the text.
 
-    A full stop goes unless a digit follows. "1,000-2" becomes "10002", "t-shirt" "t shirt", "hello - you" "hello  you".
+    All marks are removed if a comma stands between digits, by the regular expression ``comma``. A full stop is removed
+    unless a digit follows. "1,000-2" becomes "10002", "t-shirt" "t shirt", "hello - you" "hello  you".
     """
-    joined = re.search(r"\d,+\d", text) is not None
+    joined = re.search(comma, text) is not None
     result = text
     for mark in PUNCTUATION:
         result = result.replace(mark, "" if joined or f"{mark} " in text or f" {mark}" in text else " ")

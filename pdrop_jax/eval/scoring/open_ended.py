@@ -10,7 +10,7 @@ from typing import Any
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import value
 from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read_answers
-from pdrop_jax.eval.scoring.normalise import evalai, without_articles, without_punctuation
+from pdrop_jax.eval.scoring.normalise import VQA_COMMA, evalai, without_articles, without_punctuation
 from pdrop_jax.io import read_json
 
 ENOUGH = 3  # people who gave an answer make it wholly right
@@ -54,12 +54,15 @@ def score_textvqa(answers: str | os.PathLike, annotations: str | os.PathLike) ->
 
 
 def textvqa_question(prompt: str) -> str:
-    """The question in a prompt of LLaVA's, among OCR tokens or before what it tells the model to do."""
+    """The question in one of LLaVA's prompts, without OCR tokens and instructions.
+
+    Prompts in which the public script finds no question, and stops, are read in the same spirit.
+    """
     if prompt.startswith("OCR tokens: "):
         asked = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
         return asked[1] if asked else prompt
-    first, *rest = prompt.split("\n")
-    return rest[0] if rest and first.startswith("Reference OCR token:") else first
+    lines = prompt.split("\n")
+    return lines[1] if len(lines) > 2 and lines[0].startswith("Reference OCR token:") else lines[0]
 
 
 def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
@@ -87,9 +90,9 @@ def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> S
         truths = [_on_one_line(value(person, "answer", str, where)) for person in people]
         text = evalai(answer.text)
         if len(set(truths)) > 1:
-            truths = [without_articles(without_punctuation(truth)) for truth in truths]
-            text = without_articles(without_punctuation(text))
-        scores.append(soft_accuracy(text.lower(), [truth.lower() for truth in truths]))
+            truths = [without_articles(without_punctuation(truth, comma=VQA_COMMA)) for truth in truths]
+            text = without_articles(without_punctuation(text, comma=VQA_COMMA))
+        scores.append(soft_accuracy(text, truths))
         types.setdefault(str(records[answer.id].get("answer_type", "other")), []).append(scores[-1])
     groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in sorted(types.items())}
     return ScoreReport("vqav2", len(scores), {"accuracy": mean(scores)}, groups)
