@@ -23,7 +23,7 @@ from pdrop_jax.analysis.cost import layer_tokens, paper_macs
 from pdrop_jax.analysis.effects import Answers, Effect, Mean, beyond, effect_of, mean_of
 from pdrop_jax.batch import Batch
 from pdrop_jax.errors import UserError
-from pdrop_jax.eval.batching import check_batch_size, plan, read_batches
+from pdrop_jax.eval.batching import check_batch_size, plan_batches, read_batches
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate_batch
 from pdrop_jax.generation.pretrained import Model, reschedule
@@ -132,7 +132,7 @@ def run_study(
       scores: names in ``model.scores``; None is all that work with this schedule.
 
     Raises:
-      UserError: the schedule drops nothing, a score is unknown, or ``batching.plan`` raises it.
+      UserError: the schedule drops nothing, a score is unknown, or ``plan_batches`` raises it.
     """
     check_batch_size(batch_size + 1)  # one kind of noise has larger batches
     config = model.config
@@ -231,7 +231,7 @@ def ask(
       given: [question][image] -> (n,) scores of the image's tokens, for the score "given".
     """
     found: list[tuple[str, np.ndarray, Any, Any]] = [("", np.empty(0), (), ())] * len(questions)
-    groups = plan(model.processor, questions, batch_size, sampling.max_new_tokens)
+    groups = plan_batches(model.processor, questions, batch_size, sampling.max_new_tokens)
     for group, batch in zip(groups, read_batches(model.processor, questions, groups, batch_size), strict=True):
         if given is not None:
             batch = _with_scores(batch, [given[number] for number in group.questions])

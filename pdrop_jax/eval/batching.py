@@ -6,7 +6,6 @@ the sizes of its images, for which only file headers are read. Images of at most
 
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Container, Generator, Iterator, Sequence
 
 import numpy as np
@@ -19,10 +18,9 @@ from pdrop_jax.generation.engine import check_implementation, generate_batch
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.anyres import count
 from pdrop_jax.inputs.assemble import Row, assemble
-from pdrop_jax.inputs.buckets import ImageSize, bucket_of_sizes, text_length
-from pdrop_jax.inputs.images import Picture, as_tokens, image_size, open_image, read_image
+from pdrop_jax.inputs.buckets import smallest_bucket
+from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import Implementation
 
@@ -44,7 +42,7 @@ class Group:
     ids: list[np.ndarray]
 
 
-def plan(processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> list[Group]:
+def plan_batches(processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> list[Group]:
     """Splits ``questions`` into batches, largest bucket first, so that a batch too large for the device fails at once.
 
     Raises:
@@ -52,13 +50,15 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
         cannot be read, or the batch size is out of range.
     """
     check_batch_size(batch_size)
+    config = processor.config
     buckets: dict[Bucket, list[tuple[int, np.ndarray]]] = {}
     with tqdm(questions, "measuring", unit=" questions", disable=None, delay=2, leave=False) as bar:
         for number, question in enumerate(bar):
+            count = len(question.images)
             try:
-                ids = np.array(processor.ids(question.text, len(question.images)), np.int32)
-                sizes = [_size(image, processor, len(question.images)) for image in question.images]
-                bucket = bucket_of_sizes([(text_length(ids), sizes)], processor.config, max_new_tokens)
+                ids = np.array(processor.ids(question.text, count), np.int32)
+                sizes = [measure(image, config, alone=count == 1) for image in question.images]
+                bucket = smallest_bucket([len(ids) - count], [sizes], config, max_new_tokens)
             except UserError as error:
                 raise _of(question, error) from None
             buckets.setdefault(bucket, []).append((number, ids))
@@ -86,7 +86,7 @@ def answer_all(
     implementation: Implementation = "auto",
     answered: Container[int] = (),
 ) -> Generator[tuple[list[int], Generation]]:
-    """Answers batch by batch, in the order of ``plan``.
+    """Answers batch by batch, in the order of ``plan_batches``.
 
     The last batch of a bucket is padded with copies of its last question, whose answers are left out. The samples of a
     batch depend on the seed and on its position in the plan, not on the batches before it.
@@ -99,10 +99,10 @@ def answer_all(
       those of the whole batch.
 
     Raises:
-      UserError: see ``plan``; a picture cannot be read.
+      UserError: see ``plan_batches``; a picture cannot be read.
     """
     check_implementation(implementation)
-    groups = plan(model.processor, questions, batch_size, sampling.max_new_tokens)
+    groups = plan_batches(model.processor, questions, batch_size, sampling.max_new_tokens)
     todo = [(n, group) for n, group in enumerate(groups) if any(i not in answered for i in group.questions)]
     batches = read_batches(model.processor, questions, [group for _, group in todo], batch_size)
     for (number, group), batch in zip(todo, batches, strict=True):
@@ -142,15 +142,6 @@ def _batch(processor: Processor, questions: Sequence[Question], group: Group, ba
         rows.append(Row(ids, images))
     rows += rows[-1:] * (batch_size - len(rows))
     return assemble(rows, processor.config, group.bucket)
-
-
-def _size(image: Picture, processor: Processor, images: int) -> ImageSize:
-    """The size of an image of a question with so many ``images``. Only the header of a file is read."""
-    config = processor.config
-    if config.tiling is None or (config.tiling.alone and images > 1):
-        return ImageSize(1, config.image_tokens + (config.tiling is not None))
-    size = image_size(image) if isinstance(image, str | os.PathLike) else open_image(image).size[::-1]
-    return ImageSize(*count(size, config))
 
 
 def _first_rows(generation: Generation, rows: int) -> Generation:

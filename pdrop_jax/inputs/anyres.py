@@ -8,6 +8,7 @@ that made it fit, a newline vector behind every row. All of that is one table of
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
@@ -17,6 +18,14 @@ from pdrop_jax.errors import UserError
 
 NEWLINE = -1  # in a table: the newline vector
 SHRINK_FROM = 1.1  # times as high and wide as Tiling.max_tiles allows
+
+
+class ImageSize(NamedTuple):
+    """What an image takes of a batch: crops and tokens, and whether its crops are the frames of a video."""
+
+    crops: int
+    tokens: int
+    video: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +49,10 @@ class ImageTokens:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def size(self) -> ImageSize:
+        return ImageSize(len(self.crops), len(self.index), self.video)
 
     def widened(self, taps: int) -> tuple[np.ndarray, np.ndarray]:
         """``index`` and ``weight`` (n, ``taps``); what is not blended is one feature of weight 1."""
@@ -191,10 +204,10 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
 
 @functools.lru_cache(4096)  # a data set has few sizes among many pictures
 def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
-    """(crops, tokens) of a picture of ``size`` (height, width) pixels.
+    """(crops, tokens) of an image of ``size`` (height, width) pixels.
 
     Raises:
-      UserError: it is too narrow to be tiled.
+      UserError: the image is too narrow to be tiled.
     """
     if config.tiling is None:
         return levels(config)[0]

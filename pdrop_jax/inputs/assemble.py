@@ -75,8 +75,17 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         if len(found) > queries:
             raise UserError(f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}")
         query_rows[b, : len(found)] = found
-    weight = feature_weight if T > 1 else None
-    return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket, weight)
+    return Batch(
+        token_ids=token_ids,
+        feature_index=feature_index,
+        image_id=image_id,
+        length=length,
+        crops=crops,
+        query_rows=query_rows,
+        labels=labels,
+        bucket=bucket,
+        feature_weight=feature_weight if T > 1 else None,
+    )
 
 
 def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,67 +1,54 @@
-"""Buckets: the static shapes of batches, few of them so that little is compiled."""
+"""Static shapes of batches. Sizes are rounded up to a few steps, so that few shapes are ever compiled.
+
+Buckets follow from sizes alone, the text tokens of a row and the (crops, tokens) of its images.
+"""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageTokens, levels
+from pdrop_jax.inputs.anyres import ImageSize, levels
 from pdrop_jax.inputs.assemble import Row
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 
 MIN_TEXT_SLOTS = 32
 
 
-class ImageSize(NamedTuple):
-    """What a bucket depends on of an image: its crops, or a video's frames, and its tokens."""
-
-    crops: int
-    tokens: int
-    video: bool = False
-
-
-def image_sizes(images: Sequence[ImageTokens]) -> list[ImageSize]:
-    return [ImageSize(len(image.crops), len(image), image.video) for image in images]
-
-
-def text_length(ids: Sequence[int] | np.ndarray) -> int:
-    """Number of text tokens, without image placeholders."""
-    return int((np.asarray(ids) != IMAGE_PLACEHOLDER).sum())
-
-
 def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int = 0) -> Bucket:
-    """``bucket_of_sizes`` of rows."""
-    sizes = [(text_length(row.ids), image_sizes(row.images)) for row in rows]
-    return bucket_of_sizes(sizes, config, max_new_tokens)
+    """``smallest_bucket`` of rows that are read already."""
+    texts = [int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum()) for row in rows]
+    return smallest_bucket(texts, [[image.size for image in row.images] for row in rows], config, max_new_tokens)
 
 
-def bucket_of_sizes(
-    rows: Sequence[tuple[int, Sequence[ImageSize]]], config: LlavaConfig, max_new_tokens: int = 0
+def smallest_bucket(
+    texts: Sequence[int], images: Sequence[Sequence[ImageSize]], config: LlavaConfig, max_new_tokens: int = 0
 ) -> Bucket:
-    """The smallest bucket that holds every row, given as its number of text tokens and the sizes of its images.
+    """The smallest bucket that holds every row.
 
-    Text slots are 32, 64, 128, ... up to the model's positions. The number of images is 0, 1, 2, 4, ..., and each has
-    one of the sizes in ``anyres.levels``. So few shapes are compiled.
+    Text slots are 32, 64, 128, … up to the model's positions; images 0, 1, 2, 4, …, each of one of ``anyres.levels``.
+
+    Args:
+      texts: text tokens of each row.
+      images: sizes of each row's images.
+      max_new_tokens: positions to leave for the answer; only checked.
 
     Raises:
       UserError: a row with its images and the new tokens needs more positions than the model has.
     """
-    most_text = 0
-    for number, (text, sizes) in enumerate(rows, 1):
-        images = sum(size.tokens for size in sizes)
-        needed = text + images + max_new_tokens
+    for number, (text, sizes) in enumerate(zip(texts, images, strict=True), 1):
+        image_tokens = sum(size.tokens for size in sizes)
+        needed = text + image_tokens + max_new_tokens
         if needed > config.text.max_length:
             raise UserError(
-                f"prompt {number} needs {needed} positions ({text} text tokens + {images} image tokens of "
-                f"{len(sizes)} pictures + {max_new_tokens} new tokens) but the model has "
-                f"{config.text.max_length}: shorten the prompt, give fewer pictures or ask for fewer new tokens"
+                f"prompt {number} needs {needed} positions ({text} text tokens + {image_tokens} image tokens of "
+                f"{len(sizes)} pictures + {max_new_tokens} new tokens), but the model has {config.text.max_length}: "
+                "shorten the prompt, give fewer pictures or ask for fewer new tokens"
             )
-        most_text = max(most_text, text)
-    slots = min(max(_power_of_two(most_text), MIN_TEXT_SLOTS), config.text.max_length)
-    return image_bucket(slots, [sizes for _, sizes in rows], config)
+    slots = min(max(_power_of_two(max(texts, default=0)), MIN_TEXT_SLOTS), config.text.max_length)
+    return image_bucket(slots, images, config)
 
 
 def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaConfig) -> Bucket:
@@ -73,16 +60,16 @@ def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaCo
 
 
 def bucket_of(text: int, images: Sequence[tuple[int, int]], config: LlavaConfig) -> Bucket:
-    """The bucket of ``text`` slots and ``images`` (crops, tokens), whose number is rounded up to 0, 1, 2, 4, ...."""
+    """The bucket of ``text`` slots and images of (crops, tokens) each; their number is rounded up to 0, 1, 2, 4, …."""
     images = [*images, *levels(config)[:1] * (_power_of_two(len(images)) - len(images))]
     return Bucket(text, tuple(tokens for _, tokens in images), sum(crops for crops, _ in images))
 
 
 def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
-    """The bucket of ``text`` slots and images of these numbers of tokens, with the crops that images of that size have.
+    """The bucket of ``text`` slots and images of so many tokens, with the crops that images of that size have.
 
     Raises:
-      UserError: no image of this model has that many tokens.
+      UserError: the model has no image of so many tokens.
     """
     if config.tiling:
         crops = sum(level_of(1, tokens, config)[0] for tokens in images)
@@ -92,10 +79,10 @@ def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
 
 
 def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) -> tuple[int, int]:
-    """The smallest of ``anyres.levels`` that holds an image; the frames of a video are rounded up to a power of two.
+    """The smallest of ``anyres.levels`` that holds an image; for a video the frames rounded up to a power of two.
 
     Raises:
-      UserError: the image is larger than all of them.
+      UserError: the image is larger than any level.
     """
     if video:
         frames = 1 << (crops - 1).bit_length()

@@ -17,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageTokens, pooled, tiled, whole
+from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.io import check_file
 
@@ -190,6 +190,18 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     if grey.min() < 0 or grey.max() > 65535:
         raise UserError(f"has grey values {grey.min()}..{grey.max()}: save it with 8 or 16 bits a channel")
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+
+
+def measure(picture: Picture, config: LlavaConfig, *, alone: bool) -> ImageSize:
+    """Crops and tokens that ``as_tokens`` makes of a picture. Of a file only the header is read, if at all.
+
+    Raises:
+      UserError: it cannot be read, or is too narrow to be tiled.
+    """
+    if config.tiling is None or (config.tiling.alone and not alone):
+        return ImageSize(*levels(config)[0])
+    size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+    return ImageSize(*count(size, config))
 
 
 def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:

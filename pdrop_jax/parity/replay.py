@@ -20,7 +20,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.generation.result import kept_tokens
 from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
 from pdrop_jax.inputs.assemble import Row, assemble
-from pdrop_jax.inputs.buckets import image_bucket, image_sizes
+from pdrop_jax.inputs.buckets import image_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.params import Params
@@ -162,7 +162,7 @@ def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
         labels = arrays["labels"][b][valid] if "labels" in arrays else None
         rows.append(Row(ids[valid].tolist(), images, labels))
     text = max(sum(i != IMAGE_PLACEHOLDER for i in row.ids) for row in rows)
-    bucket = image_bucket(text, [image_sizes(row.images) for row in rows], config)
+    bucket = image_bucket(text, [[image.size for image in row.images] for row in rows], config)
     return assemble(rows, config, bucket, QUERIES if "labels" in arrays else 1)
 
 

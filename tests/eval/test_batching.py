@@ -11,7 +11,7 @@ from tiny_run import CONFIG, write_start
 from pdrop_jax.config import Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval import batching as answering
-from pdrop_jax.eval.batching import answer_all, plan
+from pdrop_jax.eval.batching import answer_all, plan_batches
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate, start
 from pdrop_jax.generation.pretrained import load
@@ -56,7 +56,7 @@ def test_every_question_is_answered_as_it_is_alone(model, questions):
 
 
 def test_batches_are_of_one_bucket_the_largest_first_and_of_one_size(model, questions):
-    groups = plan(model.processor, questions, 2, 4)
+    groups = plan_batches(model.processor, questions, 2, 4)
     assert [group.questions for group in groups] == [[0, 2], [4, 6], [7], [1, 3], [5]]
     assert [group.bucket.slots for group in groups] == [48, 48, 48, 32, 32]
 
@@ -94,7 +94,7 @@ def test_buckets_are_those_of_the_tiled_pictures(folder, alone, sizes):
     config = dataclasses.replace(CONFIG, tiling=dataclasses.replace(Tiling.next(28), alone=alone))
     processor = Processor.load(folder, config)
     images = tuple(noise(1, width, height) for height, width in sizes)
-    (group,) = plan(processor, [Question(1, "What?", images)], 1, 4)
+    (group,) = plan_batches(processor, [Question(1, "What?", images)], 1, 4)
     assert group.bucket == choose_bucket([processor.row("What?", images)], config, 4)
 
 

@@ -17,9 +17,9 @@ from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs import Processor, Row
-from pdrop_jax.inputs.anyres import ImageTokens, count, levels, whole
+from pdrop_jax.inputs.anyres import ImageTokens, whole
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, template_named
-from pdrop_jax.inputs.images import as_tokens, image_size, read_image
+from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.targets import ends_answers, tokenize
 from pdrop_jax.io import inside
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
@@ -225,14 +225,13 @@ class _Rows:
             self.sizes.append((len(example.ids) - images, int((runs[:, 0] > 0).sum())))
 
     def _sizes(self, pictures: list[str]) -> list[tuple[int, int]]:
-        """Crops and tokens of each. Only of tiled ones do they follow from the size, which the file's head tells."""
-        tiling = self.config.tiling
-        if tiling is None or (tiling.alone and len(pictures) > 1):
-            return levels(self.config)[:1] * len(pictures)
+        """Crops and tokens of each."""
+        alone = len(pictures) == 1
         try:
-            return [count(image_size(os.path.join(self.data.images, name)), self.config) for name in pictures]
+            sizes = [measure(os.path.join(self.data.images, name), self.config, alone=alone) for name in pictures]
         except UserError:
             raise InvalidRecord(CORRUPT) from None
+        return [(size.crops, size.tokens) for size in sizes]
 
     def _leave_out(self, number: int, reason: str) -> None:
         self.invalid[reason] += 1

@@ -13,7 +13,7 @@ NUMBERS = {"none": "0"} | {
 }
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 EVALAI_COMMA, VQA_COMMA = r"\d,+\d", r"\d,\d"  # the two evaluations differ for "1,,2"
-MOST_FULL_STOPS = 32  # the original passes re.UNICODE, which is 32, as the count of re.sub
+MOST_FULL_STOPS = 32  # the original hands re.sub a flag, 32, in the place of the count
 CONTRACTED = """
 'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
