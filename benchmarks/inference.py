@@ -206,7 +206,7 @@ def time_ours(config: LlavaConfig, params: Any, batch: Batch, new_tokens: int) -
 
 
 def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> float:
-    """Seconds of all stage boundaries: scores, choice and compaction, on buffers of the true sizes."""
+    """Seconds of all stage boundaries: scoring, selection and compaction, on buffers of the true sizes."""
     plan = config.schedule.plan(config.text.num_layers, batch.bucket)
     buffer = jax.jit(embed, static_argnums=(0, 3))(config, params, batch, plan[0].slots)
     total = 0.0
@@ -227,7 +227,7 @@ def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> 
 
 
 def make_torch(config: LlavaConfig, dtype: str) -> Any:
-    """transformers' model of the same shape, its own random weights."""
+    """transformers' model of the same shape, with its own random weights."""
     import torch
     from transformers import LlavaConfig as TorchConfig
     from transformers import LlavaForConditionalGeneration
@@ -262,7 +262,7 @@ def time_torch(model: Any, batch: Batch, new_tokens: int) -> Timed:
 
 
 def take_turns(contenders: dict[str, Callable[[], Timed]], repeats: int) -> dict[str, Timed]:
-    """Median (prefill, token) seconds of each, one uncounted round first."""
+    """Median (prefill, token) seconds of each contender, after one warm-up round."""
     rounds = [{name: run() for name, run in contenders.items()} for _ in range(repeats + 1)][1:]
     return {
         name: (statistics.median(r[name][0] for r in rounds), statistics.median(r[name][1] for r in rounds))

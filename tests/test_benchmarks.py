@@ -1,4 +1,4 @@
-"""Every benchmark at a tiny size, to its last printed line: the README's figures name these commands."""
+"""Every benchmark at a tiny size, to its last printed line: docs/benchmarks.md names these commands."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SHAPE = ["--layers", "4", "--hidden", "32", "--mlp", "48", "--heads", "2", "--re
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a benchmark in this process and gives what it printed."""
+    """Runs a benchmark in this process and returns what it prints."""
 
     def run(name, *options):
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
@@ -30,7 +30,7 @@ def run(monkeypatch, capsys):
 
 
 def run_as_shipped(name, *options):
-    """The JSON objects that a benchmark prints, compiled as users compile it and not as tests do."""
+    """The JSON objects that a benchmark prints, compiled with the settings of users rather than those of the tests."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
