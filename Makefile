@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-newest lint types docs format clean
 
 demo: .venv/installed
 	$(BIN)/pdrop generate --image examples/grid.png --prompt "What is in row 3, column 2?" --picture demo.png --overwrite
@@ -9,10 +10,24 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/pytest -n 2 --dist worksteal
 
-lint: .venv/installed-test
+# The recorded vectors and the demo on a newer Python, if there is one, with the newest packages.
+test-newest:
+	.ci/newest
+
+lint: .venv/installed-test types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# train/ and convert/ are installed as pdrop_jax.train and pdrop_jax.convert. mypy and mkdocstrings do not know that, so
+# they read the package through links that have the installed layout.
+types:
+	rm -rf build/types
+	mkdir -p build/types/pdrop_jax
+	ln -s $(CURDIR)/pdrop_jax/* $(CURDIR)/train $(CURDIR)/convert build/types/pdrop_jax/
+
+docs: .venv/installed-docs types
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: .venv/installed-test
 	$(BIN)/ruff format .
@@ -23,9 +38,13 @@ clean:
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(INSTALL) .
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(INSTALL) '.[test]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(INSTALL) '.[docs]'
 	touch $@

@@ -1,9 +1,9 @@
 """Does a row keep the same image tokens in a batch as alone?
 
-Asks a model (the demo by default) questions about drawn test pictures in batches of 1 and of --batch-size, and prints
-one JSON object for each dtype: how many rows keep other tokens, how many are answered otherwise, the largest difference
-of a score at each drop, and the seconds that a batch and a row take to the first token. --xla-default compiles as XLA
-does by itself, with roundings to bfloat16 skipped where it fuses.
+Asks a model (the demo by default) questions about test pictures in batches of 1 and of --batch-size and prints one JSON
+object per dtype: how many rows keep other tokens, how many get another answer, the largest difference of a score at
+each drop, and the seconds to the first token of a batch and of a row. --xla-default compiles with XLA's default, which
+skips rounding to bfloat16 inside fusions.
 
     python -m benchmarks.batches
 """

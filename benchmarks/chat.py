@@ -1,7 +1,7 @@
-"""Seconds from a later question of a conversation to the first token of its answer: both ways of a session, and anew.
+"""Time to first token of later questions in a conversation: both modes of a session, and running everything again.
 
 Random weights of LLaVA-1.5's shape with a small vision tower, one picture in the first question, drops after a quarter,
-a half and three quarters of the layers. The contenders take turns within each repeat, and medians are printed.
+a half and three quarters of the layers. The contenders take turns within each round, and medians are printed.
 
     python -m benchmarks.chat     # 24 layers, D=1024, 576 image tokens, float32
 """
@@ -76,7 +76,7 @@ def main(flags: Flags) -> None:
 
 
 def one_round(model: Model, picture: np.ndarray, new_tokens: int) -> dict[str, list[dict[str, Any]]]:
-    """For each contender and turn the tokens of the conversation and the seconds to the first new one."""
+    """For each contender and turn: the tokens of the conversation and the seconds to the first new token."""
     found: dict[str, list[dict[str, Any]]] = {"keep": [], "rerank": [], "anew": []}
     sessions = {"keep": Session(model, "keep"), "rerank": Session(model, "rerank")}
     for turn, question in enumerate(QUESTIONS):

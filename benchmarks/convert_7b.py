@@ -1,8 +1,8 @@
-"""How much memory and time does converting a LLaVA-1.5-7B take?
+"""Memory and time of converting a checkpoint of LLaVA-1.5-7B's shape.
 
 Writes a bfloat16 checkpoint of that shape, converts it, exports it again, and prints one JSON object. Memory is
-anonymous memory (RssAnon) sampled every 5 ms, above what the process has after its imports: pages of the mapped source
-files are the operating system's to take back. Needs 45 GB of disk, removed at the end.
+anonymous memory (RssAnon), sampled every 5 ms, above what the process uses after its imports; pages of the mapped
+source files do not count, because the operating system can reclaim them. Needs 45 GB of disk, removed at the end.
 
     python -m benchmarks.convert_7b --folder /tmp/convert_7b
 """
@@ -33,7 +33,7 @@ SHARD_BYTES = 2e9
 
 
 def shape(layers: int, width: int, tower_layers: int) -> LlavaConfig:
-    """LLaVA-1.5-7B, or something smaller of its proportions."""
+    """LLaVA-1.5-7B, or a smaller model of its proportions."""
     config = LlavaConfig.llava_1_5_7b()
     heads = width // config.text.head_dim
     text = dataclasses.replace(
@@ -49,7 +49,7 @@ def shape(layers: int, width: int, tower_layers: int) -> LlavaConfig:
 
 
 def write_source(folder: pathlib.Path, config: LlavaConfig) -> int:
-    """A checkpoint in Hugging Face's names, of normal numbers of deviation 0.02."""
+    """A checkpoint with Hugging Face's names and normal random numbers of standard deviation 0.02."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config(config, "bfloat16")))
     rng = np.random.default_rng(0)
@@ -75,14 +75,14 @@ def write_source(folder: pathlib.Path, config: LlavaConfig) -> int:
 
 
 def status(field: str) -> float:
-    """A line of /proc/self/status in GB."""
+    """The value of a line of /proc/self/status, in GB."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
 
 
 @contextlib.contextmanager
 def measured(figures: dict[str, float]) -> Iterator[None]:
-    """Puts seconds and the peak of anonymous memory above the present into ``figures``."""
+    """Records the seconds and the peak of anonymous memory, above its current value, in ``figures``."""
     before, peak, done = status("RssAnon"), [0.0], threading.Event()
 
     def sample() -> None:
@@ -103,11 +103,11 @@ def measured(figures: dict[str, float]) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="new folder to work in")
-    parser.add_argument("--dense", action="store_true", help="no drop schedule: stacks of all 32 layers")
-    parser.add_argument("--layers", type=int, default=32, help="of the language model, for a try in less time")
-    parser.add_argument("--width", type=int, default=4096, help="of the language model and its heads of 128")
-    parser.add_argument("--tower-layers", type=int, default=24, help="of the vision tower")
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="new folder for temporary files")
+    parser.add_argument("--dense", action="store_true", help="no drop schedule: one stack of all layers")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the language model (fewer for a quick try)")
+    parser.add_argument("--width", type=int, default=4096, help="width of the language model, whose heads have 128")
+    parser.add_argument("--tower-layers", type=int, default=24, help="layers of the vision tower")
     parser.add_argument("--export", action="store_true", help="export again and compare every tensor bit by bit")
     args = parser.parse_args()
     config = with_image_token(shape(args.layers, args.width, args.tower_layers))

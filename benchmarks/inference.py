@@ -1,7 +1,10 @@
 """Prefill and decode, side by side: our dense model, ours with PyramidDrop, and transformers' torch LLaVA (sdpa).
 
-Random weights of LLaVA-1.5's shape; a small vision tower with the true number of patches on every side, so that the
-language model is what is timed. The contenders take turns within each repeat, and medians are printed.
+Random weights in LLaVA-1.5's shape; every model has the same small vision tower with the true number of patches, so
+that the language model dominates the time. The models take turns within each round, together with two probes of the
+machine: a large matrix product (which limits prefill) and reading a large array (which limits decode). All figures are
+medians over the rounds. The efficiency of the drop (prefill speed-up / MAC ratio) is printed first: of all the figures
+it depends least on the machine.
 
     python -m benchmarks.inference                  # 24 layers, D=1024, 576 image + 64 text tokens, float32
     python -m benchmarks.inference --dtype bfloat16
@@ -19,10 +22,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from pdrop_jax.analysis.cost import decode_macs, prefill_macs
+from pdrop_jax.analysis.cost import prefill_macs
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
@@ -59,6 +63,7 @@ class Flags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     new_tokens: int = 16
     repeats: int = 5
+    probe: int = 4096  # edge of the matrices that measure the machine's limits
     torch: bool = True
     json: bool = False
 
@@ -91,40 +96,82 @@ def main(flags: Flags) -> None:
         params = unstack(params)
     torch_model = make_torch(dense, flags.dtype) if flags.torch else None
     bucket = Bucket(flags.text_tokens, (dense.image_tokens,))
+    probe = Probe(flags.probe, flags.dtype)
     results = []
     for B in flags.batch:
         batch = make_batch(dense, bucket, B)
         contenders: dict[str, Callable[[], Timed]] = {
+            "machine": probe.time,
             "ours, dense": lambda b=batch: time_ours(dense, params, b, flags.new_tokens),
             "ours, PyramidDrop": lambda b=batch: time_ours(pyramid, regroup(params, pyramid), b, flags.new_tokens),
         }
         if torch_model is not None:
             contenders["torch, dense"] = lambda b=batch: time_torch(torch_model, b, flags.new_tokens)
         seconds = take_turns(contenders, flags.repeats)
-        for name, (prefill, token) in seconds.items():
-            config = pyramid if "Pyramid" in name else dense
-            results.append(
-                {
-                    "batch": B,
-                    "model": name,
-                    "prefill_seconds": prefill,
-                    "prefill_gmacs": B * prefill_macs(config, bucket).total / 1e9,
-                    "decode_ms_per_token": 1e3 * token,
-                    "decode_gmacs": B * decode_macs(config, bucket) / 1e9,
-                }
-            )
+        gemm, stream = seconds.pop("machine")
+        limits = {"gflops": 2 * probe.macs / gemm / 1e9, "gb_per_second": probe.bytes / stream / 1e9}
         ranking = time_drops(pyramid, regroup(params, pyramid), batch, 10 * flags.repeats)  # a few ms each
         dense_prefill, drop_prefill = seconds["ours, dense"][0], seconds["ours, PyramidDrop"][0]
         ratio = prefill_macs(dense, bucket).total / prefill_macs(pyramid, bucket).total
-        results[-2 if torch_model is not None else -1] |= {
+        rows = []
+        for name, (prefill, token) in seconds.items():
+            config = pyramid if "Pyramid" in name else dense
+            gmacs = B * prefill_macs(config, bucket).total / 1e9
+            gigabytes = decode_bytes(config, regroup(params, config), batch) / 1e9
+            rows.append(
+                {
+                    "model": name,
+                    "prefill_seconds": prefill,
+                    "prefill_gmacs": gmacs,
+                    "prefill_share": 2 * gmacs / prefill / limits["gflops"],
+                    "decode_ms_per_token": 1e3 * token,
+                    "decode_gb": gigabytes,
+                    "decode_share": gigabytes / token / limits["gb_per_second"],
+                }
+            )
+        drop_figures = {
+            "efficiency": dense_prefill / drop_prefill / ratio,
             "speed_up": dense_prefill / drop_prefill,
             "mac_ratio": ratio,
             "drop_share": ranking / drop_prefill,
         }
+        results.append({"batch": B, **drop_figures, "limits": limits, "models": rows})
     if flags.json:
         print(json.dumps({"machine": machine(), "flags": dataclasses.asdict(flags), "results": results}, indent=2))
     else:
-        print_table(results)
+        print_report(results, flags.dtype)
+
+
+class Probe:
+    """What the machine can do: a square matrix product, and reading an array that no cache holds.
+
+    Attributes:
+      macs: multiply-accumulates of the product.
+      bytes: bytes read.
+    """
+
+    def __init__(self, edge: int, dtype: str) -> None:
+        self.matrix = jnp.full((edge, edge), 0.5, dtype)
+        self.array = jnp.full((16 * edge, edge), 0.5, dtype)
+        self.macs = edge**3
+        self.bytes = self.array.nbytes
+        self.product = jax.jit(jnp.matmul)
+        self.read = jax.jit(lambda x: x.max(1))
+
+    def time(self) -> Timed:
+        """Seconds of the product, and of reading the array."""
+        began = time.perf_counter()
+        jax.block_until_ready(self.product(self.matrix, self.matrix))
+        multiplied = time.perf_counter()
+        jax.block_until_ready(self.read(self.array))
+        return multiplied - began, time.perf_counter() - multiplied
+
+
+def decode_bytes(config: LlavaConfig, params: Any, batch: Batch) -> int:
+    """Bytes that one decode step must read: the decoder's layers, the output head and the KV cache."""
+    state, *_ = start.eval_shape(config, params, batch, jax.random.key(0), GREEDY, NEVER, capacity=64)
+    weights = {name: tree for name, tree in params.items() if name in ("stages", "norm", "head")}
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((weights, state.model.caches)))
 
 
 def make_batch(config: LlavaConfig, bucket: Bucket, B: int) -> Batch:
@@ -160,7 +207,7 @@ def time_ours(config: LlavaConfig, params: Any, batch: Batch, new_tokens: int) -
 
 
 def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> float:
-    """Seconds of all stage boundaries: scores, choice and compaction, on buffers of the true sizes."""
+    """Seconds of all stage boundaries: scoring, selection and compaction, on buffers of the true sizes."""
     plan = config.schedule.plan(config.text.num_layers, batch.bucket)
     buffer = jax.jit(embed, static_argnums=(0, 3))(config, params, batch, plan[0].slots)
     total = 0.0
@@ -181,7 +228,7 @@ def time_drops(config: LlavaConfig, params: Any, batch: Batch, repeats: int) -> 
 
 
 def make_torch(config: LlavaConfig, dtype: str) -> Any:
-    """transformers' model of the same shape, its own random weights."""
+    """transformers' model of the same shape, with its own random weights."""
     import torch
     from transformers import LlavaConfig as TorchConfig
     from transformers import LlavaForConditionalGeneration
@@ -216,7 +263,7 @@ def time_torch(model: Any, batch: Batch, new_tokens: int) -> Timed:
 
 
 def take_turns(contenders: dict[str, Callable[[], Timed]], repeats: int) -> dict[str, Timed]:
-    """Median (prefill, token) seconds of each, one uncounted round first."""
+    """Median (prefill, token) seconds of each contender, after one warm-up round."""
     rounds = [{name: run() for name, run in contenders.items()} for _ in range(repeats + 1)][1:]
     return {
         name: (statistics.median(r[name][0] for r in rounds), statistics.median(r[name][1] for r in rounds))
@@ -236,16 +283,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
+def print_report(results: list[dict[str, Any]], dtype: str) -> None:
+    for row in results:
+        print(
+            f"Efficiency of the drop at batch {row['batch']}: {row['efficiency']:.3f} "
+            f"({row['speed_up']:.2f}x faster prefill at a MAC ratio of {row['mac_ratio']:.2f}; "
+            f"scoring and compaction take {row['drop_share']:.1%} of it)"
+        )
+    for row in results:
+        limits = row["limits"]
+        print(
+            f"Limits of the machine during batch {row['batch']}: {limits['gflops']:.0f} GFLOP/s in a {dtype} matrix "
+            f"product, {limits['gb_per_second']:.1f} GB/s read from memory"
+        )
     print(", ".join(f"{name} {value}" for name, value in machine().items()) + "\n")
-    print("| batch | model | prefill s | GMACs | decode ms/token | GMACs | speed-up of MAC ratio | drops' share |")
+    print(
+        "| batch | model | prefill s | GMACs | of the GEMM rate | decode ms/token | GB read | of the streaming rate |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for row in results:
-        speed = f"{row['speed_up']:.2f} of {row['mac_ratio']:.2f}" if "speed_up" in row else ""
-        share = f"{row['drop_share']:.1%}" if "drop_share" in row else ""
-        cells = [row["batch"], row["model"], f"{row['prefill_seconds']:.3f}", f"{row['prefill_gmacs']:.1f}"]
-        cells += [f"{row['decode_ms_per_token']:.1f}", f"{row['decode_gmacs']:.2f}", speed, share]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        for model in row["models"]:
+            cells = [row["batch"], model["model"], f"{model['prefill_seconds']:.3f}", f"{model['prefill_gmacs']:.1f}"]
+            cells += [f"{model['prefill_share']:.0%}", f"{model['decode_ms_per_token']:.1f}"]
+            cells += [f"{model['decode_gb']:.2f}", f"{model['decode_share']:.0%}"]
+            print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""On which smallest TPU slice does a full fine-tune fit, with drops and without? Asked of the TPU compiler.
+"""The smallest TPU slice that fits a full fine-tune, with and without drops, according to the TPU compiler.
 
-Global batch 128, all devices along fsdp, a row a device at a time. Prints the README's rows as they are found:
-several hours on one core.
+Global batch 128, all devices along fsdp, one row per device at a time. Prints the rows of the table in
+docs/benchmarks.md as they are found, which takes several hours on one core.
 """
 
 import argparse
@@ -15,14 +15,14 @@ SLICES = {
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
 }
 ROWS = 128
-STATE_BYTES = 12  # of a trained parameter: float32 itself and two moments
+STATE_BYTES = 12  # per trained parameter: the float32 master and two moments
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["llava-1.5-7b", "llava-1.5-13b", "llava-next-7b"])
     parser.add_argument("--chips", nargs="+", default=list(SLICES), choices=SLICES)
-    parser.add_argument("--slices", nargs="+", help="of the chips, smallest first; all of them if left out")
+    parser.add_argument("--slices", nargs="+", help="slices to try, smallest first (default: all)")
     parser.add_argument("--rows", type=int, default=ROWS, help="global batch")
     arguments = parser.parse_args()
     slices = {chip: [size for size in SLICES[chip] if size in (arguments.slices or SLICES[chip])] for chip in SLICES}

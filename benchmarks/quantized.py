@@ -1,8 +1,8 @@
-"""How far int8 weights are from bfloat16 ones, on the demo model and pictures that it was not trained on.
+"""How far int8 weights are from bfloat16 weights, for the demo model on pictures that it was not trained on.
 
-The bfloat16 model answers greedily. Then each contender is given the same questions and, token by token, the same
-answers; compared is what it would have said next, KL(bfloat16 || contender) in nats and the best token. Last, each
-answers by itself. float32 is the yardstick: it shows what rounding to bfloat16 does alone.
+The bfloat16 model answers greedily. Then each contender reads the same questions and the same
+answers, and its next-token distributions are compared: KL(bfloat16 || contender) in nats, and the best token. Finally
+each contender answers on its own. float32 is the baseline: it shows the effect of rounding to bfloat16 alone.
 
     python -m benchmarks.quantized                  # five or six questions about each of 200 pictures
 """
@@ -40,7 +40,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Prints a table, a column for each contender."""
+    """Prints a table with one column per contender."""
     models = {name: load(**options) for name, options in CONTENDERS.items()}
     first = next(iter(models))
     cases = draw_cases(flags.pictures, flags.seed)
@@ -63,7 +63,7 @@ def answer(model: Model, batch: Batch) -> Generation:
 
 
 def table_of(said: Generation) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (B, T) int32, and which of them (B, T) were chosen: the stop token, written as 0, is the last."""
+    """Tokens (B, T) int32, and which of them (B, T) were generated, the stop token (written as 0) included."""
     tokens = np.zeros((len(said.token_ids), NEW_TOKENS), np.int32)
     for row, ids in zip(tokens, said.token_ids, strict=True):
         row[: len(ids)] = ids
@@ -73,7 +73,7 @@ def table_of(said: Generation) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow(config: LlavaConfig, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
-    """Log probabilities (B, T, V) of what comes next, before each of ``tokens`` (B, T)."""
+    """Log probabilities (B, T, V) of the next token, before each of ``tokens`` (B, T)."""
     T = tokens.shape[1]
     first, state, _ = prefill(config, params, batch, T)
 
@@ -87,13 +87,13 @@ def follow(config: LlavaConfig, params: Any, batch: Batch, tokens: jax.Array) ->
 
 @jax.jit
 def compare(expected: jax.Array, ours: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of log probabilities (B, T, V): KL(expected || ours), and whether the best token is the same; (B, T) each."""
+    """KL(expected || ours) of log probabilities (B, T, V), and whether the best token is the same; (B, T) each."""
     kl = jnp.sum(jnp.exp(expected) * (expected - ours), axis=-1)
     return kl, expected.argmax(-1) == ours.argmax(-1)
 
 
 def compare_answers(said: Generation, ours: Generation, cases: list[Case]) -> tuple[np.ndarray, ...]:
-    """For each row: the same answer, the right answer, the share of the last stage's image tokens that are the same."""
+    """For each row: same answer, right answer, and the share of equal image tokens in the last stage."""
     rows = zip(said.texts, ours.texts, cases, said.kept, ours.kept, strict=True)
     return tuple(
         np.transpose([(a == b, b == case.answer, np.isin(x[-1][0], y[-1][0]).mean()) for a, b, case, x, y in rows])

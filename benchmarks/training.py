@@ -1,9 +1,9 @@
 """A training step, side by side: ours dense, ours with PyramidDrop, and transformers' torch LLaVA (sdpa, AdamW).
 
 Random weights of LLaVA-1.5's shape; a small vision tower with the true number of patches on every side, so that the
-language model is what is timed. All parameters are trained, in float32, nothing is computed twice (no remat). Each
-contender has a process of its own, so that its peak memory is its own; they take turns, and medians are printed. Then
-the data pipeline alone: photos of 640 x 480 pixels, read, cropped and tokenized.
+language model dominates the time. All parameters are trained in float32, without remat. Each contender runs in its own
+process, so that peak memory is measured separately; they take turns, and medians are printed. Then the data pipeline is
+timed alone: photos of 640 x 480 pixels, read, cropped and tokenized.
 
     python -m benchmarks.training                  # 24 layers, D=1024, 576 image + 64 text tokens
 """
@@ -57,9 +57,9 @@ class Flags:
     mlp: int = 2752
     heads: int = 16
     batch: int = 1
-    steps: int = 3  # timed, of each process
-    repeats: int = 3  # processes of each contender
-    pictures: int = 400  # of the pipeline
+    steps: int = 3  # timed steps per process
+    repeats: int = 3  # processes per contender
+    pictures: int = 400  # for the data pipeline
     only: Literal["", "ours, dense", "ours, PyramidDrop", "torch, dense"] = ""  # one contender, in this process
 
     @property
@@ -163,7 +163,7 @@ def torch_step(config: LlavaConfig, batch: Batch) -> Any:
 
 
 def time_pipeline(flags: Flags, workers: int) -> float:
-    """Rows a second that it gives, after its first batch."""
+    """Rows per second after the first batch."""
     config = dataclasses.replace(flags.shape.config(), template=TEMPLATE)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -1,10 +1,9 @@
-"""What does verifying a checkpoint cost when it is loaded?
+"""The cost of verifying checksums when a checkpoint is loaded.
 
-Writes a bfloat16 checkpoint of LLaVA-1.5-7B's shape, of random numbers, and loads it with and without comparing the
-checksums, in turn and each time in a new process, its files dropped from the page cache before. Prints one JSON object:
-the seconds of each load, the ratio of the medians, the seconds that the checksums of the loaded arrays take by
-themselves, and the rate at which the files are read one after another. Needs 14 GB of disk, removed at the end, and
-16 GB of memory.
+Writes a bfloat16 checkpoint of LLaVA-1.5-7B's shape, with random numbers, and loads it with and without verifying
+the checksums, in turn, each time in a new process and with its files dropped from the page cache. Prints one JSON
+object: the seconds of each load, the ratio of the medians, the seconds of computing the checksums alone, and the rate
+of reading the files sequentially. Needs 14 GB of disk, removed at the end, and 16 GB of memory.
 
     python -m benchmarks.verify --folder /tmp/verify
 """
@@ -58,8 +57,8 @@ def write(folder: pathlib.Path, config: LlavaConfig) -> None:
 
 
 def uncache(folder: pathlib.Path) -> int:
-    """Asks the system to drop its pages of the files in ``folder``; returns how many bytes they have."""
-    os.sync()  # pages that are not on the disk yet would stay, and be written while the files are read
+    """Drops the files in ``folder`` from the page cache; returns their size in bytes."""
+    os.sync()  # dirty pages would stay in the cache and be written while the files are read
     total = 0
     for path in folder.rglob("*"):
         if path.is_file():
@@ -70,7 +69,7 @@ def uncache(folder: pathlib.Path) -> int:
 
 
 def read_rate(folder: pathlib.Path) -> float:
-    """GB/s of reading the files of ``folder`` one after another."""
+    """GB/s of reading the files of ``folder`` sequentially."""
     total = uncache(folder)
     began = time.perf_counter()
     for path in filter(pathlib.Path.is_file, folder.rglob("*")):
@@ -104,8 +103,10 @@ def measure(folder: pathlib.Path, repeats: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="new folder to work in")
-    parser.add_argument("--model", default="llava-1.5-7b", help="whose shape it has: a name, or a checkpoint's folder")
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="new folder for temporary files")
+    parser.add_argument(
+        "--model", default="llava-1.5-7b", help="model whose shape is used: a name, or the folder of a checkpoint"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     try:

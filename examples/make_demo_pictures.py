@@ -4,7 +4,7 @@
     python -m examples.make_demo_pictures [FOLDER]
 
 The first 3,000 training and the first 200 test photos of each garment, in the official order. Training sheets are lossy
-(a third of the bytes, 35 dB), so that more of them fit; test sheets are pixel for pixel the official ones.
+(a third of the bytes, 35 dB), so that more of them fit; test sheets are identical to the official pixels.
 """
 
 import gzip
@@ -40,7 +40,7 @@ def main(folder: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path, header: int) -> np.ndarray:
-    """The bytes of an IDX file after its header."""
+    """Contents of an IDX file after its header, (n,) uint8."""
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 

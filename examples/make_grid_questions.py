@@ -1,8 +1,8 @@
-"""Make questions to the demo model in LLaVA's format, as in examples/grids, and their answers as GQA's annotations.
+"""Make questions for the demo model in LLaVA's format, as in examples/grids, with the answers as GQA annotations.
 
 python -m examples.make_grid_questions FOLDER [PICTURES]
 
-A line also has what ``pdrop study`` knows to use: the answer, and the question in other words.
+Each line also has what ``pdrop study`` uses: the expected answer and the question in other words.
 """
 
 import json
@@ -33,7 +33,7 @@ def main(folder: pathlib.Path, pictures: int = PICTURES) -> None:
         rng = np.random.default_rng([0, number, 1])
         for kind in KINDS:
             turn = first_question(kind, grid.labels, rng)
-            if turn is None:  # no garment stands in just one row
+            if turn is None:  # no garment occurs exactly once
                 continue
             name, structure = f"{number}-{kind}", "verify" if kind == "presence" else "query"
             questions.append(

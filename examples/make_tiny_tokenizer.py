@@ -1,4 +1,4 @@
-"""Make examples/tiny_tokenizer: a tokenizer of LLaMA's kind with 320 ids, for the tiny random reference checkpoints.
+"""Make examples/tiny_tokenizer: a LLaMA-style tokenizer with 320 ids, for the tiny random reference checkpoints.
 
 Ids: 0 <unk>, 1 <s>, 2 </s>, 3..258 the bytes, then letters and merges learned from the text below.
 """

@@ -1,8 +1,9 @@
-"""Every benchmark at a tiny size, to its last printed line: the README's figures name these commands."""
+"""Every benchmark at a tiny size, to its last printed line: docs/benchmarks.md names these commands."""
 
 import json
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -17,7 +18,7 @@ SHAPE = ["--layers", "4", "--hidden", "32", "--mlp", "48", "--heads", "2", "--re
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a benchmark in this process and gives what it printed."""
+    """Runs a benchmark in this process and returns what it prints."""
 
     def run(name, *options):
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
@@ -29,7 +30,7 @@ def run(monkeypatch, capsys):
 
 
 def run_as_shipped(name, *options):
-    """The JSON objects that a benchmark prints, compiled as users compile it and not as tests do."""
+    """The JSON objects that a benchmark prints, compiled with the settings of users rather than those of the tests."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
@@ -43,12 +44,25 @@ def test_no_benchmark_is_forgotten():
 
 
 def test_inference(run):
-    options = [*SHAPE, "--vocabulary", 300, "--image-tokens", 16, "--text-tokens", 16, "--batch", 1, "--new-tokens", 3]
-    header, _, columns, _, *rows = run("inference", *options).splitlines()
-    assert "cores" in header
+    options = [*SHAPE, "--vocabulary", 300, "--image-tokens", 16, "--text-tokens", 16, "--new-tokens", 3]
+    efficiency, limits, machine, _, columns, _, *rows = run(
+        "inference", *options, "--batch", 1, "--probe", 64
+    ).splitlines()
+    assert re.fullmatch(
+        r"Efficiency of the drop at batch 1: [\d.]+ \([\d.]+x faster prefill at a MAC ratio of 1\.\d\d; "
+        r"scoring and compaction take [\d.]+% of it\)",
+        efficiency,
+    )
+    assert re.search(r"\d+ GFLOP/s in a float32 matrix product, [\d.]+ GB/s read from memory$", limits)
+    assert "cores" in machine
     assert columns.startswith("| batch | model | prefill s |")
     assert [row.split("|")[2].strip() for row in rows] == ["ours, dense", "ours, PyramidDrop", "torch, dense"]
-    assert "of 1." in rows[1]  # the speed-up, and the ratio of MACs that it is measured against
+    assert all(len(row.split("|")) == len(columns.split("|")) for row in rows)
+    found = json.loads(run("inference", *options, "--batch", 1, 2, "--probe", 64, "--json", "--no-torch"))["results"]
+    assert [row["batch"] for row in found] == [1, 2]
+    assert all(row["efficiency"] == pytest.approx(row["speed_up"] / row["mac_ratio"]) for row in found)
+    ours, pyramid = found[0]["models"]
+    assert 0 < pyramid["decode_gb"] < ours["decode_gb"]  # the weights are the same, the cache is smaller
 
 
 def test_training(run):

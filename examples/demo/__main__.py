@@ -17,9 +17,9 @@ def run(
     """Write grids of Fashion-MNIST photos with questions and answers, as a data set in LLaVA's format.
 
     Args:
-      out: folder to write, with conversations.json and images/ (7 KB a picture).
-      pictures: how many, each with eight questions.
-      seed: of the drawing.
+      out: New folder for conversations.json and images/ (about 7 KB per picture).
+      pictures: Number of pictures, each with eight questions.
+      seed: RNG seed for the pictures and questions.
     """
     write_dataset(out, pictures, seed)
     print(f"{out}: {pictures} pictures")

@@ -14,16 +14,16 @@ from pdrop_jax.checkpoint import new_folder
 
 CONVERSATIONS = "conversations.json"
 IMAGES = "images"
-BYTES = 9_000  # of a picture and its conversation, about
+BYTES = 9_000  # bytes of a picture and its conversation, approximately
 
 
 def write_dataset(folder: str | os.PathLike, pictures: int, seed: int = 0) -> None:
-    """Writes ``pictures`` grids of training photos, each with a conversation. ``folder`` appears when all is written.
+    """Writes ``pictures`` grids of training photos, each with a conversation. ``folder`` appears once it is complete.
 
-    Picture n is the same whatever ``pictures`` is.
+    Picture n does not depend on ``pictures``.
 
     Raises:
-      UserError: ``folder`` exists, a number or a seed that is out of range, or the disk is too small.
+      UserError: ``folder`` exists, ``pictures`` or ``seed`` is out of range, or the disk is too small.
     """
     check_drawing(pictures, seed)
     records = []
@@ -32,7 +32,7 @@ def write_dataset(folder: str | os.PathLike, pictures: int, seed: int = 0) -> No
         for number in tqdm(range(pictures), desc="drawing", unit=" pictures", disable=None):
             grid = draw_grid("train", seed, number)
             name = f"{number:06}.png"
-            # Grey needs a third of the bytes; whoever reads it makes it RGB.
+            # Greyscale takes a third of the bytes; readers convert it to RGB.
             Image.fromarray(grid.picture).save(new / IMAGES / name, compress_level=1)
             turns = converse(grid.labels, np.random.default_rng([seed, number, 1]))
             records.append(record(name, turns))
@@ -40,7 +40,7 @@ def write_dataset(folder: str | os.PathLike, pictures: int, seed: int = 0) -> No
 
 
 def record(image: str, turns: list[Turn]) -> dict[str, Any]:
-    """A conversation about the picture ``image``, as LLaVA's data sets have them."""
+    """A conversation about the picture ``image`` in LLaVA's format."""
     values = []
     for number, turn in enumerate(turns):
         values.append({"from": "human", "value": turn.question if number else f"<image>\n{turn.question}"})
@@ -49,5 +49,5 @@ def record(image: str, turns: list[Turn]) -> dict[str, Any]:
 
 
 def write_conversations(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    """A JSON list with a record on each line, so that people can look at it."""
+    """A JSON list with one record per line, which is easy to read."""
     path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")

@@ -1,7 +1,7 @@
-"""How well a model answers: ``python -m examples.demo.evaluate MODEL``.
+"""Exact-match accuracy on the demo task: ``python -m examples.demo.evaluate MODEL``.
 
-Every picture is made of test photos, and gets one question of each kind as the first of its conversation. Later place
-questions, with the true answers of the earlier ones before them, are reported apart.
+Every picture consists of test photos and gets one question of each kind as the first of a conversation. Place questions
+at the end of a conversation, after the true answers to the earlier questions, are reported separately.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ NEW_TOKENS = 16  # four names and their commas are at most eleven
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Answers of one kind: ``right`` of ``asked`` are the expected text, character by character."""
+    """Answers to one kind of question: ``right`` of ``asked`` match the expected text exactly."""
 
     kind: str
     asked: int
@@ -43,7 +43,7 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the share (Wilson, 1927)."""
+        """95 % confidence interval of the share (Wilson, 1927)."""
         z, n, p = 1.959964, self.asked, self.share
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -52,12 +52,12 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One question to a model.
+    """One question for a model.
 
     Attributes:
       picture: (112, 112) uint8.
-      turns: the conversation up to the question, whose answer is None.
-      answer: the expected one.
+      turns: the conversation up to the question, whose own answer is None.
+      answer: the expected answer.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Case:
 
 
 def draw_cases(pictures: int, seed: int = 0) -> list[Case]:
-    """The questions to ``pictures`` grids of test photos, sorted by kind."""
+    """Questions about ``pictures`` grids of test photos, sorted by kind."""
     check_drawing(pictures, seed)
     cases: dict[str, list[Case]] = {kind: [] for kind in (*KINDS, LATER)}
     for number in range(pictures):
@@ -87,11 +87,11 @@ def draw_cases(pictures: int, seed: int = 0) -> list[Case]:
 def evaluate(
     model: Model | str | pathlib.Path, pictures: int = 1000, seed: int = 0, schedule: DropSchedule | None = None
 ) -> list[Accuracy]:
-    """Asks and counts.
+    """Asks the questions and counts the right answers.
 
     Args:
-      model: a loaded one, or a checkpoint's folder.
-      schedule: of a model that is loaded here; None is the checkpoint's own.
+      model: a loaded model, or the folder of a checkpoint.
+      schedule: for a model that is loaded here; None is the checkpoint's own.
     """
     model = model if isinstance(model, Model) else load(model, schedule)
     cases = draw_cases(pictures, seed)
@@ -115,7 +115,7 @@ def answer(model: Model, cases: list[Case]) -> list[str]:
 
 
 def kept_of_place(model: Model, pictures: int = 300, seed: int = 0) -> list[float]:
-    """Of the tokens of the place asked for, how many each drop leaves: the mean over first place questions."""
+    """Mean number of tokens of the cell in question that are left after each drop, over first place questions."""
     cases = [case for case in draw_cases(pictures, seed) if case.kind == "place"]
     side = math.isqrt(model.config.image_tokens)
     tokens = np.arange(side**2).reshape(side, side)
@@ -130,7 +130,7 @@ def kept_of_place(model: Model, pictures: int = 300, seed: int = 0) -> list[floa
 
 
 def _generate(model: Model, cases: list[Case]) -> Generation:
-    """A batch of fewer than BATCH is filled up, so that it compiles nothing."""
+    """Pads a batch to BATCH rows, so that nothing is recompiled."""
     filled = [*cases, *[cases[-1]] * (BATCH - len(cases))]
     batch = model.processor(
         [case.turns for case in filled], [case.picture for case in filled], max_new_tokens=NEW_TOKENS
@@ -139,7 +139,7 @@ def _generate(model: Model, cases: list[Case]) -> Generation:
 
 
 def table(models: Mapping[str, list[Accuracy]], above: Iterable[list[str]] = ()) -> str:
-    """Markdown: a column for each model, a row for each kind of question, under the rows ``above``."""
+    """A Markdown table with one column per model and one row per kind of question, below the rows ``above``."""
     rows = [["", *models], ["---"] * (len(models) + 1), *above]
     for of_kind in zip(*models.values(), strict=True):
         cells = [f"{100 * x.share:.1f} % ({100 * x.interval[0]:.1f} to {100 * x.interval[1]:.1f})" for x in of_kind]
@@ -153,13 +153,13 @@ def run(
     seed: int = 0,
     dense: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Print how many questions about test pictures a model answers exactly, and what its drops leave of the place.
+    """Print the exact-match accuracy on test pictures and how many tokens of the cell in question each drop leaves.
 
     Args:
-      model: a checkpoint.
-      pictures: how many.
-      seed: of the pictures and questions.
-      dense: drop nothing, whatever the checkpoint's schedule.
+      model: Folder of the checkpoint.
+      pictures: Number of pictures.
+      seed: RNG seed for the pictures and questions.
+      dense: Drop nothing, regardless of the checkpoint's schedule.
     """
     loaded = load(model, DropSchedule.none() if dense else None)
     print(table({"right, with its 95 % interval": evaluate(loaded, pictures, seed)}))

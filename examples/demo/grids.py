@@ -1,12 +1,12 @@
-"""Grids of garments, and questions about them that only a look at the right place answers.
+"""Grids of garments, and questions that can only be answered by looking at the right cell.
 
-A grid is a 4x4 picture of Fashion-MNIST photos. No question of a conversation is about a place or a garment that an
-earlier answer has told. Questions are few: asked for all 16 places, a model learned what is in the picture anywhere and
-to strike off what was told, and never to look.
+A grid is a 4x4 picture of Fashion-MNIST photos. No question of a conversation is about a cell or a garment that an
+earlier answer has revealed. A conversation has few questions: when it asked for all 16 cells, a model learned the set
+of garments in the picture and crossed off those already named, but never learned to look.
 
-In some training pictures a row, a column or all of the picture holds photos of one garment. There a model learns first
-to tell garments apart, then to find a line, then a place; with a garment of its own in every place it saw nothing for
-hours. Test pictures are never like that.
+In some training pictures a row, a column or the whole picture shows one kind of garment. From these a model learns
+first to tell garments apart, then to find a line, then a cell; when every cell was drawn independently, it learned
+nothing for hours. Test pictures always have independent cells.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ import numpy as np
 from examples.demo.photos import GARMENTS, PIXELS, Split, photos
 from pdrop_jax.errors import UserError
 
-SIDE = 4  # places in a row
-TURNS = 8  # questions a picture
+SIDE = 4  # cells per row
+TURNS = 8  # questions per picture
 SHIFT = 2  # pixels
-# Places that are drawn by themselves, rows by columns, and how often: the others repeat them.
+# Shapes (rows, columns) of independently drawn cells, which the others repeat, and the share of training pictures.
 PATTERNS = {(SIDE, SIDE): 0.4, (SIDE, 1): 0.2, (1, SIDE): 0.2, (1, 1): 0.2}
 
 Exchange = tuple[str, str]  # question, answer
@@ -47,7 +47,7 @@ class Turn:
 
 
 class Told:
-    """What the answers of a conversation have told so far: places, garments, and whether a whole line of places."""
+    """What the answers of a conversation have revealed so far: cells, garments, and whether a whole line."""
 
     def __init__(self) -> None:
         self.places = np.zeros((SIDE, SIDE), bool)
@@ -56,14 +56,14 @@ class Told:
 
 
 def check_drawing(pictures: int, seed: int) -> None:
-    """Raises UserError for a number of pictures or a seed that nothing can be drawn with."""
+    """Raises UserError if the number of pictures or the seed is out of range."""
     for name, value, least, most in (("pictures", pictures, 1, 10**7), ("seed", seed, 0, 2**32 - 1)):
         if not least <= value <= most:
-            raise UserError(f"{name} is {value}, it must be {least} to {most}")
+            raise UserError(f"{name} must be in {least}..{most}, got {value}")
 
 
 def draw_grid(split: Split, seed: int, number: int) -> Grid:
-    """The ``number``-th grid of ``seed``. Training photos are flipped and shifted at random, and come in patterns."""
+    """The ``number``-th grid of ``seed``. Training photos are randomly flipped, shifted and arranged."""
     rng = np.random.default_rng([seed, number])
     shapes, shares = list(PATTERNS), list(PATTERNS.values())
     shape = shapes[rng.choice(len(shapes), p=shares)] if split == "train" else (SIDE, SIDE)
@@ -76,7 +76,7 @@ def draw_grid(split: Split, seed: int, number: int) -> Grid:
 
 
 def augment(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Photos (4, 4, 28, 28), each turned round or not and shifted by up to SHIFT pixels; what is beyond is black."""
+    """Photos (4, 4, 28, 28), each flipped or not and shifted by up to SHIFT pixels, filled with black."""
     padded = np.pad(cells, [(0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)])
     moves = rng.integers(2 * SHIFT + 1, size=(SIDE, SIDE, 2))
     flips = rng.integers(2, size=(SIDE, SIDE))
@@ -98,7 +98,7 @@ def ask_place(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Excha
 
 
 def ask_line(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
-    """What is in row 2? - bag, coat, bag, sneaker. Once a conversation: what is left is easier to guess."""
+    """What is in row 2? - bag, coat, bag, sneaker. Once per conversation; more would make guessing easier."""
     line, by_row = int(rng.integers(SIDE)), bool(rng.integers(2))
     index: tuple = (line,) if by_row else (slice(None), line)
     if told.line or told.places[index].any():
@@ -117,7 +117,7 @@ def ask_count(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Excha
 
 
 def ask_presence(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
-    """Is there a bag in row 1? - yes. Both answers come as often."""
+    """Is there a bag in row 1? - yes. Both answers are equally frequent."""
     row, present = int(rng.integers(SIDE)), bool(rng.integers(2))
     possible = [g for g in range(len(GARMENTS)) if (g in labels[row]) == present]
     label = int(rng.choice(possible))
@@ -128,7 +128,7 @@ def ask_presence(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Ex
 
 
 def ask_where(labels: np.ndarray, rng: np.random.Generator, told: Told) -> Exchange | None:
-    """In which row is the dress? - 2. Asked of a garment that is there once."""
+    """In which row is the dress? - 2. Asked about a garment that occurs exactly once."""
     single = np.flatnonzero(np.bincount(labels.ravel()) == 1)
     if not len(single):
         return None
@@ -147,7 +147,7 @@ def _new_garment(label: int, told: Told) -> bool:
 
 Ask = Callable[[np.ndarray, np.random.Generator, Told], Exchange | None]
 
-# Kinds of question, and how often each is asked in training.
+# Kinds of question, and their share in training.
 KINDS: dict[str, tuple[Ask, float]] = {
     "place": (ask_place, 0.55),
     "line": (ask_line, 0.15),
@@ -170,6 +170,6 @@ def converse(labels: np.ndarray, rng: np.random.Generator, turns: int = TURNS) -
 
 
 def first_question(kind: str, labels: np.ndarray, rng: np.random.Generator) -> Turn | None:
-    """A question of ``kind`` with nothing told before; None if this grid has none to ask."""
+    """A question of ``kind`` at the start of a conversation; None if this grid allows none."""
     exchange = KINDS[kind][0](labels, rng, Told())
     return Turn(kind, *exchange) if exchange else None

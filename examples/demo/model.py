@@ -20,12 +20,12 @@ from pdrop_jax.schedule import DropSchedule
 SCHEDULE = DropSchedule(layers=(4, 5, 6), ratios=(0.5, 0.25, 0.125))
 PIXELS, PATCH = 168, 14  # a photo of the grid is 3x3 patches
 MEAN, STD = 0.29, 0.35  # of the training photos' pixels
-EMBEDDING_SCALE = 1.0  # of a word; init_params gives 0.02
+EMBEDDING_SCALE = 1.0  # standard deviation of a word embedding; init_params uses 0.02
 POSITION_SCALE = 0.7  # of the sines; a patch embedding starts out with about 1
 
 
 def demo_config(schedule: DropSchedule = SCHEDULE, vocab_size: int | None = None) -> LlavaConfig:
-    """Args: vocab_size: of the tokenizer; None learns it to see."""
+    """Args: vocab_size: of the tokenizer; None trains the tokenizer to find out."""
     D = 128
     return LlavaConfig(
         vision=VisionConfig(PIXELS, PATCH, hidden_size=D, intermediate_size=4 * D, num_layers=3, num_heads=4),
@@ -40,16 +40,17 @@ def demo_config(schedule: DropSchedule = SCHEDULE, vocab_size: int | None = None
             max_length=512,
         ),
         schedule=schedule,
-        select_layer=-1,  # every layer of so small a tower is wanted
+        select_layer=-1,  # such a small vision tower needs all its layers
         image_aspect="pad",
         template=TEMPLATE,
     )
 
 
 def demo_params(config: LlavaConfig, seed: int = 0) -> Params:
-    """Random float32 parameters, so that what a token is and where is not drowned by what the layers add to it.
+    """Random float32 parameters, scaled so that the layers do not drown a token's content and position.
 
-    Words begin as large as patches, layers add little (GPT-2's depth scaling), and the tower's position table is sines.
+    Word embeddings start as large as patches, layers add little (GPT-2's depth scaling), and the vision tower's
+    position table is sinusoidal.
     """
     params = init_params(config, seed)
     params["embed"]["embedding"] *= EMBEDDING_SCALE / 0.02
@@ -67,9 +68,9 @@ def demo_params(config: LlavaConfig, seed: int = 0) -> Params:
 
 
 def position_table(side: int, D: int) -> np.ndarray:
-    """(1 + side * side, D) float32: half of D tells the row, half the column, in sines and cosines.
+    """(1 + side * side, D) float32: half of D encodes the row, half the column, as sines and cosines.
 
-    The class token has zeros. Wavelengths run from 4 patches, about a photo, to 8 times the picture.
+    The class token gets zeros. Wavelengths range from 4 patches, about one photo, to 8 times the picture.
     """
     shortest, longest = 4.0, 8.0 * side
     steps = np.arange(D // 4) / (D // 4 - 1)
@@ -90,7 +91,7 @@ def write_start(folder: str | os.PathLike, schedule: DropSchedule = SCHEDULE, se
         files = pathlib.Path(name)
         config = demo_config(schedule, write_tokenizer(files))
         (files / "preprocessor_config.json").write_text(json.dumps(preprocessor(config.vision), indent=2) + "\n")
-        # What PyTorch's tower has and none of our layers reads, so that the model can be exported.
+        # Arrays of the PyTorch tower that no layer here reads; the export needs them.
         norm = {"post_layernorm.weight": np.ones, "post_layernorm.bias": np.zeros}
         D = config.vision.hidden_size
         save_file({name: make(D, np.float32) for name, make in norm.items()}, files / UNUSED)
@@ -98,7 +99,7 @@ def write_start(folder: str | os.PathLike, schedule: DropSchedule = SCHEDULE, se
 
 
 def preprocessor(vision: VisionConfig) -> dict:
-    """The settings of a CLIP image processor that suits grey pictures on black."""
+    """Settings of a CLIP image processor for greyscale photos on black."""
     size = vision.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -1,7 +1,7 @@
-"""The photos that the grids are made of: the part of Fashion-MNIST in ``pictures/``, which says more about it.
+"""The photos in the grids: the part of Fashion-MNIST that is in ``pictures/``; its README has the details.
 
-A sheet for each garment and split, ``pictures/train/sandal.webp``, 50 photos a row. ``examples/make_demo_pictures.py``
-made them.
+There is one sheet per garment and split, such as ``pictures/train/sandal.webp``, with 50 photos in a row.
+``examples/make_demo_pictures.py`` made them.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def sheet_path(split: Split, garment: Garment) -> pathlib.Path:
 
 @functools.cache
 def photos(split: Split) -> np.ndarray:
-    """(garments, photos of each, 28, 28) uint8, light garments on black."""
+    """(garments, photos per garment, 28, 28) uint8, light garments on black."""
     sheets = np.stack([np.asarray(Image.open(sheet_path(split, garment)).convert("L")) for garment in GARMENTS])
     G, height, width = sheets.shape
     cut = sheets.reshape(G, height // PIXELS, PIXELS, width // PIXELS, PIXELS)

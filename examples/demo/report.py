@@ -1,4 +1,4 @@
-"""Runs of the demo side by side, as a table: ``python -m examples.demo.report RUN …``."""
+"""A table that compares runs of the demo: ``python -m examples.demo.report RUN …``."""
 
 import dataclasses
 import pathlib
@@ -17,17 +17,17 @@ from pdrop_jax.io import read_bytes
 from pdrop_jax.train.progress import FILE, read_line
 from pdrop_jax.train.result import model_of
 
-NUMBERS = ("loss", "seconds", "macs")  # of a step's line
+NUMBERS = ("loss", "seconds", "macs")  # keys in the line of a step
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a run took.
+    """What a run cost.
 
     Attributes:
-      seconds: of a step, median.
-      hours: of all steps together, compilation and saving included.
-      gmacs: of a step.
+      seconds: median time of a step.
+      hours: of all steps, including compilation and saving.
+      gmacs: per step.
     """
 
     steps: int
@@ -37,26 +37,26 @@ class Cost:
 
 
 def cost_of(run: pathlib.Path) -> Cost:
-    """From the log of a run that logged every step.
+    """The cost of a run that logged every step, from its log.
 
     Raises:
-      UserError: it has no log, or an empty one.
+      UserError: the log is missing or empty.
     """
     try:
         lines = [read_line(raw) for raw in read_bytes(run / FILE).splitlines()]
     except UserError as error:
-        raise UserError(f"{run} is no run: {error}") from None
+        raise UserError(f"{run} is not the folder of a run: {error}") from None
     if damaged := lines.count(None):
-        print(f"warning: {damaged} damaged lines of {printable(run / FILE)} are left out", file=sys.stderr)
+        print(f"warning: {damaged} damaged lines of {printable(run / FILE)} are ignored", file=sys.stderr)
     steps = [line for line in lines if line and all(isinstance(line.get(key), int | float) for key in NUMBERS)]
     if not steps:
-        raise UserError(f"{run / FILE} has no step in it: train first")
+        raise UserError(f"{run / FILE} contains no steps: train first")
     seconds = [line["seconds"] for line in steps]
     return Cost(len(steps), statistics.median(seconds), sum(seconds) / 3600, steps[-1]["macs"] / 1e9)
 
 
 def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
-    """A row for each thing that runs cost, a cell for each run."""
+    """One row per kind of cost, one cell per run."""
     return [
         ["GMACs a step", *(f"{cost.gmacs:.1f}" for cost in costs)],
         ["seconds a step", *(f"{cost.seconds:.2f}" for cost in costs)],
@@ -69,12 +69,12 @@ def run(
     pictures: int = 1000,
     seed: int = 0,
 ) -> None:
-    """Print what runs of the demo took and how many questions about test pictures their models answer exactly.
+    """Print the cost of runs of the demo and the exact-match accuracy of their models on test pictures.
 
     Args:
-      runs: their folders.
-      pictures: how many.
-      seed: of the pictures and questions.
+      runs: Folders of the runs.
+      pictures: Number of pictures.
+      seed: RNG seed for the pictures and questions.
     """
     costs, scores = [], {}
     for folder in runs:

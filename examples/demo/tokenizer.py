@@ -1,4 +1,4 @@
-"""The demo's tokenizer: every word of its questions is one token, whatever else is typed comes in pieces or letters."""
+"""The demo's tokenizer: every word of its questions is one token; other text is split into pieces or letters."""
 
 import json
 import pathlib
@@ -11,11 +11,12 @@ from examples.demo.grids import SIDE, converse
 from examples.demo.photos import GARMENTS
 
 TEMPLATE = "bare"
-SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2 as LLaMA has them
+SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1 and 2, as in LLaMA
 SPACE = "▁"
 LETTERS = [SPACE, *string.ascii_letters, *string.digits, *string.punctuation]
-# What may become one token: a word, a mark, and the end of a question, all that tells what is asked for. The answer
-# comes from the last token; where it had to gather that from tokens before, a model of this size never learned to look.
+# What may become one token: a word, a punctuation mark, and the end of a question, which alone says what is asked for.
+# The answer is predicted from the last token; a model of this size that had to gather the question from earlier tokens
+# never learned to look.
 WHOLE = "|".join(
     [
         r"▁row▁[0-9],▁column▁[0-9]\?",
@@ -33,12 +34,12 @@ CONVERSATIONS = 4000
 def learn_tokenizer() -> Tokenizer:
     """A byte-pair tokenizer learned from the demo's questions and answers."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-    # A line break or a space at an edge of a message is no token: the picture's line break would be the only one ever.
+    # Line breaks and spaces at the edges of a message are not tokens; the only line break is the one after the picture.
     one_space, no_end = normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(left=False, right=True)
     tokenizer.normalizer = normalizers.Sequence([one_space, no_end])
     whole = pre_tokenizers.Split(Regex(WHOLE), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(SPACE, "always", split=False), whole])
-    # As LLaMA's: Metaspace's own decoder would take every space out of the first token, that of "ankle boot" too.
+    # As in LLaMA: Metaspace's own decoder would remove every space of the first token, including that in "ankle boot".
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     special = [AddedToken(name, special=True, normalized=False) for name in SPECIAL]
     trainer = trainers.BpeTrainer(

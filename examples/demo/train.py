@@ -1,6 +1,6 @@
 """Trains the demo model: ``python -m examples.demo.train``, in the root of the repository.
 
-Draws the pictures and writes the untrained model first, unless they are there already. The same command resumes a run
+Draws the pictures and writes the untrained model first, unless they already exist. The same command resumes a run
 that was stopped or killed.
 """
 
@@ -20,10 +20,10 @@ PICTURES = 40_000
 
 
 def prepare(recipe: Recipe) -> None:
-    """Writes the untrained model and the pictures where ``recipe`` looks for them, unless something is there.
+    """Writes the untrained model and the pictures where ``recipe`` expects them, unless they exist.
 
     Raises:
-      OSError: the disk is full or may not be written.
+      OSError: the disk is full or not writable.
     """
     start, conversations = pathlib.Path(recipe.model.start), pathlib.Path(recipe.data.conversations)
     if not start.exists():
@@ -40,8 +40,8 @@ def run(
     """Train the demo model on pictures of garments, about an hour on one core.
 
     Args:
-      settings: changes to recipe.toml, such as run.steps=100.
-      allow_changes: resume even though the recipe, the data or the starting model have changed.
+      settings: Changes to recipe.toml, such as run.steps=100.
+      allow_changes: Resume even though the recipe, the data or the starting model have changed.
     """
     recipe = load_recipe(RECIPE, settings)
     prepare(recipe)

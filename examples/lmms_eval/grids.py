@@ -1,4 +1,4 @@
-"""What the task pdrop_grids of lmms-eval calls."""
+"""Functions of the lmms-eval task pdrop_grids."""
 
 import json
 import pathlib
