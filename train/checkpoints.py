@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
 from pdrop_jax.checkpoint.checksums import checksums
-from pdrop_jax.checkpoint.storage import quiet
+from pdrop_jax.checkpoint.storage import silence_library_noise
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import path_name
 from pdrop_jax.train.recipe import RunRecipe, differences
@@ -84,6 +84,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, run: RunRecipe) -> None:
         self.folder = pathlib.Path(folder).absolute() / FOLDER
         self.run = run
+        silence_library_noise()
         self._pending: tuple[int, Any] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -91,7 +92,7 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         if "_orbax" in vars(self):
-            with quiet(), contextlib.suppress(Exception):  # ``wait`` has raised what there was to raise
+            with contextlib.suppress(Exception):  # ``wait`` has raised what there was to raise
                 self._orbax.close()
 
     @functools.cached_property
@@ -101,12 +102,11 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(self.run.keep_last)]
         if self.run.keep_every:
             kept.append(policies.EveryNSteps(self.run.keep_every))
-        with quiet():
-            return ocp.training.Checkpointer(
-                self.folder,
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,  # of a run that was killed while it saved
-            )
+        return ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,  # left by a run that was killed while saving
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -186,8 +186,7 @@ class Checkpoints:
     def _about(self, step: int) -> dict[str, Any] | None:
         """What was written beside the arrays, None if it is damaged."""
         try:
-            with quiet():
-                about = ocp.load_checkpointables(self.folder / str(step), {"about": None})["about"]
+            about = ocp.load_checkpointables(self.folder / str(step), {"about": None})["about"]
             digest = about.pop("digest")
             return about if digest == _digest(about) and about["origin"]["step"] == step else None
         except Exception:  # whatever a damaged file makes orbax raise
@@ -195,8 +194,7 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: Any, expected: dict[str, int]) -> Any:
         try:
-            with quiet():
-                arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
+            arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
         except Exception:  # as above
             return None
         found = checksums(arrays)
@@ -222,8 +220,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
         try:
-            with quiet():
-                yield
+            yield
         except Exception as error:  # tensorstore reports a full disk as ValueError, others as OSError
             raise self._full(step, str(error).splitlines()[0][-200:]) from None
 

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdrop_jax import checkpoint
+from pdrop_jax.checkpoint.storage import silence_library_noise
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import Params
@@ -25,7 +26,6 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import batch_sharding, make_mesh
 from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
 from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, open_dataset, pipeline
-from pdrop_jax.train.hush import hush_full_disk
 from pdrop_jax.train.model import is_made_of, open_start, write_model
 from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.progress import Progress
@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
       UserError: anything of the recipe that cannot be had, a changed recipe, a full disk, parameters or gradients that
         are not finite.
     """
-    hush_full_disk()
+    silence_library_noise()
     recipe = checked(recipe)
     folder = pathlib.Path(recipe.run.folder)
     job, params, origin = open_job(recipe)

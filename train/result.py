@@ -31,10 +31,10 @@ def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
     def abstract_of(saved: CheckpointMetadata) -> Any:
         recipe = validated(Recipe, saved.recipe, f"the checkpoint of step {saved.step} in {run}")
         config, params = open_start(recipe)
-        optimizer = make_optimizer(recipe.optimizer, 1)  # its state has the same arrays whatever the steps
+        optimizer = make_optimizer(config, recipe.optimizer, 1)  # its state has the same arrays whatever the steps
         opened.update(recipe=recipe, config=config, params=params)
         dtype = jnp.dtype(recipe.model.dtype)
-        state = jax.eval_shape(lambda params: init_state(params, recipe.model.groups, optimizer, dtype), params)
+        state = jax.eval_shape(lambda params: init_state(config, params, recipe.model.groups, optimizer, dtype), params)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), changing(state))
 
@@ -49,6 +49,6 @@ def model_of(run: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
     why = f"the model in {run / MODEL} is older" if (run / MODEL).exists() else f"{run} has not ended"
     print(f"{printable(why)}: this is its model after {saved.step:,} steps")
     recipe, config, params = opened["recipe"], opened["config"], opened["params"]
-    _, frozen = split(params, recipe.model.groups)
+    _, frozen = split(config, params, recipe.model.groups)
     write_model(scratch / MODEL, config, join(arrays["trained"], frozen), recipe, made_of)
     return scratch / MODEL

@@ -15,15 +15,17 @@ note on stderr that they are not verified.
 
 import contextlib
 import ctypes
+import errno
 import functools
-import gc
 import json
 import logging
 import math
 import pathlib
 import sys
-import time
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -45,6 +47,7 @@ CHECKSUMS = "checksums.json"
 SINGLE_FILE = "params.safetensors"
 GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, each call costs some milliseconds
 CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; its buffers would otherwise be as large as the array
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # safetensors' names
 
 Arrays = dict[str, jax.Array]
@@ -194,7 +197,8 @@ def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or of another size, "
             f"{damaged[0]} is one; copy or convert it again"
         )
-    with _reading(folder), quiet():
+    silence_library_noise()
+    with _reading(folder):
         tree = ocp.metadata(folder.absolute() / PARAMS).metadata
         if tree is None:
             raise ValueError("its array metadata cannot be read")
@@ -202,9 +206,10 @@ def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
+    silence_library_noise()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with _reading(folder), quiet(), context:
+    with _reading(folder), context:
         return flatten_dict(ocp.load(folder.absolute() / PARAMS, unflatten_dict(targets, sep=".")), sep=".")
 
 
@@ -284,31 +289,55 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
+    silence_library_noise()
     try:
-        with quiet():
-            yield
+        yield
     except UserError:
         raise
     except (ValueError, SafetensorError) as error:  # how their writers report what the operating system refused
         raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Leaves it to us to say what went wrong.
+@functools.cache  # once per process: some of these messages only arrive while the interpreter shuts down
+def silence_library_noise() -> None:
+    """Hides what libraries print about a failed read or write besides the exception, which we report in one line.
 
-    Orbax logs at length what it raises, and closes its event loop under the reads and writes that are still on their
-    way; each of them then complains on stderr from a thread of its own.
+    A filter on the loggers would be simpler, and was tried alone. It is not enough: at the first failure orbax closes
+    its event loop under the reads and writes that are still pending, and each of those fails later in a TensorStore
+    thread. Python passes these failures to ``sys.unraisablehook`` or ``sys.excepthook`` without logging them. The hooks
+    pass on everything else unchanged.
     """
-    hooks = sys.excepthook, sys.unraisablehook
-    sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    except Exception:
-        time.sleep(0.5)  # for them to arrive
-        gc.collect()  # and for what they leave behind
-        raise
-    finally:
-        sys.excepthook, sys.unraisablehook = hooks
-        logging.disable(logging.NOTSET)
+    for name in ("absl", "asyncio"):  # orbax logs through absl; asyncio logs its tasks that nobody awaited
+        logging.getLogger(name).addFilter(_is_not_from_orbax)
+    sys.unraisablehook = functools.partial(_skip_orbax, sys.unraisablehook)
+    sys.excepthook = functools.partial(_skip_closed_loop, sys.excepthook)
+    threading.excepthook = functools.partial(_skip_full_disk, threading.excepthook)
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")  # jax continues without it
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in f"{record.pathname} {record.getMessage()}"
+
+
+def _is_closed_loop(error: BaseException | None) -> bool:
+    return type(error) is RuntimeError and str(error) == "Event loop is closed"
+
+
+def _skip_orbax(report: Any, found: Any) -> None:
+    """``sys.unraisablehook`` without orbax's closed event loop and the coroutines that it abandoned."""
+    code = getattr(found.object, "cr_code", None)
+    if not (_is_closed_loop(found.exc_value) or (code and "orbax" in code.co_filename)):
+        report(found)
+
+
+def _skip_closed_loop(
+    report: Any, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not _is_closed_loop(error):
+        report(kind, error, traceback)
+
+
+def _skip_full_disk(report: Any, found: threading.ExceptHookArgs) -> None:
+    """``threading.excepthook`` for TensorBoard's writer thread: its next call raises the same error in our thread."""
+    if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL_DISK):
+        report(found)

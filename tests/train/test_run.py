@@ -239,9 +239,9 @@ def test_a_model_that_knows_no_tiles_learns_them(folder):
 
 def test_rows_of_one_kind_in_parts(folder):
     """Grouped, some batches have no picture at all. Adam's eps is large so that rounding is not made a step of."""
-    recipe = {"data_group": True, "optimizer_eps": 1e-2, "run_steps": 8}
+    recipe = {"data_group_by_length": True, "optimizer_eps": 1e-2, "run_steps": 8}
     for parts in (1, 2):
-        train(recipe_in(folder, run_folder=str(folder / f"in-{parts}"), run_accumulate=parts, **recipe))
+        train(recipe_in(folder, run_folder=str(folder / f"in-{parts}"), run_grad_accum_steps=parts, **recipe))
     lines = map(json.loads, (folder / "in-2/log.jsonl").read_text().splitlines())
     assert {bool(line["images"]) for line in lines if line.get("event") == "compiled"} == {True, False}
     one, two = (np.array(losses(folder / f"in-{parts}")) for parts in (1, 2))
@@ -379,7 +379,7 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
         ({"model_layers": (1,)}, "model.layers and model.ratios belong together"),
         ({"model_layers": (9,), "model_ratios": (0.5,)}, "9"),
         ({"run_batch_size": 25}, "24 usable rows, a batch takes 25"),
-        ({"run_accumulate": 3}, "cannot be cut into 3 parts"),
+        ({"run_grad_accum_steps": 3}, "cannot be cut into 3 parts"),
     ],
 )
 def test_recipes_that_cannot_run(folder, changes, message):
