@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, whole,
 def test_a_changed_recipe_is_refused_unless_allowed(folder, whole):
     shutil.copytree(whole, folder / "run")
     longer = recipe_in(folder, run_steps=8, optimizer_b1=0.8)
-    message = "optimizer.b1 was 0.9, is 0.8; run.steps was 6, is 8"
+    message = "optimizer.b1 was 0.9 and is now 0.8; run.steps was 6 and is now 8"
     with pytest.raises(UserError) as error:
         train(longer)
     assert all(part in str(error.value) for part in message.split("; "))
