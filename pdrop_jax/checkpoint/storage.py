@@ -1,16 +1,16 @@
-"""The arrays of a checkpoint folder, in one of two containers.
+"""Read and write the arrays of a checkpoint folder, in one of two formats.
 
 ::
 
-    params/               written by orbax, array by array: any size of model
-    sizes.json            bytes of each file in it, so that one cut short is named before orbax stumbles over it
-    checksums.json        of the arrays
+    params/               written by orbax, array by array, for models of any size
+    sizes.json            size in bytes of each file in params/, to report truncated files before orbax reads them
+    checksums.json        checksum of each array
 
-    params.safetensors    in place of the three: one file to ship a small model in, its checksums in its metadata
+    params.safetensors    replaces all three: a single file for small models, with the checksums in its metadata
 
-Both hold the same arrays under the same names, ``stages.0.mlp.up.kernel``. An array without elements, of the empty
-stage before a drop at layer 0, is in neither. Checkpoints of the first release have no checksums; they are read with a
-note on stderr that they are not verified.
+Both formats store the same arrays under the same names, such as ``stages.0.mlp.up.kernel``. Empty arrays, which occur
+in the empty stage before a drop at layer 0, are not stored. Checkpoints of the first release have no checksums; reading
+one prints a note on stderr that it is not verified.
 """
 
 import contextlib
@@ -45,24 +45,25 @@ PARAMS = "params"
 SIZES = "sizes.json"
 CHECKSUMS = "checksums.json"
 SINGLE_FILE = "params.safetensors"
-GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, each call costs some milliseconds
-CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; its buffers would otherwise be as large as the array
+GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, since each call takes some milliseconds
+CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; otherwise its buffers would be as large as the array
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # safetensors' names
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # names of safetensors
 
 Arrays = dict[str, jax.Array]
 Targets = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def is_single_file(folder: pathlib.Path) -> bool:
+    """Whether the arrays in ``folder`` are stored as ``params.safetensors``."""
     return (folder / SINGLE_FILE).exists()
 
 
 def stored(folder: pathlib.Path) -> dict[str, Any]:
-    """Something with a shape and a dtype for each array in ``folder``, without reading the arrays.
+    """Shape and dtype of each array in ``folder``, without reading the arrays.
 
     Raises:
-      UserError: there are none, or they are damaged.
+      UserError: the folder has no arrays, or they are damaged.
     """
     found = _stored_in_file(folder) if is_single_file(folder) else _stored_by_orbax(folder)
     expected = read_checksums(folder)
@@ -76,14 +77,14 @@ def stored(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read(folder: pathlib.Path, targets: Targets, dtype: Any = None, *, check: bool = True) -> Arrays:
-    """The arrays that ``targets`` names, on the device that it says.
+    """Reads the arrays named by ``targets`` with the shardings given there.
 
-    Read in groups of ``GROUP_BYTES``, for orbax holds twice what it reads in one call.
+    Arrays are read in groups of ``GROUP_BYTES``, because orbax needs twice the memory of what it reads in one call.
 
     Args:
-      targets: in the dtype that is stored, see ``stored``.
-      dtype: to make of them once they are checked; None is their own.
-      check: compare the checksums, if the checkpoint has them.
+      targets: shapes, stored dtypes (see ``stored``) and shardings by array name.
+      dtype: dtype to cast the arrays to after verification; None keeps the stored dtype.
+      check: verify the checksums, if the checkpoint has them.
 
     Raises:
       UserError: the checkpoint is damaged.
@@ -110,10 +111,10 @@ def read(folder: pathlib.Path, targets: Targets, dtype: Any = None, *, check: bo
 
 
 def read_checksums(folder: pathlib.Path) -> Checksums | None:
-    """Of every array in ``folder``; None if the checkpoint was written without.
+    """Checksum of every array in ``folder``; None if the checkpoint was written without checksums.
 
     Raises:
-      UserError: they are damaged.
+      UserError: the checksums are damaged.
     """
     if is_single_file(folder):
         return _checksums_of_file(folder / SINGLE_FILE)
@@ -122,24 +123,26 @@ def read_checksums(folder: pathlib.Path) -> Checksums | None:
 
 
 def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
-    """Writes (name, array) pairs as ``params/``, one after the other as they come. All processes call it.
+    """Writes (name, array) pairs to ``params/`` as the iterable yields them. All processes must call it.
 
-    Memory held beyond the arrays that the caller keeps: the largest of them and twice ``GROUP_BYTES``.
+    Besides arrays that the caller keeps, this needs memory for the largest array and twice ``GROUP_BYTES``.
 
     Raises:
-      OSError: the disk is full or may not be written.
+      OSError: the disk is full or not writable.
     """
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.array.saving.use_compression = False  # spares a fifth of bfloat16 weights and makes writing half as fast
+    context.array.saving.use_compression = (
+        False  # saves a fifth of the size of bfloat16 weights, but halves the write speed
+    )
     group: dict[str, Any] = {}
     found: Checksums = {}
     with context, _writing(folder):
         for name, x in arrays:
             if 0 not in x.shape:
                 group[name] = x
-            del x  # or it would live on while the next one is made
+            del x  # otherwise it stays alive while the next one is created
             if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
                 found |= _save_group(folder, group)
         found |= _save_group(folder, group)
@@ -150,10 +153,10 @@ def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
 
 
 def write_single_file(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
-    """Writes (name, array) pairs as ``params.safetensors``, all of them in memory at once.
+    """Writes (name, array) pairs to ``params.safetensors``, with all arrays in memory at once.
 
     Raises:
-      OSError: the disk is full or may not be written.
+      OSError: the disk is full or not writable.
     """
     write_safetensors(folder / SINGLE_FILE, {name: np.asarray(x) for name, x in arrays if 0 not in x.shape})
 
@@ -166,10 +169,10 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of a file of ``write_safetensors``.
+    """Reads all arrays of a file written by ``write_safetensors``.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     expected = _checksums_of_file(path)
     with _opened(path) as file:
@@ -182,8 +185,8 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def trim_memory() -> None:
-    """Gives back what glibc keeps of the buffers that orbax's threads have freed, about as much as the last array."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc, nothing to do
+    """Makes glibc return memory freed by orbax's threads to the system, about the size of the last array."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -194,8 +197,8 @@ def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
     damaged = [name for name, size in expected.items() if sizes.get(name) != size]
     if damaged:
         raise UserError(
-            f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or of another size, "
-            f"{damaged[0]} is one; copy or convert it again"
+            f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or have a different size, "
+            f"the first is {damaged[0]}; copy or convert it again"
         )
     silence_library_noise()
     with _reading(folder):
@@ -214,7 +217,7 @@ def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
 
 
 def _groups(wanted: Targets) -> Iterator[list[str]]:
-    """Names in runs of about ``GROUP_BYTES``."""
+    """Groups array names into runs of about ``GROUP_BYTES``."""
     group: list[str] = []
     size = 0
     for name, x in wanted.items():
@@ -252,12 +255,12 @@ def _read_file(folder: pathlib.Path, targets: Targets) -> Arrays:
         return {name: jax.device_put(file.get_tensor(name), x.sharding) for name, x in targets.items()}
 
 
-@functools.cache  # once for a folder, however often it is read
+@functools.cache  # once per folder
 def _note_unverified(folder: pathlib.Path) -> None:
     if jax.process_index() == 0:
         print(
-            f"note: {folder} was written without checksums, so damage to its arrays goes unnoticed; "
-            f"pdrop export {folder} OUT --format pdrop writes a copy that has them",
+            f"note: {folder} was written without checksums, so damage to its arrays cannot be detected; "
+            f"pdrop export {folder} OUT --format pdrop writes a copy with checksums",
             file=sys.stderr,
         )
 
@@ -284,7 +287,9 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a damaged file makes orbax raise
         reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"the arrays in {path} cannot be read, convert again or restore a copy: {reason}") from None
+        raise UserError(
+            f"the arrays in {path} cannot be read ({reason}): convert the checkpoint again or restore a copy"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -294,7 +299,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, SafetensorError) as error:  # how their writers report what the operating system refused
+    except (ValueError, SafetensorError) as error:  # how orbax and safetensors report operating system errors
         raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None
 
 

@@ -170,7 +170,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(folder):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said = finish(process)
-    assert "the same command goes on" in said
+    assert "run the same command to resume" in said
     last = losses(folder / "told")[-1][0]
     assert ("saved", last) in events(folder / "told")
     assert last < 60
@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     assert "Traceback" not in said
     assert [line.split()[0] for line in said.splitlines()] == [*SAID, "resumed", "pdrop"]  # no word of anybody else
     assert "cannot be written" in said
-    assert "make room and run again" in said
+    assert "free disk space and run the same command again" in said
     assert (folder / "full/checkpoints/2").exists()
     finish(begin(folder, "full", **recipe))
     assert losses(folder / "full") == losses(folder / "roomy")

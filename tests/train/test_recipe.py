@@ -135,5 +135,5 @@ def test_the_official_recipes(name, groups, rate, batch_size, max_length, aspect
 
 
 def test_a_preset_that_is_not_there():
-    with pytest.raises(UserError, match=r"llava-2 is neither a preset nor a file: the presets are demo, llava-1\.5"):
+    with pytest.raises(UserError, match=r"llava-2 is neither a preset nor a file: the presets are llava-1\.5"):
         load_recipe("llava-2")
