@@ -42,7 +42,9 @@ class Group:
     ids: list[np.ndarray]
 
 
-def plan_batches(processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> list[Group]:
+def plan_batches(
+    processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+) -> list[Group]:
     """Splits ``questions`` into batches, largest bucket first, so that a batch too large for the device fails at once.
 
     Raises:

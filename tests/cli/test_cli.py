@@ -236,14 +236,14 @@ def test_check_passes_on_the_recorded_vectors_and_fails_on_changed_ones(pdrop, t
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("none",), "there is no preset none and no such file: there are demo, llava-1.5-finetune"),
+        (("none",), "none is neither a preset nor a file: the presets are llava-1.5-finetune"),
         (("none.toml",), "none.toml cannot be read: there is no such file"),
         (("llava-1.5-finetune",), "the recipe llava-1.5-finetune has no model.start"),
         (("llava-1.5-pretrain", "--set", "run.step=3"), "unknown key run.step: did you mean run.steps?"),
-        (("llava-1.5-pretrain", "--set", "steps=3"), "--set 'steps=3' is not of the form part.key=value"),
+        (("llava-1.5-pretrain", "--set", "steps=3"), "--set 'steps=3' is not of the form section.key=value"),
         (
             ("llava-1.5-pretrain", "--num-processes", 2),
-            "--coordinator, --num-processes and --process-id belong together",
+            "--coordinator, --num-processes and --process-id must be given together",
         ),
     ],
 )

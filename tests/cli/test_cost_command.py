@@ -59,17 +59,11 @@ def test_a_plot_of_the_costs(tmp_path, cost):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            (
-                "--model",
-                "nowhere",
-            ),
-            "nowhere is no checkpoint: it has no config.json",
-        ),
-        (("--average-tokens", "64", "--ratios", "0.5"), "a budget finds the ratios: leave out --ratios"),
-        (("--average-tokens", "64", "--layers", "8", "16"), "a budget of 64 average tokens cannot be had"),
-        (("--average-tokens", "64", "--macs", "1e12"), "a schedule is for one budget"),
-        (("--image-tokens", "0"), "need at least one image token and one text token, got 0 and 64"),
+        (("--model", "nowhere"), "nowhere is no checkpoint: it has no config.json"),
+        (("--average-tokens", "64", "--ratios", "0.5"), "a budget determines the ratios: leave out --ratios"),
+        (("--average-tokens", "64", "--layers", "8", "16"), "a budget of 64 average tokens cannot be met"),
+        (("--average-tokens", "64", "--macs", "1e12"), "give exactly one budget"),
+        (("--image-tokens", "0"), "--image-tokens and --text-tokens must be at least 1, got 0 and 64"),
         (("--score", "pyramid"), "unknown score 'pyramid': did you mean 'pyramiddrop'?"),
         (("--plot", "cost.txt"), "cost.txt: the name ends in '.txt', expected .png, .svg, .pdf"),
     ],
