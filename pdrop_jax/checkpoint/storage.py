@@ -192,7 +192,7 @@ def trim_memory() -> None:
 
 def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / PARAMS).exists() and not (folder / SIZES).exists():
-        raise UserError(f"{folder} is no checkpoint: it holds no arrays, neither {PARAMS}/ nor {SINGLE_FILE}")
+        raise UserError(f"{folder} is not a checkpoint: it holds no arrays, neither {PARAMS}/ nor {SINGLE_FILE}")
     expected, sizes = validated(dict[str, int], read_json(folder / SIZES), str(folder / SIZES)), _sizes(folder)
     damaged = [name for name, size in expected.items() if sizes.get(name) != size]
     if damaged:

@@ -81,7 +81,7 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
         crop = processor.crop_size
     if not supported:
         raise UserError(
-            f"the image processor in {folder} is not supported: expected CLIP's, with size.shortest_edge, or SigLIP's, "
+            f"the image processor in {folder} is not supported, expected CLIP's, with size.shortest_edge, or SigLIP's, "
             "with size.height and size.width"
         )
     if (crop.height, crop.width) != (side, side):

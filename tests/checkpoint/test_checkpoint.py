@@ -173,7 +173,7 @@ def test_links_are_followed_within_a_folder_and_in_a_hub_cache(tmp_path):
 )
 def test_what_a_link_out_of_the_folder_points_to_is_not_copied(folder, target, params, tmp_path):
     linked(tmp_path / folder, "tokenizer.json", tmp_path / target)
-    with pytest.raises(UserError, match=r"tokenizer\.json is a link out of its folder, to .*: put a copy of that file"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is a link to .*, outside of its folder: replace it"):
         checkpoint.save(tmp_path / "out", CONFIG, params, companions=tmp_path / folder)
     assert not list(tmp_path.glob("out*"))
 
@@ -182,7 +182,7 @@ def test_a_link_to_a_link_is_judged_by_where_it_ends(params, tmp_path):
     linked(tmp_path / "models--a/blobs", "1fe3", tmp_path / "secret")
     (tmp_path / "models--a/snapshots/1").mkdir(parents=True)
     (tmp_path / "models--a/snapshots/1/tokenizer.json").symlink_to("../../blobs/1fe3")
-    with pytest.raises(UserError, match=r"is a link out of its folder, to .*/secret"):
+    with pytest.raises(UserError, match=r"is a link to .*/secret"):
         checkpoint.save(tmp_path / "out", CONFIG, params, companions=tmp_path / "models--a/snapshots/1")
 
 

@@ -59,7 +59,7 @@ def test_a_plot_of_the_costs(tmp_path, cost):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "nowhere"), "nowhere is no checkpoint: it has no config.json"),
+        (("--model", "nowhere"), "nowhere is not a checkpoint: it has no config.json"),
         (("--average-tokens", "64", "--ratios", "0.5"), "a budget determines the ratios: leave out --ratios"),
         (("--average-tokens", "64", "--layers", "8", "16"), "a budget of 64 average tokens cannot be met"),
         (("--average-tokens", "64", "--macs", "1e12"), "give exactly one budget"),

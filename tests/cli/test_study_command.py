@@ -35,7 +35,7 @@ def test_the_command(pdrop, tmp_path):
     [
         (("--layers", "none"), "--layers takes whole numbers or 'all', got none"),
         (("--layers", "8"), "drop after layer 8 in a decoder of 8 layers"),
-        (("--ratios", "1.5"), "keep ratios must lie in 0..1, got [1.5]"),
+        (("--ratios", "1.5"), "keep ratios must be in 0..1, got [1.5]"),
         (("--scores", "nrom"), "unknown score 'nrom': did you mean 'norm'?"),
         (("--schedule-layers", "none"), "the schedule drops nothing, so there is nothing to study"),
         (("--html", "report.txt"), "report.txt: the name ends in '.txt', expected .html"),
