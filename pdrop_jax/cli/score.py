@@ -18,18 +18,18 @@ def run(
     split: str = "test",
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Print the score of an answer file, of pdrop eval or LLaVA's own scripts.
+    """Score an answer file of pdrop eval, or of LLaVA's own scripts, by the rules of the benchmark's public script.
 
     Args:
-      benchmark: which one.
-      answers: JSON lines with question_id, prompt and text.
-      annotations: the benchmark's own file, or its folder for pope, scienceqa and mme; see docs/evaluation.md.
-      questions: for pope, the question file with the categories.
-      split: for scienceqa.
-      json_output: print one JSON object instead of a table.
+      benchmark: Benchmark name.
+      answers: Answer file: JSON lines with question_id, prompt and text.
+      annotations: The benchmark's annotation file; for pope, scienceqa and mme its folder. See docs/evaluation.md.
+      questions: For pope: the question file with the category of each question.
+      split: For scienceqa: the split, a key of pid_splits.json.
+      json_output: Print one JSON object instead of a table.
     """
     if (benchmark == "pope") != (questions is not None):
-        raise UserError("--questions FILE belongs to pope, which needs it, and to no other benchmark")
+        raise UserError("pope needs --questions FILE, and no other benchmark takes it")
 
     from pdrop_jax.eval import scoring
 

@@ -47,7 +47,7 @@ def test_questions_are_answered_and_scored(pdrop, tmp_path):
     code, stdout, _ = pdrop(*score)
     assert (code, stdout.splitlines()[0].split()) == (0, ["all", "accuracy", "0.00", "%", "answers", "40"])
     assert json.loads(pdrop(*score, "--json")[1])["groups"]["binary"] == {"accuracy": 0, "answers": 8}
-    assert "--questions FILE belongs to pope" in fails(pdrop(*score, *FILES[:2]))
+    assert "pope needs --questions FILE" in fails(pdrop(*score, *FILES[:2]))
     assert "annotations" in fails(pdrop("score", "vqav2", *score[2:]))
 
 
