@@ -1,4 +1,4 @@
-"""Host-side code, numpy only: turns prompts and images into a Batch."""
+"""Host-side preprocessing in numpy: prompts and images become a Batch."""
 
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket

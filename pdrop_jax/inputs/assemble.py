@@ -18,8 +18,8 @@ class Row:
 
     Attributes:
       ids: token ids; IMAGE_PLACEHOLDER stands for a whole image.
-      images: the image of each placeholder, in order.
-      labels: in training, the target at each of ``ids``: the id itself or IGNORE.
+      images: one for each placeholder, in order.
+      labels: for training: the id itself at each target in ``ids``, IGNORE elsewhere.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -30,15 +30,14 @@ class Row:
 def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: int = 1) -> Batch:
     """Lays out rows as the arrays of a Batch: B = len(rows), Q = queries.
 
-    The crops of a row's images are concatenated. B is not rounded up, so every new B is compiled.
+    The crops of a row's images are concatenated. B is not rounded up: each new B costs one compilation.
 
-    Without labels the query row is the last slot of the prompt. If any row has labels, so does the batch, and the query
-    rows of a row are the slots right before each run of targets, or its last text slot if it has no targets.
+    Without labels the query row is the last slot of the prompt. The batch has labels if any row has. Then the query
+    rows of a row are the slots right before each run of targets, or its last text slot if it has no target.
 
     Raises:
-      UserError: there are no rows, a row is empty or does not fit the bucket, placeholders and images differ in number,
-        crops have another size than the vision tower's, an id is outside the vocabulary, or ids and labels differ in
-        number.
+      UserError: there are no rows, a row is empty or does not fit the bucket, the numbers of placeholders and images or
+        of ids and labels differ, a crop does not have the vision tower's size, or an id is outside the vocabulary.
     """
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
@@ -73,7 +72,9 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
                 labels[b, :n][images == 0] = np.asarray(row.labels, np.int32)[np.asarray(row.ids) != IMAGE_PLACEHOLDER]
             found = _query_rows(labels[b, :n], images)
         if len(found) > queries:
-            raise UserError(f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}")
+            raise UserError(
+                f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}: raise queries"
+            )
         query_rows[b, : len(found)] = found
     return Batch(
         token_ids=token_ids,
@@ -100,7 +101,7 @@ def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.nd
       sizes: number of tokens of each image.
 
     Returns:
-      token_ids and image_id of the row, int32, of the expanded length.
+      token_ids and image_id of one row, int32, both of the expanded length.
     """
     row = np.asarray(ids, np.int32)
     is_image = row == IMAGE_PLACEHOLDER
@@ -115,7 +116,7 @@ def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.nd
 def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
     """Slots right before a run of targets, ascending; the last text slot if there is no run. Both arguments (n,) int32.
 
-    A target in slot 0 starts no run, since there is no slot before it.
+    A target in slot 0 starts no run, because no slot precedes it.
     """
     target = labels != IGNORE
     found = np.flatnonzero(target[1:] & ~target[:-1])

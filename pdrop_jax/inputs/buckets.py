@@ -1,6 +1,6 @@
-"""Static shapes of batches. Sizes are rounded up to a few steps, so that few shapes are ever compiled.
+"""Buckets: static shapes of batches. Sizes are rounded up to a few steps so that few shapes are compiled.
 
-Buckets follow from sizes alone, the text tokens of a row and the (crops, tokens) of its images.
+A bucket follows from sizes alone: the number of text tokens of each row and the (crops, tokens) of its images.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ MIN_TEXT_SLOTS = 32
 
 
 def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int = 0) -> Bucket:
-    """``smallest_bucket`` of rows that are read already."""
+    """``smallest_bucket`` for rows whose images have been read."""
     texts = [int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum()) for row in rows]
     return smallest_bucket(texts, [[image.size for image in row.images] for row in rows], config, max_new_tokens)
 
@@ -33,7 +33,7 @@ def smallest_bucket(
     Args:
       texts: text tokens of each row.
       images: sizes of each row's images.
-      max_new_tokens: positions to leave for the answer; only checked.
+      max_new_tokens: positions to reserve for the answer; the bucket has no slots for them.
 
     Raises:
       UserError: a row with its images and the new tokens needs more positions than the model has.

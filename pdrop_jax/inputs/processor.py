@@ -1,4 +1,4 @@
-"""Processor: turns prompts and images into a Batch, and token ids into text."""
+"""Processor: prompts and images -> Batch, token ids -> text."""
 
 import dataclasses
 import os
@@ -35,10 +35,10 @@ class Processor:
 
     @classmethod
     def load(cls, folder: str | os.PathLike, config: LlavaConfig) -> "Processor":
-        """Reads the tokenizer and the image processor of a checkpoint folder. Nothing is downloaded.
+        """Reads the tokenizer and the image processor from a checkpoint's folder. Nothing is downloaded.
 
         Raises:
-          UserError: there is no tokenizer or it cannot be read; see also ``images.load_image_processor``.
+          UserError: the tokenizer is missing or cannot be read; see also ``images.load_image_processor``.
         """
         folder = pathlib.Path(folder)
         return cls(config, load_tokenizer(folder), load_image_processor(folder, config))
@@ -51,19 +51,18 @@ class Processor:
         template: str | None = None,
         max_new_tokens: int = 0,
     ) -> Batch:
-        """The batch of ``prompts``, one row each.
+        """The batch of ``prompts``, one row per prompt.
 
         Args:
           prompts: questions, or conversations as lists of (question, answer) whose last answer may be None.
-          images: for each prompt None, a picture, a ``Video`` or a list of them; see ``images.open_image`` for what
-            is a picture.
-          template: a name in ``chat_template.TEMPLATES``; None is the checkpoint's.
-          max_new_tokens: number of positions to leave for the answer. They are checked, but the batch has no slots for
-            them.
+          images: for each prompt None, an image, a ``Video`` or a list of these; ``images.open_image`` says what may
+            be an image.
+          template: a name in ``chat_template.TEMPLATES`` (default: the checkpoint's).
+          max_new_tokens: positions to reserve for the answer; the batch has no slots for them.
 
         Raises:
-          UserError: the lists differ in length, tags and images differ in number, an image cannot be read, or a prompt
-            is too long.
+          UserError: the lists differ in length, a prompt has another number of tags than images, an image cannot be
+            read, or a prompt is too long.
         """
         if isinstance(prompts, str):
             raise UserError("prompts must be a list of questions, got one string: put it in a list")
@@ -72,14 +71,14 @@ class Processor:
         if isinstance(images, Picture | Video) or len(images) != len(prompts):
             count = 1 if isinstance(images, Picture | Video) else len(images)
             raise UserError(
-                f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a list "
-                "or None"
+                f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a "
+                "list or None"
             )
         rows = [self.row(prompt, as_list(entry), template) for prompt, entry in zip(prompts, images, strict=True)]
         return assemble(rows, self.config, choose_bucket(rows, self.config, max_new_tokens))
 
     def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
-        """One row of a batch; see ``__call__`` for arguments and errors."""
+        """One row; arguments and errors are those of ``__call__``."""
         ids = self.ids(prompt, len(images), template)
         return Row(ids, [self.tokens(image, alone=len(images) == 1) for image in images])
 
@@ -87,27 +86,27 @@ class Processor:
         """Token ids of a row with ``num_images`` images, each an IMAGE_PLACEHOLDER.
 
         Raises:
-          UserError: the prompt has image tags, but not ``num_images`` of them.
+          UserError: the prompt has tags, but not ``num_images`` of them.
         """
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         return token_ids(self.tokenizer, render(place_images(turns, num_images), template or self.config.template))
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
-        """The crops and token table of an image; ``alone`` says whether it is the only image of its row."""
+        """The model's input for an image; ``alone`` says whether its row has no other."""
         if isinstance(image, Video):
             return frames_as_tokens(image, self.image_processor, self.config)
         return as_tokens(open_image(image), self.image_processor, self.config, alone=alone)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the model's EOS and the turn-ending tokens in its tokenizer, ascending."""
+        """Ids that end an answer, ascending: the model's EOS and the end-of-turn tokens that its tokenizer has."""
         # Only added tokens: another model's end token may be ordinary text in this vocabulary.
         special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}
         ends = {special[t.end_token] for t in TEMPLATES.values() if t.end_token in special}
         return tuple(sorted(ends.union(self.config.eos_token_ids)))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of an answer, without special tokens and surrounding white space."""
+        """The text of an answer, without special tokens and without white space at both ends."""
         text: str = self.tokenizer.decode(
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -119,11 +118,11 @@ class Processor:
 
 
 class TextStream:
-    """Streaming decoder of an answer; the pieces joined are exactly ``processor.decode(ids)``.
+    """Streaming decoder of one answer; the pieces joined are exactly ``processor.decode(ids)``.
 
-    The whole text is decoded again at every token, since a single piece loses its leading space, and is held back while
-    a later token could still change it. Existing decoders do not do: tokenizers' DecodeStream raises on bytes that are
-    not UTF-8, and transformers' TextStreamer drops the space after a line break.
+    The whole text is decoded again at each token, because a single piece loses its leading space, and text is held back
+    while a later token could still change it. Of the existing decoders, tokenizers' DecodeStream raises on bytes that
+    are not UTF-8 and transformers' TextStreamer drops the space after a line break.
     """
 
     def __init__(self, processor: Processor) -> None:
@@ -134,7 +133,7 @@ class TextStream:
         self._shown = 0
 
     def put(self, token_id: int) -> str:
-        """The text that ``token_id`` completes; may be empty."""
+        """The text that ``token_id`` makes final; may be empty."""
         piece = self._processor.tokenizer.convert_ids_to_tokens(int(token_id))
         if token_id in self._special or piece is None:  # embeddings beyond the vocabulary have no piece
             return ""

@@ -308,10 +308,10 @@ def gqa(folder, *rows):
 
 def test_missing_surplus_and_doubled_answers_are_counted_and_named(tmp_path):
     with pytest.raises(
-        UserError, match="has 3 answers to 6 questions and lacks 4: 2, 3, 4, … and has too many by 1: 9"
+        UserError, match=r"has 3 answers for 6 questions \(4 missing: 2, 3, 4, …; 1 unexpected or duplicated: 9\): pass"
     ):
         gqa(tmp_path, (0, ""), (1, ""), (9, ""))
-    with pytest.raises(UserError, match="has 7 answers to 6 questions and has too many by 1: 3:"):
+    with pytest.raises(UserError, match=r"has 7 answers for 6 questions \(1 unexpected or duplicated: 3\)"):
         gqa(tmp_path, *((n, "") for n in (0, 1, 2, 3, 4, 5, 3)))
 
 
@@ -321,7 +321,7 @@ def test_missing_surplus_and_doubled_answers_are_counted_and_named(tmp_path):
         ('{"question_id": 1, "text": "a"}\n{"question_id"', "line 2 is malformed"),
         ('{"question_id": 1}', "line 1 has no 'text'"),
         ('{"text": "a"}', "line 1 has no 'question_id'"),
-        ("", "holds no answers"),
+        ("", "has no answers"),
     ],
 )
 def test_malformed_answers_name_the_line(tmp_path, line, words):
@@ -334,5 +334,5 @@ def test_malformed_answers_name_the_line(tmp_path, line, words):
 def test_malformed_annotations(tmp_path, data):
     path = write(tmp_path / "x.json", data)
     for score in (scoring.score_textvqa, scoring.score_vqav2):
-        with pytest.raises(UserError, match=r"x.json .*(malformed|has no|answers to)"):
+        with pytest.raises(UserError, match=r"x.json .*(malformed|has no|answers for)"):
             score(answers(tmp_path, (1, "a")), path)

@@ -1,4 +1,4 @@
-"""Scoring of answer files, by the rules of each benchmark's public script."""
+"""Scores of answer files, computed as the benchmarks' public evaluation scripts do."""
 
 from pdrop_jax.eval.scoring.choices import score_scienceqa
 from pdrop_jax.eval.scoring.files import ScoreReport

@@ -13,14 +13,14 @@ LETTERS = "ABCDE"
 
 
 def score_scienceqa(answers: str | os.PathLike, annotations: str | os.PathLike, split: str = "test") -> ScoreReport:
-    """ScienceQA as in ``llava.eval.eval_science_qa``; ``image_accuracy`` is over the prompts with an image tag.
+    """Scores ScienceQA as ``llava.eval.eval_science_qa``; ``image_accuracy`` covers the prompts with an image tag.
 
     Args:
-      annotations: the folder of problems.json and pid_splits.json.
-      split: a split in pid_splits.json.
+      annotations: the folder that holds problems.json and pid_splits.json.
+      split: a key of pid_splits.json.
 
     Raises:
-      UserError: a file is malformed, there is no such split, or answers and annotations are not of the same questions.
+      UserError: a file is malformed, the split does not exist, or answers are missing, unexpected or duplicated.
     """
     folder = pathlib.Path(annotations)
     problems, splits = read_json(folder / "problems.json"), folder / "pid_splits.json"

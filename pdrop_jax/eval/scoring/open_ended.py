@@ -13,14 +13,14 @@ from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read
 from pdrop_jax.eval.scoring.normalise import VQA_COMMA, evalai, without_articles, without_punctuation
 from pdrop_jax.io import read_json
 
-ENOUGH = 3  # annotators that make an answer fully correct
+ENOUGH = 3  # matching annotators for full accuracy
 
 
 def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """VQA's accuracy of an answer, given those of several annotators.
+    """VQA accuracy of an answer, given the answers of several annotators.
 
-    The mean of ``min(1, matches among the others / 3)`` over leaving out each annotator in turn. Of ten annotators, two
-    that gave the answer make 0.6, three 0.9, four 1.
+    The mean of ``min(1, matches among the others / 3)`` with each annotator left out in turn. Among ten annotators, two
+    matches give 0.6, three 0.9, four 1.
     """
     matches = sum(truth == answer for truth in truths)
     among = [matches - (truth == answer) for truth in truths]
@@ -28,10 +28,10 @@ def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def score_textvqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """TextVQA as in ``llava.eval.eval_textvqa``: EvalAI's normalization of both sides, then ``soft_accuracy``.
+    """Scores TextVQA as ``llava.eval.eval_textvqa``: EvalAI normalisation of both sides, then ``soft_accuracy``.
 
     Args:
-      answers: answer file. Its question ids are those of the images; prompts tell the questions of an image apart.
+      answers: an answer file. Its question ids are image ids; the prompt distinguishes the questions about an image.
       annotations: TextVQA_0.5.1_val.json.
 
     Raises:
@@ -66,9 +66,9 @@ def textvqa_question(prompt: str) -> str:
 
 
 def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """VQAv2: answers are normalized as LLaVA submits them, then scored as in the official evaluation.
+    """Scores VQAv2: answers as LLaVA submits them (EvalAI normalisation), scored by the official VQA evaluation.
 
-    The latter normalizes the reference answers, and the answer a second time, only where annotators disagree.
+    The evaluation normalises the true answers, and the submitted one again, only if the annotators disagree.
 
     Args:
       annotations: v2_mscoco_val2014_annotations.json.
@@ -86,8 +86,8 @@ def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> S
     types: dict[str, list[float]] = {}
     for answer in found:
         where = f"{path} question {answer.id}"
-        people = value(records[answer.id], "answers", list, where)
-        truths = [_on_one_line(value(person, "answer", str, where)) for person in people]
+        annotators = value(records[answer.id], "answers", list, where)
+        truths = [_on_one_line(value(annotator, "answer", str, where)) for annotator in annotators]
         text = evalai(answer.text)
         if len(set(truths)) > 1:
             truths = [without_articles(without_punctuation(truth, comma=VQA_COMMA)) for truth in truths]
@@ -99,10 +99,10 @@ def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> S
 
 
 def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """GQA: the share of balanced questions whose answer, in lower case and without final full stops, is correct.
+    """Scores GQA: exact-match accuracy over the balanced questions, in lower case without full stops at the end.
 
-    As in ``convert_gqa_for_eval`` and GQA's own ``eval``, in which questions of structural type "query" are open. GQA's
-    consistency, validity, plausibility and grounding need files that LLaVA's evaluation does not use.
+    Follows ``convert_gqa_for_eval`` and GQA's ``eval``: questions of structural type "query" are open, all others
+    binary. Consistency, validity, plausibility and grounding need files that LLaVA's evaluation does not use.
 
     Args:
       annotations: testdev_balanced_questions.json.
@@ -125,7 +125,9 @@ def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
             structure = value(question, "types", dict, where).get("structural")
             right["open" if structure == "query" else "binary"].append(answer.text.rstrip(".").lower() == truth)
     if not any(right.values()):
-        raise UserError(f"{path} holds no balanced question, and no others are scored")
+        raise UserError(
+            f"{path} has no balanced question, and only those are scored: expected testdev_balanced_questions.json"
+        )
     groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in right.items()}
     return ScoreReport(
         "gqa", sum(map(len, right.values())), {"accuracy": mean([*right["binary"], *right["open"]])}, groups
