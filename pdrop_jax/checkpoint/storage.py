@@ -133,9 +133,8 @@ def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.array.saving.use_compression = (
-        False  # saves a fifth of the size of bfloat16 weights, but halves the write speed
-    )
+    # Compression saves a fifth of the size of bfloat16 weights, but halves the write speed.
+    context.array.saving.use_compression = False
     group: dict[str, Any] = {}
     found: Checksums = {}
     with context, _writing(folder):
@@ -307,10 +306,10 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 def silence_library_noise() -> None:
     """Hides what libraries print about a failed read or write besides the exception, which we report in one line.
 
-    A filter on the loggers would be simpler, and was tried alone. It is not enough: at the first failure orbax closes
-    its event loop under the reads and writes that are still pending, and each of those fails later in a TensorStore
-    thread. Python passes these failures to ``sys.unraisablehook`` or ``sys.excepthook`` without logging them. The hooks
-    pass on everything else unchanged.
+    A filter on the loggers alone was tried and is not enough: at the first failure orbax closes its event loop while
+    other reads and writes are pending, and each of these fails later in a TensorStore thread. TensorStore passes such
+    failures to PyErr_WriteUnraisable or PyErr_Print, so they reach ``sys.unraisablehook`` or ``sys.excepthook`` and
+    never a logger. The hooks below pass on everything else unchanged.
     """
     for name in ("absl", "asyncio"):  # orbax logs through absl; asyncio logs its tasks that nobody awaited
         logging.getLogger(name).addFilter(_is_not_from_orbax)

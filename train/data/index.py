@@ -241,10 +241,16 @@ class _Rows:
 
     def build(self, image_processor: Any) -> Dataset:
         text, queries = np.array(self.sizes, np.int32).T
-        sizes = Sizes(text, queries, self.images.build())
-        parts = self.ids.build(), self.spans.build(), self.pictures.build()
         return Dataset(
-            self.data, self.config, image_processor, *parts, np.array(self.records), sizes, Counter(self.invalid)
+            data=self.data,
+            config=self.config,
+            image_processor=image_processor,
+            ids=self.ids.build(),
+            spans=self.spans.build(),
+            pictures=self.pictures.build(),
+            records=np.array(self.records),
+            sizes=Sizes(text, queries, self.images.build()),
+            invalid=Counter(self.invalid),
         )
 
 
