@@ -71,8 +71,8 @@ class Processor:
         if isinstance(images, Picture | Video) or len(images) != len(prompts):
             count = 1 if isinstance(images, Picture | Video) else len(images)
             raise UserError(
-                f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a "
-                "list or None"
+                f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a list "
+                "or None"
             )
         rows = [self.row(prompt, as_list(entry), template) for prompt, entry in zip(prompts, images, strict=True)]
         return assemble(rows, self.config, choose_bucket(rows, self.config, max_new_tokens))

@@ -61,7 +61,7 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _check_template(processor: Any, path: pathlib.Path) -> None:
-    """Raises UserError if a template uses a token that it does not define; the tokenizers library would panic."""
+    """Raises UserError if a template uses an undefined token, at which the tokenizers library panics."""
     if not isinstance(processor, dict):
         return
     nested = processor.get("processors")
@@ -80,7 +80,7 @@ def _check_template(processor: Any, path: pathlib.Path) -> None:
 
 
 def _order_merges_by_score(tokenizer: Any, model: SentencePieceProcessor) -> None:
-    # transformers orders merges by id and so merges runs of spaces first, whose scores are the lowest in LLaMA's model.
+    # transformers orders merges by id, so it merges runs of spaces first, which LLaMA's model scores lowest.
     scores = {model.id_to_piece(i): model.get_score(i) for i in range(len(model))}
     vocab = {piece: i for i, piece in enumerate(scores)}
     tokenizer.backend_tokenizer.model = BPE(vocab, generate_merges(vocab, scores), fuse_unk=True, byte_fallback=True)
