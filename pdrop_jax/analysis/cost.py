@@ -26,11 +26,6 @@ class PrefillMacs:
     def total(self) -> int:
         return self.vision + self.projector + self.decoder + self.ranking + self.head
 
-    @property
-    def language(self) -> int:
-        """MACs without the vision tower and the projector, which dropping tokens does not change."""
-        return self.decoder + self.ranking + self.head
-
 
 def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     """MACs of a prompt that fills ``bucket``. Attention is counted without the causal mask, as in the paper."""

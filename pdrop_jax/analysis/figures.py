@@ -26,22 +26,6 @@ HOT = (255, 0, 0)  # colour of the largest score
 Panel = tuple[Callable[[Image.Image], Image.Image], str]  # a function that paints over the image, and the caption below
 
 
-def kept_picture(image: Image.Image, kept: Sequence[Sequence[int]], grid: int | tuple[int, int]) -> Image.Image:
-    """``image`` as each stage sees it, side by side: first with all tokens, then with those kept by each drop.
-
-    Args:
-      image: the area that the tokens cover, edge to edge; see ``as_seen``.
-      kept: for each stage boundary the kept tokens, numbered row by row from the top left.
-      grid: tokens a side, or (rows, columns).
-
-    Raises:
-      UserError: a token outside the grid.
-    """
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    count = rows * columns
-    return _band(image, _dimmed([(_mask(tokens, rows, columns), len(tokens)) for tokens in [range(count), *kept]]))
-
-
 def _band(image: Image.Image, panels: Sequence[Panel]) -> Image.Image:
     """``image`` once for each panel, side by side."""
     factor = max(1, LONG_EDGE // max(image.size))
@@ -54,16 +38,6 @@ def _band(image: Image.Image, panels: Sequence[Panel]) -> Image.Image:
         canvas.paste(paint(large), (left, GAP))
         draw.text((left, GAP + large.height + GAP // 2), caption, fill="black", font=font)
     return canvas
-
-
-def _mask(tokens: Sequence[int], rows: int, columns: int) -> np.ndarray:
-    """(rows, columns) bool, True where a token is kept."""
-    index = np.array(list(tokens), int)
-    if len(index) and not 0 <= index.min() <= index.max() < rows * columns:
-        raise UserError(f"token {index.max()} lies outside a grid of {rows}x{columns} tokens")
-    mask = np.zeros(rows * columns, bool)
-    mask[index] = True
-    return mask.reshape(rows, columns)
 
 
 def _dimmed(stages: Sequence[tuple[np.ndarray, int]]) -> list[Panel]:

@@ -31,7 +31,7 @@ def test_prefill_counted_by_hand():
     assert macs.head == 40
     assert macs.vision == 4 * 12 * 8 + 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 25 * 8
     assert macs.projector == 4 * (8 * 4 + 4 * 4)
-    assert macs.total == macs.vision + macs.projector + macs.language
+    assert macs.total == macs.vision + macs.projector + macs.decoder + macs.ranking + macs.head
     assert decode_macs(config, Bucket(2, (4,))) == 2 * weights + 2 * (7 + 5) * 4 + 40
 
 
