@@ -36,15 +36,12 @@ def together(
     Raises:
       UserError: only some of the arguments are given, or a process does not connect; see ``roll_call``.
     """
-    given = [x is not None for x in (coordinator, num_processes, process_id)]
-    if any(given) and not all(given):
-        raise UserError(
-            "--coordinator, --num-processes and --process-id must be given together: give all three or none"
-        )
-    if not any(given) and not one_of_many(os.environ):
+    check_options(coordinator, num_processes, process_id)
+    given = coordinator is not None
+    if not given and not one_of_many(os.environ):
         yield
         return
-    if not any(given):
+    if not given:
         coordinator, num_processes, process_id = under_slurm(os.environ) or (None, None, None)
     me, where = (f", process {process_id} of {num_processes}", f" at {coordinator}") if coordinator else ("", "")
     # If the process numbers are not known before jax starts, a missing process is the one that did not print this.
@@ -65,6 +62,14 @@ def together(
     except Exception:
         _leave(f"{traceback.format_exc()}\n{DIED}", 1)
     jax.distributed.shutdown()
+
+
+def check_options(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Raises UserError if only some of the three options are given."""
+    if len({x is None for x in (coordinator, num_processes, process_id)}) > 1:
+        raise UserError(
+            "--coordinator, --num-processes and --process-id must be given together: give all three or none"
+        )
 
 
 def _leave(why: str, code: int) -> NoReturn:

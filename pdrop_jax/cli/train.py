@@ -28,9 +28,10 @@ def run(
       num_processes: total number of processes. Not needed under SLURM and on Cloud TPUs.
       process_id: index of this process, starting at 0. Not needed under SLURM and on Cloud TPUs.
     """
-    from pdrop_jax.train.processes import together
+    from pdrop_jax.train.processes import check_options, together
     from pdrop_jax.train.recipe import load_recipe
 
+    check_options(coordinator, num_processes, process_id)
     sizes = [f"mesh.{axis}={size}" for axis, size in mesh_sizes(mesh).items()]
     loaded = load_recipe(recipe, [*settings, *sizes])
     with together(coordinator, num_processes, process_id):
