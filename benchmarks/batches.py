@@ -27,8 +27,7 @@ NEW_TOKENS = 16
 
 def ask(model: Model, cases: Sequence[Case]) -> engine.Generation:
     batch = model.processor([x.turns for x in cases], [x.picture for x in cases], max_new_tokens=NEW_TOKENS)
-    greedy = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
-    return engine.generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy)
+    return engine.generate_batch(model, batch, Sampling(NEW_TOKENS))
 
 
 def compare(model: Model, cases: Sequence[Case], batch_size: int) -> dict[str, object]:

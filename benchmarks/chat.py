@@ -20,6 +20,7 @@ from benchmarks.inference import Flags as Shape
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import init_params
 from pdrop_jax.model.stacking import unstack
@@ -80,10 +81,10 @@ def one_round(model: Model, picture: np.ndarray, new_tokens: int) -> dict[str, l
     sessions = {"keep": Session(model, "keep"), "rerank": Session(model, "rerank")}
     for turn, question in enumerate(QUESTIONS):
         for name, session in sessions.items():
-            answer = session.ask(question, None if turn else picture, max_new_tokens=new_tokens)
+            answer = session.ask(question, None if turn else picture, Sampling(new_tokens))
             found[name].append({"tokens": answer.stage_lengths[0], "seconds": answer.prefill_seconds})
         turns = sessions["rerank"].turns
-        whole = generate(model, [[*turns[:-1], (turns[-1][0], None)]], [picture], max_new_tokens=1)
+        whole = generate(model, [[*turns[:-1], (turns[-1][0], None)]], [picture], Sampling(1))
         found["anew"].append({"tokens": whole.stage_lengths[0][0], "seconds": whole.prefill_seconds})
     return found
 

@@ -31,6 +31,7 @@ from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
 from pdrop_jax.generation.engine import decode, start
+from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.assemble import Row, assemble
@@ -43,7 +44,7 @@ from pdrop_jax.model.stacking import unstack
 from pdrop_jax.model.vlm import embed
 from pdrop_jax.schedule import DropSchedule
 
-GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+GREEDY = token_sampler(Sampling())
 NEVER = np.array([-1], np.int32)  # no stop token
 
 Timed = tuple[float, float]  # seconds of the prefill, seconds a decoded token

@@ -31,7 +31,7 @@ def main() -> None:
     from pdrop_jax.batch import Bucket
     from pdrop_jax.config import config_of
     from pdrop_jax.model.params import abstract_params, count
-    from pdrop_jax.planner.programs import Program, groups_of, plan
+    from pdrop_jax.planner.programs import Program, compile_program, groups_of
     from pdrop_jax.schedule import DropSchedule
 
     for model in arguments.models:
@@ -54,7 +54,7 @@ def main() -> None:
                     if state / number > capacity:
                         continue
                     parts = arguments.rows // number
-                    found = plan(
+                    found = compile_program(
                         dataclasses.replace(job, grad_accum_steps=parts), None, topology, devices[topology]
                     ).report
                     gib = found.total_bytes / 2**30 if found.fits else found.excess_bytes / 2**30

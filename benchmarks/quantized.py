@@ -26,7 +26,6 @@ from pdrop_jax.generation.result import Generation
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.vlm import decode_step, prefill
 
-GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
 CONTENDERS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8 weights": {"dtype": "bfloat16", "quantize": "int8"},
@@ -60,7 +59,7 @@ def main(flags: Flags) -> None:
 
 
 def answer(model: Model, batch: Batch) -> Generation:
-    return generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=GREEDY)
+    return generate_batch(model, batch, Sampling(NEW_TOKENS))
 
 
 def table_of(said: Generation) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Our logits beside PyTorch's, on one picture and one prompt that never change."""
+"""Compares our logits with PyTorch's, on one fixed image and prompt."""
 
 import pathlib
 from typing import Any
@@ -21,13 +21,13 @@ from pdrop_jax.model.vlm import forward
 from pdrop_jax.schedule import DropSchedule
 
 TEXT_TOKENS = 12
-SIZE = 100, 200  # pixels, height and width that a tiled picture is said to have
+SIZE = 100, 200  # height and width of a tiled picture, in pixels
 
 
 def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
-    """Largest difference of the logits of ``source`` in PyTorch and of ``model`` here, and the largest logit.
+    """The largest difference between the logits of ``source`` in PyTorch and of ``model`` here, and the largest logit.
 
-    Both are dense and compute in the dtype of ``model``; one after the other is in memory.
+    Both are dense and compute in the dtype of ``model``; they are in memory one after the other.
 
     Raises:
       UserError: torch is not installed, or transformers has no class for the model.
@@ -45,10 +45,10 @@ def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
 
 
 def fixed_row(config: LlavaConfig) -> Row:
-    """A prompt of ids spread over the vocabulary with the picture as its third token, and a picture of waves.
+    """A prompt of ids spread over the vocabulary whose third token is an image of waves.
 
-    Where pictures are tiled it is twice as wide as high, and every tile shows it whole. A model that knows videos also
-    has one of two frames at the end.
+    If images are tiled it is twice as wide as high, and every tile shows all of it. A model for videos also gets a
+    video of two frames near the end.
     """
     V, size = config.text.vocab_size, config.vision.image_size
     ids = ((np.arange(TEXT_TOKENS) * 7919) % (V - 2)).tolist()  # never the last two
@@ -83,7 +83,7 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
 
     logging.disable_progress_bar()
 
-    # Any ids will do for the picture and the video as long as the prompt has no other use for them.
+    # Any ids can stand for the image and the video, as long as they are not in the prompt.
     placeholders = [config.text.vocab_size - 1, config.text.vocab_size - 2]
     data = hf_config(config, dtype) | dict(zip(("image_token_index", "video_token_index"), placeholders, strict=True))
     _, architecture = hf_class(config)

@@ -1,4 +1,4 @@
-"""Ours -> a checkpoint that transformers or the original LLaVA code loads, one shard at a time."""
+"""pdrop-jax checkpoint -> a checkpoint for transformers or the original LLaVA code, one shard at a time."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.convert.files import write_safetensors
 from pdrop_jax.convert.hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
 from pdrop_jax.convert.hf_parts import vision_to_hf
+from pdrop_jax.convert.jinja import add_chat_template
 from pdrop_jax.convert.names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
 from pdrop_jax.convert.tensors import DTYPES, DType
 from pdrop_jax.inputs.tokenizer import reading
@@ -39,6 +40,8 @@ class Summary:
 
 def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DType | None = None) -> Summary:
     """Writes checkpoint ``model`` as PyTorch checkpoint ``out``: config.json, safetensors, tokenizer files.
+
+    In format "hf" a chat template comes with the tokenizer: the source's own, or ours as Jinja.
 
     Peak memory is that of one shard (512 MiB, or one stack of ours if that is larger) twice.
 
@@ -66,6 +69,8 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
             _write_tower(model, new / tower_folder(config), config, dtype, unrun)
         if format == "hf" and config.image_token_id is None:
             _complete_processor(new, theirs)
+        if format == "hf":
+            add_chat_template(new, config.template)
         return _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
 
 
@@ -93,7 +98,7 @@ def _write_tensors(
         write_safetensors(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(x.nbytes for x in tensors.values())
-        del tensors  # or they would live on while the next shard is read
+        del tensors  # frees them before the next shard is read
         storage.trim_memory()
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -102,7 +107,7 @@ def _write_tensors(
 
 
 def _shards(arrays: Iterable[Leaf], itemsize: int) -> Iterator[list[Leaf]]:
-    """Runs of arrays of at most SHARD_BYTES; an array larger than that has a shard of its own."""
+    """Groups of arrays of at most SHARD_BYTES; a larger array is a shard by itself."""
     shard: list[Leaf] = []
     size = 0
     for leaf in arrays:
@@ -131,19 +136,20 @@ def _torch_tensors(model: pathlib.Path, config: LlavaConfig, arrays: list[Leaf],
 
 
 def _grow(x: np.ndarray, rows: int) -> np.ndarray:
-    """(V, D) with copies of row 0, the unknown token, up to ``rows`` rows: never the likeliest next token."""
+    """(V, D) padded to ``rows`` rows with copies of row 0, the unknown token: never the most likely next token."""
     return np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
 
 
 def _unrun_tensors(model: pathlib.Path, config: LlavaConfig, naming: Naming, dtype: str) -> dict[str, np.ndarray]:
-    """The tensors that never run here but that a PyTorch model is built with. UserError if one is missing."""
+    """The unused tensors that a PyTorch model is built with. UserError if one is missing."""
     path = model / checkpoint.UNUSED
     tensors = storage.read_safetensors(path) if path.exists() else {}
     found = {naming.vision + name: x for name, x in tensors.items()}
     checkpoint.check_shapes(
         unrun_shapes(config, naming),
         {name: x.shape for name, x in found.items()},
-        f"{path} does not hold what PyTorch's vision tower has beyond ours; copy it from the converted checkpoint",
+        f"{path} does not contain the unused layers of the vision tower, which PyTorch expects; copy it from the "
+        "converted checkpoint",
     )
     return {name: x.astype(DTYPES[dtype]) for name, x in found.items()}
 
@@ -151,7 +157,7 @@ def _unrun_tensors(model: pathlib.Path, config: LlavaConfig, naming: Naming, dty
 def _write_tower(
     model: pathlib.Path, out: pathlib.Path, config: LlavaConfig, dtype: str, unrun: dict[str, np.ndarray]
 ) -> None:
-    """A folder that transformers loads as a vision model, for the original code to read the tower's config from."""
+    """A folder that transformers loads as a vision model; the original code reads the tower's config from it."""
     out.mkdir()
     tower = TOWERS["tower"]
     tensors = _torch_tensors(model, config, leaves(config, tower), dtype)
@@ -164,7 +170,7 @@ def _write_tower(
 
 
 def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
-    """What transformers' processor needs to know and the original's files do not say: padding, and "<image>"."""
+    """Adds what transformers' processor needs and the original's files lack: padding, and "<image>"."""
     path = folder / "preprocessor_config.json"
     if config.tiling and path.exists():
         settings = read_json(path) | {

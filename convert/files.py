@@ -1,4 +1,4 @@
-"""PyTorch checkpoint files: read lazily, names and shapes first, numbers when they are asked for; and written."""
+"""PyTorch checkpoint files: read lazily, names and shapes first and values on demand; and written."""
 
 import functools
 import pathlib
@@ -17,13 +17,13 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file, read_json
 from pdrop_jax.schema import validated
 
-# The weights of a folder, best first. A file may be split; then its index lists the parts.
+# Weight files in order of preference. A file may be split into parts, which its index lists.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-PROJECTOR = "mm_projector.bin"  # original LLaVA: what pretraining trained, the rest being a language model's
+PROJECTOR = "mm_projector.bin"  # original LLaVA: the result of pretraining, beside the weights of a language model
 
 
 class Index(Section):
-    """Which file of a folder each tensor is in; files elsewhere are none of the checkpoint's."""
+    """The file of each tensor; only files in the same folder are allowed."""
 
     weight_map: Annotated[dict[str, Annotated[str, Field(pattern=r"^[^/\\]+$")]], Field(min_length=1)]
 
@@ -32,11 +32,11 @@ def read_folder(folder: pathlib.Path) -> Tensors:
     """Every tensor of a checkpoint folder by name.
 
     Raises:
-      UserError: no weights, a missing or damaged file, a pickle that holds more than tensors.
+      UserError: no weights, a missing or damaged file, or a pickle that contains more than tensors.
     """
     name = next((n for n in WEIGHTS if (folder / n).exists() or (folder / f"{n}.index.json").exists()), None)
     if name is None:
-        raise UserError(f"{folder} is no checkpoint: it has neither {' nor '.join(WEIGHTS)}, whole or in parts")
+        raise UserError(f"{folder} is not a checkpoint: it has neither {' nor '.join(WEIGHTS)}, whole or in parts")
     open_file = open_safetensors if name.endswith(".safetensors") else open_pickle
     tensors = {key: tensor for path in _parts(folder, name) for key, tensor in open_file(path).items()}
     if (folder / PROJECTOR).exists():
@@ -45,9 +45,9 @@ def read_folder(folder: pathlib.Path) -> Tensors:
 
 
 def write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes ``arrays``. OSError if the disk is full or may not be written."""
+    """Writes ``arrays``. OSError if the disk is full or not writable."""
     try:
-        # Without the format transformers does not know whose file it is.
+        # transformers refuses files without the format.
         save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
@@ -65,7 +65,7 @@ def _parts(folder: pathlib.Path, name: str) -> Iterable[pathlib.Path]:
 
 
 def open_safetensors(path: pathlib.Path) -> Tensors:
-    """The tensors of a safetensors file, which stays open as long as any of them lives."""
+    """The tensors of a safetensors file, which stays open as long as one of them is referenced."""
     check_file(path)
     try:
         file = safe_open(path, "np")

@@ -1,4 +1,4 @@
-"""The config of a whole LLaVA: the original code's or Hugging Face's config.json to ours, and back."""
+"""The config of a whole LLaVA: from the config.json of the original code or Hugging Face to ours, and back."""
 
 import dataclasses
 import re
@@ -12,15 +12,15 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
 
-KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # what VisionConfig() describes
-# model_type of Hugging Face's code -> ids of "<image>" and "<video>" that transformers takes if a config has none.
+KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # its config is VisionConfig()
+# model_type of Hugging Face's code -> ids of "<image>" and "<video>" that transformers uses if a config has none.
 HF_TYPES: dict[str, tuple[int, int | None]] = {
     "llava": (32000, None),
     "llava_next": (32000, None),
     "llava_next_video": (32001, 32000),
     "llava_onevision": (151646, 151647),
 }
-LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000, and what was added
+LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000 tokens, plus those that were added
 ORIGINAL_CLASSES = {
     "llama": "LlavaLlamaForCausalLM",
     "mistral": "LlavaMistralForCausalLM",
@@ -42,11 +42,11 @@ def llava_from_hf(
     Args:
       data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
         ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's).
-      vision: the tower of an original model, whose own config only names it; may be left out for LLaVA-1.5's.
-      generation: generation_config.json, whose end tokens win.
-      preprocessor: preprocessor_config.json; a Hugging Face model says only there whether pictures are padded.
-      schedule: without one the paper's if the decoder has layers enough, otherwise nothing is dropped.
-      where: what error messages call the file of ``data``.
+      vision: the tower of an original model, whose own config only has its name; optional for LLaVA-1.5's tower.
+      generation: generation_config.json, whose end tokens take precedence.
+      preprocessor: preprocessor_config.json, the only place where a Hugging Face model says whether images are padded.
+      schedule: None is the paper's if the decoder has enough layers, otherwise dense.
+      where: how error messages refer to the file of ``data``.
 
     Raises:
       UserError: a value has the wrong type or is out of range, or something is not supported.
@@ -76,17 +76,17 @@ def llava_from_hf(
 
 
 def _original(data: dict[str, Any], vision: VisionConfig | None, where: str) -> tuple[TextConfig, Any, dict[str, Any]]:
-    """Text config, checked text section and other fields; keys that are left out have the original code's defaults."""
+    """Text config, checked text section and other fields; missing keys have the original code's defaults."""
     found = validated(OriginalLlava, data, where)
     if found.mm_use_im_start_end:
-        raise UserError("mm_use_im_start_end is not supported: a picture stands between no marks in LLaVA-1.5")
+        raise UserError("mm_use_im_start_end is not supported: LLaVA-1.5 puts no markers around an image")
     aspect: Any = one_of("image_aspect_ratio", found.image_aspect_ratio or "square", ("square", "pad", "anyres"))
     merge = "spatial_unpad" if aspect == "anyres" else "flat"
     one_of(f"with image_aspect_ratio {aspect}, mm_patch_merge_type", found.mm_patch_merge_type, (merge,))
     feature = one_of("mm_vision_select_feature", found.mm_vision_select_feature, ("patch", "cls_patch"))
     if vision is None and not str(found.mm_vision_tower).endswith(KNOWN_TOWER.rpartition("/")[2]):
         raise UserError(
-            f"the config of vision tower {str(found.mm_vision_tower)[:100]!r} is not at hand: pass its folder, "
+            f"the config of vision tower {str(found.mm_vision_tower)[:100]!r} was not found: pass its folder, "
             "--vision DIR"
         )
     vision = vision or VisionConfig()
@@ -102,7 +102,7 @@ def _original(data: dict[str, Any], vision: VisionConfig | None, where: str) -> 
             "vision": vision,
             "projector_layers": _projector_layers(found.mm_projector_type),
             "select_layer": found.mm_vision_select_layer,
-            # The original code's SigLIP tower does not look at it.
+            # The original code's SigLIP tower ignores it.
             "keep_class_token": feature == "cls_patch" and vision.class_tokens > 0,
             "image_aspect": "pad" if aspect == "anyres" else aspect,
             "tiling": _tiling(found.image_grid_pinpoints, [1, 0], rounded=False) if aspect == "anyres" else None,
@@ -114,8 +114,8 @@ def _projector_layers(kind: str) -> int:
     found = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if kind != "linear" and not (found and int(found[1]) <= MAX_PROJECTOR_LAYERS):
         raise UserError(
-            f"mm_projector_type {kind!r} is not supported: linear or mlp2x_gelu (up to {MAX_PROJECTOR_LAYERS} layers) "
-            "is"
+            f"mm_projector_type {kind!r} is not supported, expected linear or mlp2x_gelu "
+            f"(up to {MAX_PROJECTOR_LAYERS} layers)"
         )
     return int(found[1]) if found else 1
 
@@ -123,13 +123,13 @@ def _projector_layers(kind: str) -> int:
 def _hugging_face(
     data: dict[str, Any], preprocessor: dict[str, Any], where: str
 ) -> tuple[TextConfig, Any, dict[str, Any]]:
-    """As ``_original``; keys that are left out have the defaults of transformers' LlavaConfig."""
+    """As ``_original``; missing keys have the defaults of transformers' LlavaConfig."""
     found = validated(Llava, data, where)
     one_of("projector_hidden_act", found.projector_hidden_act, ("gelu",))
     if not found.multimodal_projector_bias:
         raise UserError("multimodal_projector_bias false is not supported: LLaVA's projector has a bias")
     if not isinstance(found.vision_feature_layer, int):
-        raise UserError(f"vision_feature_layer {found.vision_feature_layer} is not supported: one layer is")
+        raise UserError(f"vision_feature_layer {found.vision_feature_layer} is not supported: only a single layer is")
     text = dict(found.text_config or {})
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or found.tie_word_embeddings)
     vision = vision_from_hf(found.vision_config, where, "vision_config.") if found.vision_config else VisionConfig()
@@ -140,8 +140,8 @@ def _hugging_face(
     strategy = one_of("vision_feature_select_strategy", found.vision_feature_select_strategy, ("default", "full"))
     if strategy == "default" and not vision.class_tokens:
         raise UserError(
-            "vision_feature_select_strategy 'default' cuts off a picture's first token as its class token, and a "
-            f"{vision.kind} tower has none: 'full' is supported"
+            "vision_feature_select_strategy 'default' removes the class token of an image, but a "
+            f"{vision.kind} tower has none: use 'full'"
         )
     pads = validated(Preprocessor, preprocessor, "preprocessor_config.json").do_pad
     return (
@@ -160,7 +160,7 @@ def _hugging_face(
 
 
 def _tiling(points: Any, order: list[int], *, rounded: bool) -> Tiling:
-    """Args: ``order``, where height and width stand in a resolution."""
+    """``order`` is the position of height and width in a resolution."""
     try:
         found = validated(Resolutions, points or [], "image_grid_pinpoints")
     except UserError:
@@ -171,7 +171,7 @@ def _tiling(points: Any, order: list[int], *, rounded: bool) -> Tiling:
 
 
 def _hf_tiling(found: Llava) -> Tiling | None:
-    """Raises UserError if a OneVision's vision_aspect_ratio is no anyres_max_N."""
+    """Raises UserError if the vision_aspect_ratio of a OneVision model is not anyres_max_N."""
     if found.model_type == "llava":
         return None
     tiling = _tiling(found.image_grid_pinpoints, [0, 1], rounded=True)
@@ -180,7 +180,8 @@ def _hf_tiling(found: Llava) -> Tiling | None:
     most = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", found.vision_aspect_ratio)
     if not most or int(most[1]) > MAX_TILES:
         raise UserError(
-            f"vision_aspect_ratio {found.vision_aspect_ratio!r} is not supported: anyres_max_9 (up to {MAX_TILES}) is"
+            f"vision_aspect_ratio {found.vision_aspect_ratio!r} is not supported, expected anyres_max_9 "
+            f"(up to {MAX_TILES})"
         )
     return dataclasses.replace(tiling, max_tiles=int(most[1]), alone=True)
 
@@ -190,21 +191,21 @@ def _first(*values: Any) -> Any:
 
 
 def _template(text: TextConfig) -> str:
-    """The conversations that LLaVA was trained with on such a language model; no checkpoint says it."""
+    """The chat template that LLaVA was trained with on such a language model; checkpoints do not say."""
     if text.family == "llama":
         return "llama_3" if text.vocab_size >= LLAMA_3_VOCABULARY else "vicuna_v1"
     return "mistral_instruct" if text.family == "mistral" else "qwen"
 
 
 def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    """config.json of the class of transformers that the model is, see ``hf_class``.
+    """config.json for transformers, for the class that ``hf_class`` names.
 
     Raises:
-      UserError: the model has something that class cannot express.
+      UserError: the class cannot express something that the model has.
     """
     if config.projector_layers != 2:
         raise UserError(
-            f"transformers' LLaVA has a projector of 2 layers, this model's has {config.projector_layers}: "
+            f"transformers' LLaVA has a projector of 2 layers, but this model's has {config.projector_layers}: "
             "use --format original"
         )
     kind, architecture = hf_class(config)
@@ -234,7 +235,7 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
 
 
 def hf_class(config: LlavaConfig) -> tuple[str, str]:
-    """The model_type of Hugging Face's code that ``config`` is, and the class of transformers."""
+    """The model_type and the class of transformers for ``config``."""
     if config.frame_stride:
         return "llava_next_video", "LlavaNextVideoForConditionalGeneration"
     if config.tiling is None:
@@ -248,7 +249,7 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """config.json of the original LLaVA code.
 
     Raises:
-      UserError: it is a OneVision or a LLaVA-NeXT-Video, of which that code's names are not known here.
+      UserError: it is a OneVision or LLaVA-NeXT-Video model, whose names in that code are not known here.
     """
     tiling = config.tiling
     kind, _ = hf_class(config)
@@ -271,7 +272,7 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
         "mm_vision_select_layer": config.select_layer,
         "mm_vision_tower": KNOWN_TOWER if config.vision == VisionConfig() else tower_folder(config),
-        "unfreeze_mm_vision_tower": True,  # or that code reads the tower by its name and not from the checkpoint
+        "unfreeze_mm_vision_tower": True,  # otherwise that code loads the tower by its name
         "use_mm_proj": True,
     }
 
@@ -290,9 +291,9 @@ def _special_tokens(config: LlavaConfig) -> dict[str, Any]:
 
 
 def with_image_token(config: LlavaConfig) -> LlavaConfig:
-    """``config`` with an id for "<image>": transformers needs one, the original LLaVA's vocabulary has none.
+    """``config`` with an id for "<image>", which transformers needs and the original LLaVA's vocabulary lacks.
 
-    The vocabulary grows to the next multiple of 64, as that of the checkpoints on the hub.
+    The vocabulary grows to the next multiple of 64, like that of the checkpoints on the hub.
     """
     if config.image_token_id is not None:
         return config

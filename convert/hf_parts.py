@@ -7,7 +7,7 @@ from pdrop_jax.convert.hf_schema import Rope, Text, Vision, one_of
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import validated
 
-# What transformers takes for the keys that a config of a family leaves out, where the families differ.
+# transformers' defaults for missing keys, where the families differ.
 FAMILIES: dict[Family, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
@@ -27,7 +27,7 @@ FAMILIES: dict[Family, dict[str, Any]] = {
         "max_window_layers": 28,
     },
 }
-# model_type of the original LLaVA code, whose config.json holds the language model's keys beside its own.
+# model_type of the original LLaVA code, whose config.json contains the language model's keys beside its own.
 ORIGINAL_TYPES: dict[Family, str] = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
 
 ACTIVATIONS: dict[str, Activation] = {  # Hugging Face's name -> ours
@@ -38,12 +38,12 @@ ACTIVATIONS: dict[str, Activation] = {  # Hugging Face's name -> ours
 
 
 def vision_from_hf(data: dict[str, Any], where: str = "config.json", prefix: str = "") -> VisionConfig:
-    """The tower that a config describes; keys that are left out have transformers' defaults.
+    """The vision tower that a config describes; missing keys have transformers' defaults.
 
     Args:
-      data: the config of a vision model, or of a whole CLIP or SigLIP that holds one.
-      where: what error messages call the file.
-      prefix: of the keys in error messages, for a table inside the file.
+      data: the config of a vision model, or of a whole CLIP or SigLIP that contains one.
+      where: how error messages refer to the file.
+      prefix: prefix of the keys in error messages, for a table inside the file.
 
     Raises:
       UserError: a value has the wrong type or is out of range, or something is not supported.
@@ -87,12 +87,12 @@ def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
 
 
 def text_from_hf(data: dict[str, Any], where: str = "config.json", prefix: str = "") -> TextConfig:
-    """The decoder that a config describes; keys that are left out have transformers' defaults.
+    """The decoder that a config describes; missing keys have transformers' defaults.
 
     Args:
       data: the config of a language model, or of an original LLaVA.
-      where: what error messages call the file.
-      prefix: of the keys in error messages, for a table inside the file.
+      where: how error messages refer to the file.
+      prefix: prefix of the keys in error messages, for a table inside the file.
 
     Raises:
       UserError: a value has the wrong type or is out of range, or something is not supported.

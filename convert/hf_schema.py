@@ -1,7 +1,7 @@
-"""What the config files of a PyTorch checkpoint may hold: types, ranges, and an upper bound on every size.
+"""Schemas for the config files of PyTorch checkpoints: types, ranges, and an upper bound on every size.
 
-Only the keys that are read here are declared; transformers writes many more. A key that may be null is one that
-transformers itself writes as null.
+Only the keys that are used here are declared; transformers writes many more. Keys may be null where transformers itself
+writes null.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -36,7 +36,7 @@ class Rope(Section):
 
 
 class Text(Section):
-    """A language model of the families in ``FAMILIES``; defaults that differ between them are filled in before."""
+    """A language model of the families in ``FAMILIES``; defaults that differ between them are filled in first."""
 
     model_type: str = "llama"
     vocab_size: Vocabulary = 32000
@@ -64,7 +64,7 @@ class Text(Section):
 
 
 class Vision(Section):
-    """A CLIP or SigLIP tower. None is transformers' default, which differs between the two."""
+    """A CLIP or SigLIP tower. None stands for transformers' default, which differs between the two."""
 
     model_type: str = "clip_vision_model"
     image_size: Pixels = 224
@@ -76,7 +76,7 @@ class Vision(Section):
     layer_norm_eps: NormEps | None = None
     hidden_act: str | None = None
     vision_use_head: bool = True
-    vision_config: dict[str, Any] | None = None  # of the config of a whole CLIP or SigLIP, with its text half
+    vision_config: dict[str, Any] | None = None  # in the config of a whole CLIP or SigLIP, beside its text model
 
 
 class Generation(Section):
@@ -130,5 +130,5 @@ class OriginalLlava(Section):
 def one_of(what: str, value: T, known: tuple[str, ...]) -> T:
     """``value``. Raises UserError if it is not among ``known``."""
     if value not in known:
-        raise UserError(f"{what} {value!r} is not supported: {' or '.join(known)} is")
+        raise UserError(f"{what} {value!r} is not supported, expected {' or '.join(known)}")
     return value

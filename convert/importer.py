@@ -1,4 +1,4 @@
-"""PyTorch checkpoint -> ours, one array at a time."""
+"""PyTorch checkpoint -> pdrop-jax checkpoint, one array at a time."""
 
 import dataclasses
 import math
@@ -56,16 +56,16 @@ def write(
 ) -> Summary:
     """Writes checkpoint ``out``.
 
-    Peak memory is that of the largest array of ours, its largest PyTorch tensor and orbax's buffers.
+    Peak memory is the largest array, its largest PyTorch tensor and orbax's buffers.
 
     Args:
-      tokenizer: folder of the tokenizer; None is that of the source.
+      tokenizer: folder of the tokenizer; None is the source's.
       dtype: of the arrays; None is float32 if the source's embedding is, otherwise bfloat16.
-      template: of its conversations; None is what LLaVA used with such a language model.
+      template: chat template; None is the one that LLaVA used with this kind of language model.
 
     Raises:
-      UserError: ``out`` exists, the template is not known or the tokenizer not there; nothing is written.
-      OSError: the disk is full or may not be written; nothing is left behind.
+      UserError: ``out`` exists, the template is unknown or the tokenizer missing; nothing is written.
+      OSError: the disk is full or not writable; nothing is left behind.
     """
     config, tensors = source.config, source.tensors
     if template is not None:
@@ -93,7 +93,7 @@ def write(
 def read(
     source: pathlib.Path, schedule: DropSchedule | None = None, dtype: DType = "float32"
 ) -> tuple[LlavaConfig, Params]:
-    """The model of a PyTorch checkpoint, in memory and not on disk. Raises UserError as ``convert`` does."""
+    """The model of a PyTorch checkpoint, in memory only. Raises UserError as ``convert`` does."""
     opened = open_source(source, schedule=schedule)
     arrays = _stacks(leaves(opened.config, opened.naming), opened.tensors, dtype)
     return opened.config, unflatten_dict(dict(arrays), sep=".")
@@ -121,7 +121,7 @@ def _write_unrun(source: Source, path: pathlib.Path, dtype: str) -> None:
 
 def _copy_companions(source: Source, tokenizer: pathlib.Path | None, new: pathlib.Path) -> None:
     if tokenizer is not None and not any(any(tokenizer.glob(pattern)) for pattern in checkpoint.TOKENIZER):
-        raise UserError(f"{tokenizer} holds no tokenizer files")
+        raise UserError(f"{tokenizer} contains no tokenizer files")
     checkpoint.copy_files(tokenizer or source.folder, new, checkpoint.TOKENIZER)
     for folder in filter(None, (source.folder, source.tower)):
         checkpoint.copy_files(folder, new, checkpoint.PROCESSOR)

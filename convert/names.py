@@ -1,7 +1,7 @@
-"""Which PyTorch tensor is which array of ours: one table of names for each format, read in both directions.
+"""Which PyTorch tensor is which of our arrays: one table of names for each format, used in both directions.
 
-A decoder or vision layer's arrays are stacked over layers here and single tensors there, so a row's PyTorch name
-holds ``{n}``, the layer. PyTorch's linear layers store (out, in), ours (in, out) with heads as an axis of their own.
+The arrays of decoder and vision layers are stacked here and separate tensors in PyTorch, so a PyTorch name contains
+``{n}``, the layer. PyTorch's linear layers store (out, in), ours (in, out) with heads as a separate axis.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How one array of ours and one PyTorch tensor hold the same numbers.
+    """How one of our arrays and one PyTorch tensor store the same values.
 
     Attributes:
-      shape: shape of ours -> shape of PyTorch's.
-      to_ours: PyTorch's array, shape of ours -> ours.
+      shape: our shape -> PyTorch's shape.
+      to_ours: PyTorch's array, our shape -> our array.
       to_torch: inverse of ``to_ours``, from our array alone.
     """
 
@@ -94,7 +94,7 @@ DECODER: Table = {
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """The prefixes in which the formats differ. ``projector`` holds ``{i}``, the layer's name."""
+    """The prefixes in which the formats differ. ``projector`` contains ``{i}``, the name of the layer."""
 
     vision: str
     decoder: str = ""
@@ -143,9 +143,9 @@ NAMINGS = {
     "hf-modules": _HF_MODULES,  # names of the modules since transformers 4.52
     "hf-5-modules": dataclasses.replace(_HF_MODULES, vision="model.vision_tower."),
 }
-TOWERS = {"tower": Naming("vision_model."), "tower-5": Naming("")}  # a vision tower in a folder of its own
+TOWERS = {"tower": Naming("vision_model."), "tower-5": Naming("")}  # a vision tower in a separate folder
 
-# Present in some checkpoints, part of no model that runs: rotary tables, position ids, the text half of a full CLIP.
+# Present in some checkpoints but unused: rotary tables, position ids, the text model of a full CLIP.
 IGNORED = re.compile(
     r"(.*\.rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids|text_model\..*"
     r"|logit_scale|logit_bias|text_projection\.weight|visual_projection\.weight)"
@@ -154,11 +154,11 @@ IGNORED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of ours and the PyTorch tensors it is made of.
+    """One of our arrays and the PyTorch tensors that it is made of.
 
     Attributes:
       path: ``stages.0.mlp.up.kernel``.
-      shape: of ours, with the layers in front if it is a stack.
+      shape: our shape, with the layers in front if it is a stack.
       names: one PyTorch name, or one for each layer of a stack.
       stacked: whether it is a stack.
     """
@@ -171,7 +171,7 @@ class Leaf:
 
     @property
     def part_shape(self) -> Shape:
-        """Shape of ours that one PyTorch tensor fills."""
+        """The part of our shape that one PyTorch tensor fills."""
         return self.shape[1:] if self.stacked else self.shape
 
     def torch_shapes(self) -> dict[str, Shape]:
@@ -198,7 +198,7 @@ def leaves(config: LlavaConfig, naming: Naming) -> list[Leaf]:
 
 
 def torch_arrays(config: LlavaConfig, params: Params) -> dict[str, np.ndarray]:
-    """A parameter tree of ``config``, or a gradient of its structure, under the original LLaVA code's names."""
+    """A parameter tree of ``config``, or a gradient with its structure, under the names of the original LLaVA code."""
     arrays = flatten_dict(params, sep=".")
     result: dict[str, np.ndarray] = {}
     for leaf in leaves(config, NAMINGS["original"]):
@@ -219,7 +219,7 @@ def projector_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
 
 
 def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
-    """Name -> shape of the tower's tensors that never run: layers after the selected one, the last norm, the head."""
+    """Name -> shape of the unused tensors of the tower: layers after the selected one, the last norm, the head."""
     whole = dataclasses.replace(config, select_layer=-1)
     tower = Naming(naming.vision)
     run = torch_shapes(config, tower)
@@ -244,6 +244,6 @@ def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
 
 
 def closest(config: LlavaConfig, names: Iterable[str], namings: dict[str, Naming]) -> str:
-    """Which of ``namings`` most of ``names`` belong to."""
+    """The one of ``namings`` that most of ``names`` belong to."""
     found = set(names)
     return max(namings, key=lambda key: len(found & torch_shapes(config, namings[key]).keys()))

@@ -1,7 +1,7 @@
-"""Files that ``torch.save`` wrote: what is in them is checked before torch is asked to read them.
+"""Files written by ``torch.save``, checked before torch reads them.
 
-torch's own weights-only reader runs no code, but it allocates whatever sizes a file names, a bytearray of 100 GB if it
-says so, and it fails on damaged files with almost any exception.
+torch's own weights-only reader runs no code, but it allocates any size that a file names, even a bytearray of 100 GB,
+and fails on damaged files with almost any exception.
 """
 
 import functools
@@ -20,9 +20,9 @@ from pdrop_jax.convert.tensors import Tensor, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file
 
-PICKLE_BYTES = 2**28  # of the names, shapes and places of the tensors; their numbers lie elsewhere
-HEADERS = 3  # pickles before the object in a file of before torch 1.6: magic number, protocol, system
-# What a dictionary of tensors is made of.
+PICKLE_BYTES = 2**28  # names, shapes and offsets of the tensors; their values are stored elsewhere
+HEADERS = 3  # pickles before the object in files older than torch 1.6: magic number, protocol, system
+# The names that a dictionary of tensors needs.
 ALLOWED = re.compile(
     r"collections OrderedDict|torch [A-Za-z0-9]*Storage|torch\.storage (Typed|Untyped)Storage"
     r"|torch (bool|(bfloat|float|complex|u?int)[a-z0-9_]+)|torch\._utils _rebuild_(tensor(_v2|_v3)?|parameter)"
@@ -30,41 +30,41 @@ ALLOWED = re.compile(
 
 
 def open_pickle(path: pathlib.Path) -> Tensors:
-    """The tensors of a file that ``torch.save`` wrote, mapped into memory. Code in it is refused, never run.
+    """The tensors of a file written by ``torch.save``, mapped into memory. Code in it is refused, never run.
 
     Raises:
-      UserError: torch is not installed; or the file is missing, damaged, larger when unpacked than on the disk, or
-        holds anything but a dictionary of dense tensors.
+      UserError: torch is not installed; or the file is missing, damaged, larger when unpacked than on disk, or
+        contains anything but a dictionary of dense tensors.
     """
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path.name} is a pickle, reading it needs torch: pip install 'pdrop-jax[torch]'") from None
+        raise UserError(f"{path.name} is a pickle, which needs torch to read: pip install 'pdrop-jax[torch]'") from None
     size = check_file(path)
     try:
         zipped = zipfile.is_zipfile(path)
         _check(path, size, zipped)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a damaged header before it fails
-            # Files of before torch 1.6 are no zip archives and cannot be mapped.
+            warnings.simplefilter("ignore")  # torch warns about a damaged header before it fails
+            # Files older than torch 1.6 are not zip archives and cannot be mapped.
             data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it is damaged, or holds code and not only tensors") from None
+        raise UserError(f"{path} is refused: it is damaged, or contains code besides tensors") from None
     except Exception as error:  # a damaged file makes torch, zipfile and pickletools raise almost anything
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} cannot be read, download or copy it again: {reason}") from None
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
-        raise UserError(f"{path} holds no dictionary of tensors")
+        raise UserError(f"{path} does not contain a dictionary of tensors")
     for name, x in data.items():
         if not isinstance(x, torch.Tensor):
-            raise UserError(f"{path} holds no dictionary of tensors: {name} is a {type(x).__name__}")
+            raise UserError(f"{path} does not contain a dictionary of tensors: {name} is a {type(x).__name__}")
         if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
             raise UserError(f"{path}: {name} is a {x.layout} tensor on {x.device}, expected a dense one")
 
     def read(tensor: Any) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+        if tensor.dtype == torch.bfloat16:  # numpy has no such dtype
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
@@ -86,7 +86,7 @@ def _check(path: pathlib.Path, size: int, zipped: bool) -> None:
         unpacked = sum(member.file_size for member in members)
         if unpacked > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise UserError(
-                f"{path} is refused: its {size:,} bytes unpack to {unpacked:,}, and torch.save compresses nothing"
+                f"{path} is refused: its {size:,} bytes unpack to {unpacked:,}, but torch.save does not compress"
             )
         pickles = [member for member in members if member.filename.endswith("data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
@@ -99,20 +99,20 @@ def _check_pickle(path: pathlib.Path, file: Any, largest: int | None) -> None:
     """Reads one pickle without building anything.
 
     Args:
-      largest: the most that a number in it may be. No count of elements, shape or stride exceeds the bytes of the file.
+      largest: upper bound of the numbers in it: no element count, shape or stride exceeds the bytes of the file.
     """
     for opcode, argument, _ in pickletools.genops(cast(BinaryIO, _Bounded(file))):
         if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):  # torch.save writes protocol 2
             raise pickle.UnpicklingError(opcode.name)
         if opcode.name == "GLOBAL" and not ALLOWED.fullmatch(str(argument)):
             found = str(argument).replace(" ", ".")
-            raise UserError(f"{path} is refused: it is damaged, or holds code and not only tensors: it names {found}")
+            raise UserError(f"{path} is refused: it is damaged, or contains code besides tensors: it names {found}")
         if largest is not None and isinstance(argument, int) and abs(argument) > largest:
             raise UserError(f"{path} is refused: it names {argument:,} elements, but has {largest:,} bytes")
 
 
 class _Bounded:
-    """A file as pickletools reads it; one read of more than a pickle may have would allocate that much."""
+    """A file for pickletools that refuses reads larger than a pickle may be, which would allocate that much."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

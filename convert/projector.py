@@ -1,4 +1,4 @@
-"""A projector by itself: drawn anew, or out of the file that LLaVA's pretraining writes."""
+"""A projector by itself: newly initialized, or from the file that LLaVA's pretraining writes."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ NAME = re.compile(r"(?:.*mm_projector\.)?((?:\d+\.)?(?:weight|bias))")
 
 
 def projector_type(num_layers: int) -> str:
-    """The original LLaVA code's name of it."""
+    """Its name in the original LLaVA code."""
     return "linear" if num_layers == 1 else f"mlp{num_layers}x_gelu"
 
 
@@ -27,7 +27,7 @@ def open_projector(path: pathlib.Path) -> Tensors:
     """The tensors of ``mm_projector.bin``, or a safetensors file of the same names, with or without their prefix.
 
     Raises:
-      UserError: the file is missing or damaged, or a pickle that holds more than tensors.
+      UserError: the file is missing or damaged, or a pickle that contains more than tensors.
     """
     tensors = open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
     names = {name: NAME.fullmatch(name) for name in tensors}
@@ -35,21 +35,21 @@ def open_projector(path: pathlib.Path) -> Tensors:
 
 
 def num_layers(projector: Tensors) -> int:
-    """Layers of an opened projector; at least 1, whatever it holds."""
+    """Number of layers of an opened projector; at least 1."""
     return max(sum(name.startswith(PREFIX) and name.endswith("weight") for name in projector), 1)
 
 
 def read_projector(path: pathlib.Path, config: LlavaConfig, naming: Naming) -> Tensors:
-    """The projector in file ``path`` under the names that ``naming`` has for it.
+    """The projector in file ``path``, under the names of ``naming``.
 
     Raises:
-      UserError: it cannot be read, or is not that of a ``config`` model; what differs is named.
+      UserError: it cannot be read, or does not fit ``config``; the differences are listed.
     """
     tensors = open_projector(path)
     linear = config.projector_layers == 1 and f"{PREFIX}weight" in tensors
     expected = projector_shapes(config, NAMINGS["original-linear" if linear else "original"])
     found = {name: x.shape for name, x in tensors.items()}
-    checkpoint.check_shapes(expected, found, f"{path} does not hold the projector of this model")
+    checkpoint.check_shapes(expected, found, f"{path} does not contain the projector of this model")
     return {new: tensors[name] for name, new in zip(expected, projector_shapes(config, naming), strict=True)}
 
 

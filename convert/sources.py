@@ -1,4 +1,4 @@
-"""What a conversion reads: a PyTorch LLaVA, or the parts of one that has yet to be trained."""
+"""What a conversion reads: a PyTorch LLaVA checkpoint, or the parts for a new one."""
 
 import dataclasses
 import os
@@ -29,14 +29,14 @@ from pdrop_jax.schedule import DropSchedule
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A PyTorch checkpoint whose tensors are known to be those of its config.
+    """A PyTorch checkpoint whose tensors were checked against its config.
 
     Attributes:
-      folder: where its config.json and its tokenizer are.
-      config: with the schedule that the converted checkpoint gets.
-      naming: how its tensors are called.
-      tensors: the tensors that run, and those of the vision tower that do not.
-      tower: folder of the vision tower, if it has one of its own.
+      folder: contains config.json and the tokenizer.
+      config: with the schedule of the converted checkpoint.
+      naming: names of its tensors.
+      tensors: those that run, and the unused ones of the vision tower.
+      tower: folder of the vision tower, if it is separate.
     """
 
     folder: pathlib.Path
@@ -56,19 +56,21 @@ def open_source(
     """Opens a PyTorch checkpoint and compares the names and shapes of its tensors with its config.
 
     Args:
-      vision: folder of the vision tower, for an original checkpoint that holds none.
-      projector: file of a projector that takes the place of the checkpoint's.
+      vision: folder of the vision tower, for an original checkpoint without one.
+      projector: file of a projector that replaces the checkpoint's.
 
     Raises:
-      UserError: it is none, it is damaged, or something in it is not supported; tensors that are missing, unexpected
-        or of another shape are all named.
+      UserError: ``folder`` is not a checkpoint, is damaged, or something in it is not supported. All tensors that are
+        missing, unexpected or of another shape are listed.
     """
     data = _read_config(folder)
     original = data.get("model_type") in ORIGINAL_TYPES.values()
     if data.get("model_type") in tuple(FAMILIES):
-        raise UserError(f"{folder} is a language model: make a LLaVA of it, --llm {folder} --vision DIR OUT")
+        raise UserError(f"{folder} is a language model: to build a LLaVA from it, use --llm {folder} --vision DIR OUT")
     if vision and not original:
-        raise UserError(f"{folder} holds its vision tower: --vision is for original LLaVA checkpoints without one")
+        raise UserError(
+            f"{folder} already contains its vision tower: --vision is for original LLaVA checkpoints without one"
+        )
     tower = vision or _find_tower(folder, data.get("mm_vision_tower"))
     config = llava_from_hf(
         data,
@@ -84,11 +86,13 @@ def open_source(
     if original and not any(name.startswith(naming.vision) for name in tensors):
         if tower is None:
             name = data.get("mm_vision_tower")
-            raise UserError(f"{folder} holds no vision tower and {name} is not at hand: pass its folder, --vision DIR")
+            raise UserError(
+                f"{folder} contains no vision tower and {name} was not found: pass its folder, --vision DIR"
+            )
         tensors |= _tower_tensors(config, tower, naming)
     if projector is not None:
         tensors |= read_projector(projector, config, naming)
-    what = f"{folder} does not hold the model that its config.json describes"
+    what = f"{folder} does not contain the model that its config.json describes"
     return Source(folder, config, naming, _check_tensors(config, naming, tensors, what), tower)
 
 
@@ -101,16 +105,16 @@ def open_parts(
     projector_layers: int | None = None,
     seed: int = 0,
 ) -> Source:
-    """The LLaVA that a language model, a vision tower and a projector make, as if it were an original checkpoint.
+    """A LLaVA made of a language model, a vision tower and a projector, as if it were an original checkpoint.
 
-    What no part says is as in LLaVA-1.5: patch features of the last layer but one, pictures padded to squares.
+    Everything else is as in LLaVA-1.5: patch features of the second-last layer, images padded to squares.
 
     Args:
       llm: folder of a causal language model of one of the ``FAMILIES``, such as Vicuna.
       vision: folder of a CLIP or SigLIP vision tower.
-      projector: its file; None draws a new one.
-      projector_layers: 1 is linear, 2 an MLP; None is as in ``projector``, without that 2.
-      seed: of the new projector.
+      projector: its file; None initializes a new one.
+      projector_layers: 1 is linear, 2 an MLP; None is that of ``projector``, or 2 for a new one.
+      seed: RNG seed of a new projector.
 
     Raises:
       UserError: as ``open_source``.
@@ -136,17 +140,17 @@ def open_parts(
     naming = NAMINGS["original-linear" if layers == 1 else "original"]
     tensors = read_folder(llm)
     if tensors.keys() & projector_shapes(config, naming):
-        raise UserError(f"{llm} holds a projector already: move it elsewhere and name its file, --projector FILE")
+        raise UserError(f"{llm} already contains a projector: move it elsewhere and pass its file, --projector FILE")
     tensors |= _tower_tensors(config, vision, naming)
     tensors |= read_projector(projector, config, naming) if projector else fresh_projector(config, naming, seed)
-    what = f"{llm} and {vision} do not hold the models that their config.json describe"
+    what = f"{llm} and {vision} do not contain the models that their config.json files describe"
     return Source(llm, config, naming, _check_tensors(config, naming, tensors, what), vision)
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     data = read_config(folder)
     if data.get("format") == FORMAT:
-        raise UserError(f"{folder} is converted already")
+        raise UserError(f"{folder} is already converted")
     return data
 
 
@@ -165,7 +169,7 @@ def _optional_json(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _tower_tensors(config: LlavaConfig, folder: pathlib.Path, naming: Naming) -> Tensors:
-    """The tensors of a tower's own folder under the names that they have inside a whole checkpoint."""
+    """The tensors of a separate tower, under the names that they have inside a whole checkpoint."""
     tensors = read_folder(folder)
     prefix = TOWERS[closest(config, tensors, TOWERS)].vision
     return {
@@ -177,7 +181,7 @@ def _tower_tensors(config: LlavaConfig, folder: pathlib.Path, naming: Naming) ->
 
 
 def _check_tensors(config: LlavaConfig, naming: Naming, tensors: Tensors, what: str) -> Tensors:
-    """``tensors`` without those that are known to be in no model. Raises UserError, ``what`` and what is wrong."""
+    """``tensors`` without those that no model uses. Raises a UserError that starts with ``what``."""
     tied = {naming.head} if config.text.tie_embeddings else set()
     used = {name: x for name, x in tensors.items() if not IGNORED.fullmatch(name) and name not in tied}
     unrun = {name: shape for name, shape in unrun_shapes(config, naming).items() if name in used}
@@ -190,7 +194,7 @@ def _check_tensors(config: LlavaConfig, naming: Naming, tensors: Tensors, what: 
     if other:
         name, dtype = next(iter(other.items()))
         raise UserError(
-            f"{len(other)} tensors are not {', '.join(FLOATS.values())}, {name} is {dtype}: convert the checkpoint as "
-            "it was before it was quantised"
+            f"{len(other)} tensors are not {', '.join(FLOATS.values())}, {name} is {dtype}: convert the "
+            "checkpoint from before it was quantized"
         )
     return used

@@ -1,4 +1,4 @@
-"""A tensor of a PyTorch checkpoint that has yet to be read."""
+"""A tensor of a PyTorch checkpoint that has not been read yet."""
 
 import dataclasses
 from collections.abc import Callable

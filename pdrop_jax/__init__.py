@@ -6,9 +6,13 @@ Example::
 
     model = pdrop_jax.load("llava-1.5-7b")
     pdrop_jax.generate(model, ["What is on the table?"], ["kitchen.jpg"]).texts
+
+    sampling = pdrop_jax.Sampling(max_new_tokens=128, temperature=0.7)
+    pdrop_jax.generate(model, ["Describe it."], ["kitchen.jpg"], sampling).texts
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,21 +23,22 @@ if TYPE_CHECKING:
     from pdrop_jax.config import TextConfig as TextConfig
     from pdrop_jax.config import VisionConfig as VisionConfig
     from pdrop_jax.errors import UserError as UserError
-    from pdrop_jax.generation.chat import Answer as Answer
     from pdrop_jax.generation.chat import Session as Session
     from pdrop_jax.generation.engine import generate as generate
     from pdrop_jax.generation.pretrained import DEMO as DEMO
     from pdrop_jax.generation.pretrained import Model as Model
     from pdrop_jax.generation.pretrained import load as load
+    from pdrop_jax.generation.result import Answer as Answer
     from pdrop_jax.generation.result import Generation as Generation
+    from pdrop_jax.generation.sampling import Sampling as Sampling
     from pdrop_jax.inputs.images import Video as Video
     from pdrop_jax.inputs.processor import Processor as Processor
     from pdrop_jax.model.scores import TokenScore as TokenScore
     from pdrop_jax.model.scores import register_score as register_score
     from pdrop_jax.schedule import DropSchedule as DropSchedule
 
-_HOME = {
-    "Answer": "generation.chat",
+_MODULES = {
+    "Answer": "generation.result",
     "Batch": "batch",
     "Bucket": "batch",
     "DEMO": "generation.pretrained",
@@ -42,6 +47,7 @@ _HOME = {
     "LlavaConfig": "config",
     "Model": "generation.pretrained",
     "Processor": "inputs.processor",
+    "Sampling": "generation.sampling",
     "Session": "generation.chat",
     "TextConfig": "config",
     "TokenScore": "model.scores",
@@ -53,12 +59,18 @@ _HOME = {
     "register_score": "model.scores",
     "schedule_for_budget": "analysis.budget",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line answers --help without waiting for jax and transformers.
-    if name not in _HOME:
+    if name == "__version__":
+        return importlib.metadata.version("pdrop-jax")
+    if name not in _MODULES:
         raise AttributeError(f"module 'pdrop_jax' has no attribute {name!r}")
-    module = importlib.import_module(f"pdrop_jax.{_HOME[name]}")
+    module = importlib.import_module(f"pdrop_jax.{_MODULES[name]}")
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,4 +1,4 @@
-"""Batch: everything ragged, settled on the host into arrays of static shape."""
+"""Batch: ragged inputs laid out on the host as arrays of static shape."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 
-IGNORE = -100  # label of a position that is not a target
+IGNORE = -100  # label of a slot that is not a target
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
     """The static shape of a batch: ``text`` slots, and one full-size slot group for each of ``images``.
 
-    ``images[m]`` is the largest number of tokens that the (m+1)-th image of a row may have, ``crops`` the largest
-    number of crops that all of a row's images may have together; without it one each.
+    ``images[m]`` is the largest number of tokens of the (m+1)-th image of a row, ``crops`` the largest number of crops
+    of all images of a row together; by default one each.
     """
 
     text: int
@@ -35,25 +35,25 @@ class Bucket:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Batch:
-    """What the host hands to a jitted function. Rows are left-aligned, padding is on the right.
+    """The input of a jitted function. Rows are left-aligned, padding is on the right.
 
-    B rows, S = bucket.slots sequence slots, C = bucket.crops crops, Q query rows, T features of a token.
+    B rows, S = bucket.slots sequence slots, C = bucket.crops crops, Q query rows, T features per token.
 
     Attributes:
       token_ids: (B, S) int32, text ids; 0 at image slots and padding.
-      feature_index: (B, S, T) int32, which vectors of the row's feature pool stand here; -1 for text and padding. The
-        pool is the features of all crops, one after another; those that all crops have as frames of a video
-        (``LlavaConfig.frame_tokens``); the newline vector if the model has one.
+      feature_index: (B, S, T) int32, vectors of the row's feature pool that are used here; -1 for text and padding. The
+        pool consists of the features of all crops, one after another; their features as frames of a video
+        (``LlavaConfig.frame_tokens``); and the newline vector if the model has one.
       image_id: (B, S) int32, 0 for text and padding, m for a token of the row's m-th image.
       length: (B,) int32, valid slots.
       crops: (B, C, h, w, 3) float32, normalised pixels; unused crops are zero. C may be 0.
       query_rows: (B, Q) int32, slots whose attention ranks the image tokens; -1 is unused.
-      labels: (B, S) int32, the token id of every slot that is a target, IGNORE elsewhere: image slots and padding are
-        none. Not shifted: slot i is predicted from what stands before it, and the loss shifts after the drops. None
+      labels: (B, S) int32, the token id of every slot that is a target, IGNORE elsewhere, also at image slots and
+        padding. Not shifted: slot i is predicted from the slots before it, and the loss shifts after the drops. None
         outside training.
       bucket: static; S and the length of every later buffer follow from it.
       feature_weight: (B, S, T) float32, how the features of a token are blended; None if T is 1.
-      scores: (B, S) float32, the caller's own for the score "given", the larger stay; None otherwise.
+      scores: (B, S) float32, the caller's scores for the score "given", the larger are kept; None otherwise.
     """
 
     token_ids: Array

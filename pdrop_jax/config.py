@@ -1,4 +1,4 @@
-"""What a model is: a frozen dataclass, saved as JSON with the schedule."""
+"""The model config: frozen dataclasses, saved as JSON together with the drop schedule."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, NormEps, Positive, validated
 
 FORMAT = "pdrop-jax-1"
-# Keys of every config.json of ours, whose defaults would be those of another model.
+# Required in every config.json: their defaults would be those of another model.
 ALWAYS_THERE = {
     "vision": ("image_size", "hidden_size", "num_layers"),
     "text": ("vocab_size", "hidden_size", "num_layers"),
@@ -26,7 +26,7 @@ MAX_PROJECTOR_LAYERS = 16
 Family = Literal["llama", "mistral", "qwen2"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
-# Types with the ranges that a config file is held to; far beyond any model, but small enough to compute shapes from.
+# Types with the ranges that config files are checked for: far beyond any model, but small enough to compute shapes.
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Heads = Annotated[int, Field(ge=1, le=2**14)]
 Layers = Annotated[int, Field(ge=1, le=1024)]
@@ -54,7 +54,7 @@ class VisionConfig:
     norm_eps: NormEps = 1e-5
     activation: Activation = "quick_gelu"
     kind: Literal["clip", "siglip"] = "clip"
-    pooling_head: bool = False  # SigLIP's: it never runs in a LLaVA, but a checkpoint may hold it
+    pooling_head: bool = False  # SigLIP's: unused in a LLaVA, but a checkpoint may contain it
 
     def __post_init__(self) -> None:
         if not 1 <= self.patches_a_side <= MAX_PATCHES_A_SIDE:
@@ -64,8 +64,8 @@ class VisionConfig:
             )
         if self.hidden_size % self.num_heads:
             raise UserError(
-                f"the vision tower's hidden size of {self.hidden_size} cannot be shared by {self.num_heads} attention "
-                "heads: not a multiple"
+                f"the vision tower's hidden size of {self.hidden_size} is not a multiple of its "
+                f"{self.num_heads} attention heads"
             )
 
     @property
@@ -126,15 +126,15 @@ class TextConfig:
     qkv_bias: bool = False
     output_bias: bool = False  # bias of the attention's output projection
     max_length: Positions = 4096
-    family: Family = "llama"  # which class of transformers it is; what runs is told by the other fields
-    sliding_window: Positions | None = None  # keys that a query sees, itself included; None is all before it
+    family: Family = "llama"  # its class in transformers; the other fields determine what runs
+    sliding_window: Positions | None = None  # keys that a query sees, its own included; None is all up to it
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}: rotary embeddings need an even number")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads: not a multiple"
+                f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key-value heads"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"sliding_window is {self.sliding_window}: a token sees at least itself")
@@ -146,9 +146,10 @@ class Tiling:
 
     Attributes:
       pinpoints: (height, width) pixels of the resolutions that a picture is resized into.
-      max_tiles: of more features than those of so many tiles, fewer are made (OneVision's anyres_max_9); None is all.
-      rounded: how many features a picture covers is rounded before it is truncated, as Hugging Face's code does.
-      alone: a picture is tiled only if its row has no other (OneVision).
+      max_tiles: features beyond those of this many tiles are bilinearly downsampled (OneVision's anyres_max_9); None
+        never downsamples.
+      rounded: round the number of features that a picture covers before truncating it, as Hugging Face's code does.
+      alone: tile a picture only if it is the only one of its row (OneVision).
     """
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -213,24 +214,24 @@ class LlavaConfig:
 
     @property
     def vision_layers(self) -> int:
-        """Layers of the vision tower that have to run."""
+        """Layers of the vision tower that run."""
         if self.select_layer < 0:
             return self.vision.num_layers + 1 + self.select_layer
         return self.select_layer
 
     @property
     def image_tokens(self) -> int:
-        """Features of one crop: its tokens, unless pictures are tiled."""
+        """Features of one crop, which are its tokens unless images are tiled."""
         return self.vision.num_patches + self.keep_class_token
 
     @property
     def frame_tokens(self) -> int:
-        """Features that a crop also has as a frame of a video, where those are averaged before the projector."""
+        """Further features of a crop as a frame of a video, if those are averaged before the projector."""
         return (self.vision.patches_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
 
     @property
     def features_per_token(self) -> int:
-        """Features that a token may be blended of."""
+        """Number of features that a token may be interpolated from."""
         return 4 if self.tiling and self.tiling.max_tiles else 1
 
     @classmethod
@@ -260,10 +261,10 @@ class LlavaConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str = "config.json") -> "LlavaConfig":
-        """From what ``to_json`` gives. A key that a checkpoint is older than has its default.
+        """The inverse of ``to_json``. Keys newer than the checkpoint have their defaults.
 
         Args:
-          where: what error messages call the file.
+          where: how error messages refer to the file.
 
         Raises:
           UserError: another format, a key that is unknown or missing, a value of the wrong type or out of range.
@@ -289,7 +290,7 @@ class LlavaConfig:
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "LlavaConfig":
-        """Raises UserError if ``folder`` holds no config.json of ours."""
+        """Raises UserError if ``folder`` contains no config.json of pdrop-jax."""
         folder = pathlib.Path(folder)
         return cls.from_json(read_config(folder), str(folder / "config.json"))
 
@@ -303,13 +304,13 @@ MODELS = {
 
 
 def config_of(model: str) -> LlavaConfig:
-    """The config of one of ``MODELS``, or of a checkpoint's folder; UserError if it is neither."""
+    """The config of one of ``MODELS`` or of a checkpoint folder; UserError if it is neither."""
     return MODELS[model]() if model in MODELS else LlavaConfig.load(pathlib.Path(model))
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in the config.json of a checkpoint, ours or another's; UserError if there is none."""
+    """The JSON object in the config.json of any checkpoint; UserError if there is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} is no checkpoint: it has no config.json")
+        raise UserError(f"{folder} is not a checkpoint: it has no config.json")
     return read_json(path)

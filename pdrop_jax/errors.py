@@ -1,20 +1,20 @@
-"""The one exception for mistakes a user can make, and how text from elsewhere is shown on a terminal."""
+"""The exception for mistakes that a user can fix, and printing of untrusted text."""
 
 import contextlib
 import re
 import sys
 from collections.abc import Iterator
 
-# C0 and C1 controls, DEL, line and paragraph separators, what turns the direction of writing, half surrogate pairs: the
-# last are how Python holds bytes that are not UTF-8.
+# C0 and C1 controls, DEL, line and paragraph separators, bidirectional controls, and lone surrogates, in which Python
+# keeps bytes that are not UTF-8.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 class UserError(ValueError):
-    """Something the caller can put right.
+    """Something that the caller can fix.
 
-    The first argument is one line: what is wrong, the numbers, what to do. Others are lines of a list below it.
+    The first argument is one line: what is wrong, the numbers, what to do. Further arguments are listed below it.
     """
 
     def __str__(self) -> str:
@@ -22,12 +22,12 @@ class UserError(ValueError):
 
 
 def printable(text: object, keep: str = "") -> str:
-    """``text`` with control characters as visible escapes, so that it cannot steer a terminal or forge a line.
+    """``text`` with control characters as visible escapes, so that it cannot control a terminal or fake a line.
 
-    The escapes are JSON's: a JSON document stays the same document.
+    The escapes are JSON's, so a JSON document keeps its meaning.
 
     Args:
-      keep: control characters that stay, such as ``"\\n\\t"`` in an answer.
+      keep: control characters to leave alone, such as ``"\\n\\t"`` in an answer.
     """
 
     def escaped(found: re.Match[str]) -> str:
@@ -38,14 +38,14 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def error_text(error: Exception) -> str:
-    """What is printed of an error: one line, and below it the others of a UserError that lists some."""
+    """The printed form of an error: one line, followed by the list of a UserError that has one."""
     lines = error.args if isinstance(error, UserError) else (error,)
     return "\n  ".join(map(printable, lines))
 
 
 @contextlib.contextmanager
 def exit_on_error(prefix: str = "") -> Iterator[None]:
-    """What every command runs in: a UserError, a full disk, a folder without permission are a line and exit code 2."""
+    """The context of every command: a UserError, a full disk or a missing permission becomes a line and exit code 2."""
     try:
         yield
     except (UserError, OSError) as error:

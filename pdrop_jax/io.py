@@ -1,6 +1,6 @@
-"""Files on the local disk: their kind and size are checked before they are read; what is written is renamed when whole.
+"""Files on the local disk: checked for kind and size before they are read, written under another name and renamed.
 
-A FIFO or a device in place of a file would be waited for without end, so everything that is opened by name passes
+Reading a FIFO or a device in place of a file could block forever, so every file that is opened by name goes through
 ``check_file`` first.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 
 from pdrop_jax.errors import UserError
 
-JSON_BYTES = 2**30  # of a JSON document that is read as a whole
-ASIDE = ".pdrop-unfinished-"  # how names of files begin that are being written
-OLD = 24 * 60 * 60  # seconds after which nobody writes such a file any more
+JSON_BYTES = 2**30  # largest JSON document
+ASIDE = ".pdrop-unfinished-"  # prefix of files that are being written
+OLD = 24 * 60 * 60  # seconds after which such a file is abandoned
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -28,10 +28,10 @@ def check_file(path: str | os.PathLike, limit: int | None = None) -> int:
     """The size of a regular file, in bytes.
 
     Args:
-      limit: the most bytes that it may have.
+      limit: largest allowed size, in bytes.
 
     Raises:
-      UserError: there is no such file, it is a folder, a FIFO or a device, it cannot be read, or it is larger.
+      UserError: the file does not exist, is a folder, a FIFO or a device, cannot be read, or is too large.
     """
     try:
         found = os.stat(path)
@@ -59,18 +59,18 @@ def parse_json(content: str | bytes, where: str) -> Any:
     """The value of a JSON document.
 
     Args:
-      where: what the error message calls it, such as "answers.jsonl line 3".
+      where: how the error message refers to it, such as "answers.jsonl line 3".
 
     Raises:
-      UserError: it is not JSON, it is nested too deeply, a number has too many digits, or a string is no valid text.
+      UserError: it is not JSON, is nested too deeply, a number has too many digits, or a string is not valid text.
     """
     try:
         value = json.loads(content)
         if _SURROGATE.search(content if isinstance(content, bytes) else content.encode()):
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON but no text
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON but not text
     except RecursionError:
         raise UserError(f"{where} is malformed: it is nested too deeply") from None
-    except ValueError as error:  # its subclasses are those of malformed JSON and of bytes that are not UTF-8
+    except ValueError as error:  # also its subclasses for malformed JSON and for bytes that are not UTF-8
         reason = "a number has too many digits" if "integer string conversion" in str(error) else error
         raise UserError(f"{where} is malformed: {reason}") from None
     return value
@@ -80,7 +80,7 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     """The JSON value in a file of at most ``JSON_BYTES``.
 
     Args:
-      kind: the type it must have; a JSON object unless told otherwise.
+      kind: the required type; a JSON object by default.
 
     Raises:
       UserError: see ``check_file`` and ``parse_json``; or the value has another type.
@@ -96,7 +96,7 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
 def inside(folder: str | os.PathLike, name: str) -> bool:
     """Whether ``name``, joined to ``folder``, is a name below it: not ``../1.png``, ``/etc/passwd`` or ``a/../1.png``.
 
-    By the names alone, without a look at the disk: a link in the folder may lead elsewhere.
+    Decided by the names alone: a link in the folder may lead elsewhere.
     """
     path = os.path.abspath(os.path.join(folder, name))
     return os.pardir not in pathlib.PurePath(name).parts and path.startswith(os.path.abspath(folder).rstrip("/") + "/")
@@ -110,16 +110,17 @@ def check_output(
     endings: Sequence[str] = (),
     makes_folder: bool = False,
 ) -> pathlib.Path:
-    """The file that a command is going to write, links followed. Called before any work, and again by the writing.
+    """The file that a command is going to write, with links resolved. Called before any work, and again when writing.
 
     Args:
-      overwrite: whether a file that is there may be replaced.
-      inputs: what the same command reads. No file of these is ever replaced, and none inside a folder of these.
-      endings: what the name may end in; any if empty.
-      makes_folder: whether the folder is made if it is not there.
+      overwrite: whether an existing file may be replaced.
+      inputs: what the command reads. These files, and files inside these folders, are never replaced.
+      endings: allowed endings of the name; empty allows any.
+      makes_folder: whether a missing folder will be created.
 
     Raises:
-      UserError: another ending, no such folder, a folder, FIFO, socket or device, an input, or a file that is there.
+      UserError: the ending is not allowed, the folder does not exist, or ``path`` is a folder, FIFO, socket, device, an
+        input or an existing file.
     """
     path = pathlib.Path(path)
     if endings and path.suffix.lower() not in endings:
@@ -147,28 +148,28 @@ def check_output(
 
 
 def check_outputs(outputs: Iterable[tuple[str | os.PathLike | None, Sequence[str]]], **rules: Any) -> None:
-    """``check_output`` of each path that is not None, with its endings, and that no two are the same file."""
+    """``check_output`` for each path that is not None, with its endings; also that no two are the same file."""
     targets = [check_output(path, endings=endings, **rules) for path, endings in outputs if path is not None]
     twice = next((target for n, target in enumerate(targets) if target in targets[:n]), None)
     if twice is not None:
-        raise UserError(f"{twice} is named as two outputs: give each a file of its own")
+        raise UserError(f"{twice} is used for two outputs: choose a different file for each")
 
 
 def check_new_folder(path: str | os.PathLike) -> None:
-    """Raises UserError if something stands at ``path``, or it would lie in what is no folder."""
+    """Raises UserError if ``path`` exists or cannot be created because a parent is not a folder."""
     if os.path.lexists(path):
         raise UserError(f"{path} exists: remove it or choose another folder")
     place = next(parent for parent in pathlib.Path(path).absolute().parents if os.path.lexists(parent))
     if not place.is_dir():
-        raise UserError(f"{path} cannot be made: {place} is no folder")
+        raise UserError(f"{path} cannot be created: {place} is not a folder")
 
 
 def write_file(path: str | os.PathLike, content: str | bytes, overwrite: bool = False) -> None:
-    """Writes a whole file, or nothing: a full disk leaves what was there.
+    """Writes a whole file, or nothing: on a full disk the old file is kept.
 
     Raises:
       UserError: see ``check_output`` and ``put_in_place``.
-      OSError: the disk is full or may not be written.
+      OSError: the disk is full or not writable.
     """
     with written_aside(path, overwrite) as new:
         try:
@@ -179,7 +180,7 @@ def write_file(path: str | os.PathLike, content: str | bytes, overwrite: bool = 
 
 @contextlib.contextmanager
 def written_aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[pathlib.Path]:
-    """Yields a name of its own beside ``path``; the file written there takes its place if nothing was raised.
+    """Yields a temporary name beside ``path``; the file written there replaces it unless an error is raised.
 
     Raises:
       UserError: see ``check_output`` and ``put_in_place``.
@@ -198,7 +199,7 @@ def put_in_place(new: pathlib.Path, target: pathlib.Path, overwrite: bool) -> No
     """Renames the finished file ``new``.
 
     Raises:
-      UserError: ``target`` has appeared since it was checked. The file then keeps a name that the message says.
+      UserError: ``target`` has appeared since it was checked. The file is then kept under the name in the message.
     """
     if overwrite:
         if check_output(target, overwrite=True).exists():
@@ -206,19 +207,19 @@ def put_in_place(new: pathlib.Path, target: pathlib.Path, overwrite: bool) -> No
         new.replace(target)
         return
     try:
-        os.link(new, target)  # unlike a rename it fails if there is a file
+        os.link(new, target)  # unlike a rename, this fails if the file exists
         new.unlink()
     except FileExistsError:
         spare = target.with_name(f"{target.stem}.{secrets.token_hex(4)}{target.suffix}")
         new.rename(spare)
-        raise UserError(f"{target} was made by another program meanwhile: what belongs there is in {spare}") from None
+        raise UserError(f"{target} was created by another program in the meantime: the output is in {spare}") from None
     except OSError:  # a file system without hard links
         check_output(target)
         new.rename(target)
 
 
 def _holds(other: str | os.PathLike, target: pathlib.Path, found: os.stat_result) -> bool:
-    """Whether the file ``target`` is ``other`` or lies in it."""
+    """Whether the file ``target`` is ``other`` or is inside it."""
     try:
         there = os.stat(other)
     except (OSError, ValueError):
@@ -229,7 +230,7 @@ def _holds(other: str | os.PathLike, target: pathlib.Path, found: os.stat_result
 
 
 def _remove_old(folder: pathlib.Path) -> None:
-    """Removes what writers left that were killed more than a day ago."""
+    """Removes files of writers that were killed more than a day ago."""
     for path in folder.glob(f"{ASIDE}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > OLD:
@@ -247,7 +248,7 @@ def _kind(mode: int) -> str:
         stat.S_ISCHR: "a device",
         stat.S_ISBLK: "a device",
     }
-    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "no regular file")
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "not a regular file")
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,6 @@
-"""When image tokens are dropped and how many stay: pure Python, no arrays.
+"""When image tokens are dropped and how many are kept: pure Python, no arrays.
 
-The schedule fixes every shape of the model, so a plan made here is all that tracing needs.
+The schedule determines every shape of the model, so tracing needs nothing but a plan made here.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ class Stage:
 class DropSchedule:
     """Drop image tokens after ``layers[s]`` layers have run, keeping ``ratios[s]`` of each image (paper, section 3.2).
 
-    Ratios are cumulative: they count from the original number of tokens, ``int(n * ratio)`` with Python's truncation.
-    ``positions="dense"`` renumbers the tokens after each drop as the official code does; ``"original"`` keeps the
-    numbers they had before the first drop. ``score`` names what the choice goes by, see ``model.scores``; ``seed`` is
-    of the score "random".
+    Ratios are cumulative: relative to the original number of tokens, ``int(n * ratio)`` with Python's truncation.
+    ``positions="dense"`` renumbers the tokens after each drop, as the official code does; ``"original"`` keeps the
+    positions from before the first drop. ``score`` names a token-scoring function of ``model.scores``; ``seed`` is for
+    the score "random".
 
     Raises:
-      UserError: lists of different length, layers that do not ascend, ratios that rise or leave 0..1.
+      UserError: lists of different length, layers that are not ascending, ratios that increase or are not in 0..1.
     """
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -61,15 +61,17 @@ class DropSchedule:
                 f"{list(self.ratios)}: give one ratio for each layer"
             )
         if any(b <= a for a, b in itertools.pairwise(self.layers)) or any(n < 0 for n in self.layers):
-            raise UserError(f"drop layers must ascend from 0 on, got {list(self.layers)}")
+            raise UserError(f"drop layers must be ascending and at least 0, got {list(self.layers)}")
         if not all(0.0 <= ratio <= 1.0 for ratio in self.ratios):
-            raise UserError(f"keep ratios must lie in 0..1, got {list(self.ratios)}")
+            raise UserError(f"keep ratios must be in 0..1, got {list(self.ratios)}")
         if any(b > a for a, b in itertools.pairwise(self.ratios)):
-            raise UserError(f"keep ratios are shares of the original tokens and must not rise, got {list(self.ratios)}")
+            raise UserError(
+                f"keep ratios are relative to the original tokens and must not increase, got {list(self.ratios)}"
+            )
         if self.positions not in ("dense", "original"):
             raise UserError(f"positions must be 'dense' or 'original', got {self.positions!r}")
         if self.score == "none" and any(self.ratios):
-            raise UserError(f"score 'none' tells no token from another: ratios must be 0, got {list(self.ratios)}")
+            raise UserError(f"score 'none' drops all image tokens: its ratios must be 0, got {list(self.ratios)}")
 
     @classmethod
     def none(cls) -> "DropSchedule":
@@ -78,11 +80,11 @@ class DropSchedule:
 
     @classmethod
     def geometric(cls, layers: Sequence[int], ratio: float) -> "DropSchedule":
-        """Every drop leaves the share ``ratio`` of what it finds: the paper's lambda."""
+        """Every drop keeps the share ``ratio`` of the remaining tokens: the paper's lambda."""
         return cls(tuple(layers), tuple(round(ratio**n, 6) for n in range(1, len(layers) + 1)))
 
     def check(self, num_layers: int) -> None:
-        """Raises UserError if a drop falls outside a decoder of ``num_layers`` layers."""
+        """Raises UserError if a drop is outside a decoder of ``num_layers`` layers."""
         if self.layers and self.layers[-1] >= num_layers:
             raise UserError(
                 f"drop after layer {self.layers[-1]} in a decoder of {num_layers} layers: "
@@ -99,7 +101,7 @@ class DropSchedule:
         """The stages of a decoder of ``num_layers`` layers for ``bucket``.
 
         Args:
-          align: buffer lengths are rounded up to a multiple of it (flash kernels need 128); counts stay exact.
+          align: buffer lengths are rounded up to a multiple of this; token counts stay exact.
         """
         stages = []
         ratios = (1.0, *self.ratios)
@@ -109,19 +111,19 @@ class DropSchedule:
         return tuple(stages)
 
     def to_json(self) -> dict[str, Any]:
-        """Without score and seed where they are the paper's: checkpoints older than the choice say the same."""
+        """Score and seed are left out if they are the paper's, as in checkpoints from before they could be chosen."""
         data = {"layers": list(self.layers), "ratios": list(self.ratios), "positions": self.positions}
         paper = {field.name: field.default for field in dataclasses.fields(self)}
         return data | {name: getattr(self, name) for name in ("score", "seed") if getattr(self, name) != paper[name]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "DropSchedule":
-        """Raises UserError if it is not what ``to_json`` gives."""
+        """Raises UserError unless ``data`` has the form of ``to_json``."""
         return validated(cls, data, "the drop schedule")
 
 
 # For a decoder of 32 layers and 576 image tokens: the paper's own, and averages of 192, 128 and 64 tokens over layers.
-# The paper prints results for these averages (table 4) but no schedules; its first author names these layers.
+# The paper reports results for these averages (table 4) but no schedules; its first author named these layers.
 PRESETS = {
     "paper": DropSchedule(),
     "tokens-192": DropSchedule.geometric((2, 8, 16), 0.560),
@@ -133,17 +135,17 @@ PRESETS = {
 def parse_schedule(
     layers: Sequence[str] | None, ratios: Sequence[str | float] | None, score: str | None = None
 ) -> DropSchedule | None:
-    """The schedule that a user writes: numbers for both, or for ``layers`` alone "none" or a name in ``PRESETS``.
+    """A schedule as a user writes it: numbers for both, or for ``layers`` alone "none" or a name in ``PRESETS``.
 
     Returns:
       None if neither is given.
 
     Raises:
-      UserError: one without the other, what is no number, a score alone; see also ``DropSchedule``.
+      UserError: one without the other, something that is not a number, or only a score; see also ``DropSchedule``.
     """
     if layers is None and ratios is None:
         if score is not None:
-            raise UserError(f"score {score!r} is of a schedule: give layers too, for the paper's own: paper")
+            raise UserError(f"score {score!r} belongs to a schedule: pass layers too, for example paper")
         return None
     named = {"none": DropSchedule.none(), **PRESETS}
     if ratios is None and layers is not None and len(layers) == 1 and layers[0] in named:
@@ -151,19 +153,19 @@ def parse_schedule(
         return schedule if score is None else dataclasses.replace(schedule, score=score)
     if layers is None or ratios is None:
         raise UserError(
-            "layers and ratios belong together: give both, neither, or for layers alone one of " + ", ".join(named)
+            "layers and ratios belong together: pass both, neither, or for layers alone one of " + ", ".join(named)
         )
     try:
         numbers = tuple(map(int, layers)), tuple(map(float, ratios))
     except ValueError:
         raise UserError(
-            f"layers are whole numbers and ratios numbers, got {' '.join(layers)} and {' '.join(map(str, ratios))}"
+            f"layers must be integers and ratios numbers, got {' '.join(layers)} and {' '.join(map(str, ratios))}"
         ) from None
     return DropSchedule(*numbers, score=score or DropSchedule.score)
 
 
 def keep_count(n: int, ratio: float) -> int:
-    """Tokens kept of an image that had ``n``: truncated in double precision, so 100 at 0.29 keeps 28."""
+    """Tokens kept of an image with ``n`` tokens: truncated in double precision, so 100 at 0.29 keeps 28."""
     return int(n * ratio)
 
 

@@ -1,6 +1,6 @@
-"""Dictionaries from files as dataclasses, every value checked for its type and range (by pydantic).
+"""Dictionaries from files as dataclasses, with the type and range of every value checked by pydantic.
 
-A dataclass declares its ranges where it declares its fields::
+A dataclass declares ranges beside its fields::
 
     hidden_size: Annotated[int, Field(ge=1, le=2**16)] = 4096
 """
@@ -20,35 +20,35 @@ from pdrop_jax.errors import UserError
 
 T = TypeVar("T")
 
-SHOWN = 60  # characters of a value in a message
+SHOWN = 60  # characters of a value in an error message
 
 NO_OTHER_KEYS = ConfigDict(extra="forbid")  # as ``__pydantic_config__`` of a dataclass
 
-# JSON and TOML both can say NaN and infinity, which a plain float would take.
+# JSON and TOML can both express NaN and infinity, which a plain float would accept.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NormEps = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def validated(kind: type[T], data: Any, where: str, prefix: str = "") -> T:
-    """``data`` of a JSON or TOML file as ``kind``, a dataclass or a pydantic model. Nothing is converted.
+    """``data`` from a JSON or TOML file as ``kind``, a dataclass or a pydantic model. Types are not converted.
 
     Args:
-      where: what the error message calls the file.
-      prefix: of the keys in the error message, for a table inside the file.
+      where: how the error message refers to the file.
+      prefix: prefix of the keys in the error message, for a table inside the file.
 
     Raises:
       UserError: one line with the file, the key, its value and what is allowed.
     """
     adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
     try:
-        # As JSON because there a list may be a tuple in strict mode too.
+        # As JSON, because only there strict mode accepts a list for a tuple.
         return adapter.validate_json(json.dumps(data, default=str), strict=True)
     except RecursionError:
         raise UserError(f"{where} is nested too deeply") from None
     except ValidationError as error:
         raise UserError(_message(error, kind, data, where, prefix)) from None
-    except ValueError:  # Python does not write out an integer of thousands of digits, which TOML can say in hexadecimal
+    except ValueError:  # Python does not print an integer of thousands of digits, which TOML can express in hexadecimal
         raise UserError(f"{where} is malformed: a number has too many digits") from None
 
 
@@ -59,10 +59,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: str) -> str:
     errors = error.errors(include_url=False)
-    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # first: a misspelt key is missing too
+    unknown = (
+        "extra_forbidden",
+        "unexpected_keyword_argument",
+    )  # first: a misspelt key is missing as well
     found = next((x for x in errors if x["type"] in unknown), errors[0])
     key = prefix + ".".join(_keys(found["loc"], data))
-    if found["type"] == "json_invalid":  # well-formed, since it was written here
+    if found["type"] == "json_invalid":  # it is well-formed, since it was serialized above
         reason = "is nested too deeply" if "recursion" in found["msg"] else "has a string that is not valid UTF-8"
         return f"{where} {reason}"
     if found["type"] in ("missing", "missing_argument"):
@@ -80,7 +83,7 @@ def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: 
 
 
 def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
-    """The parts of ``loc`` that are keys of ``data``, or missing from it; pydantic adds the members of a union."""
+    """The parts of ``loc`` that are keys of ``data`` or missing from it; pydantic also adds the members of a union."""
     for part in loc:
         if isinstance(data, dict):
             data = data.get(str(part))
@@ -92,9 +95,9 @@ def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
 
 
 def _suggestion(kind: Any, loc: tuple[int | str, ...]) -> str:
-    """``: did you mean …?`` with the known key that is nearest to the last part of ``loc``."""
+    """``: did you mean …?`` with the known key closest to the last part of ``loc``."""
     for part in loc[:-1]:
-        if not isinstance(kind, type):  # a union: which of its kinds was meant is not known
+        if not isinstance(kind, type):  # a union: it is unknown which member was meant
             return ""
         hints = typing.get_type_hints(kind)
         kind = hints.get(str(part), kind)

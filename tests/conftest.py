@@ -1,4 +1,4 @@
-"""Settings of all tests, and what several rooms of them share."""
+"""Settings of all tests, and what several of their folders share."""
 
 import importlib.metadata
 import json

@@ -22,6 +22,7 @@ from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import decode, start
+from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.processor import Processor
@@ -43,7 +44,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 CONFIG = llava_config()
 BATCH = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8], training_batch())
-GREEDY = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
+GREEDY = token_sampler(Sampling())
 
 
 def mesh_of(shape):
@@ -193,7 +194,7 @@ def test_a_conversation_on_a_mesh_is_that_on_one_device(mode):
     def answers(params, mesh):
         session = Session(Model(CHAT, params, processor, mesh), mode)
         asked = [("What?", Image.new("RGB", (30, 20), "red")), ("And?", None)]
-        found = [session.ask(question, image, max_new_tokens=3) for question, image in asked]
+        found = [session.ask(question, image, Sampling(3)) for question, image in asked]
         return [(answer.token_ids, answer.kept, answer.cached, answer.stage_lengths) for answer in found]
 
     expected = answers(params, None)

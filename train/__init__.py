@@ -1,1 +1,1 @@
-"""The training application: recipes, data, steps, checkpoints that can be resumed."""
+"""Training: recipes, data pipeline, optimizer steps and resumable checkpoints."""

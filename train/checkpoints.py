@@ -1,10 +1,10 @@
-"""The checkpoints of a run: orbax writes them while training goes on; what is read is checked.
+"""Checkpoints of a training run: written asynchronously by orbax, and verified when they are read.
 
 ::
 
-    RUN/checkpoints/500/    after 500 steps: trained parameters, optimizer state, and their CheckpointMetadata
+    RUN/checkpoints/500/    after 500 steps: trained parameters, optimizer state and CheckpointMetadata
 
-Nothing else has to be kept of the data: which rows a step takes follows from its number.
+No state of the data pipeline is stored: the step number determines which rows a step reads.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
 from pdrop_jax.checkpoint.checksums import checksums
-from pdrop_jax.checkpoint.storage import quiet
+from pdrop_jax.checkpoint.storage import silence_library_noise
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import path_name
 from pdrop_jax.train.recipe import RunRecipe, differences
@@ -40,13 +40,13 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a state belongs to, all of it JSON.
+    """JSON metadata that identifies the run and step of a training state.
 
     Attributes:
-      step: optimizer steps taken.
-      recipe: of the run.
-      schedule: that the stages are stacked by.
-      start: fingerprint of the checkpoint that the run began with.
+      step: number of optimizer steps taken.
+      recipe: recipe of the run, as ``dataclasses.asdict`` gives it.
+      schedule: drop schedule that determines how the layers are stacked into stages.
+      start: fingerprint of the checkpoint that training started from.
       data: fingerprint of the data set.
     """
 
@@ -59,31 +59,32 @@ class CheckpointMetadata:
 
 @dataclasses.dataclass(frozen=True)
 class Trained(CheckpointMetadata):
-    """What a trained model is made of, written beside its arrays.
+    """Metadata of a trained model, written next to its arrays.
 
     Attributes:
-      checkpoint: digest of the training checkpoint, and so of every array in it.
+      checkpoint: digest of the training checkpoint that the model comes from, which covers all of its arrays.
     """
 
     checkpoint: str
 
 
 def changes(old: CheckpointMetadata, new: CheckpointMetadata) -> list[str]:
-    """What ``new`` differs in from ``old`` in spite of the same folder, as text."""
-    found = differences(*(json.loads(json.dumps(origin.recipe)) for origin in (old, new)))
+    """Differences in recipe, starting model and data that prevent a run from being resumed, as text."""
+    found = differences(*(json.loads(json.dumps(metadata.recipe)) for metadata in (old, new)))
     if old.start != new.start:
-        found.append("model.start holds another model")
+        found.append("model.start contains a different model")
     if old.data != new.data:
-        found.append("data.conversations holds other rows")
+        found.append("data.conversations contains different rows")
     return found
 
 
 class Checkpoints:
-    """The checkpoints below ``folder``; to be closed. All processes of a run make the same calls."""
+    """Context manager for the checkpoints in ``folder``. All processes of a run must make the same calls."""
 
     def __init__(self, folder: str | os.PathLike, run: RunRecipe) -> None:
         self.folder = pathlib.Path(folder).absolute() / FOLDER
         self.run = run
+        silence_library_noise()
         self._pending: tuple[int, Any] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -91,59 +92,60 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         if "_orbax" in vars(self):
-            with quiet(), contextlib.suppress(Exception):  # ``wait`` has raised what there was to raise
+            with contextlib.suppress(Exception):  # ``wait`` has already raised any error of the last save
                 self._orbax.close()
 
     @functools.cached_property
     def _orbax(self) -> Any:
-        """Made when it is first needed, with nothing damaged in the folder any more."""
+        """Created on first use, after damaged checkpoints have been moved out of the folder."""
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(self.run.keep_last)]
         if self.run.keep_every:
             kept.append(policies.EveryNSteps(self.run.keep_every))
-        with quiet():
-            return ocp.training.Checkpointer(
-                self.folder,
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,  # of a run that was killed while it saved
-            )
+        return ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,  # left by a run that was killed while saving
+        )
 
     @property
     def steps(self) -> list[int]:
-        """Those that are there, newest first."""
+        """Steps of the existing checkpoints, newest first."""
         return sorted((int(path.name) for path in self.folder.glob("*[0-9]") if path.name.isdigit()), reverse=True)
 
-    def save(self, origin: CheckpointMetadata, state: Any) -> None:
-        """Begins to write ``state``, a tree of arrays, which may be donated afterwards. Waits for the save before it.
+    def save(self, metadata: CheckpointMetadata, state: Any) -> None:
+        """Starts an asynchronous save of ``state``, a tree of arrays, after waiting for the previous save.
+
+        The arrays of ``state`` may be donated as soon as this returns.
 
         Raises:
-          UserError: that one could not be written, or ``state`` is not finite.
+          UserError: the previous save failed, ``state`` contains NaN or infinity, or the disk is too full.
         """
         self.wait()
         arrays = named(state)
         if bad := not_finite(arrays):
             raise UserError(
-                f"after {origin.step:,} steps {len(bad)} of {len(arrays)} arrays of the run hold NaN or infinity, "
-                f"{bad[0]} is the first; {self.kept}: lower optimizer.learning_rate"
+                f"after {metadata.step:,} steps, {len(bad)} of {len(arrays)} arrays of the training state contain NaN "
+                f"or infinity, the first is {bad[0]}; {self.kept}: lower optimizer.learning_rate"
             )
         needed, free = sum(x.nbytes for x in arrays.values()), shutil.disk_usage(self.folder.parent).free
         if free < needed:
-            raise self._full(origin.step, f"it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
+            raise self._full(metadata.step, f"it needs {needed / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
         about = {
-            "origin": dataclasses.asdict(origin),
+            "origin": dataclasses.asdict(metadata),
             "arrays": {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()},
             "checksums": checksums(arrays),
         }
         saved = {"state": arrays, "about": {**about, "digest": _digest(about)}}
-        with self._writing(origin.step):
-            response = self._orbax.save_checkpointables_async(origin.step, saved, force=True)
-        self._pending = origin.step, response
+        with self._writing(metadata.step):
+            response = self._orbax.save_checkpointables_async(metadata.step, saved, force=True)
+        self._pending = metadata.step, response
 
     def wait(self, block: bool = True) -> None:
-        """Until the last save is on the disk; without ``block`` only looks whether it failed.
+        """Waits until the last save is on disk. With ``block=False``, only checks whether a finished save failed.
 
         Raises:
-          UserError: it could not be written. The checkpoints before it are untouched.
+          UserError: the save failed. Earlier checkpoints are unaffected.
         """
         if self._pending and (block or not self._orbax.is_saving_in_progress()):
             (step, response), self._pending = self._pending, None
@@ -151,52 +153,52 @@ class Checkpoints:
                 response.result()
 
     def restore(self, abstract_of: Callable[[CheckpointMetadata], Any]) -> tuple[CheckpointMetadata, Any] | None:
-        """The newest checkpoint that is whole; damaged ones are named on stderr and moved out of the way.
+        """Loads the newest intact checkpoint; returns None if there is none.
+
+        Damaged checkpoints are reported on stderr and moved out of the folder.
 
         Args:
-          abstract_of: the tree that a checkpoint of this origin should hold, ``jax.ShapeDtypeStruct``s with shardings.
-            What it raises is passed on.
+          abstract_of: returns the tree of ``jax.ShapeDtypeStruct``, with shardings, that a checkpoint with the given
+            metadata should contain. Its exceptions are propagated.
 
         Raises:
-          UserError: the checkpoint is of another model.
+          UserError: the arrays of the checkpoint belong to a different model.
         """
         for step in self.steps:
             about = self._about(step)
             found = None
             if about is not None:
-                origin = CheckpointMetadata(**about["origin"])
-                abstract = abstract_of(origin)
+                metadata = CheckpointMetadata(**about["origin"])
+                abstract = abstract_of(metadata)
                 check_arrays(abstract, about["arrays"], self.folder / str(step))
                 found = self._load(step, abstract, about["checksums"])
             if all(multihost_utils.process_allgather(np.array(found is not None)).ravel()):
-                return origin, found
+                return metadata, found
             self._set_aside(step)
         return None
 
     def digest(self, step: int) -> str | None:
-        """Of a checkpoint with all its checksums; None if it is damaged or not there."""
+        """Digest of a checkpoint's metadata and checksums; None if the checkpoint is damaged or missing."""
         about = self._about(step)
         return None if about is None else _digest(about)
 
     @property
     def kept(self) -> str:
-        """What there is to go on from, as part of a message."""
-        return f"the checkpoint of step {self.steps[0]:,} stays" if self.steps else "there is no checkpoint before it"
+        """The checkpoint that a failed run can be resumed from, for use in error messages."""
+        return f"the checkpoint of step {self.steps[0]:,} is kept" if self.steps else "there is no earlier checkpoint"
 
     def _about(self, step: int) -> dict[str, Any] | None:
-        """What was written beside the arrays, None if it is damaged."""
+        """Metadata, array shapes and checksums of a checkpoint; None if they are damaged."""
         try:
-            with quiet():
-                about = ocp.load_checkpointables(self.folder / str(step), {"about": None})["about"]
+            about = ocp.load_checkpointables(self.folder / str(step), {"about": None})["about"]
             digest = about.pop("digest")
             return about if digest == _digest(about) and about["origin"]["step"] == step else None
-        except Exception:  # whatever a damaged file makes orbax raise
+        except Exception:  # orbax raises many types on damaged files
             return None
 
     def _load(self, step: int, abstract: Any, expected: dict[str, int]) -> Any:
         try:
-            with quiet():
-                arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
+            arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
         except Exception:  # as above
             return None
         found = checksums(arrays)
@@ -216,34 +218,36 @@ class Checkpoints:
                 number += 1
                 damaged = damaged.with_name(f"damaged-{step}-{number}")
             (self.folder / str(step)).rename(damaged)
-            print(f"warning: the checkpoint of step {step} is damaged, moved to {printable(damaged)}", file=sys.stderr)
+            print(
+                f"warning: the checkpoint of step {step} is damaged and was moved to {printable(damaged)}",
+                file=sys.stderr,
+            )
         multihost_utils.sync_global_devices("damaged checkpoint moved")
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
         try:
-            with quiet():
-                yield
-        except Exception as error:  # tensorstore reports a full disk as ValueError, others as OSError
+            yield
+        except Exception as error:  # TensorStore reports a full disk as ValueError, other code as OSError
             raise self._full(step, str(error).splitlines()[0][-200:]) from None
 
     def _full(self, step: int, reason: str) -> UserError:
         return UserError(
-            f"the checkpoint of step {step} cannot be written to {self.folder}, {self.kept}: make room and run again "
-            f"({reason})"
+            f"the checkpoint of step {step} cannot be written to {self.folder} ({reason}); {self.kept}: "
+            "free disk space and run the same command again"
         )
 
 
 def named(state: Any) -> Arrays:
-    """The arrays of a tree by their dotted names, those without elements left out: orbax has no place for them."""
+    """Arrays of a tree by dotted name, without empty arrays, which orbax cannot store."""
     return {path_name(path): x for path, x in jax.tree.leaves_with_path(state) if x.size}
 
 
 def check_arrays(abstract: Any, stored: dict[str, Any], where: pathlib.Path) -> None:
-    """Raises UserError if a checkpoint's arrays are not those of ``abstract``."""
+    """Raises UserError if the names or shapes of a checkpoint's arrays differ from those of ``abstract``."""
     expected = {name: tuple(x.shape) for name, x in named(abstract).items()}
     found = {name: tuple(shape) for name, (shape, _) in stored.items()}
-    check_shapes(expected, found, f"{where} is a checkpoint of another model or of other trained groups")
+    check_shapes(expected, found, f"{where} belongs to a different model or to different trained groups")
 
 
 def _digest(about: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A run from its recipe to the trained model: resumed where it stopped, saved when it is told to end."""
+"""The training loop: from a recipe to the trained model, with resume and a clean stop on SIGTERM and Ctrl-C."""
 
 import dataclasses
 import pathlib
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdrop_jax import checkpoint
+from pdrop_jax.checkpoint.storage import silence_library_noise
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import Params
@@ -24,21 +25,24 @@ from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import batch_sharding, make_mesh
 from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
-from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, open_dataset, pipeline
-from pdrop_jax.train.hush import hush_full_disk
-from pdrop_jax.train.model import is_made_of, open_start, write_model
+from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, import_grain, open_dataset, pipeline
+from pdrop_jax.train.model import is_up_to_date, open_start, write_model
 from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.progress import Progress
-from pdrop_jax.train.recipe import MOST_STEPS, Recipe, RunRecipe, checked
+from pdrop_jax.train.recipe import MOST_STEPS, MeshRecipe, Recipe, RunRecipe, checked
 from pdrop_jax.train.startup import describe, step_macs
 from pdrop_jax.train.step import Metrics, TrainState, changing, init_state, join, not_finite, train_step
 
-MODEL = "model"  # the trained model, in the run's folder
+MODEL = "model"  # folder of the trained model, inside the run folder
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What does not change while a run goes on."""
+    """Everything that stays constant during a run.
+
+    Attributes:
+      steps: optimizer steps of the whole run.
+    """
 
     recipe: Recipe
     config: LlavaConfig
@@ -48,105 +52,124 @@ class TrainingRun:
     mesh: Mesh
 
     def init(self, params: Params) -> TrainState:
+        """Training state before the first step."""
         return init_state(
             self.config, params, self.recipe.model.groups, self.optimizer, jnp.dtype(self.recipe.model.dtype)
         )
 
 
 def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
-    """Runs ``recipe`` in its folder, from the newest whole checkpoint there if there is one, and writes the model.
+    """Trains a model and writes it to the run folder, resuming from the newest intact checkpoint there.
 
-    Returns early, with everything saved, on SIGTERM and on Ctrl-C.
+    On SIGTERM and Ctrl-C, it saves a checkpoint and returns early.
 
     Args:
-      allow_changes: go on although the recipe, the data or the model to start from is not what the run began with.
+      allow_changes: resume even if the recipe, the data or the starting model has changed.
 
     Raises:
-      UserError: anything of the recipe that cannot be had, a changed recipe, a full disk, parameters or gradients that
-        are not finite.
+      UserError: the recipe is invalid or does not fit the model, the data or the devices; the recipe has changed; the
+        disk is full; or parameters or gradients are not finite.
     """
-    hush_full_disk()
+    silence_library_noise()
     recipe = checked(recipe)
     folder = pathlib.Path(recipe.run.folder)
-    job, params, origin = open_job(recipe)
+    job, params, metadata = open_job(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(job.mesh), Checkpoints(folder, recipe.run) as checkpoints:
-        first, state = _begin(job, params, checkpoints, origin, allow_changes)
+        first, state = _begin(job, params, checkpoints, metadata, allow_changes)
         del params
         if bad := not_finite(join(state.trained, state.frozen)):
             raise UserError(
-                f"{len(bad)} arrays of the model {recipe.model.start} hold NaN or infinity, {bad[0]} is the first: "
-                "start from another, or convert it again"
+                f"{len(bad)} arrays of the model {recipe.model.start} contain NaN or infinity, the first is {bad[0]}: "
+                "convert it again, or start from a different model"
             )
         batches = _batches(job, first)
         if jax.process_index() == 0:
-            print(printable(describe(recipe, job.config, job.dataset, state, job.steps), keep="\n"), file=sys.stderr)
+            summary = describe(recipe.run, recipe.model.groups, job.config, job.dataset, state, job.steps)
+            print(printable(summary, keep="\n"), file=sys.stderr)
             if first:
                 print(f"resumed     after {first:,} steps", file=sys.stderr)
-        last, state = _run(job, batches, first, state, checkpoints, origin)
+        last, state = _run(job, batches, first, state, checkpoints, metadata)
         if last < job.steps:
-            print(f"stopped after {last:,} of {job.steps:,} steps: the same command goes on", file=sys.stderr)
+            print(f"stopped after {last:,} of {job.steps:,} steps: run the same command to resume", file=sys.stderr)
             return
-        made_of = Trained(**vars(origin) | {"step": last}, checkpoint=checkpoints.digest(last) or "")
-        if not is_made_of(folder / MODEL, made_of):  # the run went on since, or was killed before it wrote one
-            write_model(folder / MODEL, job.config, join(state.trained, state.frozen), recipe, made_of)
+        trained = Trained(**vars(metadata) | {"step": last}, checkpoint=checkpoints.digest(last) or "")
+        if not is_up_to_date(folder / MODEL, trained):  # the run was extended, or killed before it wrote its model
+            write_model(folder / MODEL, job.config, join(state.trained, state.frozen), recipe.model, trained)
     if jax.process_index() == 0:
         print(f"{printable(folder / MODEL)}: trained for {last:,} steps", file=sys.stderr)
 
 
 def open_job(recipe: Recipe) -> tuple[TrainingRun, Params, CheckpointMetadata]:
-    """All that has to be known before anything is compiled, the model to start from, and what the run belongs to.
+    """Opens everything that a run needs before it compiles.
+
+    Returns:
+      The job, the parameters to start from, and the metadata of step 0.
 
     Raises:
-      UserError: anything of the recipe that cannot be had.
+      UserError: the recipe does not fit the model, the data or the devices.
     """
-    run, mesh = recipe.run, mesh_of(recipe)
-    config, params = open_start(recipe, mesh)
+    import_grain()  # fail before the data set is read
+    run, mesh = recipe.run, mesh_of(recipe.mesh)
+    config, params = open_start(recipe.model, recipe.data, run.seed, mesh)
     dataset = open_dataset(recipe.data, config, recipe.model.start)
     check_batches(dataset, run.batch_size, _parts(mesh, run), jax.process_count())
     steps = run.epochs * (len(dataset) // run.batch_size) if run.steps is None else run.steps
     if steps > MOST_STEPS:
         raise UserError(
-            f"run.epochs {run.epochs:,} are {steps:,} steps, at most {MOST_STEPS:,} are supported: lower it"
+            f"run.epochs is {run.epochs:,}, which takes {steps:,} steps, but at most {MOST_STEPS:,} are supported: "
+            "lower it"
         )
-    job = TrainingRun(recipe, config, dataset, steps, make_optimizer(config, recipe.optimizer, steps), mesh)
-    start = checkpoint.fingerprint(recipe.model.start)
-    return (
-        job,
-        params,
-        CheckpointMetadata(0, dataclasses.asdict(recipe), config.schedule.to_json(), start, dataset.fingerprint),
+    job = TrainingRun(
+        recipe=recipe,
+        config=config,
+        dataset=dataset,
+        steps=steps,
+        optimizer=make_optimizer(config, recipe.optimizer, steps),
+        mesh=mesh,
     )
+    metadata = CheckpointMetadata(
+        step=0,
+        recipe=dataclasses.asdict(recipe),
+        schedule=config.schedule.to_json(),
+        start=checkpoint.fingerprint(recipe.model.start),
+        data=dataset.fingerprint,
+    )
+    return job, params, metadata
 
 
-def mesh_of(recipe: Recipe) -> Mesh:
-    """The mesh of a recipe, over all devices of all processes.
+def mesh_of(mesh: MeshRecipe) -> Mesh:
+    """Builds the mesh over the devices of all processes.
 
     Raises:
-      UserError: it does not fit the devices, or heads would be cut across processes, which read different rows.
+      UserError: the mesh does not fit the devices, or its tensor axis would span processes, which read different rows.
     """
-    sizes = dataclasses.asdict(recipe.mesh)
+    sizes = dataclasses.asdict(mesh)
     if sizes["fsdp"] is None:
         sizes["fsdp"] = max(jax.device_count() // (sizes["data"] * sizes["tensor"]), 1)
     if jax.local_device_count() % sizes["tensor"]:
         raise UserError(
-            f"mesh.tensor is {sizes['tensor']} but a process has {jax.local_device_count()} devices: "
-            "choose a divisor of that"
+            f"mesh.tensor is {sizes['tensor']}, but each process has {jax.local_device_count()} devices: "
+            "choose a divisor of that number"
         )
     return make_mesh(sizes)
 
 
 def _begin(
-    job: TrainingRun, params: Params, checkpoints: Checkpoints, origin: CheckpointMetadata, allow_changes: bool
+    job: TrainingRun, params: Params, checkpoints: Checkpoints, metadata: CheckpointMetadata, allow_changes: bool
 ) -> tuple[int, TrainState]:
-    """Steps taken so far, and the state after them. The stages of a checkpoint may end elsewhere than the job's."""
+    """Number of steps taken so far, and the state after them.
+
+    A checkpoint may stack its layers by a different drop schedule; it is restacked to the schedule of the job.
+    """
     shapes = jax.eval_shape(lambda x: x, params)
 
     def abstract_of(saved: CheckpointMetadata) -> Any:
-        different = changes(saved, origin)
+        different = changes(saved, metadata)
         if different and not allow_changes:
             raise UserError(
-                f"{job.recipe.run.folder} was begun otherwise: {'; '.join(different)}. Choose another run.folder, put "
-                "it back, or go on all the same with --allow-changes"
+                f"{job.recipe.run.folder} was started with a different recipe: {'; '.join(different)}. Choose another "
+                "run.folder, restore the old settings, or resume anyway with --allow-changes"
             )
         schedule = DropSchedule.from_json(saved.schedule)
         state = jax.eval_shape(lambda params: job.init(restage(params, job.config, schedule)), shapes)
@@ -164,13 +187,22 @@ def _begin(
 
 
 def _batches(job: TrainingRun, first: int) -> Iterable[Step]:
-    run, parts = job.recipe.run, _parts(job.mesh, job.recipe.run)
-    process, processes, workers = jax.process_index(), jax.process_count(), job.recipe.data.workers
-    return pipeline(job.dataset, run.batch_size, run.seed, job.steps, first, parts, process, processes, workers)
+    run = job.recipe.run
+    return pipeline(
+        job.dataset,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        steps=job.steps,
+        first=first,
+        parts=_parts(job.mesh, run),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=job.recipe.data.workers,
+    )
 
 
 def _parts(mesh: Mesh, run: RunRecipe) -> int:
-    """What the rows of a step are cut into, over devices and one after the other."""
+    """Number of equal parts that a batch is split into: data-parallel devices times microbatches."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps
 
 
@@ -180,23 +212,23 @@ def _run(
     first: int,
     state: TrainState,
     checkpoints: Checkpoints,
-    origin: CheckpointMetadata,
+    metadata: CheckpointMetadata,
 ) -> tuple[int, TrainState]:
-    """Steps first + 1..steps, or until it is told to end. Returns the steps taken and the state after them."""
+    """Runs steps first + 1..steps, or fewer if asked to stop. Returns the number of steps taken and the new state."""
     run, model = job.recipe.run, job.recipe.model
     rate = learning_rate(job.recipe.optimizer.learning_rate, job.recipe.optimizer.warmup, job.steps)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
-    number, late, shapes = first, None, set()
+    number, pending, shapes = first, None, set()
     with Progress(pathlib.Path(run.folder), first, job.steps, run.log_every) as progress, _Stop() as stop:
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
-            macs = step_macs(job.config, job.dataset, job.recipe, read.batch.bucket)
+            macs = step_macs(job.config, job.dataset, run.batch_size, model.groups, read.batch.bucket)
             skipped = progress.step(number, metrics, macs, float(rates[number - 1]), read.invalid).skipped_in_row
             if skipped >= run.max_skipped:
                 checkpoints.wait()
                 raise UserError(
-                    f"the gradients of {skipped} steps in a row, to step {number:,}, are not finite, so nothing is "
-                    f"learned; {checkpoints.kept}: lower optimizer.learning_rate, or raise run.max_skipped"
+                    f"the gradients of the last {skipped} steps, up to step {number:,}, are not finite, so these steps "
+                    f"were skipped; {checkpoints.kept}: lower optimizer.learning_rate, or raise run.max_skipped"
                 )
 
         for number, read in enumerate(batches, first + 1):
@@ -215,15 +247,15 @@ def _run(
                 shapes.add((bucket, queries))
                 seconds = time.perf_counter() - began
                 progress.event("compiled", number, text=bucket.text, images=bucket.images, seconds=seconds)
-            if late:  # the step before: its metrics are there or nearly so, and the device has work
-                log(*late)
-            late = number, metrics, read
+            if pending:  # log the previous step only now: fetching its metrics does not leave the device idle
+                log(*pending)
+            pending = number, metrics, read
             checkpoints.wait(block=False)
             stopping = stop.requested(number)
             if stopping or number % run.save_every == 0 or number == job.steps:
-                log(*late)  # the log is never behind a checkpoint
-                late = None
-                checkpoints.save(dataclasses.replace(origin, step=number), changing(state))
+                log(*pending)  # the log must never be behind a checkpoint
+                pending = None
+                checkpoints.save(dataclasses.replace(metadata, step=number), changing(state))
                 progress.event("saved", number)
             if stopping:
                 break
@@ -232,7 +264,7 @@ def _run(
 
 
 def _restaged(state: Any, config: LlavaConfig, schedule: DropSchedule) -> Any:
-    """``state`` with the stages of every parameter tree in it, weights and moments, as ``schedule`` has them."""
+    """Restacks every parameter tree in ``state``, weights and moments, into the stages of ``schedule``."""
 
     def is_tree(x: Any) -> bool:
         return isinstance(x, dict) and "stages" in x
@@ -241,18 +273,18 @@ def _restaged(state: Any, config: LlavaConfig, schedule: DropSchedule) -> Any:
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """This process' rows of a tree of arrays, as part of the arrays of all processes."""
+    """Global arrays from a tree with the rows of this process."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
 class _Stop:
-    """Whether somebody asked the run to end: SIGTERM to any process, or Ctrl-C."""
+    """Records requests to stop the run: SIGTERM to any process, or Ctrl-C."""
 
     def __init__(self) -> None:
         self._asked = False
 
     def __enter__(self) -> "_Stop":
-        # With several processes jax has taken SIGTERM for itself, so that they agree on the step.
+        # With several processes, jax handles SIGTERM itself, so that all of them stop at the same step.
         signals = [signal.SIGINT, *([signal.SIGTERM] if jax.process_count() == 1 else [])]
         self._before = {number: signal.signal(number, self._ask) for number in signals}
         return self

@@ -1,4 +1,4 @@
-"""AdamW or Muon as a recipe describes it, with a learning rate for each group of parameters."""
+"""AdamW or Muon as configured by a recipe, with a separate learning rate for each parameter group."""
 
 import functools
 import math
@@ -14,21 +14,25 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.params import Params, ParamSpec, path_name, spec_of
 from pdrop_jax.train.recipe import OptimizerRecipe
 
-MUON_RMS = 0.2  # of an update, similar to AdamW's (Liu et al., 2025, section 2.2)
+MUON_RMS = 0.2  # RMS of an update, similar to that of AdamW (Liu et al., 2025, section 2.2)
 
 
 def learning_rate(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """From 0 up to ``peak`` over ceil(warmup * steps) steps, all but the last at most, then a cosine to 0."""
+    """Linear warmup from 0 to ``peak``, followed by cosine decay to 0.
+
+    Args:
+      warmup: fraction of ``steps``, rounded up to whole steps; at least one step is left for the decay.
+    """
     warmup_steps = min(math.ceil(warmup * steps), max(steps, 1) - 1)
     return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, 1))
 
 
-@functools.cache  # a new object would make the step compile again
+@functools.cache  # a new optimizer object would make the training step recompile
 def make_optimizer(config: LlavaConfig, recipe: OptimizerRecipe, steps: int) -> optax.GradientTransformation:
-    """Over the trained parameters; a step whose gradient is not finite changes nothing and is counted.
+    """Optimizer of the trained parameters. Steps with a non-finite gradient are skipped and counted.
 
     Args:
-      steps: of the whole run.
+      steps: number of steps of the whole run, for the learning rate schedule.
     """
     peaks = {
         "vision": recipe.vision_learning_rate,
@@ -45,7 +49,7 @@ def make_optimizer(config: LlavaConfig, recipe: OptimizerRecipe, steps: int) -> 
     moments = optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps, mu_dtype=jnp.dtype(recipe.moment_dtype))
     if recipe.kind == "muon":
         moments = muon(
-            -1.0,  # the direction as it is: optax only has it with a rate, and rates differ by group, see below
+            -1.0,  # leaves the update unscaled: the learning rates of the groups are applied below
             adam_b1=recipe.b1,
             adam_b2=recipe.b2,
             eps=recipe.eps,
@@ -55,7 +59,7 @@ def make_optimizer(config: LlavaConfig, recipe: OptimizerRecipe, steps: int) -> 
         )
 
     def matrix_axes(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
-        """None for what is not orthogonalized: adapters, embeddings, the head and all that is not a matrix."""
+        """Input and output axes of a matrix; None for LoRA adapters, embeddings, the head and non-matrices."""
         spec = spec_of(config, path_name(path))
         if not spec.inputs or spec.group == "lora" or "vocab" in spec.axes:
             return None
@@ -71,4 +75,4 @@ def make_optimizer(config: LlavaConfig, recipe: OptimizerRecipe, steps: int) -> 
         optax.add_decayed_weights(recipe.weight_decay, mask=by_spec(lambda spec: spec.decayed)),
         optax.partition(rates, by_spec(lambda spec: spec.group)),
     )
-    return optax.apply_if_finite(chain, max_consecutive_errors=2**31 - 1)  # never give up; optax counts in int32
+    return optax.apply_if_finite(chain, max_consecutive_errors=2**31 - 1)  # never stop skipping; optax counts in int32

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and how one of them ends all."""
+"""Multi-process training: how processes find each other, and how a failing process ends the run."""
 
 import contextlib
 import glob
@@ -17,36 +17,39 @@ from pdrop_jax.errors import UserError, error_text
 from pdrop_jax.train.roll_call import roll_call
 
 TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
-START_SECONDS = 300  # for all processes to come
-PORT, PORTS = 61_000, 4_000  # of a job under SLURM: behind what Linux gives to connections by itself
-DIED = "has another process died? The same command goes on after the last save"
+START_SECONDS = 300  # time limit for all processes to connect
+PORT, PORTS = 61_000, 4_000  # port range for SLURM jobs, above the ephemeral ports of Linux
+DIED = "has another process died? Run the same command again to resume from the last checkpoint"
 
 
 @contextlib.contextmanager
 def together(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Within it jax sees the devices of all processes. To be entered before anything else asks for devices.
+    """Context in which jax sees the devices of all processes. Enter it before any other code accesses devices.
 
-    Under SLURM and on Cloud TPUs the processes find each other; elsewhere all three arguments say how.
+    Under SLURM and on Cloud TPUs, processes are discovered automatically. Elsewhere all three arguments are required.
+
+    If an exception is raised in one of several processes, that process exits immediately. A normal exit would wait for
+    the other processes, which in turn wait for this one.
 
     Raises:
-      UserError: some of the three are given and others not, or a process does not come; see ``roll_call``. Of several
-        processes, one in which anything is raised ends at once: any other way out waits for the others, which wait for
-        this one.
+      UserError: only some of the arguments are given, or a process does not connect; see ``roll_call``.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
-        raise UserError("--coordinator, --num-processes and --process-id belong together: give all three or none")
+        raise UserError(
+            "--coordinator, --num-processes and --process-id must be given together: give all three or none"
+        )
     if not any(given) and not one_of_many(os.environ):
         yield
         return
     if not any(given):
         coordinator, num_processes, process_id = under_slurm(os.environ) or (None, None, None)
     me, where = (f", process {process_id} of {num_processes}", f" at {coordinator}") if coordinator else ("", "")
-    # Where nobody tells the numbers before jax starts, the one that is missing is the one without this line.
+    # If the process numbers are not known before jax starts, a missing process is the one that did not print this.
     print(
-        f"pdrop train{me}, on {socket.gethostname()}: waiting for all processes{where}, at most {START_SECONDS} s",
+        f"pdrop train{me}, on {socket.gethostname()}: waiting up to {START_SECONDS} s for all processes{where}",
         file=sys.stderr,
         flush=True,
     )
@@ -70,9 +73,9 @@ def _leave(why: str, code: int) -> NoReturn:
 
 
 def under_slurm(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """What SLURM says in place of the three arguments; None if this process was not started by srun.
+    """Coordinator, number of processes and process id from SLURM's variables; None if not started by srun.
 
-    The coordinator is on the first host of the step, at a port that follows from the number of the job: several jobs
+    The coordinator runs on the first host of the job step. Its port is derived from the job id, because several jobs
     may share a host.
     """
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")
@@ -84,7 +87,7 @@ def under_slurm(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
 
 
 def one_of_many(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM or a Cloud TPU has started other processes of this job too, or may have."""
+    """Whether SLURM or a Cloud TPU has started, or may have started, other processes of this job."""
     if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
         return True
     chips = any(glob.glob(pattern) for pattern in TPU_CHIPS)

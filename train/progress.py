@@ -1,4 +1,4 @@
-"""What a run says: a live line on a terminal, JSON lines always, TensorBoard when it is installed."""
+"""Progress of a run: a JSON Lines log, a progress bar on a terminal, and TensorBoard if it is installed."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from pdrop_jax.train.step import Metrics
 FILE = "log.jsonl"
 DAMAGED = "log.damaged.jsonl"
 
-# Peak of a device in the compute dtype bfloat16, FLOP/s: the vendors' data sheets, dense.
+# Dense bfloat16 peak of a device in FLOP/s, from the vendors' data sheets.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -36,19 +36,19 @@ PEAKS = {
 
 
 def peak_flops() -> float | None:
-    """Of all devices together; None if this kind is not known."""
+    """Peak FLOP/s of all devices together; None if the device kind is unknown."""
     peak = PEAKS.get(jax.devices()[0].device_kind)
     return peak and peak * jax.device_count()
 
 
 class Progress:
-    """Writes what happens in steps ``first``..``steps`` of a run; only process 0 does.
+    """Logs the steps after ``first``, up to ``steps``. Only process 0 writes.
 
-    The log begins where the run is resumed: lines of steps from ``first`` on, of a run that was killed after its last
-    checkpoint, are taken out.
+    Lines of steps after ``first`` are removed from an existing log: they come from a run that was killed after its last
+    checkpoint, and those steps are run again.
 
     Args:
-      every: steps between two lines.
+      every: number of steps between log lines.
     """
 
     def __init__(self, folder: pathlib.Path, first: int, steps: int, every: int) -> None:
@@ -77,18 +77,20 @@ class Progress:
                 self._file.close()
 
     def event(self, event: str, step: int, **values: Any) -> None:
-        """A line of its own: a compilation, a checkpoint, the end."""
+        """Logs an event, such as a compilation or a saved checkpoint."""
         self._write({"event": event, "step": step, **values})
 
     def step(self, number: int, metrics: Metrics, macs: float, learning_rate: float, invalid: Counter[str]) -> Metrics:
-        """The ``number``-th step, from 1. Waits for its metrics: to be called when the next one is on its way.
+        """Logs step ``number``, counted from 1.
 
-        Returns:
-          The metrics, on the host.
+        It waits for the metrics of the step, so call it after the next step has been dispatched.
 
         Args:
           macs: multiply-accumulates of the step.
-          invalid: rows of it that weigh nothing, by reason.
+          invalid: number of rows of the step that were excluded from the loss, by reason.
+
+        Returns:
+          The metrics, on the host.
         """
         values: Metrics = jax.device_get(metrics)
         now = time.perf_counter()
@@ -139,13 +141,13 @@ class Progress:
             yield
         except OSError as error:
             raise UserError(
-                f"the log in {self._path.parent} cannot be written ({error.strerror}): make room and run again, it "
-                "goes on after the last checkpoint"
+                f"the log in {self._path.parent} cannot be written ({error.strerror}): free disk space and run the "
+                "same command again to resume from the last checkpoint"
             ) from None
 
 
 def read_line(raw: bytes) -> dict[str, Any] | None:
-    """A line of a log; None if it is damaged."""
+    """Parses a line of a log; None if it is damaged."""
     try:
         line = json.loads(raw.decode())
     except (ValueError, RecursionError):
@@ -154,9 +156,9 @@ def read_line(raw: bytes) -> dict[str, Any] | None:
 
 
 def _keep_before(path: pathlib.Path, first: int) -> None:
-    """Takes out of a log what came after step ``first``, and a last line that was cut short.
+    """Removes lines of steps after ``first`` and an incomplete last line from a log.
 
-    Damaged lines are moved to a file beside it, and a warning says so.
+    Damaged lines are moved to a separate file, with a warning.
     """
     if not path.exists():
         return
@@ -173,7 +175,7 @@ def _keep_before(path: pathlib.Path, first: int) -> None:
         with path.with_name(DAMAGED).open("ab") as file:
             file.writelines(damaged)
         print(
-            f"warning: {len(damaged)} damaged lines of {printable(path)} were moved to {DAMAGED} beside it",
+            f"warning: moved damaged lines of {printable(path)} to {DAMAGED} in the same folder: {len(damaged)}",
             file=sys.stderr,
         )
     aside.replace(path)

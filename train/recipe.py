@@ -1,7 +1,7 @@
-"""A recipe: everything that a training run is told, as frozen dataclasses read from TOML or JSON.
+"""Recipe: the full configuration of a training run, as frozen dataclasses read from TOML or JSON.
 
-A file has the tables ``[model]``, ``[data]``, ``[optimizer]``, ``[run]`` and ``[mesh]``; what it leaves out has the
-default. The files in ``presets/`` go by their names.
+A file has the tables ``[model]``, ``[data]``, ``[optimizer]``, ``[run]`` and ``[mesh]``; settings that it leaves out
+take their default. Files in ``presets/`` can be loaded by name.
 """
 
 import dataclasses
@@ -17,13 +17,15 @@ from pdrop_jax.io import parse_json, read_bytes
 from pdrop_jax.schema import NO_OTHER_KEYS, Share, validated
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
-RECIPE_BYTES = 2**14  # of a file; tomllib takes time by the square of a dotted key
+RECIPE_BYTES = 2**14  # maximum size of a file; tomllib takes quadratic time on dotted keys
 MOST_STEPS = 10_000_000  # the table of their learning rates takes 40 MB
 
 Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Name = Annotated[str, Field(max_length=64)]
 Rate = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, le=0.999999)]  # nearer to 1 is 1 in float32, and the moments would be NaN
+Decay = Annotated[
+    float, Field(ge=0, le=0.999999)
+]  # values closer to 1 round to 1 in float32 and turn the moments into NaN
 Rows = Annotated[int, Field(ge=1, le=2**20)]
 Positions = Annotated[int, Field(ge=1, le=2**20)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -35,102 +37,107 @@ Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecipe:
-    """Where training starts and which part of it is trained."""
+    """The starting checkpoint, the trained parameter groups, and how the model is computed."""
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    start: Path  # a checkpoint of ours
+    start: Path  # checkpoint folder in the pdrop format
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=4)] = ("projector", "llm")
-    # Drops; None is the checkpoint's own schedule.
+    # Drop schedule: layers, ratios and score. If layers and ratios are None, the checkpoint's schedule is used.
     layers: Annotated[tuple[Layer, ...], Field(max_length=64)] | None = None
     ratios: Annotated[tuple[Share, ...], Field(max_length=64)] | None = None
-    score: Name = "pyramiddrop"  # what these drops choose by, a name in pdrop_jax.model.scores
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
+    score: Name = "pyramiddrop"  # token-scoring function of this schedule, a name in pdrop_jax.model.scores
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute dtype
     remat: Literal["none", "dots", "full"] = "full"
-    lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0 is no adapters
+    lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0 disables LoRA
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 256.0
     lora_targets: Annotated[tuple[Target, ...], Field(min_length=1, max_length=7)] = get_args(Target)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataRecipe:
-    """Conversations in LLaVA's JSON and the pictures that they speak of."""
+    """Conversations in LLaVA's JSON format and the folder of their images."""
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    conversations: Path  # JSON list or JSON lines
-    images: Path  # folder
-    outside_images: bool = False  # whether a record may name a picture that is not in that folder, as ../1.png
-    image_aspect: Literal["square", "pad", "anyres"] | None = None  # None is the checkpoint's own
+    conversations: Path  # a JSON list, or JSON lines
+    images: Path  # folder that image names are relative to
+    outside_images: bool = False  # allow image names that leave the folder, such as ../1.png
+    image_aspect: Literal["square", "pad", "anyres"] | None = None  # None keeps the checkpoint's setting
     template: Name = "vicuna_v1"
-    max_length: Positions = 2048  # images expanded
-    too_long: Literal["cut", "skip"] = "cut"
-    # Text slots of a batch.
+    max_length: Positions = 2048  # in tokens, including all image tokens
+    too_long: Literal["truncate", "skip"] = "truncate"  # rows longer than max_length
+    # Text lengths that batches are padded to; max_length is always added.
     text_buckets: Annotated[tuple[Positions, ...], Field(max_length=64)] = (64, 128, 256, 512, 1024, 2048)
-    group_by_length: bool = False  # batches of like modality and length
-    invalid: Literal["skip", "fail"] = "skip"
-    workers: Annotated[int, Field(ge=0, le=256)] = 0  # processes that read; 0 is threads
+    group_by_length: bool = False  # batch rows of the same modality and of similar length
+    invalid: Literal["skip", "fail"] = "skip"  # records that cannot be used
+    workers: Annotated[int, Field(ge=0, le=256)] = 0  # worker processes that load images; 0 uses threads
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW with linear warm-up and a cosine to zero. The defaults are LLaVA-1.5's finetuning.
+    """AdamW with linear warmup and cosine decay to zero. The defaults are those of LLaVA-1.5 fine-tuning.
 
-    "muon" orthogonalizes the momentum of matrices (Jordan, 2024), scaled so that AdamW's rates suit it (Liu et al.,
-    2025). Word embeddings, the head and what is no matrix are left to AdamW, with optax's Nesterov momentum.
+    "muon" orthogonalizes the momentum of weight matrices (Jordan, 2024) and scales the update so that AdamW learning
+    rates can be reused (Liu et al., 2025). Token embeddings, the head and parameters that are not matrices are trained
+    with AdamW, with optax's Nesterov momentum.
     """
 
     __pydantic_config__ = NO_OTHER_KEYS
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: Rate = 2e-5
-    vision_learning_rate: Rate | None = None  # None is learning_rate
-    projector_learning_rate: Rate | None = None
-    warmup: Share = 0.03  # of all steps
-    weight_decay: Rate = 0.0  # never of norms and biases
+    vision_learning_rate: Rate | None = None  # None uses learning_rate
+    projector_learning_rate: Rate | None = None  # None uses learning_rate
+    warmup: Share = 0.03  # fraction of all steps
+    weight_decay: Rate = 0.0  # not applied to norms and biases
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
-    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0  # of the gradient of all groups together
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second is float32
+    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0  # global gradient norm over all groups
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the first moment; the second is always float32
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecipe:
-    """Where it is kept, how long it is, and in what portions."""
+    """Output folder, length, batch size, and checkpoint and logging intervals."""
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    folder: Path  # of log, checkpoints and the trained model
-    batch_size: Rows = 128  # of a step, all processes together
-    grad_accum_steps: Rows = 1  # parts that a step's rows are cut into
+    folder: Path  # for the log, the checkpoints and the trained model
+    batch_size: Rows = 128  # global batch size in rows, over all processes
+    grad_accum_steps: Rows = 1  # microbatches per step
     epochs: Steps = 1
-    steps: Steps | None = None  # instead of epochs
+    steps: Steps | None = None  # if given, overrides epochs
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    save_every: Steps = 500
-    keep_last: Steps = 2  # checkpoints
-    keep_every: Steps | None = None  # the checkpoints of these stay for good
-    log_every: Steps = 1
-    max_skipped: Steps = 10  # in a row for a gradient that is not finite; then the run stops
+    save_every: Steps = 500  # steps between checkpoints
+    keep_last: Steps = 2  # number of recent checkpoints to keep
+    keep_every: Steps | None = None  # keep the checkpoints of these steps permanently
+    log_every: Steps = 1  # steps between log lines
+    max_skipped: Steps = 10  # stop after this many consecutive steps with a non-finite gradient
 
     def __post_init__(self) -> None:
         if self.keep_every and self.keep_every % self.save_every:
-            raise UserError(f"run.keep_every is {self.keep_every}, no multiple of run.save_every, {self.save_every}")
+            raise UserError(
+                f"run.keep_every is {self.keep_every}: choose a multiple of run.save_every, {self.save_every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshRecipe:
-    """Devices along each axis; see ``pdrop_jax.sharding``."""
+    """Devices along each mesh axis, see ``pdrop_jax.sharding``."""
 
     __pydantic_config__ = NO_OTHER_KEYS
 
     data: Devices = 1
-    fsdp: Devices | None = None  # None is all that the others leave
+    fsdp: Devices | None = None  # None uses all remaining devices
     tensor: Devices = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
+    """All sections of a recipe."""
+
     __pydantic_config__ = NO_OTHER_KEYS
 
     model: ModelRecipe
@@ -145,25 +152,25 @@ def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recip
 
     Args:
       path: a TOML or JSON file, or the name of a preset.
-      settings: "part.key=value", value in TOML or plain text; they win over the file.
+      settings: overrides of the form "section.key=value", where the value is TOML or plain text.
 
     Raises:
-      UserError: the file cannot be read, a key is not known, missing, of another type or out of its range.
+      UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
     """
     presets = {preset.stem: preset for preset in PRESETS.glob("*.toml")}
     path = pathlib.Path(presets.get(str(path), path))
     if not (path.suffix or path.exists()):
-        raise UserError(f"there is no preset {path} and no such file: there are {', '.join(sorted(presets))}")
+        raise UserError(f"{path} is neither a preset nor a file: the presets are {', '.join(sorted(presets))}")
     name = f"the recipe {path.stem if path in presets.values() else path}"
     data = _read(path, name)
     for setting in settings:
         key, equals, value = setting.partition("=")
-        part, dot, key = key.partition(".")
-        if not (equals and dot and isinstance(data.setdefault(part, {}), dict)):
-            raise UserError(f"--set {setting!r} is not of the form part.key=value")
+        section, dot, key = key.partition(".")
+        if not (equals and dot and isinstance(data.setdefault(section, {}), dict)):
+            raise UserError(f"--set {setting!r} is not of the form section.key=value")
         if not _is_text(setting):
             raise UserError(f"--set {setting!r} is not valid UTF-8")
-        data[part][key] = _value(value)
+        data[section][key] = _value(value)
     return validated(Recipe, data, name)
 
 
@@ -172,18 +179,18 @@ def _read(path: pathlib.Path, name: str) -> dict[str, Any]:
     if path.suffix == ".json":
         data = parse_json(content, name)
         if not isinstance(data, dict):
-            raise UserError(f"{name} holds a {type(data).__name__}, expected an object")
+            raise UserError(f"{name} contains a {type(data).__name__}, expected a JSON object")
         return data
     try:
         return tomllib.loads(content.decode())
     except RecursionError:
         raise UserError(f"{name} is malformed: it is nested too deeply") from None
-    except ValueError as error:  # of malformed TOML, of bytes that are not UTF-8, and of too many digits
+    except ValueError as error:  # malformed TOML, bytes that are not UTF-8, or integers with too many digits
         raise UserError(f"{name} is malformed: {error}") from None
 
 
 def _is_text(text: str) -> bool:
-    """Not so of an argument that was no UTF-8: Python has lone surrogates for its bytes."""
+    """False for a command line argument that is not valid UTF-8, which Python decodes to lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -199,11 +206,11 @@ def _value(text: str) -> Any:
 
 
 def checked(recipe: Recipe, where: str = "the recipe") -> Recipe:
-    """``recipe``, which nothing may have read from a file, if all its values are allowed; UserError otherwise."""
+    """Validates a recipe that may have been built in Python; raises UserError if a value is not allowed."""
     return validated(Recipe, dataclasses.asdict(recipe), where)
 
 
-# What a run that goes on may do otherwise. Of the files that these name the contents must be the same.
+# Settings that may change when a run is resumed. The contents of the files that they name must stay the same.
 FREE = (
     "run.folder",
     "run.save_every",
@@ -223,12 +230,12 @@ FREE = (
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What a run that goes on would do otherwise than it began, as text; recipes as ``dataclasses.asdict`` has them."""
+    """Settings that differ between two recipes and may not change on resume, as text; see ``dataclasses.asdict``."""
     before, after = (
-        {f"{part}.{key}": x for part in recipe for key, x in recipe[part].items()} for recipe in (old, new)
+        {f"{section}.{key}": x for section in recipe for key, x in recipe[section].items()} for recipe in (old, new)
     )
     return [
-        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
         for key in {**before, **after}
         if key not in FREE and before.get(key) != after.get(key)
     ]

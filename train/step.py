@@ -1,7 +1,7 @@
-"""One optimizer step: gradients of a batch, in parts if asked, and AdamW on the trained parameters.
+"""One optimizer step: gradients of a batch, optionally accumulated over microbatches, and the parameter update.
 
-Trained parameters are float32 masters, cast to the compute dtype in the step; frozen ones are kept in that dtype and
-get no gradient at all.
+Trained parameters are float32 master weights, cast to the compute dtype inside the step. Frozen parameters are stored
+in the compute dtype and have no gradients.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from pdrop_jax.model.placement import constrain_params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """What a step changes, and the parameters that it does not.
+    """Training state: parameters, optimizer state and step count.
 
     Attributes:
-      step: () int32, steps taken, skipped ones too.
-      trained: float32 parameters.
-      frozen: the rest, in the compute dtype.
-      optimizer: optax's state.
+      step: () int32, number of steps taken, including skipped steps.
+      trained: trained parameters, float32.
+      frozen: frozen parameters, in the compute dtype.
+      optimizer: optax optimizer state.
     """
 
     step: jax.Array
@@ -43,15 +43,15 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Metrics:
-    """Scalars of a step.
+    """Scalar metrics of a step.
 
     Attributes:
       loss: mean cross-entropy over the targets, float32.
-      grad_norm: before clipping, float32.
-      targets: int32.
-      tokens: valid slots of the batch, images included, int32.
-      skipped: steps so far whose gradient was not finite, int32.
-      skipped_in_row: those of them that were the last steps, one after the other, int32.
+      grad_norm: global gradient norm before clipping, float32.
+      targets: number of target tokens, int32.
+      tokens: number of valid slots of the batch, including image tokens, int32.
+      skipped: number of steps so far that were skipped for a non-finite gradient, int32.
+      skipped_in_row: number of consecutive skipped steps up to this one, int32.
     """
 
     loss: jax.Array
@@ -63,7 +63,7 @@ class Metrics:
 
 
 def split(config: LlavaConfig, params: Params, groups: Collection[str]) -> tuple[Params, Params]:
-    """(trained parameters of ``groups``, the others), each the whole tree with None in place of what it lacks."""
+    """Splits parameters into (trained, frozen). Both are full trees, with None for the leaves of the other one."""
 
     def is_trained(path: tuple) -> bool:
         spec = spec_of(config, path_name(path))
@@ -75,33 +75,33 @@ def split(config: LlavaConfig, params: Params, groups: Collection[str]) -> tuple
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The whole tree again."""
+    """Merges the two trees of ``split``."""
     return jax.tree.map(lambda x, y: y if x is None else x, trained, frozen, is_leaf=lambda x: x is None)
 
 
 def init_state(
     config: LlavaConfig, params: Params, groups: Collection[str], optimizer: optax.GradientTransformation, dtype: Any
 ) -> TrainState:
-    """The state before the first step.
+    """Training state before the first step.
 
     Args:
-      params: the whole tree, of any float dtype.
-      groups: what is trained, of "vision", "projector", "llm" and "lora".
-      dtype: of the computation.
+      params: all parameters, of any float dtype.
+      groups: trained parameter groups, out of "vision", "projector", "llm" and "lora".
+      dtype: compute dtype.
     """
     trained, frozen = split(config, params, groups)
     trained = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), trained)
     frozen = jax.tree.map(lambda x: jnp.asarray(x, dtype), frozen)
-    return TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained))
+    return TrainState(step=jnp.int32(0), trained=trained, frozen=frozen, optimizer=optimizer.init(trained))
 
 
 def changing(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint has to hold of a state."""
+    """The part of a state that training changes, which a checkpoint has to store."""
     return {"trained": state.trained, "optimizer": state.optimizer}
 
 
 def not_finite(tree: Any) -> list[str]:
-    """The dotted names of the arrays that hold NaN or infinity. They are looked through where they are."""
+    """Dotted names of the arrays that contain NaN or infinity. The check runs on the devices."""
     names = {path_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
     return [name for name, finite in jax.device_get(_all_finite(names)).items() if not finite]
 
@@ -127,39 +127,49 @@ def train_step(
     remat: Remat = "full",
     implementation: Implementation = "auto",
 ) -> tuple[TrainState, Metrics]:
-    """One step. Consumes ``state``; compiles once for each bucket and number of query rows.
+    """Runs one optimizer step. Donates ``state``; compiles once for each bucket and number of query rows.
 
-    The loss is the mean over all targets of the batch, however it is cut, so the parts change nothing but memory.
+    The loss is the mean over all targets of the batch, so the number of microbatches affects only memory, not the loss.
 
     Args:
       batch: B rows with labels.
-      grad_accum_steps: parts that the rows are cut into, one after the other; a divisor of B.
+      dtype: compute dtype.
+      grad_accum_steps: number of microbatches; must divide B.
+
+    Returns:
+      The new state, and the metrics of the step.
     """
     targets = count_targets(jnp.asarray(batch.labels))
 
-    def loss_of_part(trained: Params, part: Batch) -> jax.Array:
+    def microbatch_loss(trained: Params, part: Batch) -> jax.Array:
         params = join(jax.tree.map(lambda x: x.astype(dtype), trained), state.frozen)
         total, _ = compute_loss(config, params, part, implementation=implementation, remat=remat)
         return total / jnp.maximum(targets, 1)
 
-    def add_part(carry: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_of_part)(state.trained, part)), None
+    def add_microbatch(carry: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(microbatch_loss)(state.trained, part)), None
 
     if grad_accum_steps == 1:
-        loss, gradient = jax.value_and_grad(loss_of_part)(state.trained, batch)
+        loss, gradient = jax.value_and_grad(microbatch_loss)(state.trained, batch)
     else:
-        # Every part takes rows of all devices: part i is rows i, i + grad_accum_steps, …
-        # The rows of a part are counted: -1 would be ambiguous for arrays without elements, the crops of a batch
-        # without pictures.
+        # Microbatch i has rows i, i + grad_accum_steps, …, so that every microbatch has rows of all devices.
+        # Its number of rows is computed, because -1 would be ambiguous for empty arrays (the crops of a batch without
+        # images).
         rows = batch.length.shape[0] // grad_accum_steps
         parts = jax.tree.map(lambda x: x.reshape(rows, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
-        (loss, gradient), _ = jax.lax.scan(add_part, zero, parts)
+        (loss, gradient), _ = jax.lax.scan(add_microbatch, zero, parts)
     updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     tokens = jnp.asarray(batch.length).sum()
-    skipped = moments.total_notfinite, moments.notfinite_count
-    metrics = Metrics(loss, optax.tree.norm(gradient), targets, tokens, *skipped)
-    # Where it was: what lay elsewhere would make the next step compile again.
+    metrics = Metrics(
+        loss=loss,
+        grad_norm=optax.tree.norm(gradient),
+        targets=targets,
+        tokens=tokens,
+        skipped=moments.total_notfinite,
+        skipped_in_row=moments.notfinite_count,
+    )
+    # Keep the sharding of the state: a different sharding would make the next step recompile.
     trained, moments = constrain_params(config, (trained, moments))
-    return TrainState(state.step + 1, trained, state.frozen, moments), metrics
+    return TrainState(step=state.step + 1, trained=trained, frozen=state.frozen, optimizer=moments), metrics

@@ -135,8 +135,7 @@ def _generate(model: Model, cases: list[Case]) -> Generation:
     batch = model.processor(
         [case.turns for case in filled], [case.picture for case in filled], max_new_tokens=NEW_TOKENS
     )
-    greedy = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True)
-    return generate_batch(model, batch, max_new_tokens=NEW_TOKENS, sampling=greedy)
+    return generate_batch(model, batch, Sampling(NEW_TOKENS))
 
 
 def table(models: Mapping[str, list[Accuracy]], above: Iterable[list[str]] = ()) -> str:

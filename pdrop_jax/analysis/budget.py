@@ -1,4 +1,4 @@
-"""A drop schedule for a budget of tokens, MACs or cache bytes."""
+"""Find a drop schedule for a budget of image tokens, MACs or KV cache bytes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,9 +8,9 @@ from pdrop_jax.config import TextConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
-# Where ``schedule_for_budget`` may drop, as shares of the depth; the earlier, the smaller a budget can be had.
+# Candidate drop layers as fractions of the depth. Earlier drops can meet smaller budgets.
 DEPTHS = ((1 / 4, 1 / 2, 3 / 4), (1 / 16, 1 / 4, 1 / 2), (1 / 16, 1 / 8, 3 / 16, 1 / 4))
-GENTLE = 0.25  # a drop that leaves less of what it finds is the last resort
+GENTLE = 0.25  # a drop that keeps a smaller share of its input is the last resort
 
 
 def schedule_for_budget(
@@ -23,24 +23,27 @@ def schedule_for_budget(
     image_tokens: int = 576,
     itemsize: int = 2,
 ) -> DropSchedule:
-    """The gentlest geometric schedule within one budget, all of which count one image of ``image_tokens``.
+    """Finds the geometric schedule with the largest ratio whose cost stays within one budget.
+
+    The budgets count a prompt with one image of ``image_tokens`` tokens.
 
     Args:
-      text: of the model, ``config.text``; LLaVA-1.5-7B's if none is given.
-      average_tokens: image tokens that a layer sees, averaged over layers.
-      macs: of the language model for the image tokens, by the paper's formula (section 3.3).
-      cache_bytes: keys and values of the image tokens.
-      layers: where to drop. None takes the latest of three choices that the budget allows without any drop leaving
-        less than a quarter of what it finds, or else the gentlest.
-      itemsize: bytes of a number in the cache.
+      text: config of the language model, ``config.text``; LLaVA-1.5-7B by default.
+      average_tokens: image tokens per layer, averaged over layers.
+      macs: MACs of the language model for the image tokens, by the paper's formula (section 3.3).
+      cache_bytes: KV cache size of the image tokens.
+      layers: drop after these many layers. None tries three sets of layers and takes the latest one that meets the
+        budget while every drop keeps at least a quarter of the image tokens; if there is none, the one with the largest
+        ratio.
+      itemsize: bytes per element of the KV cache.
 
     Raises:
-      UserError: not one budget, or one that no ratio meets; it says what dropping everything leaves.
+      UserError: not exactly one budget is given, or no ratio meets it; the message states the smallest possible cost.
     """
     budgets = {"average tokens": average_tokens, "MACs": macs, "cache bytes": cache_bytes}
     given = {name: budget for name, budget in budgets.items() if budget is not None}
     if len(given) != 1:
-        raise UserError(f"a schedule is for one budget, of average tokens, MACs or cache bytes: got {len(given)}")
+        raise UserError(f"give exactly one budget, of average tokens, MACs or cache bytes: got {len(given)}")
     ((name, budget),) = given.items()
 
     def cost(schedule: DropSchedule) -> float:
@@ -63,16 +66,16 @@ def schedule_for_budget(
     if not possible:
         floor = min(cost(DropSchedule.geometric(choice, 0.0)) for choice in choices)
         raise UserError(
-            f"a budget of {budget:,.10g} {name} cannot be had with drops after layers {list(choices[-1])}: "
-            f"dropping everything there leaves {floor:,.10g}; drop earlier or allow more"
+            f"a budget of {budget:,.10g} {name} cannot be met with drops after layers {list(choices[-1])}: "
+            f"dropping all image tokens there still costs {floor:,.10g}; drop earlier or raise the budget"
         )
     gentle = [each for each in possible if each[1] >= GENTLE]
     return DropSchedule.geometric(*(gentle[0] if gentle else max(possible, key=lambda each: each[1])))
 
 
 def _largest(fits: Callable[[float], bool]) -> float | None:
-    """The largest ratio in thousandths that ``fits``, which larger ones do not."""
-    low, high = 0, 1000  # fits(low) if any does, fits(high) does not
+    """Largest ratio, in steps of 0.001, for which ``fits`` holds; None if there is none. Larger ratios cost more."""
+    low, high = 0, 1000  # invariant: fits(low), not fits(high)
     if not fits(0.0):
         return None
     while high - low > 1:

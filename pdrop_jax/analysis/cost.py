@@ -1,4 +1,4 @@
-"""What a prompt costs: multiply-accumulates (MACs) by part, tokens, cache. Pure Python."""
+"""Cost of a prompt: multiply-accumulates (MACs) by component, image tokens and KV cache size. Pure Python."""
 
 import dataclasses
 from collections.abc import Collection
@@ -7,20 +7,20 @@ from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.schedule import DropSchedule
 
-# Query rows that a score asks of the next layer: all of the text, one, or, for those that are not named, none. What a
-# score of the user's costs is not known.
+# Built-in scores that compute attention of one query row in the next layer. "all_text" does so for every text token,
+# and the other built-in scores for none. The cost of user-defined scores is unknown and not counted.
 ONE_ROW = ("pyramiddrop", "fastv", "feather", "last_text")
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillMacs:
-    """MACs of one prompt's prefill, by part."""
+    """MACs of the prefill of one prompt, by component."""
 
     vision: int
     projector: int
-    decoder: int  # layers, text and image tokens
+    decoder: int  # all decoder layers, text and image tokens
     ranking: int
-    head: int  # the last token only
+    head: int  # logits of the last token only
 
     @property
     def total(self) -> int:
@@ -28,19 +28,19 @@ class PrefillMacs:
 
     @property
     def language(self) -> int:
-        """Without the vision tower and the projector, which no drop changes."""
+        """MACs without the vision tower and the projector, which dropping tokens does not change."""
         return self.decoder + self.ranking + self.head
 
 
 def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
-    """MACs of a prompt that fills ``bucket``. Attention counts full squares, as the paper does."""
+    """MACs of a prompt that fills ``bucket``. Attention is counted without the causal mask, as in the paper."""
     text, vision = config.text, config.vision
     D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
     plan = config.schedule.plan(text.num_layers, bucket)
     decoder = sum(stage.num_layers * _layer(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan)
     score = config.schedule.score
     rows = bucket.text if score == "all_text" else 1
-    # Keys of all tokens, the queries, their products.
+    # Key projections of all tokens, query projections, and their dot products.
     ranking = sum(stage.slots * D * K * H + rows * (D * N * H + stage.slots * N * H) for stage in plan[:-1])
     if not bucket.images or score not in (*ONE_ROW, "all_text"):
         ranking = 0
@@ -50,22 +50,28 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     tower = config.vision_layers * _layer(tokens, V, VN, VN, VH, 2 * V * vision.intermediate_size)
     tower += vision.num_patches * 3 * P**2 * V
     projector = (config.image_tokens + config.frame_tokens) * (V * D + (config.projector_layers - 1) * D**2)
-    return PrefillMacs(bucket.crops * tower, bucket.crops * projector, decoder, ranking, D * text.vocab_size)
+    return PrefillMacs(
+        vision=bucket.crops * tower,
+        projector=bucket.crops * projector,
+        decoder=decoder,
+        ranking=ranking,
+        head=D * text.vocab_size,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a prompt of ``text_tokens`` and one image costs.
+    """Cost of a prompt with ``text_tokens`` text tokens and at most one image.
 
     Attributes:
-      image_tokens: of each stage.
-      average_tokens: image tokens that a layer sees, averaged over layers.
-      paper_macs: see ``paper_macs``.
-      prefill: all MACs, attention as full squares.
-      text_macs: those of the decoder that the text alone would cost.
-      causal_macs: those of the prefill that a causal attention need not do: queries with keys behind them.
-      image_cache_bytes: keys and values of the image tokens.
-      cache_bytes: of all tokens.
+      image_tokens: image tokens in each stage.
+      average_tokens: image tokens per layer, averaged over layers.
+      paper_macs: see the function ``paper_macs``.
+      prefill: all MACs, with attention counted without the causal mask.
+      text_macs: decoder MACs of a prompt with the same text and no image.
+      causal_macs: MACs of the prefill that causal attention can skip, for keys that come after their query.
+      image_cache_bytes: size of the KV cache of the image tokens.
+      cache_bytes: size of the KV cache of all prompt tokens.
     """
 
     schedule: DropSchedule
@@ -81,39 +87,39 @@ class Cost:
 
 
 def cost_of(config: LlavaConfig, bucket: Bucket, itemsize: int = 2) -> Cost:
-    """The cost of a prompt that fills ``bucket``, which has one image or none.
+    """Cost of a prompt that fills ``bucket``, which has at most one image.
 
     Args:
-      itemsize: bytes of a number in the cache.
+      itemsize: bytes per element of the KV cache.
     """
     text, schedule, image_tokens = config.text, config.schedule, sum(bucket.images)
     plan = schedule.plan(text.num_layers, bucket)
-    images, in_cache = layer_tokens(text, schedule, image_tokens), token_bytes(text, itemsize)
-    alone = dataclasses.replace(config, schedule=DropSchedule.none())
-    behind = sum(stage.num_layers * stage.slots * (stage.slots - 1) for stage in plan)
+    images, bytes_per_token = layer_tokens(text, schedule, image_tokens), token_bytes(text, itemsize)
+    dense = dataclasses.replace(config, schedule=DropSchedule.none())
+    masked_pairs = sum(stage.num_layers * stage.slots * (stage.slots - 1) for stage in plan)
     return Cost(
-        schedule,
-        bucket.text,
-        tuple(stage.slots - bucket.text for stage in plan),
-        images / text.num_layers,
-        paper_macs(text, schedule, image_tokens),
-        prefill_macs(config, bucket),
-        prefill_macs(alone, Bucket(bucket.text)).decoder,
-        behind * text.num_heads * text.head_dim,
-        images * in_cache,
-        (images + bucket.text * text.num_layers) * in_cache,
+        schedule=schedule,
+        text_tokens=bucket.text,
+        image_tokens=tuple(stage.slots - bucket.text for stage in plan),
+        average_tokens=images / text.num_layers,
+        paper_macs=paper_macs(text, schedule, image_tokens),
+        prefill=prefill_macs(config, bucket),
+        text_macs=prefill_macs(dense, Bucket(bucket.text)).decoder,
+        causal_macs=masked_pairs * text.num_heads * text.head_dim,
+        image_cache_bytes=images * bytes_per_token,
+        cache_bytes=(images + bucket.text * text.num_layers) * bytes_per_token,
     )
 
 
 def training_macs(config: LlavaConfig, bucket: Bucket, targets: float, trained: Collection[str]) -> float:
-    """MACs of one row of a training step that fills ``bucket``, what remat computes again not counted.
+    """MACs of one row of a training step that fills ``bucket``, without recomputation by remat.
 
-    A backward pass costs what the forward pass did for the gradient to go through, and as much again for the gradient
-    of weights; it ends at the first part that is trained.
+    The backward pass costs as much as the forward pass for the gradient of the activations, and as much again for the
+    gradient of the weights. It stops at the first trained component.
 
     Args:
-      targets: positions whose logits are made.
-      trained: of "vision", "projector", "llm" and "lora".
+      targets: positions whose logits are computed.
+      trained: trained parameter groups, out of "vision", "projector", "llm" and "lora".
     """
     forward = prefill_macs(config, bucket)
     decoder = 3 if "llm" in trained else 2
@@ -127,7 +133,7 @@ def training_macs(config: LlavaConfig, bucket: Bucket, targets: float, trained: 
 
 
 def decode_macs(config: LlavaConfig, bucket: Bucket) -> int:
-    """MACs of the first new token behind a prompt that fills ``bucket``."""
+    """MACs of decoding the first new token after a prompt that fills ``bucket``."""
     text = config.text
     D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
     weights = 2 * D * N * H + 2 * D * K * H + 3 * D * text.intermediate_size
@@ -136,15 +142,15 @@ def decode_macs(config: LlavaConfig, bucket: Bucket) -> int:
 
 
 def _layer(n: int, D: int, N: int, K: int, H: int, mlp: int) -> int:
-    """A transformer layer on n tokens, its MLP having ``mlp`` weights."""
+    """MACs of a transformer layer on n tokens, with ``mlp`` weights in its MLP."""
     return n * (2 * D * N * H + 2 * D * K * H + mlp) + 2 * n * n * N * H
 
 
 def paper_macs(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
     """The paper's cost of the language model (section 3.3): sum over stages of L_s * (4 n D^2 + 2 n^2 D + 3 n D F).
 
-    Multiply-accumulates of the image tokens only: no text, vision tower, projector, head or ranking, full attention
-    squares, query heads as many as key-value heads, n = tokens * ratio as it comes, not truncated.
+    It counts MACs of the image tokens only, without text, vision tower, projector, head and ranking. It assumes
+    attention without a causal mask, as many KV heads as query heads, and n = tokens * ratio, not truncated.
     """
     D, F = text.hidden_size, text.intermediate_size
     stages = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
@@ -153,11 +159,11 @@ def paper_macs(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> f
 
 
 def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> int:
-    """Image tokens that the layers see, added up."""
+    """Image tokens per layer, summed over all layers."""
     plan = schedule.plan(text.num_layers, Bucket(0, (image_tokens,)))
     return sum(stage.num_layers * stage.slots for stage in plan)
 
 
 def token_bytes(text: TextConfig, itemsize: int) -> int:
-    """Key and value of one token in one layer, of numbers of ``itemsize`` bytes."""
+    """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element."""
     return 2 * text.num_kv_heads * text.head_dim * itemsize

@@ -1,4 +1,4 @@
-"""Pictures of what stays, each image once a stage, the dropped patches dimmed, and of the scores. Pillow only."""
+"""Figures of the patches kept at each stage, with dropped patches dimmed, and of the scores. Needs only Pillow."""
 
 import io
 import os
@@ -15,23 +15,23 @@ from pdrop_jax.inputs.images import Picture, open_image
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.io import check_output, write_file
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # endings that are written
-LONG_EDGE = 336  # pixels; a smaller image is enlarged by a whole factor
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # supported file name endings
+LONG_EDGE = 336  # pixels; smaller images are enlarged by an integer factor
 GAP = 8  # pixels between the panels
-TEXT = 14  # height of a label's letters, pixels
-DIM = 0.2  # what is left of a dropped patch's brightness
+TEXT = 14  # font size of captions, pixels
+DIM = 0.2  # brightness of a dropped patch, relative
 HOT = (255, 0, 0)  # colour of the largest score
 
 
-Panel = tuple[Callable[[Image.Image], Image.Image], str]  # what is drawn over the image, and the caption below
+Panel = tuple[Callable[[Image.Image], Image.Image], str]  # a function that paints over the image, and the caption below
 
 
 def kept_picture(image: Image.Image, kept: Sequence[Sequence[int]], grid: int | tuple[int, int]) -> Image.Image:
-    """``image`` as every stage sees it, side by side: whole first, then with what each drop leaves.
+    """``image`` as each stage sees it, side by side: first with all tokens, then with those kept by each drop.
 
     Args:
-      image: what the tokens cover, edge to edge; see ``as_seen``.
-      kept: for each stage boundary the tokens that stay, row by row from the top left.
+      image: the area that the tokens cover, edge to edge; see ``as_seen``.
+      kept: for each stage boundary the kept tokens, numbered row by row from the top left.
       grid: tokens a side, or (rows, columns).
 
     Raises:
@@ -57,7 +57,7 @@ def _band(image: Image.Image, panels: Sequence[Panel]) -> Image.Image:
 
 
 def _mask(tokens: Sequence[int], rows: int, columns: int) -> np.ndarray:
-    """(rows, columns) bool, True where a token is left."""
+    """(rows, columns) bool, True where a token is kept."""
     index = np.array(list(tokens), int)
     if len(index) and not 0 <= index.min() <= index.max() < rows * columns:
         raise UserError(f"token {index.max()} lies outside a grid of {rows}x{columns} tokens")
@@ -67,10 +67,10 @@ def _mask(tokens: Sequence[int], rows: int, columns: int) -> np.ndarray:
 
 
 def _dimmed(stages: Sequence[tuple[np.ndarray, int]]) -> list[Panel]:
-    """A panel for each stage, from what is left at it, as a mask (rows, columns), and of how many tokens."""
+    """A panel for each stage, from the mask (rows, columns) of kept patches and the number of kept tokens."""
 
     def panel(mask: np.ndarray) -> Callable[[Image.Image], Image.Image]:
-        # A grey base keeps a dark patch that stays apart from a dark patch that was dropped.
+        # The grey base distinguishes dark patches that were kept from dark patches that were dropped.
         return lambda image: _blend(image, np.where(mask, 1.0, DIM), np.full(3, 160))
 
     whole = stages[0][1]
@@ -78,7 +78,7 @@ def _dimmed(stages: Sequence[tuple[np.ndarray, int]]) -> list[Panel]:
 
 
 def _heated(heats: Sequence[np.ndarray]) -> list[Panel]:
-    """A panel for each boundary, from the score of each patch (rows, columns), NaN where there is no token any more."""
+    """A panel for each boundary, from the score of each patch (rows, columns), NaN where no token is left."""
 
     def panel(heat: np.ndarray) -> Callable[[Image.Image], Image.Image]:
         here = ~np.isnan(heat)
@@ -93,7 +93,7 @@ def _heated(heats: Sequence[np.ndarray]) -> list[Panel]:
 def _blend(image: Image.Image, light: np.ndarray, base: np.ndarray) -> Image.Image:
     """``image`` over ``base``, a colour or one of each patch, with the share ``light`` (rows, columns) of its own."""
     rows, columns = light.shape
-    y = np.arange(image.height) * rows // image.height  # the patch of each line of pixels
+    y = np.arange(image.height) * rows // image.height  # the patch of each pixel row
     x = np.arange(image.width) * columns // image.width
     share = light[y][:, x][..., None]
     base = base if base.ndim == 1 else base[y][:, x]
@@ -103,13 +103,13 @@ def _blend(image: Image.Image, light: np.ndarray, base: np.ndarray) -> Image.Ima
 def answer_picture(
     pictures: Sequence[Picture], kept: Sequence[Sequence[Sequence[int]]], processor: Processor
 ) -> Image.Image:
-    """What stayed of every picture of one answer, a row for each picture; where it is tiled one more for its tiles.
+    """The kept patches of every image of one answer: a row for each image, and another for its tiles if it is tiled.
 
     Args:
       kept: [stage boundary][image] -> tokens, a row of ``Generation.kept``.
 
     Raises:
-      UserError: there is no picture.
+      UserError: there is no image.
     """
 
     def panels(number: int, cells: Cells, image: ImageTokens) -> list[Panel]:
@@ -122,13 +122,13 @@ def answer_picture(
 def score_picture(
     pictures: Sequence[Picture], scores: Sequence[Sequence[np.ndarray]], processor: Processor
 ) -> Image.Image:
-    """Heat maps of what each drop went by, laid out as in ``answer_picture``; red is the largest of the image.
+    """Heat maps of the scores behind each drop, laid out as in ``answer_picture``; red is the largest of the image.
 
     Args:
       scores: [stage boundary][image] -> (n,), a row of ``Generation.scores``.
 
     Raises:
-      UserError: there is no picture, or nothing was dropped.
+      UserError: there is no image, or nothing was dropped.
     """
     if not scores:
         raise UserError("there are no scores to draw: nothing is dropped by this schedule")
@@ -162,7 +162,7 @@ def _rows(
 
 
 def _panels(picture: Image.Image, image: ImageTokens, config: LlavaConfig) -> list[tuple[int, int, int]]:
-    """What is drawn of an image, as first crop and rows and columns of crops: its whole, and its tiles."""
+    """(first crop, rows, columns) of the parts of an image that are drawn: the whole image, and its tiles."""
     if config.tiling is None or len(image.crops) == 1:
         return [(0, 1, 1)]
     return [(0, 1, 1), (1, *grid_shape((picture.height, picture.width), config.tiling, config.vision.image_size))]
@@ -187,14 +187,14 @@ def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: Llava
 
 
 def _covered(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], tokens: np.ndarray) -> tuple[np.ndarray, int]:
-    """Mask of the patches that ``tokens`` cover, and how many of them cover any."""
+    """The mask of the patches that ``tokens`` cover, and the number of tokens that cover any."""
     mask = np.zeros(grid, bool)
     mask.flat[cell[tokens][here[tokens]]] = True
     return mask, int(here[tokens].any(1).sum())
 
 
 def _hottest(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], scores: np.ndarray) -> np.ndarray:
-    """Of each patch the largest of the scores (n,) of tokens on it; NaN if there is none."""
+    """For each patch the largest score of the tokens on it, from scores (n,); NaN if there is none."""
     heat = np.full(grid, np.nan, np.float32)
     tokens, taps = np.nonzero(here)
     np.fmax.at(heat.reshape(-1), cell[tokens, taps], scores[tokens])
@@ -202,7 +202,7 @@ def _hottest(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], scores: 
 
 
 def as_seen(crops: np.ndarray, processor: Processor) -> Image.Image:
-    """Crops (rows, columns, h, w, 3) that the vision tower takes as one picture again: what their tokens cover."""
+    """Joins normalised crops (rows, columns, h, w, 3) into the image that their tokens cover."""
     settings = processor.image_processor
     if settings.do_normalize:
         crops = crops * np.array(settings.image_std) + np.array(settings.image_mean)
@@ -216,16 +216,16 @@ def save_picture(image: Image.Image, path: str | os.PathLike, overwrite: bool = 
     """Writes ``image`` in the format that the name ends in, one of ``PICTURES``.
 
     Args:
-      overwrite: replace a file that is there.
+      overwrite: replace an existing file.
 
     Raises:
-      UserError: another ending, or the file may not be written, see ``io.check_output``.
-      OSError: the disk is full or may not be written.
+      UserError: unsupported ending, or the file must not be written, see ``io.check_output``.
+      OSError: the disk is full or read-only.
     """
     target = check_output(path, overwrite=overwrite, endings=PICTURES)
-    data = io.BytesIO()  # written to the disk as a whole: what encoders raise on a full disk differs
+    data = io.BytesIO()  # written in one piece, since encoders raise different errors on a full disk
     try:
         image.save(data, Image.registered_extensions()[pathlib.Path(path).suffix.lower()])
-    except (ValueError, OSError) as error:  # a WebP may have 16,383 pixels a side, a JPEG 65,500
+    except (ValueError, OSError) as error:  # a side is at most 16,383 pixels in WebP, 65,500 in JPEG
         raise UserError(f"{path}: {image.width}x{image.height} pixels cannot be written: {error}; use .png") from None
     write_file(target, data.getvalue(), overwrite)

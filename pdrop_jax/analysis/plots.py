@@ -1,4 +1,4 @@
-"""Charts of costs and studies, by matplotlib, which the extra ``plots`` installs."""
+"""Plots of costs and studies, drawn with matplotlib (the extra ``plots``)."""
 
 import importlib.util
 import io
@@ -17,7 +17,11 @@ PLOTS = (".png", ".svg", ".pdf")
 
 
 def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Sequence[Any]]:
-    """A figure of ``width`` x ``height`` inches and its axes, side by side; see ``check_matplotlib``."""
+    """A figure of ``width`` x ``height`` inches and its axes, side by side.
+
+    Raises:
+      UserError: see ``check_matplotlib``.
+    """
     check_matplotlib()
     from matplotlib.figure import Figure
 
@@ -32,7 +36,7 @@ def check_matplotlib() -> None:
 
 
 def cost_plot(costs: Sequence[Cost], num_layers: int) -> Any:
-    """Image tokens by layer, and MACs of the prefill by part; dense first, then with drops."""
+    """Image tokens of each layer, and prefill MACs of each part of the model; dense first, then with drops."""
     figure, (tokens, macs) = new_figure(9, 3.5, panels=2)
     for number, cost in enumerate(costs):
         name = "with drops" if cost.schedule.layers else "dense"
@@ -44,6 +48,7 @@ def cost_plot(costs: Sequence[Cost], num_layers: int) -> Any:
             macs.barh(number, size, left=left, color=f"C{colour}", label=None if number else part)
             left += size
     tokens.set(xlabel="layer", ylabel="image tokens", ylim=(0, None))
+    tokens.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     tokens.legend()
     macs.set(xlabel="MACs of the prefill, T")
     macs.set_yticks(range(len(costs)), ["with drops" if cost.schedule.layers else "dense" for cost in costs])
@@ -60,7 +65,7 @@ def save_plot(figure: Any, path: str | os.PathLike, overwrite: bool = False) -> 
 
 
 def study_plot(study: Study) -> Any:
-    """Answers changed by one drop, by layer and ratio; by each score and control; and by noise."""
+    """Answers changed by a single drop, by layer and ratio; by each score and control; and by noise."""
     figure, (drops, others) = new_figure(11, 4.2, panels=2)
     noise = study.group("noise")
     ratios = sorted({row.setting.schedule.ratios[0] for row in study.group("one drop")})
@@ -71,7 +76,8 @@ def study_plot(study: Study) -> Any:
     for number, row in enumerate(noise):
         style = (0, (1 + 2 * number, 2))
         drops.axhline(100 * row.flipped.value, color="grey", linestyle=style, label=row.setting.name)
-    drops.set(xlabel="one drop after so many layers", ylabel="answers changed, %", ylim=(0, None))
+    drops.set(xlabel="layers before the drop", ylabel="answers changed, %", ylim=(0, None))
+    drops.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     drops.legend(fontsize="small")
     rows = [*study.group("scores"), *study.group("controls"), *noise]
     values, errors = _bars([row.flipped for row in rows])
@@ -84,6 +90,6 @@ def study_plot(study: Study) -> Any:
 
 
 def _bars(means: Sequence[Mean]) -> tuple[list[float], list[list[float]]]:
-    """Percentages, and how far their intervals reach to both sides."""
+    """Percentages, and the lengths of their error bars below and above."""
     sides = [[mean.value - mean.low for mean in means], [mean.high - mean.value for mean in means]]
     return [100 * mean.value for mean in means], [[max(0.0, 100 * side) for side in each] for each in sides]

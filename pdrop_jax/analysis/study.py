@@ -1,12 +1,12 @@
-"""What dropping does to the answers of a model: the paper's redundancy study, other scores, controls, and noise.
+"""The effect of dropping on a model's answers: the paper's redundancy study, other scores, controls, and noise.
 
 Everything is compared with the dense model on the same questions:
 
-- one drop: at each layer, at each ratio (figure 1 of the paper);
-- scores: other ways to select_tokens, at the same numbers of tokens;
-- controls: the tokens that another question would keep, no image at all;
-- noise: what has nothing to do with dropping. The question in other words, the other number format, and the same again
-  in batches of another size. An effect that is no larger than these is none to speak of.
+- one drop: a single drop at each layer and ratio (figure 1 of the paper);
+- scores: other scoring functions, at the same numbers of tokens;
+- controls: the tokens that another question would keep, and no image at all;
+- noise: perturbations that have nothing to do with dropping: the question in other words, the other dtype, and another
+  batch size. An effect that is no larger than these is negligible.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from pdrop_jax.analysis.cost import layer_tokens, paper_macs
 from pdrop_jax.analysis.effects import Answers, Effect, Mean, beyond, effect_of, mean_of
 from pdrop_jax.batch import Batch
 from pdrop_jax.errors import UserError
-from pdrop_jax.eval.batching import check_batch_size, plan, read_batches
+from pdrop_jax.eval.batching import check_batch_size, plan_batches, read_batches
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate_batch
 from pdrop_jax.generation.pretrained import Model, reschedule
-from pdrop_jax.generation.sampling import make_sampling
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.scores import SCORES, find_score
 from pdrop_jax.schedule import DropSchedule
 
-ANSWER, REWORDED = "answer", "reworded"  # what a line of the question file may say besides LLaVA's fields
+ANSWER, REWORDED = "answer", "reworded"  # fields that a question file may have besides LLaVA's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Setting:
 
     Attributes:
       group: "one drop", "scores", "controls" or "noise".
-      name: within its group.
-      schedule: of the drops.
+      name: name within the group.
+      schedule: drop schedule.
     """
 
     group: str
@@ -51,16 +51,16 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class StudyRow:
-    """What a setting did.
+    """The results of a setting.
 
     Attributes:
-      average_tokens: image tokens that a layer sees of ``Study.image_tokens``, averaged over layers.
-      macs: of the language model for them, by the paper's formula.
-      flipped: share of answers that are not those of the dense model.
-      kl: nats, of the first new token's distribution from the dense model's.
-      right: share of answers that are the expected ones; None if the questions do not say.
-      beyond: kinds of noise that flipped answers are surely more than, and divergences likewise.
-      effect: question by question.
+      average_tokens: image tokens that a layer sees, out of ``Study.image_tokens``, averaged over layers.
+      macs: multiply-accumulates of the language model for them, by the paper's formula.
+      flipped: share of answers that differ from the dense model's.
+      kl: KL divergence in nats of the first new token's distribution from the dense model's.
+      right: share of expected answers; None if the questions do not have them.
+      beyond: kinds of noise that the flipped answers, and likewise the divergences, significantly exceed.
+      effect: the effect on each question.
     """
 
     setting: Setting
@@ -82,11 +82,11 @@ class StudyRow:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All settings on one model and one set of questions, whose ids are in the order of every effect.
+    """All settings on one model and one set of questions. Effects are in the order of ``ids``.
 
     Attributes:
-      image_tokens: of a question with pictures, on average.
-      right: share of the dense model's answers that are the expected ones; None if the questions do not say.
+      image_tokens: mean number of image tokens of a question with images.
+      right: share of expected answers of the dense model; None if the questions do not have them.
     """
 
     questions: int
@@ -120,21 +120,21 @@ def run_study(
     batch_size: int = 8,
     max_new_tokens: int = 16,
 ) -> Study:
-    """Asks all questions in every setting, greedily.
+    """Asks all questions in every setting, with greedy decoding.
 
-    The questions' fields may hold the expected ``answer`` and the same question ``reworded``. Without the latter in all
-    of them that kind of noise is left out.
+    The questions' fields may hold the expected ``answer`` and the same question ``reworded``. Unless all questions have
+    the latter, that kind of noise is left out.
 
     Args:
-      schedule: at which scores and controls are compared; None is the model's own.
-      layers: of the single drops, which go by pyramiddrop's score; None is all.
-      ratios: of the single drops.
-      scores: names in ``model.scores``; None is all that can rank in this schedule.
+      schedule: schedule at which scores and controls are compared; None is the model's own.
+      layers: layers of the single drops, which use the score "pyramiddrop"; None is all.
+      ratios: ratios of the single drops.
+      scores: names in ``model.scores``; None is all that work with this schedule.
 
     Raises:
-      UserError: nothing to compare at, a name of no score, and what ``answering.plan`` raises.
+      UserError: the schedule drops nothing, a score is unknown, or ``plan_batches`` raises it.
     """
-    check_batch_size(batch_size + 1)  # one of the noises has larger batches
+    check_batch_size(batch_size + 1)  # one kind of noise has larger batches
     config = model.config
     schedule = schedule or config.schedule
     if not schedule.layers:
@@ -152,12 +152,13 @@ def run_study(
     settings += [Setting("scores", name, dataclasses.replace(schedule, score=name)) for name in names]
     other = Setting("controls", "another question's tokens", dataclasses.replace(schedule, score="given"))
     settings += [other, Setting("controls", "no image", DropSchedule((0,), (0.0,), score="none"))]
-    for setting in settings:  # before the first answer: a schedule that does not fit, a score that is none
+    for setting in settings:  # fail before the first answer
         find_score(dataclasses.replace(config, schedule=setting.schedule))
 
     expected = _field(questions, ANSWER)
     clusters = [question.images[0] if question.images else question.id for question in questions]
-    asking = functools.partial(ask, questions=questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    asking = functools.partial(ask, questions=questions, batch_size=batch_size, sampling=sampling)
     whole = reschedule(model, DropSchedule.none())
     reference = asking(whole)
     noises = _noises(whole, questions, batch_size, asking)
@@ -203,7 +204,7 @@ def run_study(
 
 
 def possible_scores(model: Model, schedule: DropSchedule) -> list[str]:
-    """Names of the scores that can rank in this schedule by themselves."""
+    """Names of the scores that work with this schedule without further input."""
     found = []
     for name in SCORES:
         if name in ("none", "given"):
@@ -221,24 +222,23 @@ def ask(
     questions: Sequence[Question],
     *,
     batch_size: int,
-    max_new_tokens: int,
+    sampling: Sampling,
     given: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Answers:
-    """Greedy answers to all questions.
+    """Answers to all questions.
 
     Args:
       given: [question][image] -> (n,) scores of the image's tokens, for the score "given".
     """
-    size, sampling = len(questions), make_sampling(max_new_tokens, 0.0, 0, 1.0)
-    found: list[tuple[str, np.ndarray, Any, Any]] = [("", np.empty(0), (), ())] * size
-    groups = plan(model.processor, questions, batch_size, max_new_tokens)
+    found: list[tuple[str, np.ndarray, Any, Any]] = [("", np.empty(0), (), ())] * len(questions)
+    groups = plan_batches(model.processor, questions, batch_size, sampling.max_new_tokens)
     for group, batch in zip(groups, read_batches(model.processor, questions, groups, batch_size), strict=True):
         if given is not None:
             batch = _with_scores(batch, [given[number] for number in group.questions])
-        answer = generate_batch(model, batch, max_new_tokens=max_new_tokens, sampling=sampling)
+        answer = generate_batch(model, batch, sampling)
         first = np.asarray(jax.nn.log_softmax(answer.first_logits))
         rows = zip(answer.texts, first, answer.kept, answer.image_tokens, strict=True)
-        for number, row in zip(group.questions, rows, strict=False):  # a batch may be filled up
+        for number, row in zip(group.questions, rows, strict=False):  # a batch may be padded
             found[number] = row
     texts, log_probs, kept, image_tokens = map(list, zip(*found, strict=True))
     return Answers(texts, np.stack(log_probs), kept, image_tokens)
@@ -247,7 +247,7 @@ def ask(
 def _noises(
     model: Model, questions: Sequence[Question], batch_size: int, asking: Callable[..., Answers]
 ) -> Iterator[tuple[str, Answers]]:
-    """The dense ``model`` asked in ways that should not matter."""
+    """Answers of the dense ``model`` under perturbations that should not matter."""
     yield "nothing", asking(model, batch_size=batch_size + 1)
     dtype = jnp.bfloat16 if _dtype(model) == jnp.float32 else jnp.float32
     cast = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(dtype), model.params))
@@ -259,16 +259,16 @@ def _noises(
 
 
 def _field(questions: Sequence[Question], name: str) -> list[str] | None:
-    """What all questions say under ``name``; None if one of them does not."""
+    """The field ``name`` of every question; None if a question does not have it."""
     if not all(isinstance(question.fields.get(name), str) for question in questions):
         return None
     return [question.fields[name] for question in questions]
 
 
 def stays_for_another(answers: Answers, clusters: Sequence[object]) -> list[list[np.ndarray]]:
-    """[question][image] -> (n,) at how many drops each token stays for the next question that has as many tokens.
+    """[question][image] -> (n,) number of drops that each token survives for the next question with as many tokens.
 
-    Of the same picture if there is one. A question without such a neighbour is its own.
+    A question about the same image is preferred. A question without such a neighbour uses its own tokens.
     """
     count = len(answers.texts)
 
@@ -289,7 +289,7 @@ def stays_for_another(answers: Answers, clusters: Sequence[object]) -> list[list
 
 
 def _with_scores(batch: Batch, given: Sequence[Sequence[np.ndarray]]) -> Batch:
-    """``batch`` with the scores [row][image] at its image tokens; rows that fill it up have zeros."""
+    """``batch`` with the scores [row][image] at its image tokens; padding rows have zeros."""
     image_id = np.asarray(batch.image_id)
     scores = np.zeros(image_id.shape, np.float32)
     for row, images in enumerate(given):

@@ -1,4 +1,4 @@
-"""A study for people: as a table, and as one HTML file with charts and pictures that needs no network."""
+"""A study as a table, and as one self-contained HTML file with charts and images."""
 
 import base64
 import html
@@ -13,10 +13,12 @@ from pdrop_jax.analysis.study import Study, StudyRow
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import Model, reschedule
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
 GROUPS = ("one drop", "scores", "controls", "noise")
 PICTURED = 4  # questions in a report
+MIN_PICTURES = 10  # a bootstrap over fewer images says nothing about others
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-size: 14px } th, td { padding: .2rem .7rem; text-align: left }
@@ -25,8 +27,11 @@ tr:nth-child(even) { background: #f4f4f4 } img, svg { max-width: 100%; height: a
 
 
 def cells(study: Study, groups: Sequence[str] = GROUPS) -> list[list[str]]:
-    """A head and a row for each setting."""
-    head = ["", "tokens a layer", "answers changed", "KL, nats", "right", "surely more than"]
+    """A header and a row for each setting, in few characters so that the table fits a narrow screen.
+
+    "tokens" is the number of image tokens that a layer sees, averaged over layers; for "exceeds" see ``_beyond``.
+    """
+    head = ["", "tokens", "changed, %", "KL, nats", "right, %", "exceeds"]
     rows = [["dense", f"{study.image_tokens}", "", "", _share(study.right), ""]]
     for row in (row for group in groups for row in study.group(group)):
         rows.append(
@@ -34,7 +39,7 @@ def cells(study: Study, groups: Sequence[str] = GROUPS) -> list[list[str]]:
                 row.setting.name,
                 f"{row.average_tokens:.0f}",
                 _share(row.flipped),
-                f"{row.kl.value:.2g} ({row.kl.low:.2g} to {row.kl.high:.2g})",
+                f"{row.kl.value:.2g} ({row.kl.low:.2g}-{row.kl.high:.2g})",
                 _share(row.right),
                 _beyond(row),
             ]
@@ -42,8 +47,19 @@ def cells(study: Study, groups: Sequence[str] = GROUPS) -> list[list[str]]:
     return [head, *rows]
 
 
+def warning(study: Study) -> str:
+    """What to say of a study of few images; otherwise an empty string."""
+    if study.pictures >= MIN_PICTURES:
+        return ""
+    images = f"{study.pictures} image{'' if study.pictures == 1 else 's'}"
+    return (
+        f"The study has only {images}: its intervals, which come from resampling the images, mean nothing below "
+        f"{MIN_PICTURES}. Ask about more images."
+    )
+
+
 def table(study: Study) -> str:
-    """Markdown."""
+    """The study as a Markdown table."""
     head, *rows = cells(study)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
@@ -51,11 +67,11 @@ def table(study: Study) -> str:
 def _share(mean: Mean | None) -> str:
     if mean is None:
         return ""
-    return f"{100 * mean.value:.1f} % ({100 * mean.low:.1f} to {100 * mean.high:.1f})"
+    return f"{100 * mean.value:.1f} ({100 * mean.low:.1f}-{100 * mean.high:.1f})"
 
 
 def _beyond(row: StudyRow) -> str:
-    """Noise that the changed answers are surely more than; in brackets noise that the KL alone is."""
+    """Noise that the changed answers significantly exceed; in brackets noise that only the KL divergence exceeds."""
     flipped, kl = row.beyond["flipped"], row.beyond["kl"]
     return ", ".join([*flipped, *(f"({name})" for name in kl if name not in flipped)])
 
@@ -72,8 +88,10 @@ def report(study: Study, model: Model, questions: Sequence[Question]) -> str:
     parts = [
         "<h1>What dropping image tokens does to the answers</h1>",
         f"<p>{asked}; {about}. Every row is compared with the same model without drops, on the same questions. In "
-        "brackets are 95 % intervals, from resampling the pictures. <em>Surely more than</em> names the kinds of noise "
-        "that a row changes more answers than, and in brackets those that only its divergence is larger than.</p>",
+        "brackets are 95 % intervals, from resampling the images. <em>Tokens</em> are the image tokens that a layer "
+        "sees, averaged over layers. <em>Exceeds</em> names the kinds of noise that the changed answers significantly "
+        "exceed, and in brackets those that only the KL divergence exceeds.</p>",
+        f"<p><strong>{warning(study)}</strong></p>" if warning(study) else "",
         f"<figure>{_svg(study_plot(study))}</figure>",
     ]
     titles = {
@@ -103,8 +121,8 @@ def _html_table(rows: list[list[str]]) -> str:
 def _pictured(model: Model, schedule: DropSchedule, question: Question) -> str:
     dropping = reschedule(model, schedule)
     texts, pictures = [question.text], [list(question.images)]
-    dense = generate(reschedule(model, DropSchedule.none()), texts, pictures, max_new_tokens=16).texts[0]
-    answer = generate(dropping, texts, pictures, max_new_tokens=16)
+    dense = generate(reschedule(model, DropSchedule.none()), texts, pictures, Sampling(max_new_tokens=16)).texts[0]
+    answer = generate(dropping, texts, pictures, Sampling(max_new_tokens=16))
     kept = answer_picture(question.images, answer.kept[0], dropping.processor)
     scores = score_picture(question.images, answer.scores[0], dropping.processor)
     said = f"{question.text} Dense: {dense}. With drops: {answer.texts[0]}."

@@ -1,4 +1,4 @@
-"""Checksums of arrays: written beside them, compared when they are read again."""
+"""Checksums of arrays: written beside them, compared when they are read."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pdrop_jax.errors import UserError
 
-CHUNKS = 2**20, 2**14  # elements of an array on the host that are summed at a time, and of what is left of it
+CHUNKS = 2**20, 2**14  # elements of a host array that are summed at a time, and for the remainder
 
 Checksums = dict[str, int]
 Stored = dict[str, Annotated[int, Field(ge=0, lt=2**32)]]  # ``Checksums`` in a file
@@ -19,8 +19,8 @@ Stored = dict[str, Annotated[int, Field(ge=0, lt=2**32)]]  # ``Checksums`` in a 
 def checksums(arrays: Mapping[str, Any]) -> Checksums:
     """An unsigned 32-bit number for each array: the sum of its words, each times an odd number of its own, mod 2^32.
 
-    Any single changed word changes it, and so do words that change places. Computed where the arrays are: on one CPU in
-    chunks, compiled once for all shapes, elsewhere as they are cut over the devices.
+    Changing a single word changes it, and so does swapping two words. Computed where the arrays are: on one CPU in
+    chunks, compiled once for all shapes, elsewhere sharded as they are.
     """
     host = {name: _on_host(x) for name, x in arrays.items() if isinstance(x, np.ndarray) or _on_one_cpu(x)}
     device = {name: x for name, x in arrays.items() if name not in host}
@@ -29,13 +29,10 @@ def checksums(arrays: Mapping[str, Any]) -> Checksums:
 
 
 def verify(arrays: Mapping[str, Any], expected: Checksums, where: str) -> None:
-    """Raises UserError if ``arrays`` are not those that the checksums of ``where`` were taken of."""
+    """Raises UserError if ``arrays`` do not have the checksums ``expected``; ``where`` is for the message."""
     damaged = [name for name, value in checksums(arrays).items() if expected[name] != value]
     if damaged:
-        raise UserError(
-            f"{where} is damaged: {damaged[0]} is not the array that was written, its checksum is another; "
-            "copy or convert it again"
-        )
+        raise UserError(f"{where} is damaged: the checksum of {damaged[0]} does not match; copy or convert it again")
 
 
 def _on_one_cpu(x: jax.Array) -> bool:
@@ -44,7 +41,7 @@ def _on_one_cpu(x: jax.Array) -> bool:
 
 
 def _on_host(x: Any) -> int:
-    # A view of the data alone: jax keeps the one that it makes of an array, which then could not be donated.
+    # A view of the buffer: jax would keep a host copy with the array, which then could not be donated.
     flat = np.asarray(x if isinstance(x, np.ndarray) else x.addressable_data(0)).reshape(-1)
     total = start = 0
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -73,11 +70,11 @@ def _of_rows(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each row along the last axis (uint32): the sum of its words times 1, 3, 5, …, and that of its words."""
+    """For each row along the last axis (uint32): the sum of its words times 1, 3, 5, …, and the sum of its words."""
     if x.dtype != jnp.bool_:
         x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     words = x.astype(jnp.uint32)
     odd = 2 * jax.lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1) + 1
     zero = np.uint32(0)
-    # As one reduction of both XLA makes nothing of the size of x, and is 20 times as fast as with a sum for each.
+    # As one reduction of both, XLA needs no temporary of the size of x and is 20 times as fast as with two sums.
     return jax.lax.reduce((words * odd, words), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 1,))

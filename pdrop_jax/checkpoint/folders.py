@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the files that go along with a model."""
+"""Folders that appear complete or not at all, and the files that accompany a model."""
 
 import contextlib
 import os
@@ -31,16 +31,16 @@ COMPANIONS = TOKENIZER + PROCESSOR
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]:
-    """A folder to write into that gets its name ``folder`` at the end, or vanishes if anything is raised.
+    """A folder to write into that is renamed to ``folder`` at the end, or removed if anything is raised.
 
-    A killed process leaves ``folder`` + ".unfinished", which the next run removes. Of several processes the first one
-    makes and names it, and the others wait for that.
+    A killed process leaves ``folder`` + ".unfinished", which the next run removes. With several processes the first one
+    makes and renames it, and the others wait.
 
     Args:
-      nbytes: what is going to be written, about.
+      nbytes: approximate size of what is going to be written.
 
     Raises:
-      UserError: ``folder`` exists, or the disk has not ``nbytes`` to spare.
+      UserError: ``folder`` exists, or the disk has less than ``nbytes`` free.
     """
     folder = pathlib.Path(folder).absolute()
     check_new_folder(folder)
@@ -67,10 +67,10 @@ def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]
 
 
 def copy_files(source: pathlib.Path, target: pathlib.Path, patterns: Iterable[str]) -> None:
-    """Copies the files of ``source`` that match; those that ``target`` has already are kept.
+    """Copies the files of ``source`` that match, except those that ``target`` already has.
 
     Raises:
-      UserError: one of them is no file, or a link to what does not belong to ``source``.
+      UserError: one of them is not a regular file, or is a link to outside of ``source``.
     """
     for path in files_to_copy(source, patterns):
         if not (target / path.name).exists():
@@ -81,12 +81,12 @@ def files_to_copy(source: pathlib.Path, patterns: Iterable[str]) -> list[pathlib
     """The files of ``source`` that match. Raises UserError as ``copy_files`` does."""
     found = [path for pattern in patterns for path in source.glob(pattern) if not path.is_dir()]
     root = source.resolve()
-    # Hugging Face's cache is models--NAME/snapshots/REVISION, whose files are all links into models--NAME/blobs.
+    # In Hugging Face's cache the files of models--NAME/snapshots/REVISION are links into models--NAME/blobs.
     cache = next((parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"), root)
     for path in found:
         check_file(path)
         place = path.resolve()
-        # What an untrusted folder links to may be a secret of this machine, and be published with the copy.
+        # An untrusted folder may link to a secret of this machine, which would be published with the copy.
         if not place.is_relative_to(root) and not place.is_relative_to(cache):
-            raise UserError(f"{path} is a link out of its folder, to {place}: put a copy of that file in its place")
+            raise UserError(f"{path} is a link to {place}, outside of its folder: replace it by a copy of that file")
     return found

@@ -1,29 +1,31 @@
-"""The arrays of a checkpoint folder, in one of two containers.
+"""Read and write the arrays of a checkpoint folder, in one of two formats.
 
 ::
 
-    params/               written by orbax, array by array: any size of model
-    sizes.json            bytes of each file in it, so that one cut short is named before orbax stumbles over it
-    checksums.json        of the arrays
+    params/               written by orbax, array by array, for models of any size
+    sizes.json            size in bytes of each file in params/, to report truncated files before orbax reads them
+    checksums.json        checksum of each array
 
-    params.safetensors    in place of the three: one file to ship a small model in, its checksums in its metadata
+    params.safetensors    replaces all three: a single file for small models, with the checksums in its metadata
 
-Both hold the same arrays under the same names, ``stages.0.mlp.up.kernel``. An array without elements, of the empty
-stage before a drop at layer 0, is in neither. Checkpoints of the first release have no checksums; they are read with a
-note on stderr that they are not verified.
+Both formats store the same arrays under the same names, such as ``stages.0.mlp.up.kernel``. Empty arrays, which occur
+in the empty stage before a drop at layer 0, are not stored. Checkpoints of the first release have no checksums; reading
+one prints a note on stderr that it is not verified.
 """
 
 import contextlib
 import ctypes
+import errno
 import functools
-import gc
 import json
 import logging
 import math
 import pathlib
 import sys
-import time
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -43,23 +45,25 @@ PARAMS = "params"
 SIZES = "sizes.json"
 CHECKSUMS = "checksums.json"
 SINGLE_FILE = "params.safetensors"
-GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, each call costs some milliseconds
-CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; its buffers would otherwise be as large as the array
-DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # safetensors' names
+GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, since each call takes some milliseconds
+CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; otherwise its buffers would be as large as the array
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # names of safetensors
 
 Arrays = dict[str, jax.Array]
 Targets = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def is_single_file(folder: pathlib.Path) -> bool:
+    """Whether the arrays in ``folder`` are stored as ``params.safetensors``."""
     return (folder / SINGLE_FILE).exists()
 
 
 def stored(folder: pathlib.Path) -> dict[str, Any]:
-    """Something with a shape and a dtype for each array in ``folder``, without reading the arrays.
+    """Shape and dtype of each array in ``folder``, without reading the arrays.
 
     Raises:
-      UserError: there are none, or they are damaged.
+      UserError: the folder has no arrays, or they are damaged.
     """
     found = _stored_in_file(folder) if is_single_file(folder) else _stored_by_orbax(folder)
     expected = read_checksums(folder)
@@ -73,14 +77,14 @@ def stored(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read(folder: pathlib.Path, targets: Targets, dtype: Any = None, *, check: bool = True) -> Arrays:
-    """The arrays that ``targets`` names, on the device that it says.
+    """Reads the arrays named by ``targets`` with the shardings given there.
 
-    Read in groups of ``GROUP_BYTES``, for orbax holds twice what it reads in one call.
+    Arrays are read in groups of ``GROUP_BYTES``, because orbax needs twice the memory of what it reads in one call.
 
     Args:
-      targets: in the dtype that is stored, see ``stored``.
-      dtype: to make of them once they are checked; None is their own.
-      check: compare the checksums, if the checkpoint has them.
+      targets: shapes, stored dtypes (see ``stored``) and shardings by array name.
+      dtype: dtype to cast the arrays to after verification; None keeps the stored dtype.
+      check: verify the checksums, if the checkpoint has them.
 
     Raises:
       UserError: the checkpoint is damaged.
@@ -107,10 +111,10 @@ def read(folder: pathlib.Path, targets: Targets, dtype: Any = None, *, check: bo
 
 
 def read_checksums(folder: pathlib.Path) -> Checksums | None:
-    """Of every array in ``folder``; None if the checkpoint was written without.
+    """Checksum of every array in ``folder``; None if the checkpoint was written without checksums.
 
     Raises:
-      UserError: they are damaged.
+      UserError: the checksums are damaged.
     """
     if is_single_file(folder):
         return _checksums_of_file(folder / SINGLE_FILE)
@@ -119,24 +123,25 @@ def read_checksums(folder: pathlib.Path) -> Checksums | None:
 
 
 def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
-    """Writes (name, array) pairs as ``params/``, one after the other as they come. All processes call it.
+    """Writes (name, array) pairs to ``params/`` as the iterable yields them. All processes must call it.
 
-    Memory held beyond the arrays that the caller keeps: the largest of them and twice ``GROUP_BYTES``.
+    Besides arrays that the caller keeps, this needs memory for the largest array and twice ``GROUP_BYTES``.
 
     Raises:
-      OSError: the disk is full or may not be written.
+      OSError: the disk is full or not writable.
     """
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.array.saving.use_compression = False  # spares a fifth of bfloat16 weights and makes writing half as fast
+    # Compression saves a fifth of the size of bfloat16 weights, but halves the write speed.
+    context.array.saving.use_compression = False
     group: dict[str, Any] = {}
     found: Checksums = {}
     with context, _writing(folder):
         for name, x in arrays:
             if 0 not in x.shape:
                 group[name] = x
-            del x  # or it would live on while the next one is made
+            del x  # otherwise it stays alive while the next one is created
             if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
                 found |= _save_group(folder, group)
         found |= _save_group(folder, group)
@@ -147,10 +152,10 @@ def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
 
 
 def write_single_file(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
-    """Writes (name, array) pairs as ``params.safetensors``, all of them in memory at once.
+    """Writes (name, array) pairs to ``params.safetensors``, with all arrays in memory at once.
 
     Raises:
-      OSError: the disk is full or may not be written.
+      OSError: the disk is full or not writable.
     """
     write_safetensors(folder / SINGLE_FILE, {name: np.asarray(x) for name, x in arrays if 0 not in x.shape})
 
@@ -163,10 +168,10 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of a file of ``write_safetensors``.
+    """Reads all arrays of a file written by ``write_safetensors``.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     expected = _checksums_of_file(path)
     with _opened(path) as file:
@@ -179,22 +184,23 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def trim_memory() -> None:
-    """Gives back what glibc keeps of the buffers that orbax's threads have freed, about as much as the last array."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc, nothing to do
+    """Makes glibc return memory freed by orbax's threads to the system, about the size of the last array."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / PARAMS).exists() and not (folder / SIZES).exists():
-        raise UserError(f"{folder} is no checkpoint: it holds no arrays, neither {PARAMS}/ nor {SINGLE_FILE}")
+        raise UserError(f"{folder} is not a checkpoint: it holds no arrays, neither {PARAMS}/ nor {SINGLE_FILE}")
     expected, sizes = validated(dict[str, int], read_json(folder / SIZES), str(folder / SIZES)), _sizes(folder)
     damaged = [name for name, size in expected.items() if sizes.get(name) != size]
     if damaged:
         raise UserError(
-            f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or of another size, "
-            f"{damaged[0]} is one; copy or convert it again"
+            f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or have a different size, "
+            f"the first is {damaged[0]}; copy or convert it again"
         )
-    with _reading(folder), quiet():
+    silence_library_noise()
+    with _reading(folder):
         tree = ocp.metadata(folder.absolute() / PARAMS).metadata
         if tree is None:
             raise ValueError("its array metadata cannot be read")
@@ -202,14 +208,15 @@ def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
+    silence_library_noise()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with _reading(folder), quiet(), context:
+    with _reading(folder), context:
         return flatten_dict(ocp.load(folder.absolute() / PARAMS, unflatten_dict(targets, sep=".")), sep=".")
 
 
 def _groups(wanted: Targets) -> Iterator[list[str]]:
-    """Names in runs of about ``GROUP_BYTES``."""
+    """Groups array names into runs of about ``GROUP_BYTES``."""
     group: list[str] = []
     size = 0
     for name, x in wanted.items():
@@ -247,12 +254,12 @@ def _read_file(folder: pathlib.Path, targets: Targets) -> Arrays:
         return {name: jax.device_put(file.get_tensor(name), x.sharding) for name, x in targets.items()}
 
 
-@functools.cache  # once for a folder, however often it is read
+@functools.cache  # once per folder
 def _note_unverified(folder: pathlib.Path) -> None:
     if jax.process_index() == 0:
         print(
-            f"note: {folder} was written without checksums, so damage to its arrays goes unnoticed; "
-            f"pdrop export {folder} OUT --format pdrop writes a copy that has them",
+            f"note: {folder} was written without checksums, so damage to its arrays cannot be detected; "
+            f"pdrop export {folder} OUT --format pdrop writes a copy with checksums",
             file=sys.stderr,
         )
 
@@ -279,36 +286,62 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a damaged file makes orbax raise
         reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"the arrays in {path} cannot be read, convert again or restore a copy: {reason}") from None
+        raise UserError(
+            f"the arrays in {path} cannot be read ({reason}): convert the checkpoint again or restore a copy"
+        ) from None
 
 
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
+    silence_library_noise()
     try:
-        with quiet():
-            yield
+        yield
     except UserError:
         raise
-    except (ValueError, SafetensorError) as error:  # how their writers report what the operating system refused
+    except (ValueError, SafetensorError) as error:  # how orbax and safetensors report operating system errors
         raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Leaves it to us to say what went wrong.
+@functools.cache  # once per process: some of these messages only arrive while the interpreter shuts down
+def silence_library_noise() -> None:
+    """Hides what libraries print about a failed read or write besides the exception, which we report in one line.
 
-    Orbax logs at length what it raises, and closes its event loop under the reads and writes that are still on their
-    way; each of them then complains on stderr from a thread of its own.
+    A filter on the loggers alone was tried and is not enough: at the first failure orbax closes its event loop while
+    other reads and writes are pending, and each of these fails later in a TensorStore thread. TensorStore passes such
+    failures to PyErr_WriteUnraisable or PyErr_Print, so they reach ``sys.unraisablehook`` or ``sys.excepthook`` and
+    never a logger. The hooks below pass on everything else unchanged.
     """
-    hooks = sys.excepthook, sys.unraisablehook
-    sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    except Exception:
-        time.sleep(0.5)  # for them to arrive
-        gc.collect()  # and for what they leave behind
-        raise
-    finally:
-        sys.excepthook, sys.unraisablehook = hooks
-        logging.disable(logging.NOTSET)
+    for name in ("absl", "asyncio"):  # orbax logs through absl; asyncio logs its tasks that nobody awaited
+        logging.getLogger(name).addFilter(_is_not_from_orbax)
+    sys.unraisablehook = functools.partial(_skip_orbax, sys.unraisablehook)
+    sys.excepthook = functools.partial(_skip_closed_loop, sys.excepthook)
+    threading.excepthook = functools.partial(_skip_full_disk, threading.excepthook)
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")  # jax continues without it
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in f"{record.pathname} {record.getMessage()}"
+
+
+def _is_closed_loop(error: BaseException | None) -> bool:
+    return type(error) is RuntimeError and str(error) == "Event loop is closed"
+
+
+def _skip_orbax(report: Any, found: Any) -> None:
+    """``sys.unraisablehook`` without orbax's closed event loop and the coroutines that it abandoned."""
+    code = getattr(found.object, "cr_code", None)
+    if not (_is_closed_loop(found.exc_value) or (code and "orbax" in code.co_filename)):
+        report(found)
+
+
+def _skip_closed_loop(
+    report: Any, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not _is_closed_loop(error):
+        report(kind, error, traceback)
+
+
+def _skip_full_disk(report: Any, found: threading.ExceptHookArgs) -> None:
+    """``threading.excepthook`` for TensorBoard's writer thread: its next call raises the same error in our thread."""
+    if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL_DISK):
+        report(found)

@@ -4,9 +4,9 @@
 
     config.json             LlavaConfig with its drop schedule
     params/, sizes.json     the parameter tree; or params.safetensors, see ``storage``
-    unused.safetensors      tensors of the PyTorch model that never run, kept so that it can be exported whole
-    tokenizer.json, …       what the processor reads, see ``COMPANIONS``
-    training.json           of a trained model: after which step of which run, see ``train.checkpoints.Trained``
+    unused.safetensors      unused tensors of the PyTorch model, kept for a complete export
+    tokenizer.json, …       files for the processor, see ``folders.COMPANIONS``
+    training.json           of a trained model: the run and the step, see ``train.checkpoints.Trained``
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from pdrop_jax.schedule import DropSchedule
 
 UNUSED = "unused.safetensors"
 TRAINING = "training.json"
-MOST_NAMES = 20  # of an error message
+MOST_NAMES = 20  # listed in an error message
 
 
 def save(
@@ -48,13 +48,13 @@ def save(
     single_file: bool = False,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint. ``folder`` appears when all of it is written. Of several processes all call it.
+    """Writes a checkpoint. ``folder`` appears when it is complete. All processes call it.
 
     Args:
       params: stacked by the stages of ``config.schedule``, as ``abstract_params`` describes.
-      companions: another checkpoint, whose tokenizer files and unused tensors come along.
-      single_file: the arrays as one file, for a small model that is shipped.
-      training: what is to be said of the training of the model, JSON.
+      companions: another checkpoint, whose tokenizer files and unused tensors are copied.
+      single_file: store the arrays in one file, for a small model that is shipped.
+      training: contents of training.json.
 
     Raises:
       UserError: ``folder`` exists, ``params`` does not fit ``config``, carries LoRA adapters or is quantized, or a file
@@ -62,13 +62,13 @@ def save(
       OSError: the disk is full or may not be written; nothing is left behind.
     """
     if has_lora(params):
-        raise UserError("the parameters carry LoRA adapters, a checkpoint holds plain ones: merge_lora them first")
+        raise UserError("the parameters carry LoRA adapters, which a checkpoint cannot hold: call merge_lora first")
     along = (*COMPANIONS, UNUSED)
     if companions is not None:
         files_to_copy(pathlib.Path(companions), along)  # before anything is written
     arrays = flatten_dict(params, sep=".")
     if any(map(is_quantized, arrays.values())):
-        raise UserError("the parameters are quantized, a checkpoint holds plain ones: load them without quantize")
+        raise UserError("the parameters are quantized, which a checkpoint cannot hold: load them without quantize")
     check_shapes(_shapes(config), _nonempty_shapes(arrays), "the parameters do not fit the config")
     with new_folder(folder, sum(x.nbytes for x in arrays.values())) as new:
         (storage.write_single_file if single_file else storage.write)(new, arrays.items())
@@ -113,7 +113,7 @@ def load(
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     find_score(result)
     targets = abstract_arrays(folder, config, mesh=mesh)
-    # Both copy arrays; done for one decoder array at a time that is not the whole model twice.
+    # Both copy arrays. One decoder array at a time keeps the model from being in memory twice.
     whole = result.schedule.layers == config.schedule.layers and not quantize
     parts = [list(targets)] if whole else _by_array(targets)
     arrays: dict[str, jax.Array] = {}
@@ -128,7 +128,7 @@ def load(
 
 
 def training(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """What a checkpoint says of the training of its model; None if it says nothing.
+    """The training.json of a checkpoint; None if there is none.
 
     Raises:
       UserError: the file is damaged.
@@ -138,7 +138,7 @@ def training(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """Of a checkpoint's config and arrays. Orbax names its files at random, so their names and sizes tell it apart.
+    """A hash of a checkpoint's config and arrays. Orbax names its files at random, so names and sizes identify it.
 
     Raises:
       UserError: ``folder`` is no checkpoint.
@@ -195,7 +195,7 @@ def restore(
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raises one UserError that names every array that is missing, unexpected or of another shape."""
+    """Raises one UserError that lists every array that is missing, unexpected or of another shape."""
     missing = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
     unexpected = [f"unexpected: {name} {list(found[name])}" for name in found if name not in expected]
     wrong = [

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import io
 import os
 import re
@@ -11,44 +12,50 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pdrop_jax.cli.platforms import skip_missing_tpu
 from pdrop_jax.errors import UserError, exit_on_error, printable
 
 COMMANDS = {
-    "generate": "answer questions about pictures",
-    "chat": "answer questions about pictures one after another",
+    "generate": "answer questions about images",
+    "chat": "chat about images in the terminal",
     "eval": "answer a file of questions",
-    "score": "score a file of answers as the benchmark does",
-    "train": "train a model as a recipe says",
-    "convert": "make a checkpoint of ours out of a PyTorch one",
-    "export": "write a checkpoint that transformers or the original LLaVA loads, or one of ours",
+    "score": "score a file of answers by a benchmark's rules",
+    "train": "train a model from a recipe",
+    "convert": "convert a PyTorch checkpoint, or assemble one for training",
+    "export": "write a checkpoint for transformers or the original LLaVA",
     "check": "replay recorded reference vectors",
-    "study": "what dropping does to the answers, beside noise",
-    "cost": "what a schedule costs, and the schedule for a budget",
-    "plan": "ask the TPU compiler whether a job fits a slice",
+    "study": "measure what dropping does to a model's answers",
+    "cost": "compute the cost of a schedule, or a schedule for a budget",
+    "plan": "check with the TPU compiler whether a job fits a slice",
 }
 
-LONGEST = 400  # characters of what tyro says of an option
+MAX_ERROR_LENGTH = 400  # characters of an error message of tyro
 
 
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2."""
-    # Said before transformers is imported: without torch it would advise to install it.
+    # Set before transformers is imported, which would otherwise print that PyTorch was not found.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal cannot show
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name == "--version":
+        print(f"pdrop {importlib.metadata.version('pdrop-jax')}")
+        sys.exit(0)
     if name not in COMMANDS:
         wrong = name not in ("-h", "--help")
         out = sys.stderr if wrong else sys.stdout
         if wrong:
-            print(f"pdrop: no command {printable(name)!r}", file=out)
-        print("usage: pdrop COMMAND …   (pdrop COMMAND --help)", file=out)
+            print(f"pdrop: unknown command {printable(name)!r}\n", file=out)
+        print("Usage: pdrop COMMAND [OPTIONS]\n\nPyramidDrop for LLaVA in JAX.\n\nCommands:", file=out)
         for command, purpose in COMMANDS.items():
             print(f"  {command:10}{purpose}", file=out)
+        print("\nRun 'pdrop COMMAND --help' for the options of a command, 'pdrop --version' for the version.", file=out)
         sys.exit(2 if wrong else 0)
     warnings.filterwarnings("ignore", category=UserWarning, module="tyro")
     warnings.filterwarnings("ignore", module="PIL")  # the sizes of pictures are checked in pdrop_jax.inputs.images
+    skip_missing_tpu()
     module = importlib.import_module(f"pdrop_jax.cli.{name}")
     with exit_on_error(f"pdrop {name}: "):
         code = parsed(module.run, f"pdrop {name}", sys.argv[2:])()
@@ -71,7 +78,7 @@ def parsed(run: Callable[..., int | None], prog: str, args: Sequence[str]) -> Ca
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(bound, prog=prog, args=args)
+            return tyro.cli(bound, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as end:
         if not end.code:
             raise
@@ -83,7 +90,7 @@ def _unboxed(box: str) -> str:
     rows = [re.sub(r"[│─]+", " ", line).strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     text = " ".join(row for row in rows if row and row[0] not in "╭╰")
     text = text.partition("For full helptext")[0].strip().rstrip(".")
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= MAX_ERROR_LENGTH else f"{text[: MAX_ERROR_LENGTH - 1]}…"
 
 
 def _flush() -> None:

@@ -1,5 +1,6 @@
-"""``pdrop chat``: several questions about pictures, each on the cache of those before."""
+"""``pdrop chat``: a conversation about images in the terminal."""
 
+import contextlib
 import io
 import pathlib
 import sys
@@ -7,57 +8,52 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
+from pdrop_jax.cli.options import (
+    Attention,
+    Dtype,
+    Layers,
+    Mesh,
+    Model,
+    NoVerify,
+    Ratios,
+    SamplingOptions,
+    Score,
+    mesh_sizes,
+    progress,
+)
 from pdrop_jax.errors import UserError, error_text, printable
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
-IMAGE = "/image "
+COMMANDS = "/image FILE adds an image to the next question, /reset starts a new conversation, /exit ends the chat"
 
 
 def run(
-    model: pathlib.Path | None = None,
+    model: Model = None,
     image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
     mode: Literal["keep", "rerank"] = "rerank",
     layers: Layers = None,
     ratios: Ratios = None,
-    score: str | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    score: Score = None,
+    sampling: SamplingOptions = Sampling(),
+    dtype: Dtype = None,
+    attention: Attention = "auto",
     mesh: Mesh = (),
-    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    no_verify: NoVerify = False,
 ) -> None:
-    """Answer questions, one a line, till an empty line. "/image FILE" puts a picture into the next question.
+    """Chat about images, one question a line, until an empty line or /exit. /help lists the commands.
 
     Args:
-      model: a checkpoint; without it the small demo model that comes with the package.
-      image: pictures of the first question.
-      mode: "rerank", every question chooses its own image tokens; "keep", those that an earlier one dropped are gone.
-      layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
-      ratios: share of the image tokens kept at each drop.
-      score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
-      max_new_tokens: length of an answer.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens, 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: of the drawing.
-      dtype: of the computation, without it the checkpoint's own.
-      attention: implementation.
-      mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
-      no_verify: load the weights without comparing them with their checksums.
+      image: Images of the first question.
+      mode: "rerank" selects image tokens anew for every question; "keep" never brings back tokens that an earlier
+        question dropped, which is faster.
     """
     from pdrop_jax.generation.chat import Session
     from pdrop_jax.generation.engine import check_implementation
     from pdrop_jax.generation.pretrained import DEMO, load
-    from pdrop_jax.generation.sampling import make_sampling
     from pdrop_jax.inputs.images import open_image
     from pdrop_jax.sharding import make_mesh
 
-    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
     check_implementation(attention)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a question
@@ -66,19 +62,26 @@ def run(
         devices = make_mesh(mesh_sizes(mesh)) if mesh else None
         loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, verify=not no_verify)
         session = Session(loaded, mode, implementation=attention)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
     live = sys.stdin.isatty()
+    if live:
+        with contextlib.suppress(ImportError):  # not on every platform
+            import readline  # noqa: F401  input() then edits lines and remembers those before
     while line := _read(live):
         try:
-            if line.startswith(IMAGE):
-                pictures.append(open_image(line.removeprefix(IMAGE).strip()))
+            if line.startswith("/"):
+                command, _, argument = line.partition(" ")
+                if command == "/exit":
+                    break
+                if command == "/reset":
+                    session, pictures = Session(loaded, mode, implementation=attention), []
+                elif command == "/image" and argument.strip():
+                    pictures.append(open_image(argument.strip()))
+                elif command == "/help":
+                    print(COMMANDS)
+                else:
+                    raise UserError(f"unknown command {line!r}: {COMMANDS}")
                 continue
-            answer = session.ask(line, pictures, seed=seed, stream=_print_piece, **options)
+            answer = session.ask(line, pictures, sampling, stream=_print_piece)
         except KeyboardInterrupt:
             break
         except UserError as error:
@@ -91,11 +94,11 @@ def run(
         if live:
             seconds = answer.compile_seconds + answer.prefill_seconds
             tokens = f"{answer.stage_lengths[0]} tokens, {answer.cached} of them cached"
-            print(f"({tokens}; first word after {seconds:.2f} s)", file=sys.stderr)
+            print(f"({tokens}; first token after {seconds:.2f} s)", file=sys.stderr)
 
 
 def _read(live: bool) -> str:
-    """The next line without white space around it; empty at the end."""
+    """The next line, stripped; an empty string at the end of the input."""
     try:
         return input("> " if live else "").strip()
     except (EOFError, KeyboardInterrupt):

@@ -14,12 +14,11 @@ def run(
     case: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME …]")] = (),
     mesh: Mesh = (),
 ) -> int:
-    """Print the largest error of each case against the recorded vectors; exit 1 if one is out of tolerance.
+    """Replay recorded reference vectors and print the largest error of each case. The exit code is 1 if a case fails.
 
     Args:
-      folder: reference vectors, in the format of tests/golden/README.md.
-      case: only these cases.
-      mesh: devices along the axes data, fsdp and tensor; without it one device.
+      folder: Reference vectors, in the format of tests/golden/README.md.
+      case: Replay only these cases.
     """
     from pdrop_jax.convert.importer import read
     from pdrop_jax.convert.names import torch_arrays
@@ -29,5 +28,9 @@ def run(
 
     rows = check(folder, Reference(read, torch_arrays), case, make_mesh(mesh_sizes(mesh)) if mesh else None)
     print(printable(table(rows), keep="\n"))
-    print("tolerances: " + ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items()) + ", the rest exact")
+    print(
+        "tolerances: "
+        + ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items())
+        + "; everything else is exact"
+    )
     return 0 if all(row.ok for row in rows) else 1

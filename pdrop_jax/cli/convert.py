@@ -1,4 +1,4 @@
-"""``pdrop convert``: make a checkpoint of ours out of a PyTorch one, or out of the parts of one."""
+"""``pdrop convert``: convert a PyTorch checkpoint, or build a new LLaVA from its parts."""
 
 import pathlib
 from typing import Annotated, Literal
@@ -29,24 +29,25 @@ def run(
     ratios: Ratios = None,
     check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Convert an original LLaVA or a Hugging Face LLaVA checkpoint, or make one to train: --llm DIR --vision DIR OUT.
+    """Convert a LLaVA checkpoint (original or Hugging Face), or build one to train: --llm DIR --vision DIR OUT.
 
     Args:
-      source: its folder, with config.json and safetensors or .bin files; left out with --llm.
-      out: folder to write.
-      llm: folder of a LLaMA, Mistral or Qwen2 language model, to make a LLaVA of it and a vision tower.
-      vision: folder of the vision tower, for --llm or an original checkpoint that holds none.
-      projector: file of a pretrained projector, mm_projector.bin or .safetensors, in place of the checkpoint's or a new
-        one.
-      projector_type: of the projector with --llm; without it that of --projector or mlp2x_gelu.
-      seed: of a new projector.
-      template: of the conversations; without it vicuna_v1 for LLaMA, llama_3 for Llama 3, mistral_instruct for Mistral,
-        qwen for Qwen2.
-      tokenizer: folder of the tokenizer files, without it the checkpoint's or the language model's.
-      dtype: to store, without it float32 if the checkpoint is, otherwise bfloat16.
-      layers: drop image tokens after these many layers; without it 8 16 24 if the decoder has more. "none" drops none.
-      ratios: share of the image tokens kept at each drop; without it 0.5 0.25 0.125.
-      check: compare the logits with the PyTorch model's (needs torch).
+      source: checkpoint folder with config.json and safetensors or .bin weights (omit it with --llm).
+      out: output folder; it must not exist.
+      llm: folder of a LLaMA, Mistral or Qwen2 language model; a new LLaVA is built from it and --vision.
+      vision: folder of the vision tower, for --llm or for an original checkpoint without one.
+      projector: pretrained projector (mm_projector.bin or .safetensors) that replaces the checkpoint's or the newly
+        initialized one.
+      projector_type: projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
+      seed: RNG seed for initializing a new projector.
+      template: prompt template (default: vicuna_v1 for LLaMA, llama_3 for Llama 3, mistral_instruct for Mistral, qwen
+        for Qwen2).
+      tokenizer: folder with the tokenizer files (default: the checkpoint's or the language model's).
+      dtype: dtype of the stored arrays (default: float32 if the checkpoint is float32, otherwise bfloat16).
+      layers: numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24
+        layers); "none" disables dropping.
+      ratios: fraction of each image's original tokens kept after each drop (default: 0.5 0.25 0.125).
+      check: compare the logits with those of the PyTorch model (requires torch).
     """
     from pdrop_jax.convert.importer import write
     from pdrop_jax.convert.sources import open_parts, open_source
@@ -54,9 +55,11 @@ def run(
     schedule = parse_schedule(layers, ratios)
     if llm is not None:
         if out is not None:
-            raise UserError(f"{source} and --llm are two sources: give one, pdrop convert --llm DIR --vision DIR OUT")
+            raise UserError(
+                f"Both SRC ({source}) and --llm were given. Usage: pdrop convert --llm DIR --vision DIR OUT"
+            )
         if vision is None:
-            raise UserError("--llm needs a vision tower: pass its folder, --vision DIR")
+            raise UserError("--llm requires a vision tower: add --vision DIR")
         check_new_folder(source)
         kinds = {"linear": 1, "mlp2x_gelu": 2, None: None}
         out = source
@@ -65,10 +68,12 @@ def run(
         )
     else:
         if out is None:
-            raise UserError(f"{source} alone says not what to do: pdrop convert SRC OUT, or --llm DIR --vision DIR OUT")
+            raise UserError("Missing OUT. Usage: pdrop convert SRC OUT, or pdrop convert --llm DIR --vision DIR OUT")
         check_new_folder(out)
         if projector_type is not None:
-            raise UserError("--projector-type is for --llm: a checkpoint's config.json says which projector it has")
+            raise UserError(
+                "--projector-type requires --llm; the projector type of a checkpoint is set by its config.json"
+            )
         opened = open_source(source, vision, schedule, projector=projector)
     summary = write(opened, out, tokenizer=tokenizer, dtype=dtype, template=template)
     schedule = summary.config.schedule
@@ -78,7 +83,7 @@ def run(
         f"image tokens kept: {drops or 'all, dense'}"
     )
     if llm is not None and projector is None:
-        print(f"its projector is new (seed {seed}): it knows nothing before it is trained")
+        print(f"The projector is randomly initialized (seed {seed}); train it before use")
     if not summary.has_tokenizer:
         print(printable(f"{opened.folder} has no tokenizer files: pass --tokenizer DIR or copy them into {out}"))
     if check:

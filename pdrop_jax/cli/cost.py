@@ -1,4 +1,4 @@
-"""``pdrop cost``: what a schedule costs, or the schedule for a budget."""
+"""``pdrop cost``: the cost of a drop schedule, or the schedule for a budget."""
 
 import dataclasses
 import json
@@ -8,16 +8,16 @@ from typing import Annotated, Any
 import tyro
 
 from pdrop_jax.analysis.budget import schedule_for_budget
-from pdrop_jax.cli.options import Layers, Ratios
+from pdrop_jax.cli.options import ConfigModel, Layers, Ratios
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
 from pdrop_jax.schedule import parse_schedule
 
-MOST_TOKENS = 10**9  # of text, or of an image
+MOST_TOKENS = 10**9  # text tokens, or image tokens
 
 
 def run(
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "llava-1.5-7b",
+    model: ConfigModel = "llava-1.5-7b",
     layers: Layers = None,
     ratios: Ratios = None,
     score: str | None = None,
@@ -30,24 +30,24 @@ def run(
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Print what a prompt with one image costs, dense and with drops. A cache's numbers are bfloat16.
+    """Print the cost of a prompt with one image, dense and with drops. KV cache sizes are for bfloat16.
 
-    With a budget for the image tokens the ratios are found; --layers alone then says where to drop.
+    With a budget (--average-tokens, --macs or --cache-bytes), the drop ratios are computed, and --layers alone sets
+    where tokens are dropped.
 
     Args:
-      model: llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, or a checkpoint; only its config is read.
-      layers: drop image tokens after these many layers; without it the model's own schedule. Also paper, tokens-192,
-        tokens-128 or tokens-64, schedules for 32 layers.
-      ratios: share of the image tokens kept at each drop.
-      score: what tokens are chosen by.
-      average_tokens: budget, image tokens that a layer sees, averaged over layers.
-      macs: budget, multiply-accumulates of the language model by the paper's formula.
-      cache_bytes: budget, keys and values of the image tokens.
-      image_tokens: of the image; without it the most that a picture has.
-      text_tokens: of the prompt.
-      plot: file to draw the costs into (.png, .svg or .pdf).
-      overwrite: replace the file of --plot if it is there.
-      json_output: print one JSON object instead of a table.
+      layers: layers after which image tokens are dropped, none, or a preset (default: the model's schedule).
+        The presets paper, tokens-192, tokens-128 and tokens-64 are for 32 layers.
+      ratios: fraction of the image tokens kept after each drop.
+      score: token-scoring function that selects the image tokens to keep (default: the schedule's).
+      average_tokens: budget of image tokens per layer, averaged over layers.
+      macs: budget of multiply-accumulates (MACs) of the language model, by the paper's formula.
+      cache_bytes: budget of KV cache bytes for the image tokens.
+      image_tokens: number of image tokens (default: the model's maximum for one image).
+      text_tokens: number of text tokens of the prompt.
+      plot: plot the costs to this file (.png, .svg or .pdf).
+      overwrite: replace the --plot file if it exists.
+      json_output: print a JSON object instead of a table.
     """
     if plot:
         from pdrop_jax.analysis.plots import PLOTS, check_matplotlib
@@ -65,12 +65,14 @@ def run(
     config = config_of(model)
     tokens = levels(config)[-1][1] if image_tokens is None else image_tokens
     if tokens < 1 or text_tokens < 1:
-        raise UserError(f"need at least one image token and one text token, got {tokens} and {text_tokens}")
+        raise UserError(f"--image-tokens and --text-tokens must be at least 1, got {tokens} and {text_tokens}")
     if max(tokens, text_tokens) > MOST_TOKENS:
-        raise UserError(f"at most {MOST_TOKENS:,} tokens are counted, got {tokens:,} and {text_tokens:,}")
+        raise UserError(
+            f"--image-tokens and --text-tokens must be at most {MOST_TOKENS:,}, got {tokens:,} and {text_tokens:,}"
+        )
     if (average_tokens, macs, cache_bytes) != (None, None, None):
         if ratios is not None:
-            raise UserError("a budget finds the ratios: leave out --ratios")
+            raise UserError("a budget determines the ratios: leave out --ratios")
         drops = None if layers is None else parse_schedule(layers, (0.0,) * len(layers))
         schedule = schedule_for_budget(
             config.text,
@@ -95,7 +97,7 @@ def run(
     if json_output:
         print(json.dumps({"model": model, "costs": [_as_json(cost) for cost in costs]}))
         return
-    print(f"{printable(model)}, {text_tokens} tokens of text and {tokens} of an image\n\n{_table(costs)}")
+    print(f"{printable(model)}, {text_tokens} text tokens and {tokens} image tokens\n\n{_table(costs)}")
     if schedule.layers:
         print(f"\n--layers {' '.join(map(str, schedule.layers))} --ratios {' '.join(map(str, schedule.ratios))}")
 
@@ -106,7 +108,7 @@ def _as_json(cost: Any) -> dict[str, Any]:
 
 
 def _table(costs: list[Any]) -> str:
-    """A column for each schedule; the share of the dense figure behind a figure that a drop changes."""
+    """A Markdown table with a column for each schedule; figures that drops change show their share of the dense one."""
 
     def row(name: str, figures: list[float], unit: str = "T", size: float = 1e12) -> list[str]:
         shares = [f" ({figure / figures[0]:.1%})" if figure != figures[0] else "" for figure in figures]
@@ -117,17 +119,17 @@ def _table(costs: list[Any]) -> str:
         ["", *("PyramidDrop" if cost.schedule.layers else "dense" for cost in costs)],
         ["---"] * (len(costs) + 1),
         ["image tokens", *(" -> ".join(map(str, cost.image_tokens)) for cost in costs)],
-        row("average over layers", [cost.average_tokens for cost in costs], "tokens", 1),
+        row("image tokens, average over layers", [cost.average_tokens for cost in costs], "tokens", 1),
         row("MACs by the paper's formula", [cost.paper_macs for cost in costs]),
-        row("all MACs of the prefill", [part.total for part in parts]),
-        row("vision tower", [part.vision for part in parts]),
-        row("projector", [part.projector for part in parts]),
-        row("decoder", [part.decoder for part in parts]),
-        row("of it what the text alone would cost", [cost.text_macs for cost in costs]),
-        ["ranking", *(f"{part.ranking / 1e9:,.4g} G" for part in parts)],
-        row("head", [part.head for part in parts], "G", 1e9),
-        row("all, attention counted as causal", [cost.prefill.total - cost.causal_macs for cost in costs]),
-        row("KV cache of the image", [cost.image_cache_bytes for cost in costs], "MiB", 2**20),
+        row("prefill MACs", [part.total for part in parts]),
+        row("- vision tower", [part.vision for part in parts]),
+        row("- projector", [part.projector for part in parts]),
+        row("- decoder", [part.decoder for part in parts]),
+        row("- decoder, text alone", [cost.text_macs for cost in costs]),
+        ["- ranking", *(f"{part.ranking / 1e9:,.4g} G" for part in parts)],
+        row("- head", [part.head for part in parts], "G", 1e9),
+        row("prefill MACs with causal attention", [cost.prefill.total - cost.causal_macs for cost in costs]),
+        row("KV cache of the image tokens", [cost.image_cache_bytes for cost in costs], "MiB", 2**20),
         row("KV cache", [cost.cache_bytes for cost in costs], "MiB", 2**20),
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

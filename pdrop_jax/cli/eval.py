@@ -4,69 +4,62 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Annotated, Literal
 
-import tyro
-
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes
+from pdrop_jax.cli.options import (
+    Attention,
+    Dtype,
+    Json,
+    Layers,
+    Mesh,
+    Model,
+    NoVerify,
+    OutsideImages,
+    Quantize,
+    Ratios,
+    SamplingOptions,
+    Score,
+    mesh_sizes,
+)
 from pdrop_jax.errors import printable
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
 
 def run(
-    model: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="MODEL")],
     questions: pathlib.Path,
     out: pathlib.Path,
+    model: Model = None,
     images: pathlib.Path = pathlib.Path(),
     layers: Layers = None,
     ratios: Ratios = None,
-    score: str | None = None,
+    score: Score = None,
     batch_size: int = 8,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    quantize: Literal["int8"] | None = None,
-    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    sampling: SamplingOptions = Sampling(max_new_tokens=128),
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    attention: Attention = "auto",
     mesh: Mesh = (),
-    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    outside_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    no_verify: NoVerify = False,
+    outside_images: OutsideImages = False,
+    overwrite: bool = False,
+    json_output: Json = False,
 ) -> int:
-    """Answer every question of a file. Killed at any moment, the same command goes on where it was.
+    """Answer every question of a file. An interrupted run is resumed by running the same command again.
 
     Args:
-      model: a checkpoint.
-      questions: LLaVA's JSON lines, or its JSON list of conversations.
-      out: file for the answers, LLaVA's JSON lines; until it is complete they are in OUT.unfinished.
-      images: folder of the pictures.
-      layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
-      ratios: share of the image tokens kept at each drop.
-      score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
-      batch_size: questions answered at a time.
-      max_new_tokens: length of an answer.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens, 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: of the drawing.
-      dtype: of the computation, without it the checkpoint's own.
-      quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
-      attention: implementation.
-      mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
-      no_verify: load the weights without comparing them with their checksums.
-      outside_images: allow pictures that lie outside --images, as "../1.png" does.
-      overwrite: start over: remove the answers that are in OUT and OUT.unfinished, whatever they are of.
-      json_output: print one JSON object instead of text.
+      questions: Question file: LLaVA's JSON lines, or its JSON list of conversations.
+      out: Answer file to write, LLaVA's JSON lines; incomplete answers are in OUT.unfinished.
+      images: Folder of the images.
+      batch_size: Questions per batch.
+      overwrite: Delete existing answers in OUT and OUT.unfinished and start over.
     """
     from pdrop_jax.eval.evaluate import evaluate
+    from pdrop_jax.generation.pretrained import DEMO
     from pdrop_jax.sharding import make_mesh
 
     try:
         result = evaluate(
-            model,
+            model or DEMO,
             questions,
             images,
             out,
@@ -75,11 +68,7 @@ def run(
             quantize=quantize,
             mesh=make_mesh(mesh_sizes(mesh)) if mesh else None,
             batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling=sampling,
             implementation=attention,
             verify=not no_verify,
             outside_images=outside_images,
@@ -87,7 +76,8 @@ def run(
         )
     except KeyboardInterrupt:
         print(
-            f"pdrop eval: stopped; the answers so far are in {printable(out)}.unfinished, the same command goes on",
+            f"pdrop eval: interrupted; the answers so far are in {printable(out)}.unfinished; "
+            "run the same command to resume",
             file=sys.stderr,
         )
         return 130
@@ -98,5 +88,5 @@ def run(
             f"{printable(out)}: {result.questions:,} answers, {result.answered:,} of them new, {result.seconds:.1f} s"
         )
     else:
-        print(f"{printable(out)}: all {result.questions:,} questions were answered before")
+        print(f"{printable(out)}: all {result.questions:,} questions were already answered")
     return 0

@@ -1,4 +1,4 @@
-"""``pdrop export``: write a checkpoint that transformers or the original LLaVA loads, or one of ours."""
+"""``pdrop export``: export a model for transformers, the original LLaVA code or pdrop."""
 
 import contextlib
 import pathlib
@@ -18,19 +18,19 @@ def run(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     single_file: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Export a converted or trained model. The drop schedule stays behind in PyTorch, which has no place for it.
+    """Export a converted or trained model. PyTorch formats do not store the drop schedule.
 
     Args:
-      model: a checkpoint of ours, or the folder of a run: LoRA adapters are merged.
-      out: folder to write.
-      format: Hugging Face's LlavaForConditionalGeneration, the original LLaVA code's, or ours.
-      dtype: to store, without it the checkpoint's own.
-      single_file: with --format pdrop, all arrays in one file.
+      model: a pdrop checkpoint or a training run folder; LoRA adapters are merged.
+      out: output folder; it must not exist.
+      format: hf (transformers, with a chat template), original (the original LLaVA code) or pdrop.
+      dtype: dtype of the stored arrays (default: the checkpoint's).
+      single_file: store all arrays in one file (only with --format pdrop).
     """
     from pdrop_jax.train.result import is_run, model_of
 
     if single_file and format != "pdrop":
-        raise UserError("--single-file is for --format pdrop")
+        raise UserError("--single-file requires --format pdrop")
     check_new_folder(out)
     with contextlib.ExitStack() as at_end:
         if is_run(model):

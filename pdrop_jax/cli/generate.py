@@ -3,63 +3,59 @@
 import json
 import pathlib
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
+from pdrop_jax.cli.options import (
+    Attention,
+    Dtype,
+    Json,
+    Layers,
+    Mesh,
+    Model,
+    NoVerify,
+    Quantize,
+    Ratios,
+    SamplingOptions,
+    Score,
+    mesh_sizes,
+    progress,
+)
 from pdrop_jax.errors import UserError, printable
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_outputs
 from pdrop_jax.schedule import parse_schedule
 
 
 def run(
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT …]")],
-    model: pathlib.Path | None = None,
+    model: Model = None,
     image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
     video: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FRAME [FRAME …]")] = (),
     layers: Layers = None,
     ratios: Ratios = None,
-    score: str | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    quantize: Literal["int8"] | None = None,
-    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto",
+    score: Score = None,
+    sampling: SamplingOptions = Sampling(),
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    attention: Attention = "auto",
     mesh: Mesh = (),
-    no_verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    no_verify: NoVerify = False,
     picture: pathlib.Path | None = None,
     heatmap: pathlib.Path | None = None,
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    overwrite: bool = False,
+    json_output: Json = False,
 ) -> None:
-    """Answer one question, or several as one batch.
+    """Answer one question about images, or several questions as one batch.
 
     Args:
-      prompt: one question, or a batch of them.
-      model: a checkpoint; without it the small demo model that comes with the package.
-      image: all pictures of the question; with several questions one picture for all or one for each.
-      video: frames of a video, in order, which are one image to the model; after the pictures of each question.
-      layers: drop image tokens after these many layers; without it the checkpoint's own schedule. "none" drops nothing.
-      ratios: share of the image tokens kept at each drop.
-      score: what image tokens are chosen by, a name in pdrop_jax.model.scores; without it pyramiddrop.
-      max_new_tokens: length of an answer.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens, 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: of the drawing.
-      dtype: of the computation, without it the checkpoint's own.
-      quantize: store the weights of the decoder's linear layers in this type; activations keep theirs.
-      attention: implementation.
-      mesh: devices along the axes data, fsdp and tensor, which share the work; without it one device.
-      no_verify: load the weights without comparing them with their checksums.
-      picture: file to draw the kept patches into, stage by stage; for one question.
-      heatmap: file to draw the scores into that each drop went by; for one question.
-      overwrite: replace the files of --picture and --heatmap if they are there.
-      json_output: print one JSON object instead of text.
+      prompt: Question, or a batch of questions.
+      image: Images of the question. With several questions: one image for all of them, or one for each.
+      video: Frames of a video, in order. They count as one image and come after the images of each question.
+      picture: Write a figure of the image patches kept at each stage (one question only).
+      heatmap: Write a figure of the token scores behind each drop (one question only).
+      overwrite: Overwrite existing --picture and --heatmap files.
     """
     if picture or heatmap:
         _check_pictures(picture, heatmap, prompt, image, [*image, *video, *([model] if model else [])], overwrite)
@@ -67,11 +63,9 @@ def run(
 
     from pdrop_jax.generation.engine import check_implementation, generate
     from pdrop_jax.generation.pretrained import DEMO, load
-    from pdrop_jax.generation.sampling import make_sampling
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.sharding import make_mesh
 
-    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)  # before the model is loaded
     check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
@@ -84,11 +78,7 @@ def run(
             loaded,
             prompt,
             images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling,
             implementation=attention,
             stream=_print_piece if live else None,
         )

@@ -1,19 +1,75 @@
-"""What several subcommands share: options of schedule and mesh, and progress on a terminal."""
+"""Options that several subcommands share, each declared once, and progress messages on a terminal."""
 
 import contextlib
+import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import PRESETS
 
-Layers = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar=f"N [N …]|none|{'|'.join(PRESETS)}")]
-Mesh = Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS=N [AXIS=N …]")]
-Ratios = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="R [R …]")]
+
+def _option(text: str, metavar: str | None = None, default: str = "", name: str | None = None) -> Any:
+    """An option's help text; ``default`` is shown in place of Python's notation of the default value."""
+    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default and f"(default: {default})", name=name)
+
+
+LAYERS = f"N [N …]|none|{'|'.join(PRESETS)}"
+
+Layers = Annotated[
+    tuple[str, ...] | None,
+    _option(
+        'Drop image tokens after this many decoder layers have run, or a preset; "none" drops nothing.',
+        LAYERS,
+        "the model's own schedule",
+    ),
+]
+Ratios = Annotated[
+    tuple[float, ...] | None,
+    _option(
+        "Share of an image's original tokens kept after each drop; one for each of --layers.",
+        "R [R …]",
+        "the model's own schedule",
+    ),
+]
+Score = Annotated[
+    str | None, _option("Token-scoring function: a name in pdrop_jax.model.scores.", "NAME", "the schedule's")
+]
+Model = Annotated[
+    pathlib.Path | None,
+    _option("Folder of a converted or trained checkpoint.", "DIR", "the demo model that comes with the package"),
+]
+ConfigModel = Annotated[
+    str,
+    _option(
+        "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, or a checkpoint folder, of which only the config "
+        "is read.",
+        "NAME|DIR",
+        "llava-1.5-7b",
+    ),
+]
+Dtype = Annotated[Literal["float32", "bfloat16"] | None, _option("Compute dtype.", None, "the checkpoint's")]
+Quantize = Annotated[
+    Literal["int8"] | None,
+    _option("Quantize the weights of the decoder's linear layers; activations keep their dtype.", None, "no"),
+]
+Attention = Annotated[
+    Literal["auto", "xla", "blocked", "cudnn", "splash"],
+    _option("Attention implementation.", None, "auto"),
+]
+Mesh = Annotated[
+    tuple[str, ...],
+    _option("Size of each device mesh axis: data, fsdp, tensor.", "AXIS=N [AXIS=N …]", "one device"),
+]
+NoVerify = Annotated[bool, _option("Load the weights without comparing them with their checksums.", default="off")]
+OutsideImages = Annotated[bool, _option('Allow images outside the --images folder, such as "../1.png".', default="off")]
+Json = Annotated[bool, _option("Print one JSON object instead of text.", default="off", name="json")]
+SamplingOptions = Annotated[Sampling, tyro.conf.arg(name="")]  # --max-new-tokens, --temperature, …
 
 
 def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:
@@ -24,12 +80,12 @@ def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:
             raise ValueError
         return sizes
     except ValueError:
-        raise UserError(f"--mesh takes axes with their sizes, as fsdp=8 tensor=2, got {' '.join(mesh)}") from None
+        raise UserError(f"--mesh takes axes with their sizes, such as fsdp=8 tensor=2, got {' '.join(mesh)}") from None
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says what is going on, on a terminal only."""
+    """Prints what is going on and how long it took, on a terminal only."""
     began = time.perf_counter()
     if sys.stderr.isatty():
         print(f"{what} …", file=sys.stderr, flush=True)

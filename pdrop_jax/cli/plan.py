@@ -1,4 +1,4 @@
-"""``pdrop plan``: whether a job fits a TPU slice, asked of the TPU compiler on this machine."""
+"""``pdrop plan``: check with the TPU compiler, on any machine, whether a job fits a TPU slice."""
 
 import dataclasses
 import json
@@ -6,18 +6,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Mesh, Ratios, mesh_sizes, progress
+from pdrop_jax.cli.options import ConfigModel, Layers, Mesh, Ratios, mesh_sizes, progress
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.schedule import parse_schedule
 
-MOST = 2**24  # rows, parts or tokens: more would overflow the sizes of arrays
-TRAINING_ADVICE = "more parts (--grad-accum-steps), more devices along fsdp"
-INFERENCE_ADVICE = "fewer rows (--batch), more devices along tensor"
+MOST = 2**24  # rows, microbatches or tokens: larger values would overflow array sizes
+TRAINING_ADVICE = "more microbatches (--grad-accum-steps), more devices along fsdp"
+INFERENCE_ADVICE = "a smaller batch (--batch), more devices along tensor"
 
 
 def run(
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
     topology: str,
+    model: ConfigModel = "llava-1.5-7b",
     mode: Literal["train", "prefill", "decode"] = "train",
     mesh: Mesh = (),
     bucket: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TEXT [IMAGE …]")] = (128, 576),
@@ -30,30 +30,29 @@ def run(
     suggest: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Compile a program for a TPU slice without one, and print what a device needs.
+    """Compile a program for a TPU slice on this machine and print the memory that each device needs. No TPU is used.
 
     Args:
-      model: llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, or a checkpoint; only its config is read.
-      topology: chips, as v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1, tpu7x:2x2x1.
-      mode: a full fine-tune's step in bfloat16 with float32 masters and moments, or bfloat16 inference.
-      mesh: devices along the axes data, fsdp and tensor; without it all along fsdp.
-      bucket: text slots of a row, and tokens of each of its images.
-      batch: rows of a step or a call, all devices together.
-      grad_accum_steps: parts that a training step's rows are cut into.
-      layers: drop image tokens after these many layers; without it the model's own schedule. "none" drops nothing.
-      ratios: share of the image tokens kept at each drop.
-      quantize: the weights of the decoder's linear layers in inference; the rest stays bfloat16.
-      dense: compile the same without drops, beside it.
-      suggest: try meshes, and for each the fewest parts of a training step, or the most rows, that fit;
-        first the one that moves the fewest bytes a row.
-      json_output: print one JSON object instead of a table.
+      topology: TPU type and chip grid, e.g. v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1, tpu7x:2x2x1.
+      mode: program to compile, in bfloat16. Full fine-tuning has float32 master weights and moments.
+      mesh: devices along the mesh axes data, fsdp and tensor (default: all along fsdp).
+      bucket: text tokens per row, followed by the number of tokens of each image.
+      batch: global batch size in rows.
+      grad_accum_steps: microbatches per training step.
+      layers: layers after which image tokens are dropped, or none (default: the model's schedule).
+      ratios: fraction of the image tokens kept after each drop.
+      quantize: quantize the weights of the decoder's linear layers for inference. All other weights stay bfloat16.
+      dense: also compile the program without drops, for comparison.
+      suggest: try several meshes, and find the fewest microbatches or, for inference, the largest batch that fits.
+        Meshes that communicate the fewest bytes per row come first.
+      json_output: print a JSON object instead of a table.
     """
     if quantize and mode == "train":
-        raise UserError("--quantize is of inference: give --mode prefill or --mode decode")
+        raise UserError("--quantize applies to inference only: give --mode prefill or --mode decode")
     numbers = {"--bucket": bucket, "--batch": (batch,), "--grad-accum-steps": (grad_accum_steps,)}
     for option, values in numbers.items():
         if not values or not all(1 <= value <= MOST for value in values):
-            raise UserError(f"{option} takes whole numbers in 1..{MOST:,}, got {' '.join(map(str, values))}")
+            raise UserError(f"{option} takes integers in 1..{MOST:,}, got {' '.join(map(str, values))}")
     axes, schedule = mesh_sizes(mesh), parse_schedule(layers, ratios)
 
     from pdrop_jax.planner.topology import devices_of
@@ -62,23 +61,31 @@ def run(
 
     from pdrop_jax.config import config_of
     from pdrop_jax.inputs.buckets import bucket_for
-    from pdrop_jax.planner import programs as program
+    from pdrop_jax.planner import programs
     from pdrop_jax.schedule import DropSchedule
 
     config = config_of(model)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     slots = bucket_for(bucket[0], bucket[1:], config)
-    job = program.Program(config, mode, slots, batch, grad_accum_steps, program.groups_of(config), quantize)
+    job = programs.Program(
+        config=config,
+        mode=mode,
+        bucket=slots,
+        rows=batch,
+        grad_accum_steps=grad_accum_steps,
+        groups=programs.groups_of(config),
+        quantize=quantize,
+    )
 
-    def compiled(job: program.Program, sizes: dict[str, int] | None) -> program.Plan:
+    def compiled(job: programs.Program, sizes: dict[str, int] | None) -> programs.CompiledProgram:
         where = f" on {_axes(sizes)}" if sizes else ""
-        with progress(f"compiling {_name(job)}, rows {_rows(job.rows, job.grad_accum_steps)}{where}"):
-            return program.plan(job, sizes, topology, devices)
+        with progress(f"compiling {_name(job)}, batch {_rows(job.rows, job.grad_accum_steps)}{where}"):
+            return programs.compile_program(job, sizes, topology, devices)
 
     if suggest:
         if mesh:
-            raise UserError("--suggest tries meshes of its own: leave out --mesh")
-        plans = program.suggest(job, len(devices), compiled)
+            raise UserError("--suggest chooses the meshes: leave out --mesh")
+        plans = programs.suggest(job, len(devices), compiled)
     else:
         jobs = [job]
         if dense and config.schedule.layers:
@@ -90,11 +97,11 @@ def run(
         print(json.dumps({**asked, "plans": results}))
         return
     weights = f", {quantize} weights" if quantize else ""
-    print(f"{printable(model)}, {mode}, {len(devices)} devices of {topology}, rows of {bucket}{weights}\n")
-    print(_table(results) if results else "no mesh fits")
+    print(f"{printable(model)}, {mode}, {len(devices)} devices of {topology}, bucket {bucket}{weights}\n")
+    print(_table(results) if results else "The job does not fit on any mesh.")
     if not any(x["fits"] for x in results):
         advice = TRAINING_ADVICE if mode == "train" else INFERENCE_ADVICE
-        print(f"\ndoes not fit: try {advice}, a larger slice" + ("" if suggest else ", or --suggest"))
+        print(f"\nThe job does not fit: try {advice}, a larger slice" + ("." if suggest else ", or --suggest."))
 
 
 def _name(job: Any) -> str:
@@ -102,7 +109,7 @@ def _name(job: Any) -> str:
 
 
 def _rows(rows: int, parts: int) -> str:
-    return f"{rows} in {parts} parts" if parts > 1 else f"{rows}"
+    return f"{rows} in {parts} microbatches" if parts > 1 else f"{rows}"
 
 
 def _axes(sizes: dict[str, int]) -> str:
@@ -124,12 +131,12 @@ def _result(found: Any, devices: int) -> dict[str, Any]:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    """A column for each plan; bytes and MACs are of one device."""
+    """A Markdown table with a column for each program; bytes and MACs are per device."""
     gib = 2**30
 
     def verdict(x: dict[str, Any]) -> str:
         if not x["fits"]:
-            return f"no: {x['excess_bytes'] / gib:.2f} GiB over {x['capacity_bytes'] / gib:.2f}"
+            return f"no: {x['excess_bytes'] / gib:.2f} GiB over {x['capacity_bytes'] / gib:.2f} GiB"
         return f"yes: {x['total_bytes'] / gib:.2f} of {x['capacity_bytes'] / gib:.2f} GiB"
 
     def of(key: str) -> list[str]:
@@ -139,16 +146,16 @@ def _table(results: list[dict[str, Any]]) -> str:
         ["", *(x["model"] for x in results)],
         ["---"] * (len(results) + 1),
         ["mesh", *(_axes(x["mesh"]) for x in results)],
-        ["rows", *(_rows(x["rows"], x["grad_accum_steps"]) for x in results)],
+        ["batch", *(_rows(x["rows"], x["grad_accum_steps"]) for x in results)],
         ["fits", *map(verdict, results)],
         ["arguments", *of("argument_bytes")],
         ["temporaries", *of("temporary_bytes")],
         ["output", *of("output_bytes")],
-        ["MACs", *(f"{x['macs'] / 1e12:,.2f} T, {x['macs'] / results[0]['macs']:.2f} of the first" for x in results)],
+        ["MACs", *(f"{x['macs'] / 1e12:,.2f} T, {x['macs'] / results[0]['macs']:.2f} x the first" for x in results)],
     ]
     for kind in dict.fromkeys(kind for x in results for kind, (times, _) in x["collectives"].items() if times):
         pairs = [x["collectives"].get(kind, (0, 0)) for x in results]
-        rows.append([kind, *(f"{times} times, {size / gib:.2f} GiB" for times, size in pairs)])
-    rows.append(["moved by them", *of("moved_bytes")])
+        rows.append([kind, *(f"{times} x, {size / gib:.2f} GiB" for times, size in pairs)])
+    rows.append(["communicated", *of("moved_bytes")])
     rows.append(["compiled in", *(f"{x['compile_seconds']:.0f} s" for x in results)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import pathlib
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
+from pdrop_jax.cli.options import Json
 from pdrop_jax.errors import UserError, printable
 
 
@@ -16,20 +17,19 @@ def run(
     annotations: pathlib.Path,
     questions: pathlib.Path | None = None,
     split: str = "test",
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_output: Json = False,
 ) -> None:
-    """Print the score of an answer file, of pdrop eval or LLaVA's own scripts.
+    """Score an answer file of pdrop eval, or of LLaVA's own scripts, by the rules of the benchmark's public script.
 
     Args:
-      benchmark: which one.
-      answers: JSON lines with question_id, prompt and text.
-      annotations: the benchmark's own file, or its folder for pope, scienceqa and mme; see docs/evaluation.md.
-      questions: for pope, the question file with the categories.
-      split: for scienceqa.
-      json_output: print one JSON object instead of a table.
+      benchmark: Benchmark name.
+      answers: Answer file: JSON lines with question_id, prompt and text.
+      annotations: The benchmark's annotation file; for pope, scienceqa and mme its folder. See docs/evaluation.md.
+      questions: For pope: the question file with the category of each question.
+      split: For scienceqa: the split.
     """
     if (benchmark == "pope") != (questions is not None):
-        raise UserError("--questions FILE belongs to pope, which needs it, and to no other benchmark")
+        raise UserError("pope needs --questions FILE, and no other benchmark takes it")
 
     from pdrop_jax.eval import scoring
 

@@ -1,4 +1,4 @@
-"""``pdrop train``: train a model as a recipe says."""
+"""``pdrop train``: train a model from a recipe."""
 
 from typing import Annotated
 
@@ -16,17 +16,17 @@ def run(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Train a model; the same command resumes a run that was stopped or killed.
+    """Train a model. To resume a run that was stopped or killed, run the same command again.
 
     Args:
-      recipe: a TOML or JSON file, or a preset: llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain,
-        llava-next-finetune.
-      settings: of the recipe, to be changed, as run.steps=100.
-      mesh: devices along the axes data, fsdp and tensor; without it the recipe's, by default all along fsdp.
-      allow_changes: go on although the recipe, the data or the starting model are not what the run began with.
-      coordinator: HOST:PORT of process 0, to train with several processes; SLURM and Cloud TPUs need none of the three.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
+      recipe: TOML or JSON file, or a preset:
+        llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain, llava-next-finetune.
+      settings: override settings of the recipe, e.g. run.steps=100.
+      mesh: devices along the mesh axes data, fsdp and tensor (default: the recipe's mesh, or all devices along fsdp).
+      allow_changes: resume even if the recipe, the data or the starting model has changed since the run was started.
+      coordinator: HOST:PORT of process 0 for multi-process training. Not needed under SLURM and on Cloud TPUs.
+      num_processes: total number of processes. Not needed under SLURM and on Cloud TPUs.
+      process_id: index of this process, starting at 0. Not needed under SLURM and on Cloud TPUs.
     """
     from pdrop_jax.train.processes import together
     from pdrop_jax.train.recipe import load_recipe

@@ -1,1 +1,1 @@
-"""Answers to question files, and their scores."""
+"""Answering question files and scoring the answers."""

@@ -1,12 +1,11 @@
-"""Answers to many questions: grouped by bucket, in batches of one size, the next one read while the device works.
+"""Answers many questions: grouped by bucket, in batches of one size, reading the next batch while the device works.
 
-Every batch of a bucket has the same shape, so that each bucket compiles once. A bucket is known from the text and from
-the sizes of the pictures, of which only the heads are read; pictures themselves are in memory for two batches at most.
+All batches of a bucket have the same shape, so each bucket compiles once. A question's bucket follows from its text and
+the sizes of its images, for which only file headers are read. Images of at most two batches are in memory at a time.
 """
 
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Container, Generator, Iterator, Sequence
 
 import numpy as np
@@ -18,15 +17,14 @@ from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import check_implementation, generate_batch
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation
-from pdrop_jax.generation.sampling import make_sampling
-from pdrop_jax.inputs.anyres import ImageTokens, count
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.assemble import Row, assemble
-from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.images import Picture, as_tokens, image_size, open_image, read_image
+from pdrop_jax.inputs.buckets import smallest_bucket
+from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import Implementation
 
-MOST_ROWS = 4096  # of a batch: of 336 x 336 pixels each they are 5.5 GB before they reach a device
+MOST_ROWS = 4096  # in a batch: at 336 x 336 pixels each, 5.5 GB of float32 before they reach a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +32,9 @@ class Group:
     """Questions that are answered as one batch.
 
     Attributes:
-      bucket: of the batch.
-      questions: positions in the list of all questions, ascending; at most as many as the batch has rows.
-      ids: token ids of each, int32.
+      bucket: bucket of the batch.
+      questions: positions in the list of all questions, ascending; at most one for each row of the batch.
+      ids: int32 token ids of each question.
     """
 
     bucket: Bucket
@@ -44,21 +42,25 @@ class Group:
     ids: list[np.ndarray]
 
 
-def plan(processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> list[Group]:
-    """The batches of ``questions``, largest bucket first: what does not fit the device fails at once.
+def plan_batches(
+    processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+) -> list[Group]:
+    """Splits ``questions`` into batches, largest bucket first, so that a batch too large for the device fails at once.
 
     Raises:
-      UserError: a question does not fit the model, tags and pictures differ in number, the head of a picture cannot be
-        read, or there is no such batch size.
+      UserError: a question does not fit the model, image tags and images differ in number, the header of an image
+        cannot be read, or the batch size is out of range.
     """
     check_batch_size(batch_size)
+    config = processor.config
     buckets: dict[Bucket, list[tuple[int, np.ndarray]]] = {}
     with tqdm(questions, "measuring", unit=" questions", disable=None, delay=2, leave=False) as bar:
         for number, question in enumerate(bar):
+            count = len(question.images)
             try:
-                ids = np.array(processor.ids(question.text, len(question.images)), np.int32)
-                row = Row(ids, [_sized(image, processor, len(question.images)) for image in question.images])
-                bucket = choose_bucket([row], processor.config, max_new_tokens)
+                ids = np.array(processor.ids(question.text, count), np.int32)
+                sizes = [measure(image, config, alone=count == 1) for image in question.images]
+                bucket = smallest_bucket([len(ids) - count], [sizes], config, max_new_tokens)
             except UserError as error:
                 raise _of(question, error) from None
             buckets.setdefault(bucket, []).append((number, ids))
@@ -72,9 +74,9 @@ def plan(processor: Processor, questions: Sequence[Question], batch_size: int, m
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises UserError if a batch of so many rows cannot be."""
+    """Raises UserError if the batch size is out of range."""
     if not 1 <= batch_size <= MOST_ROWS:
-        raise UserError(f"the batch size must lie in 1..{MOST_ROWS:,}, got {batch_size:,}")
+        raise UserError(f"the batch size must be in 1..{MOST_ROWS:,}, got {batch_size:,}")
 
 
 def answer_all(
@@ -82,51 +84,38 @@ def answer_all(
     questions: Sequence[Question],
     *,
     batch_size: int = 8,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(max_new_tokens=128),
     implementation: Implementation = "auto",
     answered: Container[int] = (),
 ) -> Generator[tuple[list[int], Generation]]:
-    """Answers batch by batch, see ``plan`` for their order.
+    """Answers batch by batch, in the order of ``plan_batches``.
 
-    The last batch of a bucket is filled up with its last question, of which the surplus answers are left out. What a
-    batch draws at a temperature depends on ``seed`` and its place in the plan, not on the batches before it.
+    The last batch of a bucket is padded with copies of its last question, whose answers are left out. The samples of a
+    batch depend on the seed and on its position in the plan, not on the batches before it.
 
     Args:
-      temperature: 0 is greedy; this and the others as in ``generation.generate``.
-      answered: positions of questions that have been; a batch of nothing else is skipped.
+      answered: positions of questions that have been answered already; a batch of only such questions is skipped.
 
     Yields:
-      (positions in ``questions``, their answers): one row of the ``Generation`` for each, its seconds and bytes those
-      of the whole batch.
+      (positions in ``questions``, their answers): one row of the ``Generation`` for each; its seconds and bytes are
+      those of the whole batch.
 
     Raises:
-      UserError: see ``plan``; a picture cannot be read, bad sampling values.
+      UserError: see ``plan_batches``; a picture cannot be read.
     """
-    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
-    groups = plan(model.processor, questions, batch_size, max_new_tokens)
+    groups = plan_batches(model.processor, questions, batch_size, sampling.max_new_tokens)
     todo = [(n, group) for n, group in enumerate(groups) if any(i not in answered for i in group.questions)]
     batches = read_batches(model.processor, questions, [group for _, group in todo], batch_size)
     for (number, group), batch in zip(todo, batches, strict=True):
-        generation = generate_batch(
-            model,
-            batch,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed + number,
-            implementation=implementation,
-        )
+        generation = generate_batch(model, batch, sampling.for_batch(number), implementation=implementation)
         yield group.questions, _first_rows(generation, len(group.questions))
 
 
 def read_batches(
     processor: Processor, questions: Sequence[Question], groups: Sequence[Group], batch_size: int
 ) -> Iterator[Batch]:
-    """The batches of ``groups``, the next one read while the caller is at work; short ones are filled up.
+    """Yields the batches of ``groups``, reading the next one while the caller works; short batches are padded.
 
     Raises:
       UserError: a picture cannot be read.
@@ -155,17 +144,6 @@ def _batch(processor: Processor, questions: Sequence[Question], group: Group, ba
         rows.append(Row(ids, images))
     rows += rows[-1:] * (batch_size - len(rows))
     return assemble(rows, processor.config, group.bucket)
-
-
-def _sized(image: Picture, processor: Processor, of: int) -> ImageTokens:
-    """A picture, one ``of`` so many of its row, as ``choose_bucket`` needs it: as many crops and tokens, all empty."""
-    config = processor.config
-    if config.tiling is None or (config.tiling.alone and of > 1):
-        crops, tokens = 1, config.image_tokens + (config.tiling is not None)
-    else:
-        size = image_size(image) if isinstance(image, str | os.PathLike) else open_image(image).size[::-1]
-        crops, tokens = count(size, config)
-    return ImageTokens(np.empty((crops, 0)), np.empty((tokens, 0), np.int32))
 
 
 def _first_rows(generation: Generation, rows: int) -> Generation:

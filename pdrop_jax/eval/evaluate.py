@@ -1,12 +1,12 @@
-"""AnswerRecord files: the questions of a file answered one time each, over any number of runs.
+"""Answer files: each question of a file is answered once, over any number of runs.
 
-Answers lie in ``A.jsonl.unfinished`` in the order in which they came; when the last is there they are written in the
-order of the questions and renamed to ``A.jsonl``. A line is LLaVA's::
+Answers are appended to ``A.jsonl.unfinished`` in the order in which they are generated. When all are there, they are
+written in the order of the questions and renamed to ``A.jsonl``. Lines are in LLaVA's format::
 
     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 
-``metadata`` says what the answers depend on, see ``describe``. ``answer_id`` is a hash of that and of the question: a
-run goes on only with its own answers.
+``metadata`` holds everything that answers depend on, see ``describe``. ``answer_id`` is a hash of it and of the
+question, so a run resumes only from its own answers.
 """
 
 import collections
@@ -31,12 +31,12 @@ from pdrop_jax.eval.journal import AnswerRecord, Journal, unfinished
 from pdrop_jax.eval.questions import Question, read_lines, read_questions
 from pdrop_jax.generation.engine import check_implementation
 from pdrop_jax.generation.pretrained import load
-from pdrop_jax.generation.sampling import make_sampling
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_output
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.schedule import DropSchedule
 
-# Keys of ``describe`` as messages name them.
+# Names of the keys of ``describe`` in messages.
 LABELS = {
     "fingerprint": "model",
     "schedule": "schedule",
@@ -49,13 +49,13 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
       out: the answer file.
-      questions: of the whole file.
-      answered: by this run; the others had been answered before.
-      seconds: of this run, loading and compilation included.
+      questions: number of questions in the file.
+      answered: number of questions that this run answered; the others had been answered before.
+      seconds: duration of this run, including loading and compilation.
     """
 
     out: pathlib.Path
@@ -75,37 +75,32 @@ def evaluate(
     quantize: Literal["int8"] | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 8,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(max_new_tokens=128),
     implementation: Implementation = "auto",
     verify: bool = True,
     outside_images: bool = False,
     overwrite: bool = False,
 ) -> Evaluation:
-    """Answers every question of a file, or those that an earlier run of the same did not get to.
+    """Answers the questions of a file that an earlier, interrupted run has not answered.
 
-    Greedy answers may be resumed with another batch size, mesh or attention.
+    Greedy runs may be resumed with another batch size, mesh or attention implementation.
 
     Args:
-      model: a checkpoint's folder.
-      questions: see ``questions.read_questions``.
-      images: the folder of their pictures.
-      out: a new file, or one that this wrote before.
-      schedule: None is the checkpoint's own; it, dtype, quantize, mesh and verify as in ``pdrop_jax.load``.
-      temperature: 0 is greedy; it and the others as in ``generation.generate``.
+      model: checkpoint folder.
+      questions: question file, see ``questions.read_questions``.
+      images: folder of the images.
+      out: a new file, or one that this function wrote before.
+      schedule, dtype, quantize, mesh, verify: see ``pdrop_jax.load``.
+      sampling: answer length and sampling; the default is greedy decoding.
       outside_images: see ``questions.read_questions``.
-      overwrite: start over: answers that are there are removed, whatever they are of.
+      overwrite: delete existing answers, of whatever run, and start over.
 
     Raises:
-      UserError: the questions, the model or the values are wrong; ``out`` is an input or no regular file, it holds
-        answers of another model, schedule or question, or another process is writing it. All but an unreadable picture
-        or a question that is too long is found before the model is loaded.
+      UserError: the questions, the model or an argument are invalid; ``out`` is an input or not a regular file, it
+        holds answers of another model, schedule or question, or another process is writing it. Everything except an
+        unreadable image or a question that is too long is found before the model is loaded.
     """
     began = time.perf_counter()
-    make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
     check_batch_size(batch_size)
     folder = pathlib.Path(model)
@@ -113,12 +108,11 @@ def evaluate(
     inputs = [questions, *(image for question in asked for image in question.images), *([folder] if overwrite else ())]
     target = check_output(out, overwrite=True, inputs=inputs, makes_folder=True)
     check_output(unfinished(target), overwrite=True, inputs=inputs, makes_folder=True)
-    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch_size": batch_size}
-    metadata = describe(folder, schedule, dtype, quantize, max_new_tokens, drawing if temperature else None)
+    metadata = describe(folder, schedule, dtype, quantize, sampling, batch_size)
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
-        unfinished(target).unlink(missing_ok=True)  # of a run that was killed right after it had renamed its answers
+        unfinished(target).unlink(missing_ok=True)  # left by a run that was killed right after renaming its answers
         return Evaluation(pathlib.Path(out), len(asked), 0, time.perf_counter() - began)
     with Journal(target, overwrite) as journal:
         check_answers(journal.path, journal.answers.values(), asked, ids, metadata)
@@ -131,11 +125,7 @@ def evaluate(
                 loaded,
                 asked,
                 batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
+                sampling=sampling,
                 implementation=implementation,
                 answered=answered,
             )
@@ -153,13 +143,12 @@ def describe(
     schedule: DropSchedule | None,
     dtype: str | None,
     quantize: str | None,
-    max_new_tokens: int,
-    drawing: Mapping[str, Any] | None,
+    sampling: Sampling,
+    batch_size: int,
 ) -> dict[str, Any]:
-    """All that answers depend on besides the question, read without loading the model.
+    """Everything that answers depend on besides the question, read without loading the model.
 
-    Args:
-      drawing: how tokens are drawn; None is greedy.
+    "sampling" is None for greedy decoding. Otherwise it includes the batch size, since rows of a batch share a key.
 
     Raises:
       UserError: ``folder`` is no checkpoint, or the schedule does not fit it.
@@ -167,21 +156,23 @@ def describe(
     config = LlavaConfig.load(folder)
     schedule = schedule or config.schedule
     schedule.check(config.text.num_layers)
+    samples = {**dataclasses.asdict(sampling), "batch_size": batch_size}
+    del samples["max_new_tokens"]  # it has a key of its own
     return {
         "fingerprint": fingerprint(folder),
         "schedule": schedule.to_json(),
         "dtype": dtype or storage.stored(folder)["embed.embedding"].dtype.name,
         "quantize": quantize,
-        "max_new_tokens": max_new_tokens,
-        "sampling": drawing and dict(drawing),
+        "max_new_tokens": sampling.max_new_tokens,
+        "sampling": None if sampling.greedy else samples,
     }
 
 
 def answer_ids(questions: Sequence[Question], metadata: Mapping[str, Any], images: str | os.PathLike) -> list[str]:
-    """A hash for each question of what its answer depends on; a question that stands repeatedly counts its times.
+    """For each question a hash of everything its answer depends on; repeated questions are numbered.
 
     Args:
-      images: the folder that pictures are named from, so that it may be moved.
+      images: image paths are hashed relative to this folder, so that it may be moved.
     """
     times: collections.Counter[str] = collections.Counter()
     ids = []
@@ -202,7 +193,7 @@ def check_answers(
     metadata: Mapping[str, Any],
     whole: bool = False,
 ) -> None:
-    """Raises UserError unless every answer is one to ``questions`` under ``metadata``; ``whole``: and all are there."""
+    """Raises UserError unless all answers are of this run; with ``whole`` all must be there."""
     what_to_do = f"name another file, --out FILE, or remove {path} to start again (--overwrite)"
     texts: dict[str, list[str]] = {}
     for question in questions:
@@ -216,7 +207,7 @@ def check_answers(
 
 
 def _difference(answer: AnswerRecord, texts: Mapping[str, Sequence[str]], metadata: Mapping[str, Any]) -> str:
-    """What tells ``answer`` from those to questions of such ``texts`` by id under ``metadata``."""
+    """How ``answer`` differs from the answers of this run, whose question texts by id are ``texts``."""
     theirs = answer.get("metadata")
     theirs = theirs if isinstance(theirs, dict) else {}
     for key, ours in metadata.items():

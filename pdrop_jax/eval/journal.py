@@ -1,4 +1,4 @@
-"""Answers on disk before all are there: none is lost to a kill, none stands twice."""
+"""The answers of an unfinished run on disk: a kill loses none, and none is written twice."""
 
 import contextlib
 import fcntl
@@ -17,13 +17,13 @@ AnswerRecord = dict[str, Any]  # a line of an answer file
 
 
 class Journal:
-    """The unfinished answers beside ``target``, held by one process at a time; a torn last line is not counted.
+    """The file of unfinished answers next to ``target``, locked by one process; a torn last line is ignored.
 
     Args:
-      overwrite: begin anew, without the answers of before, finished or not.
+      overwrite: start over, deleting earlier answers, finished or not.
 
     Attributes:
-      answers: by ``answer_id``, those that have been written.
+      answers: the answers written so far, by ``answer_id``.
 
     Raises:
       UserError: another process holds it, or a line is malformed.
@@ -51,13 +51,13 @@ class Journal:
     def __exit__(self, *_: Any) -> None:
         if not os.fstat(self._file.fileno()).st_size:
             self.path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # somebody else may have put something into one
+            with contextlib.suppress(OSError):  # another process may have put a file there
                 for folder in self._made:
                     folder.rmdir()
         self._file.close()
 
     def append(self, answers: Iterable[AnswerRecord]) -> None:
-        """Writes answers through to the disk, the first ones over what is torn."""
+        """Writes answers and syncs them to disk, replacing a torn last line."""
         new = list(answers)
         content = b"".join(map(_encoded, new))
         self._file.truncate(self._size)
@@ -73,8 +73,8 @@ class Journal:
         self.answers |= {answer["answer_id"]: answer for answer in new}
 
     def finish(self, ids: Sequence[str]) -> None:
-        """Writes all answers in the order of ``ids`` aside, and renames that to ``target``."""
-        aside = self.target.with_name(self.target.name + ".ordered")  # one for all: the lock is held
+        """Writes all answers in the order of ``ids`` to a temporary file and renames it to ``target``."""
+        aside = self.target.with_name(self.target.name + ".ordered")  # one name suffices: the lock is held
         try:
             with aside.open("wb") as file:
                 file.writelines(_encoded(self.answers[answer_id]) for answer_id in ids)
@@ -93,7 +93,7 @@ class Journal:
         if self.overwrite:
             self.target.unlink(missing_ok=True)
             self._file.truncate(0)
-        elif self.target.exists():  # the other one finished between our look for the file and the lock
+        elif self.target.exists():  # another process finished between our check and the lock
             raise UserError(f"{self.target} has just been finished by another process: run the same command again")
 
     def _read(self) -> None:
@@ -107,7 +107,7 @@ class Journal:
 
 
 def unfinished(target: pathlib.Path) -> pathlib.Path:
-    """Where the answers are until all are there."""
+    """Path of the answers until all are there."""
     return target.with_name(target.name + ".unfinished")
 
 

@@ -1,12 +1,12 @@
-"""pdrop-jax as a model of lmms-eval: every benchmark that it has, with batches and buckets as in ``pdrop eval``.
+"""pdrop-jax as an lmms-eval model, for all of its benchmarks, batched by bucket as in ``pdrop eval``.
 
 ::
 
     pip install 'pdrop-jax[lmms-eval]'
     python -m lmms_eval --model pdrop_jax --model_args pretrained=DIR,layers=8/16/24,ratios=0.5/0.25/0.125 --tasks mme
 
-Tried with lmms-eval 0.7.3, torch 2.13.0 and transformers 5.24.0. Only that program imports this module; torch, which it
-needs, computes nothing here.
+Tried with lmms-eval 0.7.3, torch 2.13.0 and transformers 5.24.0. Only lmms-eval imports this module. It needs
+torch, which computes nothing here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,25 +20,26 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.eval.batching import answer_all
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.pretrained import DEMO, load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
-WINDOW = 32  # batches whose pictures are in memory at a time: tasks hand them over decoded
+WINDOW = 32  # batches whose images are in memory at a time, since tasks hand them over decoded
 
 
 class PdropJax(lmms):
-    """The model. Its arguments are those of ``--model_args``; lists are written with slashes.
+    """The lmms-eval model. Its arguments are those of ``--model_args``; lists are written with slashes.
 
-    Answers are left whole as by lmms-eval's own LLaVA: a task's ``until`` does not cut them.
+    As in lmms-eval's own LLaVA model, a task's ``until`` does not truncate answers.
 
     Args:
-      pretrained: a checkpoint's folder; None is the demo model.
-      layers: "8/16/24", or "none" to drop nothing, or a name in ``schedule.PRESETS``; None is the checkpoint's own.
+      pretrained: checkpoint folder; None is the demo model.
+      layers: "8/16/24", "none" to drop nothing, or a name in ``schedule.PRESETS``; None is the checkpoint's schedule.
       ratios: "0.5/0.25/0.125".
       score: a name in ``model.scores``.
-      dtype: "float32" or "bfloat16"; None is the checkpoint's own.
+      dtype: "float32" or "bfloat16"; None is the checkpoint's dtype.
       quantize: "int8" or None.
       batch_size: ``--batch_size``.
-      max_batch_size, device: lmms-eval hands them to every model; not used.
+      max_batch_size, device: passed by lmms-eval to every model; unused.
     """
 
     is_simple = True
@@ -62,12 +63,14 @@ class PdropJax(lmms):
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """An answer to each request, in their order."""
+        """The answer to each request, in order."""
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="answering", unit=" questions", disable=self.rank != 0) as bar:
-            for settings, numbers in self._windows(requests):
+            for sampling, numbers in self._windows(requests):
                 questions = [self._question(requests[n]) for n in numbers]
-                for asked, generation in answer_all(self.model, questions, batch_size=self.batch_size, **settings):
+                for asked, generation in answer_all(
+                    self.model, questions, batch_size=self.batch_size, sampling=sampling
+                ):
                     for at, text in zip(asked, generation.texts, strict=True):
                         context, kwargs = requests[numbers[at]].args[:2]
                         self.cache_hook.add_partial("generate_until", (context, kwargs), text)
@@ -76,21 +79,21 @@ class PdropJax(lmms):
         return texts
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Raises UserError: the next question of such a task depends on the answer to the last."""
-        raise UserError("pdrop_jax does not answer tasks of several rounds: choose tasks that generate_until")
+        """Raises UserError: multi-round tasks are not supported."""
+        raise UserError("pdrop_jax does not support multi-round tasks: choose tasks that generate_until")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Raises UserError: answers are generated, not ranked."""
-        raise UserError("pdrop_jax does not rank given answers: choose tasks that generate_until")
+        """Raises UserError: given answers cannot be ranked."""
+        raise UserError("pdrop_jax does not support ranking of given answers: choose tasks that generate_until")
 
-    def _windows(self, requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Positions of requests that are answered together, with what they ask of ``answer_all``."""
-        alike: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+    def _windows(self, requests: Sequence[Instance]) -> Iterator[tuple[Sampling, list[int]]]:
+        """Positions of requests that are answered together, with the sampling that they ask for."""
+        alike: dict[Sampling, list[int]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(tuple(settings_of(request.args[1]).items()), []).append(number)
+            alike.setdefault(sampling_of(request.args[1]), []).append(number)
         size = self.batch_size * WINDOW
-        for settings, numbers in alike.items():
-            yield from ((dict(settings), numbers[at : at + size]) for at in range(0, len(numbers), size))
+        for sampling, numbers in alike.items():
+            yield from ((sampling, numbers[at : at + size]) for at in range(0, len(numbers), size))
 
     def _question(self, request: Instance) -> Question:
         context, _, doc_to_visual, doc_id, task, split = request.args
@@ -99,14 +102,18 @@ class PdropJax(lmms):
         return Question(doc_id, context, tuple(x for x in visuals if x is not None), where=f"task {task}")
 
 
-def settings_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's ``generation_kwargs`` as arguments of ``answer_all``; what it leaves out is greedy, 128 tokens."""
-    settings = {"max_new_tokens": int(kwargs.get("max_new_tokens") or 128)}
+def sampling_of(kwargs: Mapping[str, Any]) -> Sampling:
+    """A task's ``generation_kwargs``. What it leaves out is greedy decoding of up to 128 tokens.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+    given: dict[str, Any] = {"max_new_tokens": int(kwargs.get("max_new_tokens") or 128)}
     if kwargs.get("temperature") and kwargs.get("do_sample", True):
-        settings |= {name: kwargs[name] for name in ("temperature", "top_k", "top_p") if kwargs.get(name)}
-    return settings
+        given |= {name: kwargs[name] for name in ("temperature", "top_k", "top_p") if kwargs.get(name)}
+    return Sampling(**given)
 
 
 def words(value: str | int | float | None) -> list[str] | None:
-    """ "8/16" -> ["8", "16"]; lmms-eval reads a number alone as a number."""
+    """Splits "8/16" into ["8", "16"]; lmms-eval parses a single number as a number."""
     return None if value is None else str(value).split("/")

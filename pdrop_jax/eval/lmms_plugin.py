@@ -1,4 +1,4 @@
-"""What lmms-eval finds this package by: the entry point "lmms_eval.models". It loads none of the model's code."""
+"""The entry point "lmms_eval.models", by which lmms-eval finds this package without loading the model's code."""
 
 from typing import Any
 

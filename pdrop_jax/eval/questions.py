@@ -1,4 +1,4 @@
-"""Files of questions and answers: LLaVA's JSON lines, and its JSON list of conversations (ScienceQA)."""
+"""Question files: LLaVA's JSON lines, and its JSON list of conversations (ScienceQA)."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from pdrop_jax.inputs.chat_template import IMAGE_TAG, without_tags
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.io import inside, parse_json, read_bytes, read_json
 
-MOST_NAMES = 3  # of an error message
+MOST_NAMES = 3  # in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Question:
     """One question to a model.
 
     Attributes:
-      id: usually unique; that of LLaVA's TextVQA and MME is the name of the picture, which is asked about repeatedly.
-      text: with one ``<image>`` tag for each of ``images``, or without any.
-      fields: everything else that the file says of it.
-      where: "file line 3", for messages.
+      id: usually unique. In LLaVA's TextVQA and MME files it is the image's name, shared by several questions.
+      text: the question, with one ``<image>`` tag for each of ``images`` or without any.
+      fields: all other fields of the file.
+      where: location for error messages, such as "file line 3".
     """
 
     id: str | int
@@ -36,17 +36,18 @@ class Question:
 def read_questions(
     path: str | os.PathLike, images: str | os.PathLike = "", outside_images: bool = False
 ) -> list[Question]:
-    """The questions of a file, in its order.
+    """Reads the questions of a file, in order.
 
     A line is ``{"question_id", "text", "image", …}``, where ``image`` is a file in the folder ``images``, a list of
-    them, or absent. Of a record of a JSON list ``{"id", "conversations", "image", …}`` the first question is taken.
+    them, or absent. From a JSON list of ``{"id", "conversations", "image", …}`` the first question of each record is
+    taken.
 
     Args:
-      outside_images: whether a picture may lie outside ``images``, as ``../1.png`` does.
+      outside_images: whether an image may lie outside ``images``, such as ``../1.png``.
 
     Raises:
-      UserError: the file or a picture is not there, a line is malformed, an id stands twice and is not the name of its
-        picture, a picture lies outside its folder, or there are not as many tags as pictures.
+      UserError: the file or an image does not exist, a line is malformed, an id is repeated and is not the name of its
+        image, an image lies outside its folder, or tags and images differ in number.
     """
     folder = pathlib.Path(images)
     questions = [_question(record, where, folder, outside_images) for where, record in _records(pathlib.Path(path))]
@@ -62,10 +63,10 @@ def read_questions(
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, object) of each line of a JSON-lines file; blank ones are skipped.
+    """Yields (line number, object) of a JSON-lines file; blank lines are skipped.
 
     Raises:
-      UserError: the file cannot be read, or a line is no JSON object.
+      UserError: the file cannot be read, or a line is not a JSON object.
     """
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if line.strip():
@@ -73,10 +74,10 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse(line: bytes, where: str) -> dict[str, Any]:
-    """The object of one line.
+    """Parses the JSON object of one line.
 
     Raises:
-      UserError: it is none.
+      UserError: the line is not a JSON object.
     """
     record = parse_json(line, where)
     if not isinstance(record, dict):
@@ -88,7 +89,7 @@ def value(record: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], w
     """``record[key]``.
 
     Raises:
-      UserError: it is missing, or of none of ``kinds``.
+      UserError: it is missing, or has none of the types ``kinds``.
     """
     if not isinstance(record, dict) or key not in record:
         raise UserError(f"{where} has no {key!r}")
@@ -110,7 +111,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _asked(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A record of LLaVA's conversations with its first question as text, as llava.eval.model_vqa_science asks it."""
+    """A conversation record with its first question as text, as in llava.eval.model_vqa_science."""
     first = (value(record, "conversations", list, where) or [None])[0]
     if not isinstance(first, dict):
         raise UserError(f"{where}: its conversation is empty")

@@ -1,13 +1,12 @@
-"""Answers: a jitted prefill, a jitted decode loop, and the host code around them.
+"""Generation: a jitted prefill, a jitted decode loop, and the host code around them.
 
 The two jitted functions are ``start`` (prompts -> state with the first new token) and ``decode`` (a
-``lax.while_loop`` that donates its state). Both compile once for a bucket, a batch size and a capacity.
+``lax.while_loop`` that donates its state). Each compiles once for a bucket, a batch size and a capacity.
 """
 
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +17,11 @@ import numpy as np
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.generation.next_token import TokenSampler, sample, token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
-from pdrop_jax.generation.sampling import Sampling, make_sampling, sample
+from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.generation.timer import Timer
 from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
@@ -29,10 +30,10 @@ from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import decode_step, prefill
 from pdrop_jax.sharding import batch_sharding
 
-CAPACITY_STEP = 64  # cache slots for new tokens come in multiples of it, so that few capacities are ever compiled
-STREAM_EVERY = 4  # tokens between two calls of a stream
-# Left to itself XLA skips roundings to bfloat16 where it fuses, and what it fuses depends on the size of the batch: a
-# row would keep other tokens in a batch than alone (benchmarks/batches.py).
+CAPACITY_STEP = 64  # capacities are multiples of it, so that few are compiled
+STREAM_EVERY = 4  # new tokens between two calls of ``stream``
+# By default XLA omits roundings to bfloat16 inside fusions, and what it fuses depends on the batch size: a row could
+# keep other tokens in a batch than alone (benchmarks/batches.py).
 ROUNDED = {"xla_allow_excess_precision": False}
 
 
@@ -43,9 +44,9 @@ class State:
 
     Attributes:
       tokens: (B, C) int32, new tokens; 0 after a row's stop token.
-      step: () int32, how many of them there are.
-      done: (B,) bool, rows that drew a stop token.
-      key: PRNG key of the call.
+      step: () int32, number of new tokens.
+      done: (B,) bool, rows that have sampled a stop token.
+      key: PRNG key of the whole call.
       model: caches and lengths.
     """
 
@@ -56,8 +57,8 @@ class State:
     model: DecodeState
 
 
-def _append(state: State, logits: jax.Array, sampling: Sampling, stop_ids: jax.Array) -> State:
-    token = sample(logits, jax.random.fold_in(state.key, state.step), sampling)
+def _append(state: State, logits: jax.Array, sampler: TokenSampler, stop_ids: jax.Array) -> State:
+    token = sample(logits, jax.random.fold_in(state.key, state.step), sampler)
     token = jnp.where(state.done, 0, token)
     done = state.done | (token[:, None] == stop_ids).any(1)
     tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
@@ -70,7 +71,7 @@ def start(
     params: Params,
     batch: Batch,
     key: jax.Array,
-    sampling: Sampling,
+    sampler: TokenSampler,
     stop_ids: jax.Array,
     *,
     capacity: int,
@@ -80,22 +81,22 @@ def start(
 
     Args:
       stop_ids: (n,) int32.
-      capacity: slots for new tokens.
+      capacity: cache slots for new tokens.
 
     Returns:
-      (state, logits (B, V) float32 that the token is drawn from, drops).
+      (state, logits (B, V) float32 that the token is sampled from, drop records).
     """
     logits, model, drops = prefill(config, params, batch, capacity, implementation=implementation)
-    return first_token(logits, model, capacity, key, sampling, stop_ids), logits, drops
+    return first_token(logits, model, capacity, key, sampler, stop_ids), logits, drops
 
 
 def first_token(
-    logits: jax.Array, model: DecodeState, capacity: int, key: jax.Array, sampling: Sampling, stop_ids: jax.Array
+    logits: jax.Array, model: DecodeState, capacity: int, key: jax.Array, sampler: TokenSampler, stop_ids: jax.Array
 ) -> State:
-    """The state with one new token of each row, drawn from ``logits`` (B, V)."""
+    """The state with one new token of each row, sampled from ``logits`` (B, V)."""
     B = logits.shape[0]
     state = State(jnp.zeros((B, capacity), jnp.int32), jnp.int32(0), jnp.zeros(B, bool), key, model)
-    return _append(state, logits, sampling, stop_ids)
+    return _append(state, logits, sampler, stop_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=ROUNDED)
@@ -104,7 +105,7 @@ def decode(
     params: Params,
     state: State,
     until: jax.Array,
-    sampling: Sampling,
+    sampler: TokenSampler,
     stop_ids: jax.Array,
 ) -> State:
     """Decodes until every row is done or has ``until`` () int32 new tokens. Consumes ``state``."""
@@ -115,7 +116,7 @@ def decode(
     def one(state: State) -> State:
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
         logits, model = decode_step(config, params, last, state.model, state.step - 1)
-        return _append(dataclasses.replace(state, model=model), logits, sampling, stop_ids)
+        return _append(dataclasses.replace(state, model=model), logits, sampler, stop_ids)
 
     return jax.lax.while_loop(more, one, state)
 
@@ -124,61 +125,49 @@ def generate(
     model: Model,
     prompts: Sequence[str],
     images: Sequence[Any] | None = None,
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     implementation: Implementation = "auto",
     stream: Callable[[int, str], None] | None = None,
 ) -> Generation:
     """Answers ``prompts`` about ``images``.
 
+    Example::
+
+        generate(model, ["What is this?"], ["cat.jpg"], Sampling(max_new_tokens=128, temperature=0.7, seed=1))
+
     Args:
       prompts: B questions.
       images: for each row None, a picture or several (path, PIL image or uint8 array), or a ``Video``.
-      temperature: 0 is greedy.
-      top_k: draw from this many best tokens; 0 is all.
-      top_p: draw from the best tokens up to this probability mass.
-      seed: 0..4294967295.
+      sampling: answer length and sampling; the default is greedy decoding of up to 64 tokens.
+      implementation: attention implementation, see ``model.attention``.
       stream: called with (row, new text) while the answers grow.
 
     Raises:
-      UserError: unreadable picture, image tags and pictures do not match, prompt too long, bad sampling values.
+      UserError: a picture cannot be read, image tags and pictures do not match, or a prompt is too long.
     """
-    sampling = make_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_implementation(implementation)
-    batch = model.processor(prompts, images, max_new_tokens=max_new_tokens)
-    return generate_batch(
-        model,
-        batch,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        implementation=implementation,
-        stream=stream,
-    )
+    batch = model.processor(prompts, images, max_new_tokens=sampling.max_new_tokens)
+    return generate_batch(model, batch, sampling, implementation=implementation, stream=stream)
 
 
 def check_implementation(implementation: Implementation) -> None:
-    """Raises UserError for an attention that this machine does not have."""
+    """Raises UserError for an attention implementation that this machine cannot run."""
     if implementation == "splash" and jax.default_backend() != "tpu":
-        raise UserError(f"splash attention needs a TPU, this is a {jax.default_backend()}: use 'auto'")
+        raise UserError(f"splash attention needs a TPU, but this is a {jax.default_backend()}: use 'auto'")
 
 
 def generate_batch(
     model: Model,
     batch: Batch,
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int = 0,
     implementation: Implementation = "auto",
     stream: Callable[[int, str], None] | None = None,
 ) -> Generation:
-    """``generate`` from a prepared batch."""
+    """Same as ``generate``, for a batch that ``model.processor`` has prepared."""
     config, processor = model.config, model.processor
+    sampler = token_sampler(sampling)
     stop_ids = np.array(processor.stop_ids, np.int32)
     timer = Timer()
     with on_devices(model):
@@ -187,16 +176,16 @@ def generate_batch(
             config,
             model.params,
             rows_on_devices(model, batch),
-            jax.random.key(seed),
-            sampling,
+            jax.random.key(sampling.seed),
+            sampler,
             stop_ids,
-            capacity=capacity_for(max_new_tokens),
+            capacity=capacity_for(sampling.max_new_tokens),
             implementation=implementation,
         )
         prefill_seconds = timer.lap()
         size = cache_bytes(state.model.caches)
         lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
-        state, token_ids = finish(model, state, max_new_tokens, sampling, stop_ids, timer, stream)
+        state, token_ids = finish(model, state, sampling.max_new_tokens, sampler, stop_ids, timer, stream)
     drops = jax.device_get(drops)
     return Generation(
         texts=[processor.decode(ids) for ids in token_ids],
@@ -214,6 +203,7 @@ def generate_batch(
 
 
 def capacity_for(max_new_tokens: int) -> int:
+    """Cache slots for new tokens: ``max_new_tokens`` rounded up to a multiple of CAPACITY_STEP."""
     return -(-max_new_tokens // CAPACITY_STEP) * CAPACITY_STEP
 
 
@@ -223,7 +213,7 @@ def on_devices(model: Model) -> contextlib.AbstractContextManager:
 
 
 def rows_on_devices(model: Model, batch: Batch) -> Batch:
-    """The batch's rows shared out over the model's mesh, if it has one."""
+    """The batch with its rows sharded over the model's mesh, if it has one."""
     if model.mesh is None:
         return batch
     rows = batch_sharding(model.mesh, len(batch.length))
@@ -234,12 +224,12 @@ def finish(
     model: Model,
     state: State,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampler: TokenSampler,
     stop_ids: np.ndarray,
-    timer: "Timer",
+    timer: Timer,
     stream: Callable[[int, str], None] | None,
 ) -> tuple[State, list[list[int]]]:
-    """Decodes till every row is done or has its ``max_new_tokens``; consumes ``state``.
+    """Decodes until every row is done or has ``max_new_tokens`` tokens; consumes ``state``.
 
     Returns:
       (state, new tokens of each row without the stop token).
@@ -258,30 +248,9 @@ def finish(
         if over:
             return state, [_until_stop(row[:sent], stop_ids) for row in tokens]
         until = min(step + STREAM_EVERY, max_new_tokens) if stream else max_new_tokens
-        state = timer.call(decode, model.config, model.params, state, np.int32(until), sampling, stop_ids)
+        state = timer.call(decode, model.config, model.params, state, np.int32(until), sampler, stop_ids)
 
 
 def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
     stops = np.flatnonzero(np.isin(ids, stop_ids))
     return ids[: stops[0] if len(stops) else None].tolist()
-
-
-class Timer:
-    """Seconds of jitted calls, with compilation apart."""
-
-    def __init__(self) -> None:
-        self.compile_seconds = 0.0
-        self._seconds = 0.0
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        function.lower(*args, **kwargs).compile()  # the call below finds the executable in jit's own cache
-        compiled = time.perf_counter()
-        result = jax.block_until_ready(function(*args, **kwargs))
-        self.compile_seconds += compiled - began
-        self._seconds += time.perf_counter() - compiled
-        return result
-
-    def lap(self) -> float:
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds

@@ -1,4 +1,4 @@
-"""A checkpoint in memory, ready to answer."""
+"""Loading checkpoints for inference."""
 
 import dataclasses
 import pathlib
@@ -11,12 +11,12 @@ from pdrop_jax.checkpoint import load as load_checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.params import Params
+from pdrop_jax.model.params import Params, count
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.schedule import DropSchedule
 
-DEMO = pathlib.Path(__file__).parent / "demo"  # the small trained model that comes with the package
+DEMO = pathlib.Path(__file__).parents[1] / "demo"  # a small trained model that comes with the package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Model:
     params: Params
     processor: Processor
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        sizes = f"{short_count(count(self.params))} parameters, {self.params['embed']['embedding'].dtype}"
+        layers = ", ".join(map(str, self.config.schedule.layers))
+        where = "" if self.mesh is None else f", mesh {dict(self.mesh.shape)}"
+        return f"Model(LLaVA, {sizes}, {f'drops after layers {layers}' if layers else 'dense'}{where})"
 
 
 def load(
@@ -40,38 +46,46 @@ def load(
     """Loads a converted or trained checkpoint.
 
     Args:
-      folder: without it the demo model.
-      schedule: None is the checkpoint's own.
-      dtype: of parameters and activations, float32 or bfloat16; None is the checkpoint's own.
-      mesh: devices to share the work, see ``sharding.make_mesh``; None is one device.
-      quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantization``; activations stay
-        ``dtype``.
-      verify: compare every array with its checksum, see ``checksums``.
+      folder: checkpoint folder; the default is the demo model.
+      schedule: drop schedule; None is the checkpoint's.
+      dtype: dtype of parameters and activations, float32 or bfloat16; None is the checkpoint's.
+      mesh: device mesh, see ``sharding.make_mesh``; None is one device.
+      quantize: "int8" quantizes the weights of the decoder's linear layers, see ``model.quantization``; activations
+        stay ``dtype``.
+      verify: compare every array with its checksum.
 
     Raises:
-      UserError: the folder is no checkpoint, it is damaged, the schedule does not fit the decoder, or ``quantize`` is
-        something else.
+      UserError: the folder is not a checkpoint, it is damaged, the schedule does not fit the decoder, or ``quantize``
+        has another value.
     """
     if folder == DEMO and not DEMO.exists():
-        raise UserError("this installation has no demo model: name the folder of a checkpoint, --model DIR")
+        raise UserError("this installation has no demo model: pass the folder of a checkpoint, --model DIR")
     config, params = load_checkpoint(
         pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
     )
     processor = Processor.load(pathlib.Path(folder), config)
-    # Quantized stacks are scanned on a CPU too: of a list of layers XLA makes all the plain weights at once.
+    # Quantized stacks are scanned on a CPU too: XLA would dequantize all layers of a list at once.
     if jax.default_backend() == "cpu" and mesh is None and not quantize:
         params = unstack(params)
     return Model(config, params, processor, mesh)
 
 
 def reschedule(model: Model, schedule: DropSchedule) -> Model:
-    """``model`` with the stage boundaries of another schedule, its arrays shared where they need not be cut anew.
+    """``model`` with another schedule. Arrays are shared unless a stage boundary moves.
 
     Raises:
-      UserError: the schedule does not fit the decoder, or its score the model.
+      UserError: the schedule does not fit the decoder, or its score does not fit the model.
     """
     config = dataclasses.replace(model.config, schedule=schedule)
     find_score(config)
     params = restage(model.params, model.config, schedule)
     processor = dataclasses.replace(model.processor, config=config)
     return dataclasses.replace(model, config=config, params=params, processor=processor)
+
+
+def short_count(n: int) -> str:
+    """ "2.4M" for 2,400,000."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.1f}{letter}"
+    return str(n)

@@ -1,59 +1,54 @@
-"""How the next token is sampled."""
+"""How answers are sampled. This module does not import jax: the device side is ``next_token``."""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
-
 from pdrop_jax.errors import UserError
 
-COLDEST, HOTTEST = 1e-6, 1e6  # temperatures; logits divided by one that is smaller still may overflow
-MOST_TOP_K = 2**31 - 1
-SEEDS = 2**32  # a key takes 32 bits of a seed, so that larger ones would draw as smaller ones do
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # logits divided by a smaller temperature may overflow
+MAX_TOP_K = 2**31 - 1
+NUM_SEEDS = 2**32  # a PRNG key holds 32 bits of a seed, so larger seeds would repeat the smaller ones
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Scalars are traced: other values do not recompile.
+    """How answers are sampled. The default is greedy decoding.
 
     Attributes:
-      temperature: () float32; not used when greedy.
-      top_k: () int32, number of best tokens drawn from; 0 is all.
-      top_p: () float32, the best tokens up to this probability mass are drawn from; 1 is all.
-      greedy: static.
+      max_new_tokens: Maximum number of new tokens in an answer.
+      temperature: Sampling temperature; 0 is greedy decoding.
+      top_k: Sample from the k most likely tokens only; 0 disables the limit.
+      top_p: Sample from the smallest set of most likely tokens whose total probability reaches this value (nucleus
+        sampling); 1 disables the limit.
+      seed: RNG seed for sampling.
+
+    Raises:
+      UserError: a value is out of range.
     """
 
-    temperature: ArrayLike
-    top_k: ArrayLike
-    top_p: ArrayLike
-    greedy: bool = dataclasses.field(metadata={"static": True})
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE):
+            raise UserError(
+                f"temperature must be 0 (greedy) or in {MIN_TEMPERATURE:g}..{MAX_TEMPERATURE:g}, got {self.temperature}"
+            )
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise UserError(f"top_k must be in 0..{MAX_TOP_K}, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be greater than 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < NUM_SEEDS:
+            raise UserError(f"seed must be in 0..{NUM_SEEDS - 1}, got {self.seed}")
 
-def make_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int = 0) -> Sampling:
-    """Raises UserError for values that make no sense, or that the types of ``Sampling`` and of a key cannot hold."""
-    warm = temperature == 0 or COLDEST <= temperature <= HOTTEST
-    if max_new_tokens < 1 or not warm or not 0 <= top_k <= MOST_TOP_K or not 0 < top_p <= 1:
-        raise UserError(
-            f"need max_new_tokens >= 1, a temperature of 0 or in {COLDEST:g}..{HOTTEST:g}, top_k in 0..{MOST_TOP_K} "
-            f"and 0 < top_p <= 1, got {max_new_tokens}, {temperature}, {top_k}, {top_p}"
-        )
-    if not 0 <= seed < SEEDS:
-        raise UserError(f"the seed must lie in 0..{SEEDS - 1}, got {seed}")
-    return Sampling(np.float32(temperature or 1), np.int32(top_k), np.float32(top_p), temperature == 0)
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
 
-
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws (B,) int32 from logits (B, V): temperature, then top-k, then top-p, as transformers orders them."""
-    if sampling.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    best, ids = jax.lax.top_k(logits / sampling.temperature, logits.shape[-1])
-    rank = jnp.arange(best.shape[-1])
-    best = jnp.where((sampling.top_k == 0) | (rank < sampling.top_k), best, -jnp.inf)
-    probs = jax.nn.softmax(best, axis=-1)
-    mass_before = jnp.cumsum(probs, axis=-1) - probs
-    best = jnp.where((mass_before < sampling.top_p) | (rank == 0), best, -jnp.inf)
-    drawn = jax.random.categorical(key, best, axis=-1)
-    return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
+    def for_batch(self, number: int) -> "Sampling":
+        """The same with the seed of the ``number``-th batch of a run, so that batches sample independently."""
+        return dataclasses.replace(self, seed=(self.seed + number) % NUM_SEEDS)

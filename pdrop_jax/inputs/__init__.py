@@ -1,4 +1,4 @@
-"""What runs on the host: prompts and pictures become a Batch. numpy only."""
+"""Host-side preprocessing in numpy: prompts and images become a Batch."""
 
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket

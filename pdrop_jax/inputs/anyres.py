@@ -1,13 +1,15 @@
-"""Pictures of any size as tiles (LLaVA-NeXT's anyres), and which features become which tokens.
+"""Images of any size as tiles (LLaVA-NeXT's anyres), and the mapping from features to tokens.
 
-A picture is resized into the best of some resolutions, cut into tiles of the vision tower's size, and seen once more as
-a whole. Its tokens are the features of the whole, then those of the tiles row by row over the picture, without the bars
-that made it fit, a newline vector behind every row. All of that is one table of indices, made here: numpy only.
+An image is resized and padded to the best of several resolutions and cut into tiles of the vision tower's size. The
+whole image, resized to one tile, is added as an overview. Its tokens are the features of the overview, then those of
+the tiles row by row across the image without the padding, with a newline vector after each row. One table of indices,
+computed here with numpy, describes all of that.
 """
 
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
@@ -15,22 +17,30 @@ from transformers.image_processing_utils import select_best_resolution
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
 
-NEWLINE = -1  # in a table: the newline vector
-SHRINK_FROM = 1.1  # times as high and wide as Tiling.max_tiles allows
+NEWLINE = -1  # table entry for the newline vector
+SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tiling.max_tiles allows
+
+
+class ImageSize(NamedTuple):
+    """The space that an image needs in a batch: crops and tokens, and whether the crops are frames of a video."""
+
+    crops: int
+    tokens: int
+    video: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokens:
-    """A picture, or a video, as crops and the tokens that are made of their features.
+    """An image or a video: its crops, and how its tokens are formed from their features.
 
     n tokens of T features each, P crops.
 
     Attributes:
       crops: (P, h, w, 3) float32, normalised.
-      index: (n, T) int32, features counted over all crops, or NEWLINE. Of a video they are those that the model has
-        for frames, if it has (``LlavaConfig.frame_tokens``).
-      weight: (n, T) float32, how a token is blended of them; None if T is 1 and nothing is blended.
-      video: whether its crops are the frames of a video.
+      index: (n, T) int32, feature indices over all crops, or NEWLINE. For a video they index the frame features if the
+        model has those (``LlavaConfig.frame_tokens``).
+      weight: (n, T) float32, the weights by which features are blended into a token; None if T is 1.
+      video: whether the crops are the frames of a video.
     """
 
     crops: np.ndarray
@@ -41,8 +51,12 @@ class ImageTokens:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def size(self) -> ImageSize:
+        return ImageSize(len(self.crops), len(self.index), self.video)
+
     def widened(self, taps: int) -> tuple[np.ndarray, np.ndarray]:
-        """``index`` and ``weight`` (n, ``taps``); what is not blended is one feature of weight 1."""
+        """``index`` and ``weight`` as (n, ``taps``); a token that is not blended has one feature of weight 1."""
         if self.weight is not None:
             return self.index, self.weight
         weight = np.zeros((len(self), taps), np.float32)
@@ -51,16 +65,16 @@ class ImageTokens:
 
 
 def whole(crop: np.ndarray, config: LlavaConfig) -> ImageTokens:
-    """A picture that is one crop (h, w, 3): its tokens are its features, and a newline vector if there is one."""
+    """An image as one crop (h, w, 3). Its tokens are its features, plus a newline vector if the model has one."""
     index = np.arange(config.image_tokens, dtype=np.int32)
     return ImageTokens(crop[None], np.append(index, np.int32(NEWLINE))[:, None] if config.tiling else index[:, None])
 
 
 def pooled(crops: np.ndarray, config: LlavaConfig) -> ImageTokens:
-    """The frames ``crops`` (F, h, w, 3) of a video as one image, each frame's features shrunk to half a side.
+    """The frames ``crops`` (F, h, w, 3) of a video as one image, with features downsampled to half the side length.
 
-    576 features become the 144 of LLaVA-NeXT-Video, means of four, and 729 OneVision's 196. A OneVision has its newline
-    vector behind them. What the model itself averages before the projector is taken as it is.
+    576 features per frame become 144 (LLaVA-NeXT-Video, means of four) and 729 become 196 (OneVision, which also adds a
+    newline vector at the end). Features that the model itself pools before the projector are used unchanged.
     """
     if config.frame_tokens:
         return ImageTokens(crops, np.arange(len(crops) * config.frame_tokens, dtype=np.int32)[:, None], video=True)
@@ -76,27 +90,27 @@ def pooled(crops: np.ndarray, config: LlavaConfig) -> ImageTokens:
 
 
 def tiled(crops: np.ndarray, size: tuple[int, int], config: LlavaConfig) -> ImageTokens:
-    """A picture of ``size`` (height, width) pixels, its whole and its tiles as ``crops`` (P, h, w, 3).
+    """An image of ``size`` (height, width) pixels; ``crops`` (P, h, w, 3) are its overview and its tiles.
 
     Raises:
-      UserError: so narrow that nothing is left of it between its bars.
+      UserError: the image is so narrow that nothing of it is left once the padding is removed.
     """
     assert config.tiling
     return ImageTokens(crops, *token_table(size, config.tiling, config.vision.image_size, config.vision.patches_a_side))
 
 
 def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """``index`` and ``weight`` of the tokens of a picture.
+    """``index`` and ``weight`` of the tokens of an image.
 
-    Example, ``side`` 2 and two tiles side by side of which no bar is cut::
+    Example: ``side`` 2 and two tiles side by side without padding::
 
         tiles    4 5 | 8  9        tokens   0 1 2 3   4 5 8  9 -1   6 7 10 11 -1
-                 6 7 | 10 11                (whole)   (first row)   (second row)
+                 6 7 | 10 11                (overview) (first row)  (second row)
 
     Args:
       size: (height, width) pixels.
-      tile: pixels of a tile's side.
-      side: features of a tile's side.
+      tile: side length of a tile in pixels.
+      side: side length of a tile in features.
     """
     rows, columns = grid_shape(size, tiling, tile)
     features = np.arange(side**2, (1 + rows * columns) * side**2, dtype=np.int32)
@@ -118,7 +132,7 @@ def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> 
 
 
 def grid_shape(size: tuple[int, int], tiling: Tiling, tile: int) -> tuple[int, int]:
-    """(rows, columns) of tiles of a picture of ``size`` (height, width)."""
+    """(rows, columns) of tiles for an image of ``size`` (height, width)."""
     found = select_best_resolution(size, [list(point) for point in tiling.pinpoints])
     if found is None:
         raise _too_narrow(size)
@@ -131,12 +145,12 @@ def _too_narrow(size: tuple[int, int]) -> UserError:
 
 
 def unpadded(size: tuple[int, int], features: tuple[int, int], tiling: Tiling) -> tuple[slice, slice]:
-    """The rows and columns of ``features`` (height, width) that a picture of ``size`` covers, without its bars."""
+    """The rows and columns of ``features`` (height, width) that an image of ``size`` covers, without the padding."""
     height, width = size
     rows, columns = features
 
     def inside(length: float, whole: int) -> slice:
-        # The original code truncates; Hugging Face's first rounds away what floating point adds or takes.
+        # The original code truncates; Hugging Face's first rounds away floating-point error.
         covered = int(round(length, 7) if tiling.rounded else length)
         bar = (whole - covered) // 2
         return slice(bar, whole - bar)
@@ -147,9 +161,9 @@ def unpadded(size: tuple[int, int], features: tuple[int, int], tiling: Tiling) -
 
 
 def bilinear(features: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Four neighbours (height, width, 4) and their weights for a grid resized as torch's bilinear interpolation does.
+    """Four neighbours (height, width, 4) and their weights, as in torch's bilinear interpolation of ``features``.
 
-    Pixel centres keep their place (``align_corners=False``), nothing is smoothed.
+    With ``align_corners=False`` and without antialiasing.
     """
 
     def axis(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,10 +180,10 @@ def bilinear(features: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
 
 @functools.lru_cache(4096)  # a data set has few sizes among many pictures
 def levels(config: LlavaConfig) -> list[tuple[int, int]]:
-    """The sizes that an image of a bucket can have, ascending: (crops, tokens).
+    """The sizes that an image in a bucket can have, ascending: (crops, tokens).
 
-    The whole alone, then with 1, 2, 4, 8, … tiles, up to the most that the model's resolutions have: few shapes to
-    compile.
+    The overview alone, then with 1, 2, 4, 8, … tiles up to the largest of the model's resolutions, so that few shapes
+    are compiled.
     """
     tiling, tile, side = config.tiling, config.vision.image_size, config.vision.patches_a_side
     alone = (1, config.image_tokens + (tiling is not None))
@@ -191,10 +205,10 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
 
 @functools.lru_cache(4096)  # a data set has few sizes among many pictures
 def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
-    """(crops, tokens) of a picture of ``size`` (height, width) pixels.
+    """(crops, tokens) of an image of ``size`` (height, width) pixels.
 
     Raises:
-      UserError: it is too narrow to be tiled.
+      UserError: the image is too narrow to be tiled.
     """
     if config.tiling is None:
         return levels(config)[0]

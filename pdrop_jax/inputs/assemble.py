@@ -1,4 +1,4 @@
-"""Rows of token ids and images laid out as the arrays of a Batch."""
+"""Lays out rows of token ids and images as the arrays of a Batch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Row:
     Attributes:
       ids: token ids; IMAGE_PLACEHOLDER stands for a whole image.
       images: one for each placeholder, in order.
-      labels: in training, for each of ``ids`` the id itself where it is a target, IGNORE elsewhere.
+      labels: for training: the id itself at each target in ``ids``, IGNORE elsewhere.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -28,17 +28,16 @@ class Row:
 
 
 def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: int = 1) -> Batch:
-    """Lay out rows as the arrays of a Batch: B = len(rows), Q = queries.
+    """Lays out rows as the arrays of a Batch: B = len(rows), Q = queries.
 
-    The crops of a row's images lie one after another. B is not rounded up: a caller who varies it pays one compilation
-    for each B.
+    The crops of a row's images are concatenated. B is not rounded up: each new B costs one compilation.
 
-    Without labels the query row is the last slot of the prompt. If any row has labels, the batch has, and the query
-    rows of a row are the slots right before each run of targets; a row without target has its last text slot.
+    Without labels the query row is the last slot of the prompt. The batch has labels if any row has. Then the query
+    rows of a row are the slots right before each run of targets, or its last text slot if it has no target.
 
     Raises:
-      UserError: no rows, an empty row, a row that does not fit, placeholders and images that differ in number, crops of
-        another size than the vision tower's, an id outside the vocabulary, labels that are not as many as the ids.
+      UserError: there are no rows, a row is empty or does not fit the bucket, the numbers of placeholders and images or
+        of ids and labels differ, a crop does not have the vision tower's size, or an id is outside the vocabulary.
     """
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
@@ -73,14 +72,25 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
                 labels[b, :n][images == 0] = np.asarray(row.labels, np.int32)[np.asarray(row.ids) != IMAGE_PLACEHOLDER]
             found = _query_rows(labels[b, :n], images)
         if len(found) > queries:
-            raise UserError(f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}")
+            raise UserError(
+                f"prompt {b + 1} has {len(found)} runs of targets, but its batch holds {queries}: raise queries"
+            )
         query_rows[b, : len(found)] = found
-    weight = feature_weight if T > 1 else None
-    return Batch(token_ids, feature_index, image_id, length, crops, query_rows, labels, bucket, weight)
+    return Batch(
+        token_ids=token_ids,
+        feature_index=feature_index,
+        image_id=image_id,
+        length=length,
+        crops=crops,
+        query_rows=query_rows,
+        labels=labels,
+        bucket=bucket,
+        feature_weight=feature_weight if T > 1 else None,
+    )
 
 
 def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Give each placeholder the slots of its image.
+    """Expands each placeholder to the slots of its image.
 
     For ``[1, 7, -200, 8]`` and an image of 3 tokens::
 
@@ -88,10 +98,10 @@ def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.nd
       image_id   0  0  1  1  1  0
 
     Args:
-      sizes: tokens of each image.
+      sizes: number of tokens of each image.
 
     Returns:
-      token_ids and image_id of one row, int32, as long as the row gets.
+      token_ids and image_id of one row, int32, both of the expanded length.
     """
     row = np.asarray(ids, np.int32)
     is_image = row == IMAGE_PLACEHOLDER
@@ -106,7 +116,7 @@ def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.nd
 def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
     """Slots right before a run of targets, ascending; the last text slot if there is no run. Both arguments (n,) int32.
 
-    A target in slot 0 begins no run: nothing stands before it.
+    A target in slot 0 starts no run, because no slot precedes it.
     """
     target = labels != IGNORE
     found = np.flatnonzero(target[1:] & ~target[:-1])

@@ -1,4 +1,7 @@
-"""Static shapes of batches: few of them, so that little is ever compiled."""
+"""Buckets: static shapes of batches. Sizes are rounded up to a few steps so that few shapes are compiled.
+
+A bucket follows from sizes alone: the number of text tokens of each row and the (crops, tokens) of its images.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,7 @@ import numpy as np
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageTokens, levels
+from pdrop_jax.inputs.anyres import ImageSize, levels
 from pdrop_jax.inputs.assemble import Row
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 
@@ -15,49 +18,58 @@ MIN_TEXT_SLOTS = 32
 
 
 def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int = 0) -> Bucket:
+    """``smallest_bucket`` for rows whose images have been read."""
+    texts = [int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum()) for row in rows]
+    return smallest_bucket(texts, [[image.size for image in row.images] for row in rows], config, max_new_tokens)
+
+
+def smallest_bucket(
+    texts: Sequence[int], images: Sequence[Sequence[ImageSize]], config: LlavaConfig, max_new_tokens: int = 0
+) -> Bucket:
     """The smallest bucket that holds every row.
 
-    Text slots are 32, 64, 128, ... up to the model's positions, images 0, 1, 2, 4, ..., each of one of
-    ``anyres.levels``: few shapes to compile.
+    Text slots are 32, 64, 128, … up to the model's positions; images 0, 1, 2, 4, …, each of one of ``anyres.levels``.
+
+    Args:
+      texts: text tokens of each row.
+      images: sizes of each row's images.
+      max_new_tokens: positions to reserve for the answer; the bucket has no slots for them.
 
     Raises:
       UserError: a row with its images and the new tokens needs more positions than the model has.
     """
-    most_text = 0
-    for number, row in enumerate(rows, 1):
-        images = sum(map(len, row.images))
-        text = int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum())
-        needed = text + images + max_new_tokens
+    for number, (text, sizes) in enumerate(zip(texts, images, strict=True), 1):
+        image_tokens = sum(size.tokens for size in sizes)
+        needed = text + image_tokens + max_new_tokens
         if needed > config.text.max_length:
             raise UserError(
-                f"prompt {number} needs {needed} positions ({text} text tokens + {images} image tokens of "
-                f"{len(row.images)} pictures + {max_new_tokens} new tokens) but the model has "
-                f"{config.text.max_length}: shorten the prompt, give fewer pictures or ask for fewer new tokens"
+                f"prompt {number} needs {needed} positions ({text} text tokens + {image_tokens} image tokens of "
+                f"{len(sizes)} pictures + {max_new_tokens} new tokens), but the model has {config.text.max_length}: "
+                "shorten the prompt, give fewer pictures or ask for fewer new tokens"
             )
-        most_text = max(most_text, text)
-    slots = min(max(_power_of_two(most_text), MIN_TEXT_SLOTS), config.text.max_length)
-    return image_bucket(slots, [row.images for row in rows], config)
+    slots = min(max(_power_of_two(max(texts, default=0)), MIN_TEXT_SLOTS), config.text.max_length)
+    return image_bucket(slots, images, config)
 
 
-def image_bucket(text: int, rows: Sequence[Sequence[ImageTokens]], config: LlavaConfig) -> Bucket:
-    """The bucket of ``text`` slots for rows of such images."""
-    found = [[level_of(len(x.crops), len(x), config, x.video) for x in row] for row in rows]
+def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaConfig) -> Bucket:
+    """The bucket of ``text`` slots for rows with images of these sizes."""
+    found = [[level_of(size.crops, size.tokens, config, size.video) for size in row] for row in rows]
     columns = [[row[m] for row in found if m < len(row)] for m in range(max(map(len, rows), default=0))]
     largest = [(max(crops for crops, _ in column), max(tokens for _, tokens in column)) for column in columns]
     return bucket_of(text, largest, config)
 
 
 def bucket_of(text: int, images: Sequence[tuple[int, int]], config: LlavaConfig) -> Bucket:
-    """The bucket of ``text`` slots and of images of so many (crops, tokens), their number rounded up: 0, 1, 2, 4, …."""
+    """The bucket of ``text`` slots and images of (crops, tokens) each; their number is rounded up to 0, 1, 2, 4, …."""
     images = [*images, *levels(config)[:1] * (_power_of_two(len(images)) - len(images))]
     return Bucket(text, tuple(tokens for _, tokens in images), sum(crops for crops, _ in images))
 
 
 def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
-    """The bucket of ``text`` slots and images of so many tokens, with the crops that pictures of that size have.
+    """The bucket of ``text`` slots and images of so many tokens, with the crops that images of that size have.
 
     Raises:
-      UserError: the model cuts no picture into so many tokens.
+      UserError: the model has no image of so many tokens.
     """
     if config.tiling:
         crops = sum(level_of(1, tokens, config)[0] for tokens in images)
@@ -67,10 +79,10 @@ def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
 
 
 def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) -> tuple[int, int]:
-    """The smallest of ``anyres.levels`` that holds so many; of a video the frames are rounded up to a power of two.
+    """The smallest of ``anyres.levels`` that holds an image; for a video the frames rounded up to a power of two.
 
     Raises:
-      UserError: none does.
+      UserError: the image is larger than any level.
     """
     if video:
         frames = 1 << (crops - 1).bit_length()

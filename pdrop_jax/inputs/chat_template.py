@@ -1,4 +1,4 @@
-"""Prompt templates: turns of a conversation -> text -> token ids with a placeholder for each picture."""
+"""Chat templates: turns of a conversation -> text -> token ids with a placeholder for each image."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from tokenizers.pre_tokenizers import Metaspace
 from pdrop_jax.errors import UserError
 
 IMAGE_TAG = "<image>"
-IMAGE_PLACEHOLDER = -200  # stands for a whole picture in a row of token ids
+IMAGE_PLACEHOLDER = -200  # stands for a whole image in a row of token ids
 
-Turn = tuple[str, str | None]  # question and answer; None is the answer that the model is asked for
+Turn = tuple[str, str | None]  # question and answer; None is the answer that the model has to generate
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
     """The strings around questions and answers.
 
-    A conversation is ``first_question + q + asked``, then ``answer + a + answered``, and for every later turn the
-    same with ``question`` in place of ``first_question``, which holds the system prompt as well.
+    The first turn is ``first_question + q + asked + answer + a + answered``. Later turns use ``question`` in place of
+    ``first_question``, which includes the system prompt.
     """
 
     first_question: str
@@ -27,7 +27,7 @@ class Template:
     asked: str
     answer: str
     answered: str
-    end_token: str | None = None  # the token by which the model ends its turn
+    end_token: str | None = None  # the token with which the model ends its turn
     max_turns: int | None = None
 
 
@@ -72,7 +72,7 @@ TEMPLATES = {
         answered="<|im_end|>",
         end_token="<|im_end|>",
     ),
-    # The text that LLaVA-NeXT trains on. Its own conversation class writes <|start_header_id|> twice before user.
+    # The text that LLaVA-NeXT trains on. Its conversation class writes <|start_header_id|> twice before user.
     "llama_3": Template(
         first_question=(
             "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
@@ -86,7 +86,7 @@ TEMPLATES = {
         answered="<|eot_id|>",
         end_token="<|eot_id|>",
     ),
-    # "qwen_1_5" of LLaVA-NeXT, which its Qwen2 and OneVision models share.
+    # "qwen_1_5" in LLaVA-NeXT, shared by its Qwen2 and OneVision models.
     "qwen": Template(
         first_question="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
         question="<|im_start|>user\n",
@@ -95,7 +95,7 @@ TEMPLATES = {
         answered="<|im_end|>\n",
         end_token="<|im_end|>",
     ),
-    # Not of LLaVA: a question and its answer without any mark of who speaks, as the demo's model was taught.
+    # Not part of LLaVA: question and answer without role markers. The demo model was trained with it.
     "bare": Template(first_question="", question="", asked="", answer=" ", answered="</s>", end_token="</s>"),
 }
 
@@ -108,21 +108,20 @@ def template_named(name: str) -> Template:
 
 
 def render(turns: Sequence[Turn], template: str) -> str:
-    """The text of a conversation, byte for byte as LLaVA's own templates give it.
+    """The text of a conversation, byte for byte that of LLaVA's own templates.
 
     Args:
-      turns: questions and answers. An answer of None, allowed in the last turn, leaves the text at the point where the
-        model goes on.
+      turns: questions and answers. The last answer may be None; the text then ends where the model continues.
       template: a name in ``TEMPLATES``.
 
     Raises:
-      UserError: no turn, more turns than the template can hold, an answer that is missing before the last turn.
+      UserError: there is no turn, more turns than the template supports, or an answer before the last turn is None.
     """
     return "".join(asked + answered for asked, answered in render_turns(turns, template))
 
 
 def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
-    """``render`` in pieces: of each turn the text up to its answer, and the answer with its marks, "" without one."""
+    """``render`` by turn: the text before the answer, and the answer with its markers ("" if it is None)."""
     parts = template_named(template)
     if not turns:
         raise UserError("a conversation needs at least one question, got none")
@@ -140,10 +139,10 @@ def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
 
 
 def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
-    """``turns`` with exactly one ``<image>`` tag per picture; without any tag they go in front of the first question.
+    """``turns`` with exactly one ``<image>`` tag per image. If there is no tag, all are put before the first question.
 
     Raises:
-      UserError: there are tags, but not as many as pictures.
+      UserError: there are tags, but their number is not ``num_images``.
     """
     tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
     if tags == num_images or not turns:
@@ -158,7 +157,7 @@ def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
 
 
 def without_tags(text: str) -> str:
-    """``text`` without ``<image>`` tags, also without those that form when others are taken out: ``<im<image>age>``."""
+    """``text`` without ``<image>`` tags, including those that form as others are removed: ``<im<image>age>``."""
     kept: list[str] = []
     for char in text if IMAGE_TAG in text else ():
         kept.append(char)
@@ -170,15 +169,15 @@ def without_tags(text: str) -> str:
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of ``text``, with IMAGE_PLACEHOLDER at each ``<image>`` tag.
 
-    The text is split at the tags and every chunk is tokenized by itself, as LLaVA was trained, so even a tokenizer
-    that knows ``<image>`` as a token never produces it. A BOS that the tokenizer puts in front of each chunk is kept
-    once, at the start, also if the text itself starts with it.
+    The text is split at the tags and each chunk is tokenized separately, as in LLaVA's training, so a tokenizer that
+    has ``<image>`` as a token never produces it. The BOS that the tokenizer puts before each chunk is kept once, at the
+    start, even if the text itself starts with it.
 
     Args:
       tokenizer: a transformers tokenizer.
 
     Raises:
-      UserError: the text holds half surrogate pairs, as a command line does whose bytes are not UTF-8.
+      UserError: the text has unpaired surrogates, as when the bytes of a command line are not UTF-8.
     """
     try:
         text.encode()
@@ -192,8 +191,8 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def as_sentencepiece(tokenizer: Any, chunk: str) -> str:
-    """What to hand to ``tokenizer`` to get sentencepiece's ids of ``chunk``: at most one space more in front."""
-    # sentencepiece puts a space in front of any text; its rebuild in transformers skips that if there is one already.
+    """The string for which ``tokenizer`` gives sentencepiece's ids of ``chunk``: at most one space is prepended."""
+    # sentencepiece prepends a space to any text; the tokenizer in transformers does not if there is one already.
     rebuild = tokenizer.backend_tokenizer.pre_tokenizer
     if chunk.startswith((" ", "▁")) and isinstance(rebuild, Metaspace) and rebuild.prepend_scheme != "never":
         return " " + chunk
@@ -201,14 +200,14 @@ def as_sentencepiece(tokenizer: Any, chunk: str) -> str:
 
 
 def surplus_bos(tokenizer: Any, chunks: Sequence[list[int]]) -> list[int]:
-    """For the ids of each chunk of a text, how many BOS to take off its front so that the text begins with just one."""
+    """How many BOS tokens to remove from the start of each chunk so that the text starts with exactly one."""
     bos = [tokenizer.bos_token_id]
     first = chunks[0][:1] == bos
     return [int(first and chunks[0][1:2] == bos), *[int(first)] * (len(chunks) - 1)]
 
 
 def join_chunks(chunks: Sequence[list[int]], surplus: Sequence[int], between: int) -> list[int]:
-    """The chunks in a row with ``between`` in every gap, each without its first ``surplus`` entries."""
+    """The chunks joined by ``between``, each without its first ``surplus`` entries."""
     joined = chunks[0][surplus[0] :]
     for chunk, skip in zip(chunks[1:], surplus[1:], strict=True):
         joined += [between, *chunk[skip:]]

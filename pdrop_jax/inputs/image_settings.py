@@ -1,4 +1,4 @@
-"""preprocessor_config.json: how pictures become the vision tower's input, checked before transformers is given it."""
+"""preprocessor_config.json: image preprocessing settings, validated before they are passed to transformers."""
 
 import pathlib
 from typing import Annotated, Any
@@ -9,8 +9,8 @@ from pdrop_jax.config import Pixels
 from pdrop_jax.io import read_json
 from pdrop_jax.schema import validated
 
-Side = Annotated[int, Field(ge=1, le=4096)]  # pixels of a whole picture, which is resized to it before it is cropped
-Mean = Annotated[float, Field(ge=-255, le=255)]  # of a colour, after rescaling
+Side = Annotated[int, Field(ge=1, le=4096)]  # pixels; the whole image is resized to it before cropping
+Mean = Annotated[float, Field(ge=-255, le=255)]  # of a colour channel, after rescaling
 Deviation = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
@@ -25,7 +25,7 @@ class Size(BaseModel):
 
 
 class Settings(BaseModel):
-    """The keys that decide what a picture looks like. Others are ignored; null is transformers' default."""
+    """The keys that affect pixels. Others are ignored; null means transformers' default."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -45,7 +45,7 @@ class Settings(BaseModel):
 
 
 def read_settings(folder: pathlib.Path) -> dict[str, Any]:
-    """The image processor's settings in ``folder``, without those that are null; empty if it describes none.
+    """The image processor's settings in ``folder``, without null values; empty if the folder has none.
 
     Raises:
       UserError: a file is malformed, or a value has the wrong type or is out of range.
@@ -54,7 +54,7 @@ def read_settings(folder: pathlib.Path) -> dict[str, Any]:
     if path.exists():
         found = read_json(path)
     else:
-        # transformers 5 saves a LLaVA processor as one file, with the image processor as one of its entries.
+        # transformers 5 saves a LLaVA processor as one file that contains the image processor.
         path = folder / "processor_config.json"
         found = read_json(path).get("image_processor") if path.exists() else None
     return {} if found is None else validated(Settings, found, str(path)).model_dump(mode="json", exclude_none=True)

@@ -1,4 +1,4 @@
-"""Pictures: whatever Pillow can read -> RGB -> the normalised crop that the vision tower takes."""
+"""Images: any file that Pillow reads -> RGB -> normalised crops for the vision tower."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageTokens, pooled, tiled, whole
+from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.io import check_file
 
@@ -26,9 +26,9 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Frames of a video that are one image to the model: one ``<image>`` tag, one count at a drop.
+    """Frames of a video that form one image: one ``<image>`` tag, one token count at each drop.
 
-    Frames that shall be dropped each by its own count are pictures: one tag each.
+    To drop tokens of each frame separately, pass the frames as images, with one tag each.
     """
 
     frames: Sequence[Picture]
@@ -37,20 +37,20 @@ class Video:
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
 ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler
 
-MAX_ASPECT = 64  # long edge over short edge that is still resized whole before the centre crop
-MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, and its time grows with the square
+MAX_ASPECT = 64  # long edge / short edge up to which an image is resized whole before the centre crop
+MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, so time grows with its square
 STRIP = 256  # rows that are padded and resized at a time
 
 
 def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProcessor:
-    """The image processor described in ``folder``, or the tower's usual one if the folder describes none.
+    """The image processor described in ``folder``, or the vision tower's default if the folder describes none.
 
     Returns:
-      The one of transformers that works without torch; where pictures are tiled it makes the tiles.
+      A torch-free image processor of transformers. For a model with tiling it makes the tiles.
 
     Raises:
-      UserError: the description cannot be read, is neither of CLIP's kind (resize the short edge, cut out the centre)
-        nor of SigLIP's (resize both edges), or its crops or tiles are not of the model's sizes.
+      UserError: the description cannot be read, is neither like CLIP's (resize the short edge, crop the centre) nor
+        like SigLIP's (resize both edges), or its crops or tiles do not have the model's sizes.
     """
     side = config.vision.image_size
     square = {"height": side, "width": side}
@@ -81,7 +81,7 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
         crop = processor.crop_size
     if not supported:
         raise UserError(
-            f"the image processor in {folder} is not supported: expected CLIP's, with size.shortest_edge, or SigLIP's, "
+            f"the image processor in {folder} is not supported, expected CLIP's, with size.shortest_edge, or SigLIP's, "
             "with size.height and size.width"
         )
     if (crop.height, crop.width) != (side, side):
@@ -93,25 +93,25 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
 
 
 def open_image(picture: Picture) -> Image.Image:
-    """``picture`` as an upright RGB image of 8 bits a channel.
+    """``picture`` as an upright RGB image with 8 bits per channel.
 
-    Transparency is dropped as in LLaVA's own code, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
+    The alpha channel is dropped as in LLaVA's code, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
 
     Args:
       picture: a path, a Pillow image, or a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
 
     Raises:
-      UserError: no such file, not a picture, truncated, larger than Pillow's limit for untrusted pictures or
-        ``MAX_EDGE``, an array of another shape or dtype.
+      UserError: the file does not exist, is not an image or is truncated; the image exceeds Pillow's limit for
+        untrusted images or ``MAX_EDGE``; or an array has another shape or dtype.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # metadata that Pillow finds odd is no concern of ours
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not affect the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return read_image(picture)
 
 
 def read_image(picture: Picture) -> Image.Image:
-    """``open_image`` for several threads at once: warnings stay as they are, for a filter is the whole process's."""
+    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process."""
     if isinstance(picture, str | os.PathLike):
         with _opened(picture) as image:
             return _to_rgb(image)
@@ -120,10 +120,10 @@ def read_image(picture: Picture) -> Image.Image:
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) pixels of the upright picture in a file, of which only the head is read.
+    """(height, width) in pixels of the upright image in a file. Only the header is read.
 
     Raises:
-      UserError: it cannot be read, or it is too large.
+      UserError: the image cannot be read or is too large.
     """
     with _opened(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -132,10 +132,10 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """A picture whose head has been read and whose size is within the limits."""
+    """An image whose header has been read and whose size is within the limits."""
     check_file(path)
     with _one_line_errors(str(path)), Image.open(path) as image:
-        if image.format == "EPS":  # a program, which Pillow would run
+        if image.format == "EPS":  # a program, which Pillow would execute
             raise UserError("is PostScript: save it as a picture")
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
@@ -145,14 +145,14 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _one_line_errors(name: str) -> Iterator[None]:
-    """Whatever goes wrong with a picture as a UserError."""
+    """Turns any error about an image into a UserError of one line."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{name}: has more than {Image.MAX_IMAGE_PIXELS} pixels, make it smaller") from None
-    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        raise UserError(f"{name}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller") from None
+    except Exception as error:  # Pillow's decoders raise almost anything on a damaged file
         raise UserError(f"{name}: cannot be read as a picture: {_one_line(error)}") from None
 
 
@@ -173,7 +173,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
-        raise UserError(f"has {image.width}x{image.height} pixels")
+        raise UserError(f"has {image.width}x{image.height} pixels: both edges must be at least 1")
     _check_edges(image.size)
     image.load()
     image = ImageOps.exif_transpose(image)
@@ -185,22 +185,37 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips at 255, so nearly every 16-bit picture would come out white.
+    # Pillow's own conversion clips at 255, so nearly every 16-bit image would come out white.
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise UserError(f"has grey values {grey.min()}..{grey.max()}: save it with 8 or 16 bits a channel")
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
-def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:
-    """An RGB image as the model takes it: its crops, and which of their features are its tokens.
+def measure(picture: Picture, config: LlavaConfig, *, alone: bool) -> ImageSize:
+    """The number of crops and tokens that ``as_tokens`` makes of an image. At most the header of a file is read.
 
     Args:
-      processor: of ``load_image_processor``.
-      alone: whether its row has no other.
+      alone: whether its row has no other image.
 
     Raises:
-      UserError: it is too narrow to be tiled.
+      UserError: the image cannot be read or is too narrow to be tiled.
+    """
+    if config.tiling is None or (config.tiling.alone and not alone):
+        return ImageSize(*levels(config)[0])
+    size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+    return ImageSize(*count(size, config))
+
+
+def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:
+    """The model's input for an RGB image: its crops, and how their features become tokens.
+
+    Args:
+      processor: from ``load_image_processor``.
+      alone: whether its row has no other image.
+
+    Raises:
+      UserError: the image is too narrow to be tiled.
     """
     if config.tiling is None:
         return whole(to_crop(image, processor, config.image_aspect), config)
@@ -211,10 +226,10 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
 
 
 def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:
-    """A video as one image: its frames are never tiled, and their features are shrunk.
+    """The model's input for a video: its frames are never tiled, and their features are downsampled.
 
     Raises:
-      UserError: it has no frame, or one cannot be read.
+      UserError: the video has no frame, or a frame cannot be read.
     """
     if not video.frames:
         raise UserError("a video needs at least one frame, got none")
@@ -224,7 +239,7 @@ def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfi
 
 
 def plain(processor: Any) -> ImageProcessor:
-    """A processor of whole pictures with the size and colours of one that may tile them."""
+    """A processor without tiling, with the size and normalisation of ``processor``."""
     names = ["size", "resample", "rescale_factor", "image_mean", "image_std"]
     kind: Any = SiglipImageProcessorPil
     if processor.do_center_crop:
@@ -233,12 +248,12 @@ def plain(processor: Any) -> ImageProcessor:
 
 
 def to_crop(image: Image.Image, processor: ImageProcessor, aspect: Literal["square", "pad"]) -> np.ndarray:
-    """The model's input for a whole picture.
+    """The model's input for an image without tiling.
 
     Args:
       image: RGB.
-      aspect: "square" resizes the short edge and cuts out the centre, or with SigLIP's processor resizes both edges;
-        "pad" first makes the picture square with bars of the mean colour.
+      aspect: "square" resizes the short edge and crops the centre, or resizes both edges with SigLIP's processor;
+        "pad" first pads the image to a square with the mean colour.
 
     Returns:
       (h, w, 3) float32, normalised.
@@ -252,10 +267,10 @@ def to_crop(image: Image.Image, processor: ImageProcessor, aspect: Literal["squa
 
 
 def _trim(image: Image.Image) -> Image.Image:
-    """Cut both ends of a picture of extreme aspect, which the centre crop would throw away after resizing them.
+    """Cuts off both ends of a very long image, which the centre crop would discard after resizing.
 
-    20000x10 pixels would become 672000x336. Whole squares are cut, so what is left meets the crop's pixel grid to
-    within a hundredth of a pixel. Pictures up to MAX_ASPECT are not touched.
+    20000x10 pixels would become 672000x336. Whole squares are cut, so the rest meets the crop's pixel grid to within a
+    hundredth of a pixel. Images up to MAX_ASPECT are unchanged.
     """
     short, long = sorted(image.size)
     cut = max(0, (long // short - MAX_ASPECT + 1) // 2) * short
@@ -264,10 +279,10 @@ def _trim(image: Image.Image) -> Image.Image:
 
 
 def _pad_and_resize(image: Image.Image, processor: ImageProcessor) -> Image.Image:
-    """The picture in the middle of a square of the mean colour, resized to the processor's size.
+    """The image centred in a square of the mean colour, resized to the processor's size.
 
-    Pillow resizes along rows first, then along columns, so rows can be padded and shortened strip by strip. The pixels
-    are those of the whole square, but 20000x10 pixels never become 20000x20000.
+    Pillow resizes along rows first and then along columns, so rows can be padded and resized strip by strip. The result
+    equals that of the whole square, but 20000x10 pixels never become 20000x20000.
     """
     size, side = processor.size.shortest_edge or processor.size.height, max(image.size)
     background = tuple(int(mean * 255) for mean in processor.image_mean)

@@ -1,4 +1,4 @@
-"""Processor: prompts and pictures -> Batch, token ids -> text."""
+"""Processor: prompts and images -> Batch, token ids -> text."""
 
 import dataclasses
 import os
@@ -17,12 +17,12 @@ from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens,
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[Turn]
-Entry = Picture | Video | Sequence[Picture | Video] | None  # what a prompt speaks of
+Entry = Picture | Video | Sequence[Picture | Video] | None  # the images of a prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Turns prompts and pictures into a Batch, and token ids into text.
+    """Turns prompts and images into a Batch, and token ids into text.
 
     Attributes:
       tokenizer: a transformers tokenizer.
@@ -35,10 +35,10 @@ class Processor:
 
     @classmethod
     def load(cls, folder: str | os.PathLike, config: LlavaConfig) -> "Processor":
-        """Read the tokenizer and the image processor beside a checkpoint; nothing is ever downloaded.
+        """Reads the tokenizer and the image processor from a checkpoint's folder. Nothing is downloaded.
 
         Raises:
-          UserError: there is no tokenizer or it cannot be read; see also ``images.load_image_processor``.
+          UserError: the tokenizer is missing or cannot be read; see also ``images.load_image_processor``.
         """
         folder = pathlib.Path(folder)
         return cls(config, load_tokenizer(folder), load_image_processor(folder, config))
@@ -51,18 +51,18 @@ class Processor:
         template: str | None = None,
         max_new_tokens: int = 0,
     ) -> Batch:
-        """The batch of ``prompts``, one row each.
+        """The batch of ``prompts``, one row per prompt.
 
         Args:
           prompts: questions, or conversations as lists of (question, answer) whose last answer may be None.
-          images: for each prompt None, a picture, a ``Video`` or a list of them; see ``images.open_image`` for what
-            is a picture.
-          template: a name in ``chat_template.TEMPLATES``; the checkpoint's own if None.
-          max_new_tokens: positions to leave for the answer; only checked, the batch has no slots for them.
+          images: for each prompt None, an image, a ``Video`` or a list of these; ``images.open_image`` says what may
+            be an image.
+          template: a name in ``chat_template.TEMPLATES`` (default: the checkpoint's).
+          max_new_tokens: positions to reserve for the answer; the batch has no slots for them.
 
         Raises:
-          UserError: lists of different length, tags and pictures that differ in number, a picture that cannot be read,
-            a prompt that is too long.
+          UserError: the lists differ in length, a prompt has another number of tags than images, an image cannot be
+            read, or a prompt is too long.
         """
         if isinstance(prompts, str):
             raise UserError("prompts must be a list of questions, got one string: put it in a list")
@@ -78,51 +78,51 @@ class Processor:
         return assemble(rows, self.config, choose_bucket(rows, self.config, max_new_tokens))
 
     def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
-        """One row; see ``__call__`` for what it takes and raises."""
+        """One row; arguments and errors are those of ``__call__``."""
         ids = self.ids(prompt, len(images), template)
         return Row(ids, [self.tokens(image, alone=len(images) == 1) for image in images])
 
     def ids(self, prompt: Prompt, num_images: int, template: str | None = None) -> list[int]:
-        """Token ids of a row with so many pictures, IMAGE_PLACEHOLDER for each of them.
+        """Token ids of a row with ``num_images`` images, each an IMAGE_PLACEHOLDER.
 
         Raises:
-          UserError: it has tags, but another number of them.
+          UserError: the prompt has tags, but not ``num_images`` of them.
         """
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         return token_ids(self.tokenizer, render(place_images(turns, num_images), template or self.config.template))
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
-        """A picture as the model takes it; ``alone`` says whether its row has no other."""
+        """The model's input for an image; ``alone`` says whether its row has no other."""
         if isinstance(image, Video):
             return frames_as_tokens(image, self.image_processor, self.config)
         return as_tokens(open_image(image), self.image_processor, self.config, alone=alone)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the model's EOS and whichever turn-ending tokens its tokenizer has, ascending."""
-        # Not its whole vocabulary: a mark of another model may be ordinary text to it.
+        """Ids that end an answer, ascending: the model's EOS and the end-of-turn tokens that its tokenizer has."""
+        # Only added tokens: another model's end token may be ordinary text in this vocabulary.
         special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}
         ends = {special[t.end_token] for t in TEMPLATES.values() if t.end_token in special}
         return tuple(sorted(ends.union(self.config.eos_token_ids)))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of an answer: special tokens left out, white space at both ends stripped."""
+        """The text of an answer, without special tokens and without white space at both ends."""
         text: str = self.tokenizer.decode(
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text.strip()
 
     def stream(self) -> "TextStream":
-        """A fresh decoder for one answer that arrives token by token."""
+        """A new streaming decoder for one answer."""
         return TextStream(self)
 
 
 class TextStream:
-    """Text of an answer that arrives token by token; the pieces joined are exactly ``processor.decode(ids)``.
+    """Streaming decoder of one answer; the pieces joined are exactly ``processor.decode(ids)``.
 
-    The text so far is decoded again at every token, for a piece alone loses its leading space, and is held back while
-    a later token could still change it. Of the decoders that exist, tokenizers' DecodeStream raises on bytes that are
-    no UTF-8 and transformers' TextStreamer drops the space after a line break.
+    The whole text is decoded again at each token, because a single piece loses its leading space, and text is held back
+    while a later token could still change it. Of the existing decoders, tokenizers' DecodeStream raises on bytes that
+    are not UTF-8 and transformers' TextStreamer drops the space after a line break.
     """
 
     def __init__(self, processor: Processor) -> None:
@@ -133,16 +133,16 @@ class TextStream:
         self._shown = 0
 
     def put(self, token_id: int) -> str:
-        """The text that is settled now that ``token_id`` has come; may be empty."""
+        """The text that ``token_id`` makes final; may be empty."""
         piece = self._processor.tokenizer.convert_ids_to_tokens(int(token_id))
-        if token_id in self._special or piece is None:  # an embedding beyond the vocabulary has no piece
+        if token_id in self._special or piece is None:  # embeddings beyond the vocabulary have no piece
             return ""
         self._ids.append(int(token_id))
         is_byte = len(piece) == 6 and piece.startswith("<0x")
         return "" if is_byte else self._rest(final=False)
 
     def end(self) -> str:
-        """The text still held back."""
+        """The text that is still held back."""
         return self._rest(final=True)
 
     def _rest(self, final: bool) -> str:

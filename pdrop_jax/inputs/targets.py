@@ -1,13 +1,13 @@
 """Training rows: the messages of a LLaVA conversation -> token ids, and which of them are targets.
 
-The ids and targets are those of LLaVA's own preprocess_v1, preprocess_llama_2, preprocess_mpt and preprocess_plain with
-a LLaMA tokenizer, of either setting of ``legacy`` (tests/golden, preprocess_masks). That code finds the answers by
-tokenizing every round of a conversation by itself and adding up lengths; here the conversation is tokenized once and
-the characters of the answers are looked up. Where its sum does not come out ("tokenization mismatch") it masks the
-whole conversation, and so does this; see ``training_text`` and ``tokenize``.
+Ids and targets equal those of LLaVA's preprocess_v1, preprocess_llama_2, preprocess_mpt and preprocess_plain with a
+LLaMA tokenizer, with either setting of ``legacy`` (tests/golden, preprocess_masks). LLaVA's code finds the answers by
+tokenizing each round of a conversation separately and adding up lengths; here the conversation is tokenized once and
+the answers are found by character offsets. If the lengths do not add up ("tokenization mismatch"), LLaVA's code masks
+the whole conversation, and so does this module; see ``training_text`` and ``tokenize``.
 
-One difference is left, in conversations longer than the tokenizer's model_max_length: there the official code trusts a
-sum that does not come out.
+One difference remains, for conversations longer than the tokenizer's model_max_length: there LLaVA's code uses lengths
+that do not add up.
 """
 
 import bisect
@@ -33,7 +33,7 @@ from pdrop_jax.inputs.chat_template import (
     without_tags,
 )
 
-ROLES = ("human", "gpt")  # who asks and who answers
+ROLES = ("human", "gpt")  # of questions and of answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class TrainingText:
     """A rendered conversation.
 
     Attributes:
-      text: with an ``<image>`` tag where a picture stands.
-      spans: (start, stop) in characters of what is to be learned: each answer with the mark that ends it.
+      text: with an ``<image>`` tag for each image.
+      spans: (start, stop) character offsets of the targets: each answer with its end marker.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Example:
 
     Attributes:
       ids: (n,) int32; IMAGE_PLACEHOLDER stands for a whole image.
-      labels: (n,) int32, the id itself where it is a target, IGNORE elsewhere.
+      labels: (n,) int32, the id itself at each target, IGNORE elsewhere.
     """
 
     ids: np.ndarray
@@ -65,14 +65,13 @@ class Example:
 def turns_of(messages: Any, several: bool = False) -> list[Turn]:
     """Questions and answers of ``[{"from": "human" | "gpt", "value": text}, …]``, with tags where LLaVA puts them.
 
-    An answer before any question is left out. The tag of a picture moves to the front of its message, alone on its
-    line.
+    An answer before the first question is skipped. The image tag moves to the start of its message, on its own line.
 
     Args:
-      several: they speak of more than one picture. Several tags of a message then stay where they are.
+      several: whether the conversation has more than one image. Then a message with several tags is unchanged.
 
     Raises:
-      UserError: the messages are anything else, or questions and answers do not alternate.
+      UserError: the messages have another form, or questions and answers do not alternate.
     """
     if not isinstance(messages, list):
         raise UserError(f"conversations is a {type(messages).__name__}, expected a list of messages")
@@ -93,20 +92,20 @@ def turns_of(messages: Any, several: bool = False) -> list[Turn]:
 
 
 def _tag_first(text: str) -> str:
-    # LLaVA's code leaves one tag, however many there are: its records have one picture.
+    # LLaVA's code keeps one tag, however many there are: its records have one image.
     return f"{IMAGE_TAG}\n{without_tags(text).strip()}".strip() if IMAGE_TAG in text else text
 
 
 def training_text(turns: Sequence[Turn], template: str) -> TrainingText:
-    """The text of a conversation and where its answers stand.
+    """The text of a conversation and the spans of its answers.
 
-    "plain" leaves the question out: the picture is followed by its caption. In every other template a conversation with
-    an empty message, with a question that is not answered, or with the template's own marks (``</s>``, `` ASSISTANT:
-    ``) in a message has no spans: LLaVA's code loses count in it.
+    "plain" omits the question: the image is followed by its caption. With any other template, a conversation has no
+    spans if a message is empty, a question has no answer, or a message contains the template's own markers (``</s>``,
+    `` ASSISTANT: ``), because the lengths in LLaVA's code do not add up for it.
 
     Raises:
-      UserError: the template is not known, or is "plain" and the conversation not a question with one tag and its
-        answer.
+      UserError: the template is unknown, or it is "plain" and the conversation is not one question with one tag and
+        one answer.
     """
     parts = template_named(template)
     if template == "plain":
@@ -128,20 +127,20 @@ def training_text(turns: Sequence[Turn], template: str) -> TrainingText:
 
 
 def ends_answers(tokenizer: Any, template: str) -> bool:
-    """Whether ``tokenizer`` knows the mark that ends an answer as one token; without it nothing is ever learned."""
+    """Whether ``tokenizer`` has the template's end marker as one token; if not, nothing is learned."""
     mark = template_named(template).end_token
     return mark is None or tokenizer.backend_tokenizer.token_to_id(mark) is not None
 
 
 def tokenize(tokenizer: Any, texts: Sequence[TrainingText], template: str) -> list[Example]:
-    """Ids and labels of ``texts``, all in one call of the tokenizer.
+    """Ids and labels of ``texts``, from one call of the tokenizer.
 
-    A token is a target if its last character stands in a span. An image is none, even in the middle of an answer.
-    Without ``ends_answers`` there are no targets at all: this is LLaVA's result for "chatml_direct" with a LLaMA
+    A token is a target if its last character is in a span. An image never is, even inside an answer. If
+    ``ends_answers`` is false there are no targets at all, as in LLaVA's code for "chatml_direct" with a LLaMA
     tokenizer.
 
     Args:
-      tokenizer: a transformers tokenizer of the fast kind.
+      tokenizer: a fast tokenizer of transformers.
     """
     learn = ends_answers(tokenizer, template)
     chunks = [chunk for text in texts for chunk in text.text.split(IMAGE_TAG)]
@@ -149,7 +148,7 @@ def tokenize(tokenizer: Any, texts: Sequence[TrainingText], template: str) -> li
     encoded = zip(chunks, given, tokenizer(given, verbose=False).encodings if given else (), strict=True)
     examples = []
     for text in texts:
-        ids, labels, start = [], [], 0  # start: of the chunk, in characters of the text
+        ids, labels, start = [], [], 0  # start: character offset of the chunk in the text
         for chunk, padded, encoding in itertools.islice(encoded, text.text.count(IMAGE_TAG) + 1):
             spans = [(first - start, stop - start) for first, stop in text.spans] if learn else []
             ids.append(encoding.ids)
@@ -162,12 +161,12 @@ def tokenize(tokenizer: Any, texts: Sequence[TrainingText], template: str) -> li
 
 
 def _labels(encoding: Any, spans: Sequence[tuple[int, int]], extra: int) -> list[int]:
-    """Labels of a chunk: ``spans`` count from its beginning, its offsets from ``extra`` characters before that."""
+    """Labels of a chunk. ``spans`` are relative to it; its encoding has ``extra`` characters before it."""
     ids = encoding.ids
     labels = [IGNORE] * len(ids)
     ends = [end for _, end in encoding.offsets]
     for first, stop in spans:
-        # A space that the tokenizer put in front of the chunk has no characters, and belongs to what begins there.
+        # The space that the tokenizer prepends to a chunk has no characters; it belongs to the span that starts there.
         begin = bisect.bisect_right(ends, first + extra) if first > 0 else 0
         end = bisect.bisect_right(ends, stop + extra) if stop > 0 else 0
         labels[begin:end] = ids[begin:end]

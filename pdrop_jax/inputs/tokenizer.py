@@ -1,4 +1,4 @@
-"""The tokenizer beside a checkpoint: its files are checked, then read by transformers."""
+"""Loads a checkpoint's tokenizer: its files are validated, then read by transformers."""
 
 import contextlib
 import pathlib
@@ -15,17 +15,17 @@ from pdrop_jax.io import JSON_BYTES, check_file, read_json
 
 SERIALIZED, SENTENCEPIECE, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 OBJECTS = (SERIALIZED, SETTINGS, "special_tokens_map.json", "added_tokens.json")  # files that hold a JSON object
-OPENED = ("*.json", "*.model", "*.txt", "*.jinja")  # what transformers may open
+OPENED = ("*.json", "*.model", "*.txt", "*.jinja")  # files that transformers may open
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
-    """The transformers tokenizer beside a checkpoint; nothing is ever downloaded.
+    """The transformers tokenizer in a checkpoint's folder. Nothing is downloaded.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: the tokenizer is missing or cannot be read.
     """
     found = {path.name for path in folder.glob("tokenizer*")}
-    # Without these files transformers may hand back an empty tokenizer, or one without BOS, and say nothing.
+    # Without these files transformers may silently return an empty tokenizer, or one without BOS.
     if SERIALIZED not in found and not {SENTENCEPIECE, SETTINGS} <= found:
         raise UserError(
             f"{folder} holds no tokenizer: copy {SERIALIZED}, or {SENTENCEPIECE} with {SETTINGS}, "
@@ -48,20 +48,20 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def reading(folder: pathlib.Path) -> Iterator[None]:
-    """Turns whatever transformers and tokenizers raise at the files of ``folder`` into a UserError."""
+    """Turns any error of transformers and tokenizers about the files in ``folder`` into a UserError."""
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
-        # A damaged file is a bare Exception of the tokenizers library, or a panic, which is no Exception at all.
+        # On a damaged file the tokenizers library raises a bare Exception, or panics, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_template(processor: Any, path: pathlib.Path) -> None:
-    """Raises UserError for a template with a token that it does not define: the tokenizers library panics over it."""
+    """Raises UserError if a template uses an undefined token, at which the tokenizers library panics."""
     if not isinstance(processor, dict):
         return
     nested = processor.get("processors")
@@ -80,7 +80,7 @@ def _check_template(processor: Any, path: pathlib.Path) -> None:
 
 
 def _order_merges_by_score(tokenizer: Any, model: SentencePieceProcessor) -> None:
-    # transformers orders them by id, and so joins runs of spaces first, which LLaMA's model scores last of all.
+    # transformers orders merges by id, so it merges runs of spaces first, which LLaMA's model scores lowest.
     scores = {model.id_to_piece(i): model.get_score(i) for i in range(len(model))}
     vocab = {piece: i for i, piece in enumerate(scores)}
     tokenizer.backend_tokenizer.model = BPE(vocab, generate_merges(vocab, scores), fuse_unk=True, byte_fallback=True)

@@ -1,1 +1,1 @@
-"""Recorded vectors of the PyTorch code, replayed."""
+"""Numerical parity: replays vectors recorded from the official PyTorch code."""

@@ -1,4 +1,4 @@
-"""The host's side of ``pdrop check``: pictures, prompts and training rows."""
+"""Preprocessing cases of ``pdrop check``: images, prompts and training rows."""
 
 import dataclasses
 import json
@@ -20,12 +20,12 @@ from pdrop_jax.inputs.targets import tokenize, training_text, turns_of
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 from pdrop_jax.parity.report import Comparison, Figures, error
 
-BLOCK = 28  # pixels, side of the blocks whose means are recorded
-CORNER = 32  # pixels, side of the recorded patches
+BLOCK = 28  # pixels; side length of the blocks whose means are recorded
+CORNER = 32  # pixels; side length of the recorded patches
 
 
 def image_preprocess(folder: pathlib.Path, info: Any, arrays: Mapping[str, np.ndarray], _load: Any) -> Comparison:
-    """Pixels of the pictures beside the vectors, whole and in tiles, and how pictures of recorded sizes are tiled."""
+    """Compares the pixels of the images beside the vectors, whole and tiled, and the tiling of the recorded sizes."""
     settings = {name: value for name, value in info["processor"].items() if name != "image_processor_type"}
     size = settings["crop_size"]["height"]
     tiling = Tiling(tuple((height, width) for width, height in info["image_grid_pinpoints"]))
@@ -50,7 +50,7 @@ def image_preprocess(folder: pathlib.Path, info: Any, arrays: Mapping[str, np.nd
 
 
 def _compare_sizes(config: LlavaConfig, arrays: Mapping[str, np.ndarray]) -> Figures:
-    """The grid of tiles, what is left of it without bars, and the tokens, of pictures of the recorded sizes."""
+    """Compares the grid of tiles, its part without padding and the number of tokens for the recorded image sizes."""
     tiling, tile, side = config.tiling, config.vision.image_size, config.vision.patches_a_side
     assert tiling
     equal = []
@@ -68,14 +68,14 @@ def _compare_sizes(config: LlavaConfig, arrays: Mapping[str, np.ndarray]) -> Fig
 
 
 def _compare_pixels(crops: np.ndarray, key: str, arrays: Mapping[str, np.ndarray]) -> Figures:
-    """The figures of ``crops`` (P, h, w, 3) beside those recorded of each."""
+    """Compares statistics and patches of ``crops`` (P, h, w, 3) with the recorded ones."""
     pixels = crops.transpose(0, 3, 1, 2)
     P, C, h, w = pixels.shape
     if [P, C, h, w][-len(arrays[f"{key}.shape"]) :] != arrays[f"{key}.shape"].tolist():
         return {"pixels": float("inf")}
     middle = slice((h - CORNER) // 2, (h + CORNER) // 2)
     blocks = pixels.reshape(P, C, h // BLOCK, BLOCK, w // BLOCK, BLOCK).mean((3, 5))
-    exact = pixels.astype(np.float64)  # a float32 sum of 100,000 pixels is off by more than the tolerance
+    exact = pixels.astype(np.float64)  # the error of a float32 sum over 100,000 pixels exceeds the tolerance
     figures = {
         "mean": error(exact.mean((2, 3)), arrays[f"{key}.mean"]),
         "std": error(exact.std((2, 3)), arrays[f"{key}.std"]),
@@ -87,7 +87,7 @@ def _compare_pixels(crops: np.ndarray, key: str, arrays: Mapping[str, np.ndarray
 
 
 def _half_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference beyond what rounding to float16 explains."""
+    """Largest absolute difference beyond the rounding error of the recorded float16."""
     if ours.shape != theirs.shape:
         return float("inf")
     rounding = np.spacing(np.abs(theirs)).astype(np.float32) / 2
@@ -95,7 +95,7 @@ def _half_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def prompts(_folder: pathlib.Path, info: Any, _arrays: Any, _load: Any) -> Comparison:
-    """Text of the templates that are ours, with and without the last answer."""
+    """Compares the text of the supported templates, with and without the last answer."""
     turns = [tuple(turn) for turn in info["turns"]]
     found = []
     for name, recorded in info["templates"].items():
@@ -106,13 +106,13 @@ def prompts(_folder: pathlib.Path, info: Any, _arrays: Any, _load: Any) -> Compa
             "generation_prompt_turn1": [(turns[0][0], None)],
             "generation_prompt_turn2": [turns[0], (turns[1][0], None)],
         }
-        # "plain" records an error for two turns.
+        # For "plain" with two turns an error is recorded instead of a text.
         found += [{"text": render(turns, name) == recorded[key]} for key, turns in texts.items() if key in recorded]
     return Comparison.worst(info["case"], found)
 
 
 def preprocess_masks(folder: pathlib.Path, info: Any, arrays: Mapping[str, np.ndarray], _load: Any) -> Comparison:
-    """Ids and targets of conversations; the tokenizer in ``folder``/tokenizer, with both settings of ``legacy``."""
+    """Compares ids and targets of conversations; the tokenizer is in ``folder``/tokenizer, with both ``legacy``."""
     found: list[Figures] = []
     for legacy in (False, True):
         tokenizer = _llama_tokenizer(folder / "tokenizer/tokenizer.model", legacy, info["tokenizer"])
@@ -131,7 +131,7 @@ def preprocess_masks(folder: pathlib.Path, info: Any, arrays: Mapping[str, np.nd
 
 def _llama_tokenizer(model: pathlib.Path, legacy: bool, info: Any) -> Any:
     if not model.exists():
-        raise UserError(f"{model} is missing: it is {info['file']}")
+        raise UserError(f"{model} is missing: copy {info['file']} to that path")
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": info["add_bos_token"], **tokens}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,6 @@
-"""Replays reference vectors recorded from the official PyTorch code and says how far we are from them.
+"""Replays reference vectors recorded from the official PyTorch code and reports the differences.
 
-Serves any folder of the format described in tests/golden/README.md, on whatever accelerator jax finds.
+Works with any folder in the format of tests/golden/README.md, on whatever accelerator jax finds.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ from pdrop_jax.parity.training import ToTorch, compare_training
 from pdrop_jax.schedule import DropSchedule
 
 Arrays = Mapping[str, np.ndarray]
-QUERIES = 4  # at least the answers of any recorded conversation
+QUERIES = 4  # at least the number of answers in any recorded conversation
 
 
 class Reference(NamedTuple):
-    """What a caller knows of PyTorch.
+    """Access to PyTorch checkpoints, provided by the caller.
 
     Attributes:
       load: (checkpoint folder, schedule) -> config and float32 parameters.
-      to_torch: (config, parameters or a gradient) -> arrays by the official code's names.
+      to_torch: (config, parameters or gradients) -> arrays by their names in the official code.
     """
 
     load: Callable[[pathlib.Path, DropSchedule], tuple[LlavaConfig, Params]]
@@ -58,12 +58,12 @@ def check(
     """Replays the cases of ``folder``.
 
     Args:
-      reference: how to read its PyTorch checkpoints.
-      cases: names; all that can be replayed if empty.
-      mesh: that parameters and rows are cut over; None is one device.
+      reference: reads the PyTorch checkpoints of the folder.
+      cases: names of cases (default: all that can be replayed).
+      mesh: mesh over which parameters and rows are sharded; None is one device.
 
     Raises:
-      UserError: the folder holds no case, or none of a given name.
+      UserError: the folder has no case, or no case of a given name.
     """
     known = {path.stem: path for path in sorted(folder.glob("*.json")) if kind_of(path) in KINDS}
     if not known:
@@ -77,7 +77,7 @@ def check(
 
     placed, rows = reference._replace(load=load), []
     where = jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
-    # The vectors are float32; a TPU's default is bfloat16 passes.
+    # The vectors are float32; the default precision of a TPU is bfloat16.
     with where, jax.default_matmul_precision("highest"):
         for case in cases or known:
             info = json.loads(known[case].read_text())
@@ -153,7 +153,7 @@ KINDS: dict[str, Callable[[pathlib.Path, Any, Arrays, Reference], Comparison]] =
 
 
 def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
-    """The batch of a case's ``input_ids`` (B, S, image placeholder -200) and ``images`` (B, 3, h, w)."""
+    """The batch of a case's ``input_ids`` (B, S) with image placeholders -200, and ``images`` (B, 3, h, w)."""
     mask = arrays.get("attention_mask", np.ones_like(arrays["input_ids"])).astype(bool)
     rows = []
     for b, (ids, valid) in enumerate(zip(arrays["input_ids"], mask, strict=True)):
@@ -162,12 +162,12 @@ def reference_batch(config: LlavaConfig, arrays: Arrays) -> Batch:
         labels = arrays["labels"][b][valid] if "labels" in arrays else None
         rows.append(Row(ids[valid].tolist(), images, labels))
     text = max(sum(i != IMAGE_PLACEHOLDER for i in row.ids) for row in rows)
-    bucket = image_bucket(text, [row.images for row in rows], config)
+    bucket = image_bucket(text, [[image.size for image in row.images] for row in rows], config)
     return assemble(rows, config, bucket, QUERIES if "labels" in arrays else 1)
 
 
 def _image_tokens(config: LlavaConfig, arrays: Arrays, b: int) -> ImageTokens:
-    """The image of row ``b``: "images" holds one crop for each row, "images_{b}" all crops of one."""
+    """The image of row ``b``: "images" has one crop for each row, "images_{b}" all crops of row b."""
     if "images" in arrays:
         return whole(arrays["images"][b].transpose(1, 2, 0), config)
     height, width = arrays[f"raw_image_{b}_uint8"].shape[:2]
@@ -181,7 +181,7 @@ def _schedule(info: Any) -> DropSchedule:
 
 
 def _compare_forward(config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays) -> Figures:
-    """Logits, final norm, each layer's input, and what was dropped: whatever of these ``arrays`` has."""
+    """Compares the logits, the final norm, the layers' inputs and the drops that ``arrays`` has."""
     output = _forward(config, params, batch, keep_hidden=True)
     last = output.lengths[-1]
     found: Figures = {}
@@ -201,7 +201,7 @@ def _compare_forward(config: LlavaConfig, params: Params, batch: Batch, arrays: 
 
 
 def _compare_drops(batch: Batch, drops: Sequence[DropRecord], arrays: Arrays) -> Figures:
-    """Scores and kept tokens of each row at each boundary, as far as they are recorded."""
+    """Compares the recorded scores and kept tokens of each row at each drop."""
     drops = jax.device_get(drops)
     kept = kept_tokens(batch, drops)
     recorded = [(b, s) for b in range(len(kept)) for s in range(len(drops)) if f"s{s}_scores_b{b}" in arrays]
@@ -213,7 +213,7 @@ def _compare_drops(batch: Batch, drops: Sequence[DropRecord], arrays: Arrays) ->
 
 
 def _compare_decode(config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays) -> Figures:
-    """Greedy decoding of one row through the caches: the logits of each step and the tokens."""
+    """Compares greedy decoding of one row with the KV cache: the logits of each step and the tokens."""
     logits, state, drops = _prefill(config, params, batch, len(arrays["tokens"]))
     errors, tokens = [], []
     for step, expected in enumerate(arrays["step_logits"]):
@@ -225,5 +225,5 @@ def _compare_decode(config: LlavaConfig, params: Params, batch: Batch, arrays: A
 
 
 def _valid_error(ours: jax.Array, theirs: np.ndarray, length: jax.Array) -> float:
-    """Largest difference over the valid slots of each row; the reference pads to another length than ours."""
+    """Largest absolute difference over the valid slots of each row; the reference has other padding."""
     return max(error(ours[b, :n], theirs[b, :n]) for b, n in enumerate(np.asarray(length)))

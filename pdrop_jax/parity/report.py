@@ -1,4 +1,4 @@
-"""Rows of ``pdrop check``: the worst of what was found in a case, and the tolerances it is held to."""
+"""Rows of the table of ``pdrop check``: the largest errors of a case, and their tolerances."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,24 +8,25 @@ import numpy as np
 
 TOLERANCE = {"hidden": 1e-4, "scores": 5e-6, "logits": 1e-4, "pixels": 1e-5, "loss": 1e-5, "gradients": 1e-4}  # float32
 
-Figures = dict[str, Any]  # some of Comparison's fields
+Figures = dict[str, Any]  # some of the fields of Comparison
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Worst figures of a case; None where it records nothing of the kind.
+    """Largest errors of a case; None for what it does not record.
 
     Attributes:
       hidden: largest absolute difference of hidden states.
-      scores: of ranking scores.
-      logits: of logits.
-      pixels: of picture statistics.
-      loss: of the loss.
-      gradients: the same, over the reference's largest value plus 0.01, so that 1e-4 is 1e-4 * absmax + 1e-6.
-      kept: every kept image token equal.
-      tokens: every token equal.
-      labels: every target of a training row equal.
-      text: every rendered prompt equal.
+      scores: the same for ranking scores.
+      logits: the same for logits.
+      pixels: the same for pixel statistics.
+      loss: the same for the loss.
+      gradients: the same for gradients, divided by the reference's largest absolute value + 0.01, so that a tolerance
+        of 1e-4 means 1e-4 * absmax + 1e-6.
+      kept: whether all kept image tokens are equal.
+      tokens: whether all tokens are equal.
+      labels: whether all targets of training rows are equal.
+      text: whether all rendered prompts are equal.
     """
 
     case: str
@@ -50,16 +51,16 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Something was compared, all of it is equal or within tolerance."""
+        """Whether anything was compared and all of it is equal or within tolerance."""
         found = {
             name: value for name, value in dataclasses.asdict(self).items() if name != "case" and value is not None
         }
-        # Written so that a NaN is out of tolerance.
+        # This form of the comparison puts a NaN out of tolerance.
         return bool(found) and all(v if isinstance(v, bool) else v <= TOLERANCE[name] for name, v in found.items())
 
 
 def error(ours: Any, theirs: np.ndarray) -> float:
-    """Largest absolute difference; infinite if the shapes differ, so that nothing is compared by broadcasting."""
+    """Largest absolute difference; infinite if the shapes differ, so nothing is broadcast."""
     ours = np.asarray(ours, np.float32)
     if ours.shape != theirs.shape:
         return float("inf")
@@ -68,7 +69,7 @@ def error(ours: Any, theirs: np.ndarray) -> float:
 
 
 def table(rows: Sequence[Comparison]) -> str:
-    """A line for each case, columns aligned; ``-`` where a case records nothing."""
+    """One line per case with aligned columns; ``-`` for what a case does not record."""
 
     def cell(value: Any) -> str:
         if value is None:

@@ -1,4 +1,4 @@
-"""The training side of ``pdrop check``: loss, kept tokens and gradients."""
+"""Training cases of ``pdrop check``: loss, kept tokens and gradients."""
 
 import functools
 import pathlib
@@ -17,7 +17,7 @@ from pdrop_jax.model.params import Params
 from pdrop_jax.parity.report import Figures, error
 
 ToTorch = Callable[[LlavaConfig, Params], dict[str, np.ndarray]]
-ANGLE = 0.37  # the recorded dot product of a gradient is with cos(ANGLE * n)
+ANGLE = 0.37  # the recorded dot product is that of the gradient and cos(ANGLE * n)
 FLOOR = 1e-2  # makes TOLERANCE["gradients"] 1e-4 * absmax + 1e-6
 
 
@@ -39,7 +39,7 @@ def compare_training(
     to_torch: ToTorch,
     folder: pathlib.Path,
 ) -> tuple[Figures, tuple[DropRecord, ...]]:
-    """The loss, every recorded gradient, and the fingerprints of all, of ``batch``."""
+    """Compares the loss of ``batch``, every recorded gradient, and the fingerprints of all gradients."""
     (loss, drops), gradient = _loss_and_gradient(config, params, batch)
     ours = to_torch(config, jax.device_get(gradient))
     relative = []

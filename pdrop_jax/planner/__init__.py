@@ -1,1 +1,1 @@
-"""TPU programs compiled without a TPU, and what the compiler says of them."""
+"""Compile programs for TPU slices without a TPU, and report memory and communication."""

@@ -1,9 +1,7 @@
-"""What a program needs on TPUs that are not there: compiled for their topology by libtpu, on this machine's CPU.
+"""Memory and collectives of a program that libtpu compiles on this machine's CPU for a TPU topology.
 
-The compiler's own figures: bytes of a device, and the collectives, those of a loop's body times its turns. MACs come
-from pdrop_jax.planner.topology import MEMORY
-from pdrop_jax.planner.topology import MEMORY
-from ``analysis.cost``: the compiler counts a loop's body once.
+All figures are the compiler's: bytes per device, and collectives, where those in a loop body are multiplied by the trip
+count. MACs come from ``analysis.cost`` instead, because the compiler counts a loop body only once.
 """
 
 import dataclasses
@@ -15,7 +13,7 @@ from typing import Any
 from pdrop_jax.planner.topology import MEMORY
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# An asynchronous one is counted where it is done: there its type is that of the result alone.
+# An asynchronous collective is counted at its "-done" instruction, whose type is that of the result alone.
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-done)?\(")
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 CALLS = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=(%[\w.-]+|\{[^}]*\})")
@@ -24,17 +22,18 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler says of a program, of each device.
+    """The compiler's report on a program, per device.
 
     Attributes:
-      argument_bytes: parameters, optimizer state, batch, caches.
-      temporary_bytes: beside them while it runs.
-      output_bytes: what is not written over an argument.
-      total_bytes: of all that is alive at once, at the worst moment: what is done with makes room.
-      capacity_bytes: of the device.
-      excess_bytes: by how much it does not fit; 0 if it does. If not, the other figures are 0: there is no program.
-      collectives: kind -> (how often it runs, bytes of all its results).
-      compile_seconds: of lowering and compiling.
+      argument_bytes: parameters, optimizer state, batch and KV caches.
+      temporary_bytes: scratch memory while the program runs.
+      output_bytes: outputs that do not alias an argument.
+      total_bytes: peak memory, with buffers freed after their last use.
+      capacity_bytes: memory of one device.
+      excess_bytes: memory missing on a device, 0 if the program fits. If it does not fit, nothing was compiled and the
+        other figures, except ``capacity_bytes`` and ``compile_seconds``, are 0.
+      collectives: kind -> (number of executions, bytes of all results).
+      compile_seconds: time to lower and compile.
     """
 
     argument_bytes: int
@@ -56,7 +55,7 @@ class Report:
 
 
 def compile_report(lower: Any, topology: str) -> Report:
-    """Compiles what ``lower()`` lowers, for the devices of ``topology``."""
+    """Compiles the program that ``lower()`` lowers for the devices of ``topology``, such as "v5e:4x8"."""
     capacity = int(MEMORY[topology.partition(":")[0]] * 2**30)
     began = time.perf_counter()
     try:
@@ -65,26 +64,35 @@ def compile_report(lower: Any, topology: str) -> Report:
         excess = _excess(str(error))
         if not excess:
             raise
-        return Report(0, 0, 0, 0, capacity, excess, {}, time.perf_counter() - began)
+        return Report(
+            argument_bytes=0,
+            temporary_bytes=0,
+            output_bytes=0,
+            total_bytes=0,
+            capacity_bytes=capacity,
+            excess_bytes=excess,
+            collectives={},
+            compile_seconds=time.perf_counter() - began,
+        )
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     return Report(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory.peak_memory_in_bytes,
-        capacity,
-        0,
-        collectives(compiled.as_text()),
-        seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        total_bytes=memory.peak_memory_in_bytes,
+        capacity_bytes=capacity,
+        excess_bytes=0,
+        collectives=collectives(compiled.as_text()),
+        compile_seconds=seconds,
     )
 
 
 def _excess(message: str) -> int:
-    """Bytes that the compiler says are missing, in either of its messages; 0 if it says nothing like that.
+    """Bytes that are missing according to the compiler's out-of-memory message; 0 for any other message.
 
-    "Used 17.2G of 15.75G hbm. Exceeded hbm capacity by 1.45G." and, of a kind of chip of its own, "the total memory
-    required for HLO temporaries (256.00G) exceeds available HBM (94.75G)".
+    There are two forms: "Used 17.2G of 15.75G hbm. Exceeded hbm capacity by 1.45G." and, on some chips only, "the total
+    memory required for HLO temporaries (256.00G) exceeds available HBM (94.75G)".
     """
 
     def size(number: str, unit: str) -> float:
@@ -98,7 +106,7 @@ def _excess(message: str) -> int:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Kind -> (how often it runs, bytes of all its results on one device) in a compiled program's text."""
+    """Collectives in the text of a compiled program: kind -> (executions, bytes of all results on one device)."""
     computations, name = {"": list[str]()}, ""
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%(\S+) \(", line):
@@ -112,14 +120,15 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             if match := COLLECTIVE.search(line):
                 result, kind = match.groups()
                 size = sum(_bytes(dtype, dims) for dtype, dims in SHAPE.findall(result))
-                # The compiler cuts one into pieces that overlap with other work; all of them name its channel.
+                # The compiler may split a collective into pieces that overlap with other work; the pieces share its
+                # channel id, so the channel is counted once.
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else line
                 found[key] = max(found.get(key, (kind, 0, 0)), (kind, times, times * size))
-            turns = times * _turns(computations, line)
+            trips = times * _trip_count(computations, line)
             for called in CALLS.findall(line):
                 for callee in re.findall(r"%([\w.-]+)", called):
-                    visit(callee, turns)
+                    visit(callee, trips)
 
     visit("", 1)
     return {
@@ -132,8 +141,8 @@ def _bytes(dtype: str, dims: str) -> int:
     return math.prod(int(n) for n in dims.split(",") if n) * BYTES.get(dtype, 4)
 
 
-def _turns(computations: dict[str, list[str]], line: str) -> int:
-    """Of a loop over layers or parts: the number that its condition compares with. 1 for any other instruction."""
+def _trip_count(computations: dict[str, list[str]], line: str) -> int:
+    """Trip count of a loop over layers or microbatches, read from its condition; 1 for any other instruction."""
     condition = re.search(r" while\(.*condition=%([\w.-]+)", line)
     limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition[1]])) if condition else []
     return int(limits[0]) if len(limits) == 1 else 1

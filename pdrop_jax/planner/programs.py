@@ -1,4 +1,4 @@
-"""Training step, prefill and decode as programs of shapes alone, compiled for devices that are not there."""
+"""Training step, prefill and decode, compiled from abstract shapes for TPU devices that need not exist."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import State, decode, start
+from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.model.placement import abstract
@@ -27,22 +28,23 @@ from pdrop_jax.train.recipe import OptimizerRecipe
 from pdrop_jax.train.step import init_state, train_step
 
 GROUPS = ("projector", "llm")
-QUERIES = 4  # query rows of a training row
-CAPACITY = 128  # new tokens of an answer
-STEPS = 1000  # of a training run; only its rates follow from it
-TENSOR = (1, 2, 4, 8)  # devices along tensor that ``suggest`` tries
+QUERIES = 4  # query rows of a training example
+CAPACITY = 128  # max_new_tokens
+STEPS = 1000  # length of the training run; only the learning rate schedule depends on it
+TENSOR = (1, 2, 4, 8)  # tensor axis sizes that ``suggest`` tries
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program to plan, bfloat16 with splash attention.
+    """A program to compile, in bfloat16 with splash attention.
 
     Attributes:
-      mode: "train" is a step of a full fine-tune, with float32 masters and moments.
-      rows: of a batch, all devices together.
-      grad_accum_steps: parts that a training step's rows are cut into.
-      groups: what is trained, of "vision", "projector" and "llm".
-      quantize: the decoder's weights in inference, see ``model.quantization``.
+      mode: "train" is one step of full fine-tuning with float32 master weights and moments.
+      bucket: text slots and image tokens of each row.
+      rows: global batch size.
+      grad_accum_steps: microbatches per training step.
+      groups: trained parameter groups, out of "vision", "projector" and "llm".
+      quantize: weight quantization of the decoder for inference, see ``model.quantization``.
     """
 
     config: LlavaConfig
@@ -55,7 +57,7 @@ class Program:
 
     @property
     def macs(self) -> float:
-        """Of all rows, from the model. In training half of the text is taken to be answers."""
+        """MACs of all rows, computed from the config. Training assumes that half of the text tokens are targets."""
         if self.mode == "train":
             return self.rows * training_macs(self.config, self.bucket, self.bucket.text / 2, self.groups)
         if self.mode == "prefill":
@@ -64,8 +66,8 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A job on a mesh of a slice, and what the compiler says of it."""
+class CompiledProgram:
+    """A job on a mesh, with the compiler's report."""
 
     job: Program
     mesh: dict[str, int]
@@ -73,35 +75,41 @@ class Plan:
 
 
 def groups_of(config: LlavaConfig) -> tuple[str, ...]:
-    """What a full fine-tune trains: of LLaVA-NeXT, which cuts pictures into tiles, the tower too."""
+    """Groups that full fine-tuning trains; LLaVA-NeXT, which tiles images, also trains the vision tower."""
     return ("vision", *GROUPS) if config.tiling else GROUPS
 
 
-def plan(job: Program, sizes: dict[str, int] | None, topology: str, devices: Sequence[jax.Device]) -> Plan:
-    """Compiles ``job``.
+def compile_program(
+    job: Program, sizes: dict[str, int] | None, topology: str, devices: Sequence[jax.Device]
+) -> CompiledProgram:
+    """Compiles ``job`` for a mesh.
 
     Args:
-      sizes: devices along each axis; None is all along fsdp.
-      topology: of ``devices``, see ``topology.devices_of``.
+      sizes: devices along each mesh axis; None puts all of them along fsdp.
+      topology: topology of ``devices``, see ``topology.devices_of``.
 
     Raises:
-      UserError: a mesh that the devices do not make, or rows that it cannot cut.
+      UserError: the mesh does not fit the devices, or the batch size is not divisible by its shards.
     """
     mesh = make_mesh(sizes, devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * (job.grad_accum_steps if job.mode == "train" else 1)
     if job.rows < 1 or job.rows % parts:
-        raise UserError(f"{job.rows} rows cannot be cut into {parts} parts: choose a multiple of {parts}")
-    return Plan(job, dict(mesh.shape), compile_report(lambda: lower(job, mesh), topology))
+        raise UserError(f"a batch of {job.rows} rows is not divisible by {parts}: choose a multiple of {parts}")
+    report = compile_report(lambda: lower(job, mesh), topology)
+    return CompiledProgram(job=job, mesh=dict(mesh.shape), report=report)
 
 
-def suggest(job: Program, devices: int, compiled: Callable[[Program, dict[str, int]], Plan]) -> list[Plan]:
-    """What fits on each mesh of fsdp and tensor; first what moves the fewest bytes a row between so many ``devices``.
+def suggest(
+    job: Program, devices: int, compiled: Callable[[Program, dict[str, int]], CompiledProgram]
+) -> list[CompiledProgram]:
+    """Programs that fit, one for each fsdp x tensor mesh, sorted by bytes communicated per row, fewest first.
 
-    In training the rows stay and are cut into more and more parts until they fit. In inference they are doubled for as
-    long as they fit, and the last that did is taken. MACs are no reason to choose: they are shared out on any mesh.
+    A training batch keeps its size, and its number of microbatches is doubled until the step fits. An inference batch
+    is doubled for as long as it fits. MACs do not enter the order, since every mesh divides them evenly.
 
     Args:
-      compiled: ``plan`` on a mesh of these sizes.
+      devices: number of devices of the slice.
+      compiled: compiles a job on a mesh with the given axis sizes.
     """
     found = []
     for tensor in TENSOR:
@@ -117,11 +125,11 @@ def suggest(job: Program, devices: int, compiled: Callable[[Program, dict[str, i
                 break
         if best:
             found.append(best)
-    return sorted(found, key=lambda plan: plan.report.moved_bytes / plan.job.rows)
+    return sorted(found, key=lambda found: found.report.moved_bytes / found.job.rows)
 
 
 def _attempts(job: Program, shards: int) -> Iterator[Program]:
-    """``job`` with more and more parts, or more and more rows, that ``shards`` devices can cut."""
+    """``job`` with 1, 2, 4, ... microbatches, or with doubling batch sizes, always divisible by ``shards``."""
     if job.mode == "train":
         grad_accum_steps = 1
         while job.rows % (shards * grad_accum_steps) == 0:
@@ -152,7 +160,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
         if job.quantize:
             params = jax.eval_shape(functools.partial(quantize_decoder, config), params)
         params = abstract(config, params, mesh)
-        greedy, stop = Sampling(np.float32(1), np.int32(0), np.float32(1), greedy=True), np.zeros(1, np.int32)
+        greedy, stop = token_sampler(Sampling()), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)
         settings = {"capacity": CAPACITY, "implementation": "splash"}
@@ -165,7 +173,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
 
 
 def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, training: bool) -> Batch:
-    """Shapes of a batch that fills ``bucket``, its rows cut over the mesh."""
+    """Abstract batch of ``rows`` rows that fill ``bucket``, sharded over the mesh by rows."""
     where = batch_sharding(mesh, rows)
 
     def leaf(*shape: int, dtype: Any = jnp.int32) -> Any:
@@ -173,20 +181,20 @@ def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, t
 
     S, T, size = bucket.slots, config.features_per_token, config.vision.image_size
     return Batch(
-        leaf(S),
-        leaf(S, T),
-        leaf(S),
-        leaf(),
-        leaf(bucket.crops, size, size, 3, dtype=jnp.float32),
-        leaf(QUERIES if training else 1),
-        leaf(S) if training else None,
-        bucket,
-        leaf(S, T, dtype=jnp.float32) if T > 1 else None,
+        token_ids=leaf(S),
+        feature_index=leaf(S, T),
+        image_id=leaf(S),
+        length=leaf(),
+        crops=leaf(bucket.crops, size, size, 3, dtype=jnp.float32),
+        query_rows=leaf(QUERIES if training else 1),
+        labels=leaf(S) if training else None,
+        bucket=bucket,
+        feature_weight=leaf(S, T, dtype=jnp.float32) if T > 1 else None,
     )
 
 
 def _state_placed(state: State, mesh: Mesh) -> State:
-    """Caches cut by rows and heads, everything else of a decode state whole."""
+    """Decode state with KV caches sharded by rows and heads, and everything else replicated."""
 
     def place(x: Any) -> Any:
         axes = (None, "batch", "heads", None, None) if x.ndim == 5 else (None,) * x.ndim

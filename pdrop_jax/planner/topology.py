@@ -1,4 +1,4 @@
-"""TPU slices that are not there, as libtpu describes them."""
+"""TPU topologies as libtpu describes them, without the hardware."""
 
 import importlib.util
 import os
@@ -6,34 +6,38 @@ from typing import Any
 
 from pdrop_jax.errors import UserError
 
-# GiB of high-bandwidth memory of a device, as the compiler's own message of an overflow gives them.
+# High-bandwidth memory of a device in GiB, as stated in the compiler's out-of-memory message.
 MEMORY = {"v4": 31.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask the cloud what machine this is
+    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu queries the cloud metadata server
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # and complain that nobody has told it
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # or libtpu warns that the type is not set
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of "v5e:4x8". To be called before jax is imported: it sets what libtpu wants to find.
+    """The devices of a topology such as "v5e:4x8".
+
+    Call it before jax is imported, because it sets environment variables that libtpu reads.
 
     Raises:
-      UserError: libtpu is not installed, or there is no such topology.
+      UserError: libtpu is not installed, or the topology does not exist.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning needs the TPU compiler, which is not installed: pip install 'pdrop-jax[plan]'")
     kind, colon, _ = topology.partition(":")
     if kind not in MEMORY or not colon:
         raise UserError(
-            f"topology {topology!r} is not of the form v5e:4x8: one of {', '.join(MEMORY)}, its chips behind"
+            f"topology {topology!r} is not of the form v5e:4x8: give a TPU type ({', '.join(MEMORY)}) and its chip grid"
         )
     os.environ.update(ENVIRONMENT)
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # libtpu's own, of no one type
-        raise UserError(f"the compiler knows no topology {topology!r}: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:  # libtpu raises several types
+        raise UserError(
+            f"the TPU compiler does not know topology {topology!r}: {str(error).splitlines()[0][:200]}"
+        ) from None

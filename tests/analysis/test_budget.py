@@ -59,7 +59,7 @@ FOR_TOKENS = {(8, 16, 24): (0.253, None, None), (2, 8, 16): (0.560, 0.420, 0.192
 def test_ratios_for_a_number_of_tokens(layers, ratios, column, budget):
     expected = ratios[column]
     if expected is None:
-        with pytest.raises(UserError, match=r"dropping everything there leaves 144; drop earlier or allow more"):
+        with pytest.raises(UserError, match=r"dropping all image tokens there still costs 144; drop earlier or raise"):
             schedule_for_budget(SEVEN, average_tokens=budget, layers=layers)
         return
     schedule = schedule_for_budget(SEVEN, average_tokens=budget, layers=layers)
@@ -101,14 +101,14 @@ def test_a_budget_that_holds_everything_drops_nothing():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "a schedule is for one budget, of average tokens, MACs or cache bytes: got 0"),
-        ({"average_tokens": 64, "macs": 1e12}, "a schedule is for one budget, .*: got 2"),
+        ({}, "give exactly one budget, of average tokens, MACs or cache bytes: got 0"),
+        ({"average_tokens": 64, "macs": 1e12}, "give exactly one budget, .*: got 2"),
         (
             {"average_tokens": 30},
-            r"a budget of 30 average tokens cannot be had with drops after layers \[2, 4, 6, 8\]: dropping everything "
-            r"there leaves 36; drop earlier or allow more",
+            r"a budget of 30 average tokens cannot be met with drops after layers \[2, 4, 6, 8\]: dropping all "
+            r"image tokens there still costs 36; drop earlier or raise the budget",
         ),
-        ({"macs": 1e9}, r"a budget of 1,000,000,000 MACs cannot be had"),
+        ({"macs": 1e9}, r"a budget of 1,000,000,000 MACs cannot be met"),
     ],
 )
 def test_budgets_that_cannot_be_had(budget, message):

@@ -17,6 +17,7 @@ from pdrop_jax.analysis.study_report import report
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import read_questions
 from pdrop_jax.generation.pretrained import load, reschedule
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
 GRIDS = pathlib.Path(__file__).parents[2] / "examples" / "grids"
@@ -63,7 +64,7 @@ def test_keeping_everything_changes_nothing_and_no_image_changes_most(study):
 
 
 def test_right_answers_are_those_of_the_file(model, study):
-    answers = ask(reschedule(model, DropSchedule.none()), QUESTIONS, batch_size=5, max_new_tokens=16)
+    answers = ask(reschedule(model, DropSchedule.none()), QUESTIONS, batch_size=5, sampling=Sampling(16))
     right = [text == question.fields["answer"] for text, question in zip(answers.texts, QUESTIONS, strict=True)]
     assert study.right.value == pytest.approx(np.mean(right))
     assert 0 < sum(right) <= 10
@@ -71,10 +72,10 @@ def test_right_answers_are_those_of_the_file(model, study):
 
 def test_another_questions_tokens_are_its_tokens(model):
     """The score "given" keeps exactly what the other question of the picture kept."""
-    own = ask(model, QUESTIONS[:3], batch_size=3, max_new_tokens=1)
+    own = ask(model, QUESTIONS[:3], batch_size=3, sampling=Sampling(1))
     changed = reschedule(model, dataclasses.replace(model.config.schedule, score="given"))
     given = stays_for_another(own, ["one picture"] * 3)
-    borrowed = ask(changed, QUESTIONS[:3], batch_size=4, max_new_tokens=1, given=given)
+    borrowed = ask(changed, QUESTIONS[:3], batch_size=4, sampling=Sampling(1), given=given)
     assert borrowed.kept == [own.kept[1], own.kept[2], own.kept[0]]
     assert own.kept[0] != own.kept[1]
 

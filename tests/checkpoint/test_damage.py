@@ -110,7 +110,7 @@ def test_a_checkpoint_without_checksums_is_loaded_with_a_note(whole, tmp_path, c
     finally:
         checksums.write_bytes(content)
     assert [contents(params) for params in found] == [expected] * 2
-    note = f"note: {tmp_path / 'old'} was written without checksums, so damage to its arrays goes unnoticed; "
+    note = f"note: {tmp_path / 'old'} was written without checksums, so damage to its arrays cannot be detected; "
     assert capfd.readouterr().err.startswith(note)
     assert not capfd.readouterr().err
 

@@ -15,6 +15,7 @@ from pdrop_jax.convert.importer import convert
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_a_batch_answers_as_each_question_alone(pdrop, model):
 def test_int8_weights(pdrop, model):
     common = ("generate", "--model", model, "--image", PHOTO, "--max-new-tokens", 8, "--json", "--prompt", "Who is it?")
     answer = json.loads(pdrop(*common, "--quantize", "int8").stdout)
-    expected = generate(load(model, quantize="int8"), ["Who is it?"], [PHOTO], max_new_tokens=8)
+    expected = generate(load(model, quantize="int8"), ["Who is it?"], [PHOTO], Sampling(8))
     assert answer["token_ids"] == expected.token_ids[0]
     assert answer["kept"] == expected.kept[0]
 
@@ -122,7 +123,7 @@ def test_another_score(pdrop, model):
         (("--layers", 2, "--ratios", 0.5, "--score", "fastw"), "unknown score 'fastw': did you mean 'fastv'?"),
         (("--score", "fastv"), "score 'fastv' is of a schedule: give layers too"),
         (("--layers", "tokens-64"), "decoder of 8 layers"),
-        (("--max-new-tokens", 0), "max_new_tokens >= 1"),
+        (("--max-new-tokens", 0), "max_new_tokens must be at least 1, got 0"),
         (("--top-p", 0), "top_p"),
         (("--attention", "splash"), "needs a TPU"),
         (("--attention", "cudnn"), "on a GPU"),
@@ -164,7 +165,7 @@ class Terminal(io.StringIO):
 
 def answers_of(model, questions):
     session = Session(load(model))
-    return [session.ask(question, image, max_new_tokens=4).text for question, image in questions]
+    return [session.ask(question, image, Sampling(4)).text for question, image in questions]
 
 
 def test_chat_answers_line_by_line(pdrop, model, monkeypatch):
@@ -196,6 +197,17 @@ def test_a_chat_at_a_terminal_goes_on_after_a_mistake(pdrop, model, monkeypatch)
     assert len(mistakes) == 3
 
 
+def test_the_commands_of_a_chat(pdrop, model, monkeypatch):
+    lines = ["/help", "/hlep", "/image", f"/image {PHOTO}", "/reset", "Who is it?", "/exit", "not asked"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(lines)))
+    result = pdrop("chat", "--model", model, "--max-new-tokens", 4)
+    assert result.code == 0
+    (text,) = answers_of(model, [("Who is it?", None)])  # the image was reset
+    about = "/image FILE adds an image to the next question, /reset starts a new conversation, /exit ends the chat"
+    assert result.stdout == f"> {about}\n" + "> " * 5 + text + "\n> "
+    assert result.stderr.splitlines()[:2] == [f"unknown command {line!r}: {about}" for line in ("/hlep", "/image")]
+
+
 def test_unknown_commands_list_the_known_ones(pdrop):
     result = pdrop("trian")
     assert result.code == 2
@@ -224,14 +236,14 @@ def test_check_passes_on_the_recorded_vectors_and_fails_on_changed_ones(pdrop, t
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("none",), "there is no preset none and no such file: there are demo, llava-1.5-finetune"),
+        (("none",), "none is neither a preset nor a file: the presets are llava-1.5-finetune"),
         (("none.toml",), "none.toml cannot be read: there is no such file"),
         (("llava-1.5-finetune",), "the recipe llava-1.5-finetune has no model.start"),
         (("llava-1.5-pretrain", "--set", "run.step=3"), "unknown key run.step: did you mean run.steps?"),
-        (("llava-1.5-pretrain", "--set", "steps=3"), "--set 'steps=3' is not of the form part.key=value"),
+        (("llava-1.5-pretrain", "--set", "steps=3"), "--set 'steps=3' is not of the form section.key=value"),
         (
             ("llava-1.5-pretrain", "--num-processes", 2),
-            "--coordinator, --num-processes and --process-id belong together",
+            "--coordinator, --num-processes and --process-id must be given together",
         ),
     ],
 )

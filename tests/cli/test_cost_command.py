@@ -19,20 +19,20 @@ def cost(pdrop):
 
 
 def test_the_command_prints_both_sides(cost):
-    out = cost("llava-1.5-7b")
+    out = cost("--model", "llava-1.5-7b")
     assert "| image tokens | 576 | 576 -> 288 -> 144 -> 72 |" in out
     assert "| MACs by the paper's formula | 3.817 T | 1.777 T (46.6%) |" in out
     assert "--layers 8 16 24 --ratios 0.5 0.25 0.125" in out
 
 
 def test_the_command_finds_a_schedule_and_its_flags_say_the_same(cost):
-    out = cost("llava-1.5-13b", "--average-tokens", "128")
+    out = cost("--model", "llava-1.5-13b", "--average-tokens", "128")
     flags = out.splitlines()[-1].split()
-    assert cost("llava-1.5-13b", *flags) == out
+    assert cost("--model", "llava-1.5-13b", *flags) == out
 
 
 def test_the_command_as_json(cost):
-    found = json.loads(cost("llava-next-7b", "--image-tokens", "2880", "--json"))
+    found = json.loads(cost("--model", "llava-next-7b", "--image-tokens", "2880", "--json"))
     dense, dropped = found["costs"]
     assert dense["paper_macs"] == pytest.approx(20.825e12, rel=1e-4)
     assert dropped["paper_macs"] == pytest.approx(9.4646e12, rel=1e-4)
@@ -59,11 +59,11 @@ def test_a_plot_of_the_costs(tmp_path, cost):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere",), "nowhere is no checkpoint: it has no config.json"),
-        (("--average-tokens", "64", "--ratios", "0.5"), "a budget finds the ratios: leave out --ratios"),
-        (("--average-tokens", "64", "--layers", "8", "16"), "a budget of 64 average tokens cannot be had"),
-        (("--average-tokens", "64", "--macs", "1e12"), "a schedule is for one budget"),
-        (("--image-tokens", "0"), "need at least one image token and one text token, got 0 and 64"),
+        (("--model", "nowhere"), "nowhere is not a checkpoint: it has no config.json"),
+        (("--average-tokens", "64", "--ratios", "0.5"), "a budget determines the ratios: leave out --ratios"),
+        (("--average-tokens", "64", "--layers", "8", "16"), "a budget of 64 average tokens cannot be met"),
+        (("--average-tokens", "64", "--macs", "1e12"), "give exactly one budget"),
+        (("--image-tokens", "0"), "--image-tokens and --text-tokens must be at least 1, got 0 and 64"),
         (("--score", "pyramid"), "unknown score 'pyramid': did you mean 'pyramiddrop'?"),
         (("--plot", "cost.txt"), "cost.txt: the name ends in '.txt', expected .png, .svg, .pdf"),
     ],

@@ -37,17 +37,17 @@ def fails(result):
 
 def test_questions_are_answered_and_scored(pdrop, tmp_path):
     model, out = write_start(tmp_path / "model"), tmp_path / "a.jsonl"
-    asked = ("eval", model, *FILES, "--out", out, "--max-new-tokens", 2, "--batch-size", 2)
+    asked = ("eval", "--model", model, *FILES, "--out", out, "--max-new-tokens", 2, "--batch-size", 2)
     code, stdout, _ = pdrop(*asked, "--json")
     said = json.loads(stdout)
     assert (code, said["questions"], said["answered"], said["out"]) == (0, 40, 40, str(out))
-    assert pdrop(*asked)[:2] == (0, f"{out}: all 40 questions were answered before\n")
+    assert pdrop(*asked)[:2] == (0, f"{out}: all 40 questions were already answered\n")
     assert "of another schedule" in fails(pdrop(*asked, "--layers", "none"))
     score = ("score", "gqa", "--answers", out, "--annotations", GRIDS / "annotations.json")
     code, stdout, _ = pdrop(*score)
     assert (code, stdout.splitlines()[0].split()) == (0, ["all", "accuracy", "0.00", "%", "answers", "40"])
     assert json.loads(pdrop(*score, "--json")[1])["groups"]["binary"] == {"accuracy": 0, "answers": 8}
-    assert "--questions FILE belongs to pope" in fails(pdrop(*score, *FILES[:2]))
+    assert "pope needs --questions FILE" in fails(pdrop(*score, *FILES[:2]))
     assert "annotations" in fails(pdrop("score", "vqav2", *score[2:]))
 
 
@@ -60,7 +60,15 @@ def test_the_demo_models_annotations_score_full_marks(pdrop, tmp_path):
 
 
 def test_mistakes_are_named_before_the_model_is_read(pdrop, tmp_path):
-    nowhere = ("eval", tmp_path / "model", "--questions", GRIDS / "questions.jsonl", "--out", tmp_path / "a.jsonl")
+    nowhere = (
+        "eval",
+        "--model",
+        tmp_path / "model",
+        "--questions",
+        GRIDS / "questions.jsonl",
+        "--out",
+        tmp_path / "a.jsonl",
+    )
     assert "40 pictures are not there" in fails(pdrop(*nowhere, "--images", tmp_path))
     assert "no checkpoint" in fails(pdrop(*nowhere, "--images", GRIDS))
     assert "temperature" in fails(pdrop(*nowhere, "--images", GRIDS, "--temperature", -1))

@@ -15,15 +15,15 @@ DEMO = ROOT / "pdrop_jax" / "demo"
 
 # Option that names an output -> the rest of the command, whose model cannot be loaded, and an ending that it takes.
 GENERATE = ("generate", "--model", "model", "--prompt", "Who?", "--image", "images/0.png")
-STUDY = ("study", "model", "--questions", "q.jsonl", "--images", "images")
-EVAL = ("eval", "model", "--questions", "q.jsonl", "--images", "images")
+STUDY = ("study", "--model", "model", "--questions", "q.jsonl", "--images", "images")
+EVAL = ("eval", "--model", "model", "--questions", "q.jsonl", "--images", "images")
 OUTPUTS = {
     "generate --picture": (*GENERATE, "--picture"),
     "generate --heatmap": (*GENERATE, "--heatmap"),
     "study --out": (*STUDY, "--out"),
     "study --plot": (*STUDY, "--plot"),
     "study --html": (*STUDY, "--html"),
-    "cost --plot": ("cost", "model", "--plot"),
+    "cost --plot": ("cost", "--model", "model", "--plot"),
     "eval --out": (*EVAL, "--out"),
 }
 ENDINGS = {"study --out": ".json", "study --html": ".html", "eval --out": ".jsonl"}

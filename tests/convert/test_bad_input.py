@@ -70,7 +70,7 @@ def test_the_message_names_the_tensors_as_the_checkpoint_does(original, tmp_path
 
 def test_a_folder_that_is_no_checkpoint(hf, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path, "is no checkpoint: it has no config.json")
+    refused(tmp_path / "empty", tmp_path, "is not a checkpoint: it has no config.json")
     refused(tmp_path / "nowhere", tmp_path, "is no checkpoint")
     (hf / "model.safetensors").unlink()
     refused(hf, tmp_path, "it has neither model.safetensors nor pytorch_model.bin")
@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_checkpoint(hf, tmp_path):
 
 def test_a_checkpoint_that_is_converted_already(hf, tmp_path):
     convert(hf, tmp_path / "ours")
-    refused(tmp_path / "ours", tmp_path, "is converted already")
+    refused(tmp_path / "ours", tmp_path, "is already converted")
 
 
 @pytest.mark.parametrize("left", [5, 300, -10])
@@ -124,7 +124,7 @@ def test_a_damaged_pickle(hf, tmp_path):
         (hf / "pytorch_model.bin").write_bytes(damaged)
         refused(hf, tmp_path, r"pytorch_model.bin (cannot be read|is refused)")
     torch.save([1, 2], hf / "pytorch_model.bin")
-    refused(hf, tmp_path, "holds no dictionary of tensors")
+    refused(hf, tmp_path, "does not contain a dictionary of tensors")
 
 
 def test_a_pickle_without_torch(hf, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_quantised_tensors(hf, tmp_path):
 def test_no_vision_tower_to_be_found(original, tmp_path):
     rewrite(original, lambda tensors: {name: x for name, x in tensors.items() if "vision_tower" not in name})
     shutil.move(tmp_path / "clip_tower", tmp_path / "elsewhere")
-    refused(original, tmp_path, "'clip_tower' is not at hand: pass its folder, --vision DIR")
+    refused(original, tmp_path, "'clip_tower' was not found: pass its folder, --vision DIR")
     refused(original, tmp_path, "has no config.json", vision=tmp_path / "nowhere")
 
 
@@ -150,7 +150,7 @@ def test_the_known_tower_has_a_config_but_no_weights(original, tmp_path):
     rewrite(original, lambda tensors: {name: x for name, x in tensors.items() if "vision_tower" not in name})
     name = "openai/clip-vit-large-patch14-336"
     edit_json(original / "config.json", mm_vision_tower=name, mm_hidden_size=1024)
-    refused(original, tmp_path, f"no vision tower and {name} is not at hand: pass its folder, --vision DIR")
+    refused(original, tmp_path, f"no vision tower and {name} was not found: pass its folder, --vision DIR")
 
 
 def test_a_tower_for_a_checkpoint_that_holds_one(hf, original, tmp_path):
@@ -159,7 +159,7 @@ def test_a_tower_for_a_checkpoint_that_holds_one(hf, original, tmp_path):
 
 def test_a_tokenizer_folder_without_tokenizer(hf, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(hf, tmp_path, "holds no tokenizer files", tokenizer=tmp_path / "empty")
+    refused(hf, tmp_path, "contains no tokenizer files", tokenizer=tmp_path / "empty")
 
 
 def test_an_output_folder_that_exists(hf, tmp_path):

@@ -49,11 +49,11 @@ def test_good_files_are_read(legacy, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({5: torch.zeros(2)}, "holds no dictionary of tensors"),
-        ({None: torch.zeros(2)}, "holds no dictionary of tensors"),
-        ([torch.zeros(2)], "holds no dictionary of tensors"),
-        ({"a": 5}, "holds no dictionary of tensors: a is a int"),
-        ({"a": {"b": torch.zeros(2)}}, "holds no dictionary of tensors: a is a dict"),
+        ({5: torch.zeros(2)}, "does not contain a dictionary of tensors"),
+        ({None: torch.zeros(2)}, "does not contain a dictionary of tensors"),
+        ([torch.zeros(2)], "does not contain a dictionary of tensors"),
+        ({"a": 5}, "does not contain a dictionary of tensors: a is a int"),
+        ({"a": {"b": torch.zeros(2)}}, "does not contain a dictionary of tensors: a is a dict"),
         ({"a": torch.eye(2).to_sparse()}, "is refused: .* it names torch"),
         ({"a": torch.eye(2).to_sparse_csr()}, "is refused: .* it names torch"),
         ({"a": torch.zeros(2, device="meta")}, "is refused: .* it names torch"),

@@ -254,7 +254,7 @@ def test_all_that_is_wrong_with_a_projector_is_reported_at_once(parts, tmp_path)
         parts, tmp_path, "1 missing, 2 unexpected, 1 of another shape", 5, projector=parts / "mm_projector.bin"
     )
     for part in (
-        f"{parts}/mm_projector.bin does not hold the projector of this model",
+        f"{parts}/mm_projector.bin does not contain the projector of this model",
         "missing: model.mm_projector.0.bias [48]",
         "wrong shape: model.mm_projector.2.weight is [48, 49], expected [48, 48]",
         "unexpected: model.mm_projector.4.bias [48]",
@@ -308,11 +308,11 @@ def test_parts_of_another_kind(parts, hf, tmp_path):
     edit_json(parts / "vision" / "config.json", model_type="dinov2")
     refused(parts, tmp_path, "vision model_type 'dinov2' is not supported")
     shutil.rmtree(parts / "vision")
-    refused(parts, tmp_path, "vision is no checkpoint: it has no config.json")
+    refused(parts, tmp_path, "vision is not a checkpoint: it has no config.json")
     convert(hf, tmp_path / "ours")
     shutil.rmtree(parts / "llm")
     shutil.move(tmp_path / "ours", parts / "llm")
-    refused(parts, tmp_path, "llm is converted already")
+    refused(parts, tmp_path, "llm is already converted")
 
 
 def test_a_template_that_is_not_known(parts, tmp_path):
@@ -320,7 +320,7 @@ def test_a_template_that_is_not_known(parts, tmp_path):
 
 
 def test_a_language_model_alone(parts, tmp_path):
-    with pytest.raises(UserError, match=r"llm is a language model: make a LLaVA of it, --llm .* --vision DIR OUT"):
+    with pytest.raises(UserError, match=r"llm is a language model: to build a LLaVA from it, use --llm"):
         convert(parts / "llm", tmp_path / "out")
 
 
@@ -339,7 +339,7 @@ def test_the_command(first, parts, tmp_path, monkeypatch, capfd):
     assert not pdrop(monkeypatch, "convert", *arguments, "--seed", 3, "--template", "plain", "--check")
     summary, new, check = capfd.readouterr().out.splitlines()
     assert summary.startswith(f"{out}: ")
-    assert new == "its projector is new (seed 3): it knows nothing before it is trained"
+    assert new == "The projector is randomly initialized (seed 3); train it before use"
     assert float(check.split()[4].rstrip(",")) < 1e-4
     assert json.loads((out / "config.json").read_text())["template"] == "plain"
     assert_same(arrays_of(out), join(parts, tmp_path / "expected", seed=3)[1])
@@ -357,11 +357,14 @@ def test_the_command_with_a_projector(parts, hf, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SRC", "OUT", "--llm", "LLM", "--vision", "V"], "SRC and --llm are two sources"),
-        (["OUT", "--llm", "LLM"], "--llm needs a vision tower: pass its folder, --vision DIR"),
-        (["SRC"], "SRC alone says not what to do: pdrop convert SRC OUT"),
-        (["SRC", "OUT", "--projector-type", "linear"], "--projector-type is for --llm"),
-        (["OUT", "--llm", "LLM", "--vision", "V"], "LLM is no checkpoint: it has no config.json"),
+        (
+            ["SRC", "OUT", "--llm", "LLM", "--vision", "V"],
+            "Both SRC (SRC) and --llm were given. Usage: pdrop convert --llm DIR --vision DIR OUT",
+        ),
+        (["OUT", "--llm", "LLM"], "--llm requires a vision tower: add --vision DIR"),
+        (["SRC"], "Missing OUT. Usage: pdrop convert SRC OUT"),
+        (["SRC", "OUT", "--projector-type", "linear"], "--projector-type requires --llm"),
+        (["OUT", "--llm", "LLM", "--vision", "V"], "LLM is not a checkpoint: it has no config.json"),
         ([GOLDEN / "model_mha", "OUT", "--projector", "mm_projector.bin"], "mm_projector.bin cannot be read"),
     ],
 )

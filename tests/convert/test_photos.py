@@ -111,7 +111,7 @@ def assert_same_ids(theirs, ours, batch, b):
 def assert_same_answers(ours, model, inputs, features, batch, question, pictures):
     """Features, logits and greedy tokens of each row of ``batch``, which ``pictures`` gave, are those of ``inputs``."""
     output = jax.jit(functools.partial(forward, keep_hidden=True), static_argnums=0)(ours.config, ours.params, batch)
-    answer = pdrop_jax.generate(ours, [question] * len(pictures), pictures, max_new_tokens=NEW_TOKENS)
+    answer = pdrop_jax.generate(ours, [question] * len(pictures), pictures, pdrop_jax.Sampling(NEW_TOKENS))
     for b, (row, expected) in enumerate(zip(inputs, features, strict=True)):
         n, is_image = int(batch.length[b]), batch.image_id[b] > 0
         with torch.no_grad():

@@ -11,14 +11,15 @@ from tiny_run import CONFIG, write_start
 from pdrop_jax.config import Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval import batching as answering
-from pdrop_jax.eval.batching import answer_all, plan
+from pdrop_jax.eval.batching import answer_all, plan_batches
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate, start
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.processor import Processor
 
-SETTINGS = {"batch_size": 2, "max_new_tokens": 4}
+SETTINGS = {"batch_size": 2, "sampling": Sampling(4)}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,13 @@ def test_every_question_is_answered_as_it_is_alone(model, questions):
         found |= dict(zip(numbers, generation.token_ids, strict=True))
     assert sorted(found) == list(range(8))
     for number, question in enumerate(questions):
-        twice = generate(model, [question.text] * 2, [list(question.images)] * 2, max_new_tokens=4)
+        twice = generate(model, [question.text] * 2, [list(question.images)] * 2, Sampling(4))
         assert found[number] == twice.token_ids[0]
     assert len({tuple(ids) for ids in found.values()}) > 4
 
 
 def test_batches_are_of_one_bucket_the_largest_first_and_of_one_size(model, questions):
-    groups = plan(model.processor, questions, 2, 4)
+    groups = plan_batches(model.processor, questions, 2, 4)
     assert [group.questions for group in groups] == [[0, 2], [4, 6], [7], [1, 3], [5]]
     assert [group.bucket.slots for group in groups] == [48, 48, 48, 32, 32]
 
@@ -93,7 +94,7 @@ def test_buckets_are_those_of_the_tiled_pictures(folder, alone, sizes):
     config = dataclasses.replace(CONFIG, tiling=dataclasses.replace(Tiling.next(28), alone=alone))
     processor = Processor.load(folder, config)
     images = tuple(noise(1, width, height) for height, width in sizes)
-    (group,) = plan(processor, [Question(1, "What?", images)], 1, 4)
+    (group,) = plan_batches(processor, [Question(1, "What?", images)], 1, 4)
     assert group.bucket == choose_bucket([processor.row("What?", images)], config, 4)
 
 
@@ -111,5 +112,5 @@ def test_a_picture_that_cannot_be_read_is_named(model, tmp_path):
 
 
 def test_a_batch_needs_a_row(model, questions):
-    with pytest.raises(UserError, match=r"must lie in 1\.\.4,096, got 0"):
+    with pytest.raises(UserError, match=r"must be in 1\.\.4,096, got 0"):
         next(answer_all(model, questions, batch_size=0))

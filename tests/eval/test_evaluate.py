@@ -1,6 +1,7 @@
 """AnswerRecord files: complete, in order, and of one model, whatever happens to the runs that write them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -17,10 +18,11 @@ from tiny_run import write_start
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.evaluate import evaluate
 from pdrop_jax.eval.journal import Journal
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
 QUESTIONS = 24
-SETTINGS = {"batch_size": 2, "max_new_tokens": 8}
+SETTINGS = {"batch_size": 2, "sampling": Sampling(8)}
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +84,14 @@ def test_a_run_goes_on_after_any_line_whole_or_torn(folder, tmp_path, whole, tor
 
 
 def test_drawn_answers_go_on_as_they_would_have(folder, tmp_path):
-    drawing = {"temperature": 3.0, "seed": 1, "top_k": 50}
-    run(folder, tmp_path / "a.jsonl", **drawing)
+    drawing = Sampling(8, temperature=3.0, seed=1, top_k=50)
+    run(folder, tmp_path / "a.jsonl", sampling=drawing)
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     unfinished(tmp_path / "b.jsonl").write_bytes(b"".join(lines[5:12]))
-    run(folder, tmp_path / "b.jsonl", **drawing)
+    run(folder, tmp_path / "b.jsonl", sampling=drawing)
     assert (tmp_path / "b.jsonl").read_bytes() == b"".join(lines)
     with pytest.raises(UserError, match=r'another sampling: .*"seed": 1.*"seed": 2'):
-        run(folder, tmp_path / "a.jsonl", **drawing | {"seed": 2})
+        run(folder, tmp_path / "a.jsonl", sampling=dataclasses.replace(drawing, seed=2))
 
 
 @pytest.fixture(params=["finished", "unfinished"])
@@ -107,8 +109,8 @@ def answered(request, folder, tmp_path):
         ({"schedule": DropSchedule.none()}, 'another schedule: {"layers": [1, 2], "ratios": [0.5, 0.25], "positions"'),
         ({"dtype": "bfloat16"}, 'another dtype: "float32", this run has "bfloat16"'),
         ({"quantize": "int8"}, 'another quantization: null, this run has "int8"'),
-        ({"max_new_tokens": 9}, "another max_new_tokens: 8, this run has 9"),
-        ({"temperature": 1.0}, "another sampling: null"),
+        ({"sampling": Sampling(9)}, "another max_new_tokens: 8, this run has 9"),
+        ({"sampling": Sampling(8, temperature=1.0)}, "another sampling: null"),
         ({"model": "other"}, "another model: "),
         ({"questions": "changed.jsonl"}, 'question 7 when it read "What is in 7?", now it reads "What is in seven?"'),
         ({"questions": "picture.jsonl"}, "question 7 about another picture"),
@@ -266,7 +268,7 @@ def test_killed_at_any_moment_no_answer_is_lost_or_doubled(folder, tmp_path):
     }
 
     def begin():
-        return subprocess.Popen([*PDROP, "eval", folder / "model", *paths, *longer], env=environment)
+        return subprocess.Popen([*PDROP, "eval", "--model", folder / "model", *paths, *longer], env=environment)
 
     written = 0
     for _ in range(2):
@@ -281,6 +283,6 @@ def test_killed_at_any_moment_no_answer_is_lost_or_doubled(folder, tmp_path):
         assert not out.exists()
         written = unfinished(out).stat().st_size
     assert begin().wait(120) == 0
-    run(folder, tmp_path / "b.jsonl", batch_size=1, max_new_tokens=120)
+    run(folder, tmp_path / "b.jsonl", batch_size=1, sampling=Sampling(120))
     assert out.read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "b.jsonl"]

@@ -11,6 +11,7 @@ from tiny_run import write_start
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import generate
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule, parse_schedule
 
 
@@ -52,7 +53,7 @@ def test_requests_are_answered_in_their_order(lmms, tmp_path, monkeypatch):
     texts = model.generate_until(requests)
     for n, text in enumerate(texts):
         tokens = 6 if n == 2 else 3
-        expected = generate(model.model, [f"What is {n}?"] * 2, [pictures[n]] * 2, max_new_tokens=tokens)
+        expected = generate(model.model, [f"What is {n}?"] * 2, [pictures[n]] * 2, Sampling(tokens))
         assert text == expected.texts[0]
     assert len(set(texts)) > 2
     assert sorted(call[1][0] for call in model.cached) == [f"What is {n}?" for n in range(5)]
@@ -78,10 +79,10 @@ def test_odd_schedules_in_model_args(lmms, layers, ratios):
 
 
 def test_what_a_task_asks_for(lmms):
-    assert lmms.settings_of({}) == {"max_new_tokens": 128}
-    assert lmms.settings_of({"temperature": 0.7, "do_sample": False, "top_p": 0.9}) == {"max_new_tokens": 128}
+    assert lmms.sampling_of({}) == Sampling(128)
+    assert lmms.sampling_of({"temperature": 0.7, "do_sample": False, "top_p": 0.9}) == Sampling(128)
     drawn = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9}
-    assert lmms.settings_of(drawn | {"top_k": None, "num_beams": 1}) == drawn
+    assert lmms.sampling_of(drawn | {"top_k": None, "num_beams": 1}) == Sampling(**drawn)
 
 
 def test_other_kinds_of_requests_are_refused(lmms):

@@ -232,7 +232,7 @@ def test_damaged_files_are_read_or_refused(tmp_path_factory, seed, suffix):
 def test_decompression_bombs(tmp_path, monkeypatch, limit):
     noise(12, 10).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # Pillow warns above it and raises above its double
-    assert_refused(tmp_path / "a.png", f"has more than {limit} pixels")
+    assert_refused(tmp_path / "a.png", f"has more than {limit:,} pixels")
 
 
 def test_processor_of_the_folder(tmp_path):

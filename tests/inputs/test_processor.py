@@ -105,14 +105,14 @@ def test_prompt_that_does_not_fit(processor):
     row = Row([1] * 240 + [IMAGE_PLACEHOLDER] * 2, [crop()] * 2)
     assert choose_bucket([row], CONFIG, max_new_tokens=8).text == 256
     message = (
-        r"^prompt 2 needs 257 positions \(240 text tokens \+ 8 image tokens of 2 pictures \+ 9 new tokens\) but the "
+        r"^prompt 2 needs 257 positions \(240 text tokens \+ 8 image tokens of 2 pictures \+ 9 new tokens\), but the "
         r"model has 256"
     )
     with pytest.raises(UserError, match=message):
         choose_bucket([Row([1]), row], CONFIG, max_new_tokens=9)
     with pytest.raises(UserError, match=r"prompt 1 needs \d+ positions \(\d+ text tokens"):
         processor(["word " * 400])
-    with pytest.raises(UserError, match=r"\+ 300 new tokens\) but the model has 256"):
+    with pytest.raises(UserError, match=r"\+ 300 new tokens\), but the model has 256"):
         processor(["a"], max_new_tokens=300)
 
 

@@ -162,7 +162,7 @@ def test_random_is_seeded_and_a_rows_own():
 def test_none_leaves_the_text():
     out = run(config_of("none", (1,), (0.0,)))
     assert out.lengths[1].tolist() == (VALID & ~IMAGE).sum(1).tolist()
-    with pytest.raises(UserError, match=r"score 'none' tells no token from another: ratios must be 0, got \[0.5\]"):
+    with pytest.raises(UserError, match=r"score 'none' drops all image tokens: its ratios must be 0, got \[0.5\]"):
         DropSchedule((1,), (0.5,), score="none")
 
 

@@ -10,8 +10,7 @@ from pdrop_jax.batch import Bucket
 from pdrop_jax.cli.plan import run
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.planner import hlo as plan
-from pdrop_jax.planner import programs as program
+from pdrop_jax.planner import hlo, programs, topology
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(
@@ -43,7 +42,7 @@ ENTRY %main (q: f32[2,4]) -> f32[16,4] {
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-    found = plan.collectives(HLO)
+    found = hlo.collectives(HLO)
     assert found["all-gather"] == (3 + 1, 3 * 8 * 128 * 2 + 16 * 4 * 4)
     assert found["all-reduce"] == (1, 4 + 3 * 4)
     assert found["all-to-all"] == (0, 0)
@@ -61,7 +60,7 @@ def test_what_does_not_fit_says_by_how_much(message):
         def compile(self):
             raise RuntimeError(message)
 
-    report = plan.compile_report(Full, "v5e:2x4")
+    report = hlo.compile_report(Full, "v5e:2x4")
     assert not report.fits
     assert report.excess_bytes == 1.5 * 2**30
 
@@ -72,15 +71,15 @@ def test_another_error_of_the_compiler_is_not_hidden():
             raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        plan.compile_report(Broken, "v5e:2x4")
+        hlo.compile_report(Broken, "v5e:2x4")
 
 
 def test_bad_topologies(monkeypatch):
     with pytest.raises(UserError, match="is not of the form v5e:4x8"):
-        plan.devices_of("a100:8")
+        topology.devices_of("a100:8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'pdrop-jax\[plan\]'"):
-        plan.devices_of("v5e:2x4")
+        topology.devices_of("v5e:2x4")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def folder(tmp_path_factory):
 
 
 def planned(folder, *options):
-    command = [*PDROP, "plan", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
+    command = [*PDROP, "plan", "--model", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -136,13 +135,13 @@ def test_int8_weights_take_half_the_bytes_and_no_plain_copy(folder):
 
 def test_training_is_not_quantized(capsys):
     with pytest.raises(UserError, match="give --mode prefill or --mode decode"):
-        run("llava-1.5-7b", "v5e:2x4", quantize="int8")
+        run("v5e:2x4", "llava-1.5-7b", quantize="int8")
 
 
 def test_rows_that_cannot_be_cut(folder):
     done = planned(folder, "--batch", "12")
     assert done.returncode == 2
-    assert "12 rows cannot be cut into 8 parts: choose a multiple of 8" in done.stderr
+    assert "a batch of 12 rows is not divisible by 8: choose a multiple of 8" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -163,27 +162,29 @@ def test_rows_that_cannot_be_cut(folder):
 )
 def test_what_fits_is_suggested(mode, batch, fits, expected):
     def compiled(job, sizes):
-        report = plan.Report(0, 0, 0, 0, 1, 0 if fits(job) else 1, {}, 0.0)
-        return program.Plan(job, sizes, report)
+        report = hlo.Report(0, 0, 0, 0, 1, 0 if fits(job) else 1, {}, 0.0)
+        return programs.CompiledProgram(job, sizes, report)
 
-    found = program.suggest(program.Program(CONFIG, mode, Bucket(112, (144,)), batch), 8, compiled)
+    found = programs.suggest(programs.Program(CONFIG, mode, Bucket(112, (144,)), batch), 8, compiled)
     assert [(x.mesh["fsdp"], x.mesh["tensor"], x.job.rows, x.job.grad_accum_steps) for x in found] == expected
 
 
 def test_the_mesh_that_moves_least_a_row_comes_first():
     def compiled(job, sizes):  # more rows on a mesh of more devices along tensor, and more bytes
         fits, moved = job.rows <= 8 * sizes["tensor"], {1: 80, 2: 96, 4: 256}[sizes["tensor"]]
-        return program.Plan(job, sizes, plan.Report(0, 0, 0, 0, 1, not fits, {"all-gather": (1, moved)}, 0.0))
+        return programs.CompiledProgram(
+            job, sizes, hlo.Report(0, 0, 0, 0, 1, not fits, {"all-gather": (1, moved)}, 0.0)
+        )
 
-    found = program.suggest(program.Program(CONFIG, "prefill", Bucket(112, (144,)), 8), 8, compiled)
+    found = programs.suggest(programs.Program(CONFIG, "prefill", Bucket(112, (144,)), 8), 8, compiled)
     assert [(x.mesh["tensor"], x.job.rows) for x in found] == [(2, 16), (4, 32), (1, 8)]
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch, capsys):
-    report = plan.Report(0, 0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
-    monkeypatch.setattr(plan, "devices_of", lambda topology: [None] * 8)
-    monkeypatch.setattr(program, "plan", lambda job, *_: program.Plan(job, {"fsdp": 8}, report))
-    run("llava-next-7b", "v5e:2x4", bucket=(128, 2880))
+    report = hlo.Report(0, 0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
+    monkeypatch.setattr(topology, "devices_of", lambda topology: [None] * 8)
+    monkeypatch.setattr(programs, "compile_program", lambda job, *_: programs.CompiledProgram(job, {"fsdp": 8}, report))
+    run("v5e:2x4", "llava-next-7b", bucket=(128, 2880))
     said = capsys.readouterr().out
-    assert "no: 1.50 GiB over 16.00" in said
-    assert "try more parts (--grad-accum-steps), more devices along fsdp, a larger slice, or --suggest" in said
+    assert "no: 1.50 GiB over 16.00 GiB" in said
+    assert "try more microbatches (--grad-accum-steps), more devices along fsdp, a larger slice, or --suggest" in said

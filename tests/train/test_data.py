@@ -104,7 +104,7 @@ def test_tiles_are_planned_by_the_heads_of_the_files(tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "images/1.png")
     (tmp_path / "images/2.png").write_text("no picture")
     dataset = open_dataset(data, config, TOKENIZER)
-    assert dataset.invalid == {"corrupt picture": sum(n % 3 > 0 and n % 5 == 2 for n in range(30))}
+    assert dataset.invalid == {"corrupt image": sum(n % 3 > 0 and n % 5 == 2 for n in range(30))}
     numbers = [n for n in range(30) if n % 3 == 0 or n % 5 != 2]
     expected = {True: (5, 4 + 20), False: (3, 4 + 2 * 5)}  # the whole; lines of two tiles and a newline
     for row, n in enumerate(numbers):
@@ -138,9 +138,9 @@ def test_rows_are_what_was_written(tmp_path, lines):
 BROKEN = {
     "malformed JSON": "no object",
     "no image file": record(0) | {"image": "absent.png"},
-    "picture outside of data.images": record(0) | {"image": "../images/../../0.png"},
-    "<image> without picture": {"conversations": record(0)["conversations"]},
-    "picture without <image>": record(0, image=False) | {"image": "0.png"},
+    "image outside of data.images": record(0) | {"image": "../images/../../0.png"},
+    "<image> tag without image": {"conversations": record(0)["conversations"]},
+    "image without <image> tag": record(0, image=False) | {"image": "0.png"},
     "no target": {"conversations": record(0, image=False)["conversations"][:1]},
     "too long": record(0, words=300),
 }
@@ -152,7 +152,7 @@ def test_broken_rows_are_counted_by_reason(tmp_path, reason):
     dataset = opened(tmp_path, records, too_long="skip")
     assert dataset.invalid == {reason: 2}
     assert dataset.records.tolist() == [1, 3]
-    message = rf"2 of 4 rows are invalid \(2 {reason}\), first row 2: put them right, or set data.invalid"
+    message = rf"2 of 4 rows are invalid \(2 {reason}\), the first is row 2: fix them, or set data.invalid"
     with pytest.raises(UserError, match=message) as error:
         opened(tmp_path, records, too_long="skip", invalid="fail")
     assert "\n" not in str(error.value)
@@ -179,10 +179,13 @@ def test_long_rows_are_cut(tmp_path):
     ("change", "message"),
     [
         ({"conversations": "/absent.json"}, "^/absent.json cannot be read: there is no such file"),
-        ({"images": "/absent"}, "^data.images: there is no folder /absent"),
+        ({"images": "/absent"}, "^data.images is /absent, which is not a folder"),
         ({"template": "alpaca"}, "template 'alpaca' is not known"),
-        ({"template": "chatml_direct"}, r"ends an answer with <\|im_end\|>, which the tokenizer in .* does not have"),
-        ({"max_length": 257}, "data.max_length is 257 but the model has 256 positions: lower it"),
+        (
+            {"template": "chatml_direct"},
+            r"ends an answer with <\|im_end\|>, which is not a single token of the tokenizer in ",
+        ),
+        ({"max_length": 257}, "data.max_length is 257, but the model has 256 positions: lower it"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, change, message):
@@ -194,14 +197,14 @@ def test_settings_that_do_not_fit(tmp_path, change, message):
 
 def test_tokenizer_of_another_model(tmp_path):
     small = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=100))
-    with pytest.raises(UserError, match=r"gives token ids up to \d+ but the model knows 0..99"):
+    with pytest.raises(UserError, match=r"produces token ids up to \d+, but the vocabulary of the model is 0..99"):
         open_dataset(write(tmp_path, [record(0)]), small, TOKENIZER)
 
 
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([], "holds no conversation"),
+        ([], "contains no conversations"),
         ([1, record(0) | {"image": "x"}, 2], r"all 3 are invalid \(2 malformed JSON, 1 no image file\)"),
     ],
 )
@@ -370,7 +373,7 @@ def test_a_row_is_cut_between_its_pictures_and_one_that_is_lost_is_grey(tmp_path
     assert len(cut.row(0)[0].images) == 2
     (tmp_path / "images/4.png").unlink()
     row, reason = cut.row(0)
-    assert reason == "corrupt picture"
+    assert reason == "corrupt image"
     assert [image.crops.any() for image in row.images] == [True, False]
     assert (np.asarray(row.labels) == IGNORE).all()
 
@@ -428,7 +431,7 @@ def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
     dataset = opened(tmp_path, [record(n) for n in range(20)])
     spoil(tmp_path, kind)
     steps = list(pipeline(dataset, B, 0, 5, workers=workers))
-    assert sum((step.invalid for step in steps), Counter()) == {"corrupt picture": 4}
+    assert sum((step.invalid for step in steps), Counter()) == {"corrupt image": 4}
     for step, planned in zip(steps, dataset.plan(B, 0, 0), strict=True):
         for b, row in enumerate(planned.rows):
             n = step.batch.length[b]
@@ -440,7 +443,7 @@ def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
                 assert step.batch.query_rows[b, 0] == n - 1
     failing = dataclasses.replace(dataset, data=dataclasses.replace(dataset.data, invalid="fail"))
     with pytest.raises(
-        UserError, match=r"data.json, row \d+: .*2.png(:| cannot be read:) .*: put it right, or set data.invalid"
+        UserError, match=r"data.json, row \d+: .*2.png(:| cannot be read:) .*: fix the image, or set data.invalid"
     ):
         list(pipeline(failing, B, 0, 5, workers=workers))
 
@@ -448,15 +451,22 @@ def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 31}, "has 30 usable rows, a batch takes 31: lower the batch size"),
-        ({"batch_size": 6, "process_count": 4}, "6 rows cannot be cut into 4 parts: choose a multiple of 4"),
-        ({"batch_size": 8, "process_count": 2, "parts": 3}, "cut into 6 parts: choose a multiple of 6"),
+        ({"batch_size": 31}, "has 30 usable rows, but the batch size is 31: lower run.batch_size"),
+        ({"batch_size": 6, "process_count": 4}, "6 rows is not divisible by 4: choose a multiple of 4"),
+        ({"batch_size": 8, "process_count": 2, "parts": 3}, "not divisible by 6: choose a multiple of 6"),
         ({"batch_size": 0}, "a batch of 0 rows"),
     ],
 )
 def test_batches_that_cannot_be_made(dataset, settings, message):
     with pytest.raises(UserError, match=message):
         pipeline(dataset, seed=0, steps=3, **settings)
+
+
+def test_without_grain_nothing_is_read(dataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    message = r"^training needs grain, which is not installed: pip install 'pdrop-jax\[train\]'$"
+    with pytest.raises(UserError, match=message):
+        pipeline(dataset, B, 0, 3)
 
 
 def test_reading_leaves_no_error_filter_behind(dataset):
@@ -507,7 +517,7 @@ def test_pictures_outside_of_the_folder(tmp_path, name):
     for path in ("secret.png", "imagesaside/1.png"):
         Image.new("RGB", (30, 20)).save(tmp_path / path)
     records = [record(0), record(1) | {"image": name}]
-    assert opened(tmp_path, records).invalid == {"picture outside of data.images": 1}
+    assert opened(tmp_path, records).invalid == {"image outside of data.images": 1}
     assert not opened(tmp_path, records, outside_images=True).invalid
 
 

@@ -230,12 +230,15 @@ TEXT_ONLY = messages("a", "b")
         ({"image": [None], "conversations": GOOD}, "malformed JSON"),
         ({"image": "b.png", "conversations": GOOD}, "no image file"),
         ({"image": "", "conversations": GOOD}, "no image file"),
-        ({"conversations": GOOD}, "<image> without picture"),
-        ({"image": None, "conversations": GOOD}, "<image> without picture"),
-        ({"image": "a.png", "conversations": [*GOOD, *GOOD]}, "<image> without picture"),
-        ({"image": "a.png", "conversations": TEXT_ONLY}, "picture without <image>"),
-        ({"image": ["a.png"] * 2, "conversations": GOOD}, "picture without <image>"),
-        ({"image": ["a.png"] * 2, "conversations": messages("<image><image>", "a", "<image>", "b")}, "<image> without"),
+        ({"conversations": GOOD}, "<image> tag without image"),
+        ({"image": None, "conversations": GOOD}, "<image> tag without image"),
+        ({"image": "a.png", "conversations": [*GOOD, *GOOD]}, "<image> tag without image"),
+        ({"image": "a.png", "conversations": TEXT_ONLY}, "image without <image> tag"),
+        ({"image": ["a.png"] * 2, "conversations": GOOD}, "image without <image> tag"),
+        (
+            {"image": ["a.png"] * 2, "conversations": messages("<image><image>", "a", "<image>", "b")},
+            "<image> tag without",
+        ),
         ({"image": ["a.png", "b.png"], "conversations": [*GOOD, *GOOD]}, "no image file"),
         ({"conversations": messages("a", "b", "c")}, "no target"),
         ({"conversations": messages("a", "")}, "no target"),
@@ -276,26 +279,26 @@ def test_rows_are_cut_where_the_expanded_row_ends():
     ids = np.array([1, IMAGE_PLACEHOLDER, 7, 8, 9], np.int32)
     example = Example(ids, np.array([IGNORE, IGNORE, IGNORE, 8, 9], np.int32))
     assert fit(example, 8, [4], "skip") is example
-    cut = fit(example, 7, [4], "cut")
+    cut = fit(example, 7, [4], "truncate")
     assert cut.ids.tolist() == [1, IMAGE_PLACEHOLDER, 7, 8]
     assert cut.labels.tolist() == [IGNORE, IGNORE, IGNORE, 8]
     with pytest.raises(InvalidRecord, match="no target"):
-        fit(example, 6, [4], "cut")
+        fit(example, 6, [4], "truncate")
     with pytest.raises(InvalidRecord, match="too long"):
         fit(example, 7, [4], "skip")
 
 
 def test_an_image_that_is_cut_goes_altogether():
     example = Example(np.array([1, 7, 8, IMAGE_PLACEHOLDER, 9]), np.array([IGNORE, 7, 8, IGNORE, 9]))
-    assert fit(example, 5, [4], "cut").ids.tolist() == [1, 7, 8]
+    assert fit(example, 5, [4], "truncate").ids.tolist() == [1, 7, 8]
     two = Example(np.array([IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER, 9]), np.array([IGNORE, 7, IGNORE, 9]))
-    assert fit(two, 8, [3, 4], "cut").ids.tolist() == [IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER]
-    assert fit(two, 7, [3, 4], "cut").ids.tolist() == [IMAGE_PLACEHOLDER, 7]
+    assert fit(two, 8, [3, 4], "truncate").ids.tolist() == [IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER]
+    assert fit(two, 7, [3, 4], "truncate").ids.tolist() == [IMAGE_PLACEHOLDER, 7]
 
 
 def test_a_target_that_nothing_predicts_is_none():
     with pytest.raises(InvalidRecord, match="no target"):
-        fit(Example(np.array([7, 8]), np.array([7, IGNORE])), 5, [], "cut")
+        fit(Example(np.array([7, 8]), np.array([7, IGNORE])), 5, [], "truncate")
 
 
 @pytest.mark.parametrize("start", ["", "\n \n", "\ufeff"])
@@ -315,8 +318,8 @@ def test_lists_and_lines(tmp_path, start):
         (None, "there is no such file"),
         (b"", "is empty: expected a JSON list"),
         (b"\n  \n", "is empty: expected a JSON list"),
-        (b'[{"a": 1},', "begins like a JSON list but is none: "),
-        (b'[{"a": "\xff"}]', "begins like a JSON list but is none: "),
+        (b'[{"a": 1},', "starts like a JSON list but is malformed: "),
+        (b'[{"a": "\xff"}]', "starts like a JSON list but is malformed: "),
     ],
 )
 def test_files_that_are_none(tmp_path, content, message):

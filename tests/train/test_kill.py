@@ -170,7 +170,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(folder):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said = finish(process)
-    assert "the same command goes on" in said
+    assert "run the same command to resume" in said
     last = losses(folder / "told")[-1][0]
     assert ("saved", last) in events(folder / "told")
     assert last < 60
@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     assert "Traceback" not in said
     assert [line.split()[0] for line in said.splitlines()] == [*SAID, "resumed", "pdrop"]  # no word of anybody else
     assert "cannot be written" in said
-    assert "make room and run again" in said
+    assert "free disk space and run the same command again" in said
     assert (folder / "full/checkpoints/2").exists()
     finish(begin(folder, "full", **recipe))
     assert losses(folder / "full") == losses(folder / "roomy")
@@ -210,18 +210,18 @@ def begin_two(folder, name, **changes):
 
 
 def test_two_processes_are_one_with_the_same_batch(folder):
-    finish(begin(folder, "one", run_accumulate=2))
-    for process in begin_two(folder, "two", run_accumulate=2):
+    finish(begin(folder, "one", run_grad_accum_steps=2))
+    for process in begin_two(folder, "two", run_grad_accum_steps=2):
         finish(process)
     one, two = losses(folder / "one"), losses(folder / "two")
     assert [step for step, _ in one] == [step for step, _ in two]
     np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-5)
-    finish(begin(folder, "two", run_accumulate=2))  # and goes on as one: it has nothing left to do
+    finish(begin(folder, "two", run_grad_accum_steps=2))  # and goes on as one: it has nothing left to do
 
 
 def test_one_of_two_processes_dies(folder):
     """The other ends too; both go on, then one alone; the losses are those of a run on one device."""
-    recipe = {"run_batch_size": 8, "run_steps": 60, "run_accumulate": 1, "optimizer_eps": 1e-2}
+    recipe = {"run_batch_size": 8, "run_steps": 60, "run_grad_accum_steps": 1, "optimizer_eps": 1e-2}
     run = folder / "pair"
 
     def both_until(step):

@@ -214,7 +214,7 @@ def test_damaged_lines_of_a_log_are_set_aside(tmp_path, capsys):
             (tmp_path / "log.jsonl").write_bytes(b"".join([*whole[:at], damaged + b"\n", *whole[at:]]))
             assert kept_and_moved(tmp_path) == (whole[:4], [damaged + b"\n"])
             assert capsys.readouterr().err == (
-                f"warning: 1 damaged lines of {tmp_path}/log.jsonl were moved to log.damaged.jsonl beside it\n"
+                f"warning: moved damaged lines of {tmp_path}/log.jsonl to log.damaged.jsonl in the same folder: 1\n"
             )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
 

@@ -38,7 +38,7 @@ def test_under_slurm_the_missing_are_named(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         monkeypatch.setattr(processes, "PORT", free.getsockname()[1] - 345)
-    with pytest.raises(UserError, match="of 3 processes these have not come: 1, 2"), together():
+    with pytest.raises(UserError, match="2 of 3 processes have not connected: 1, 2"), together():
         pass
 
 
@@ -59,8 +59,8 @@ def test_a_process_alone_is_left_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (("first:1", 2, 1), ", process 1 of 2, on {}: waiting for all processes at first:1, at most 300 s"),
-        ((), ", on {}: waiting for all processes, at most 300 s"),
+        (("first:1", 2, 1), ", process 1 of 2, on {}: waiting up to 300 s for all processes at first:1"),
+        ((), ", on {}: waiting up to 300 s for all processes"),
     ],
 )
 def test_a_process_says_that_it_has_come_before_it_waits(monkeypatch, capsys, given, says):
@@ -78,7 +78,7 @@ def test_a_process_says_that_it_has_come_before_it_waits(monkeypatch, capsys, gi
 
 
 def test_half_an_address_is_refused():
-    with pytest.raises(UserError, match="belong together"), together(coordinator="localhost:1"):
+    with pytest.raises(UserError, match="must be given together"), together(coordinator="localhost:1"):
         pass
 
 
@@ -104,17 +104,17 @@ def test_all_processes_come():
 
 
 def test_those_that_come_are_told_who_is_missing():
-    expected = "of 5 processes these have not come: 2, 4 (waited 1 s at HERE)"
+    expected = "2 of 5 processes have not connected: 2, 4 (waited 1 s at HERE)"
     assert calls([0, 1, 3], 5) == [expected] * 3
 
 
 def test_without_the_first_process_nobody_waits_for_ever():
     (told,) = calls([1], 2)
-    assert told.startswith("process 0 has not come: ")
+    assert told.startswith("process 0 cannot be reached: ")
 
 
 def test_a_number_that_two_processes_have():
-    assert "two processes are number 1 (waited 60 s at HERE)" in calls([0, 1, 1], 3, seconds=60)
+    assert "two processes have --process-id 1 (waited 60 s at HERE)" in calls([0, 1, 1], 3, seconds=60)
 
 
 def test_somebody_else_at_the_door():
@@ -144,11 +144,11 @@ def test_somebody_else_at_the_door():
     [("localhost", 0), ("localhost:no", 0), ("localhost:1", 2), ("localhost:65536", 0), ("localhost:²", 0)],
 )
 def test_addresses_and_numbers_that_are_none(coordinator, number):
-    with pytest.raises(UserError, match="expected HOST:PORT of process 0, and a number of 0 to 1"):
+    with pytest.raises(UserError, match="expected HOST:PORT of process 0 and a process id between 0 and 1"):
         roll_call(coordinator, 2, number, 1)
 
 
 @pytest.mark.parametrize("count", [0, -1, 2**31])
 def test_numbers_of_processes_that_are_none(count):
-    with pytest.raises(UserError, match=f"--num-processes is {count}, it must be 1 to 65536"):
+    with pytest.raises(UserError, match=f"--num-processes is {count}, it must be between 1 and 65536"):
         roll_call("localhost:1", count, 0, 1)

@@ -12,7 +12,8 @@ from collections import Counter
 import jax.numpy as jnp
 import pytest
 
-from pdrop_jax.train import hush, progress
+from pdrop_jax.checkpoint import storage
+from pdrop_jax.train import progress
 from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.step import Metrics
 
@@ -78,15 +79,16 @@ def test_without_tensorboard_there_is_the_log(tmp_path, monkeypatch):
     assert len(lines(tmp_path)) == 3
 
 
-def test_only_what_a_full_disk_makes_libraries_say_is_kept_off_stderr(monkeypatch, capsys):
-    for hook in ("sys.excepthook", "threading.excepthook"):
+def test_only_the_noise_of_a_failed_write_is_kept_off_stderr(monkeypatch, capsys):
+    for hook in ("sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
         monkeypatch.setattr(hook, lambda kind, *rest: print(getattr(kind, "exc_value", rest[:1])))
     monkeypatch.setattr(warnings, "filters", [*warnings.filters])
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:
         monkeypatch.setattr(logger, "filters", [])
-    hush.hush_full_disk.__wrapped__()
-    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
+    storage.silence_library_noise.__wrapped__()
+    errors = RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")
+    for error in errors:
         sys.excepthook(type(error), error, None)
     for error in (OSError(errno.ENOSPC, "full"), OSError(errno.ENOENT, "none"), ValueError("wrong")):
         threading.excepthook(threading.ExceptHookArgs((type(error), error, None, None)))
@@ -99,6 +101,13 @@ def test_only_what_a_full_disk_makes_libraries_say_is_kept_off_stderr(monkeypatc
         True,
     ]
     assert shown.count("Event loop is closed") == 1
+    coroutines = [
+        types.SimpleNamespace(cr_code=types.SimpleNamespace(co_filename=f"/x/{x}/y.py")) for x in ("orbax", "z")
+    ]
+    for error, source in [*((error, None) for error in errors), *((OSError(source), source) for source in coroutines)]:
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error, object=source))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["another", "Event loop is closed", str(OSError(coroutines[1]))]
     for logger in loggers:
         for path, message in (("/x/orbax/future.py", "raised"), ("/x/asyncio.py", "of orbax"), ("/x/absl.py", "other")):
             record = logging.LogRecord(logger.name, logging.ERROR, path, 1, message, None, None)

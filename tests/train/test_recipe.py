@@ -69,14 +69,14 @@ def test_settings_win_over_the_file(tmp_path):
         ("run.zzz=1", "unknown key run.zzz: known are folder, batch_size"),
         ("run.steps=1.5", "run.steps is 1.5, it must be a valid integer"),
         ("run.steps=0", "run.steps is 0, it must be greater than or equal to 1"),
-        ("run.keep_every=750", "run.keep_every is 750, no multiple of run.save_every, 500"),
+        ("run.keep_every=750", "run.keep_every is 750: choose a multiple of run.save_every, 500"),
         ("run.steps=true", "run.steps is true, it must be a valid integer"),
         ("data.invalid=ignore", "data.invalid is 'ignore', it must be 'skip' or 'fail'"),
         ("model.groups=llm", "model.groups is 'llm', it must be a list"),
         ("model.layers=[1, 2.5]", "model.layers.1 is 2.5, it must be a valid integer"),
         ("model.start=\udcff", "--set 'model.start=\\udcff' is not valid UTF-8"),
-        ("steps=3", "is not of the form part.key=value"),
-        ("run.steps", "is not of the form part.key=value"),
+        ("steps=3", "is not of the form section.key=value"),
+        ("run.steps", "is not of the form section.key=value"),
     ],
 )
 def test_a_setting_that_is_wrong(tmp_path, setting, message):
@@ -135,5 +135,5 @@ def test_the_official_recipes(name, groups, rate, batch_size, max_length, aspect
 
 
 def test_a_preset_that_is_not_there():
-    with pytest.raises(UserError, match=r"no preset llava-2 and no such file: there are demo, llava-1\.5"):
+    with pytest.raises(UserError, match=r"llava-2 is neither a preset nor a file: the presets are llava-1\.5"):
         load_recipe("llava-2")

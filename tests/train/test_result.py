@@ -30,7 +30,7 @@ def arrays(folder):
 def test_a_finished_run_is_its_model(folder, capsys):
     train(recipe_in(folder, run_steps=2))
     export(folder / "run", folder / "out", "pdrop", dtype="bfloat16", single_file=True)
-    assert "has not ended" not in capsys.readouterr().out
+    assert "has not finished" not in capsys.readouterr().out
     config, params = checkpoint.load(folder / "out", dtype="float32")
     assert config == CONFIG
     assert (folder / "out/params.safetensors").exists()
@@ -62,7 +62,10 @@ def test_a_model_older_than_the_newest_checkpoint_is_not_handed_out(folder, caps
     shutil.rmtree(folder / "run/model")
     (folder / "older").rename(folder / "run/model")
     export(folder / "run", folder / "out", "pdrop")
-    assert f"the model in {folder}/run/model is older: this is its model after 4 steps" in capsys.readouterr().out
+    assert (
+        f"the model in {folder}/run/model is older than the newest checkpoint: using the checkpoint after 4 steps"
+        in capsys.readouterr().out
+    )
     jax.tree.map(np.testing.assert_array_equal, arrays(folder / "out"), expected)
     assert checkpoint.training(folder / "out")["step"] == 4
 
@@ -82,4 +85,4 @@ def test_from_the_command_line(folder):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "pdrop export: --single-file is for --format pdrop\n"
+    assert done.stderr == "pdrop export: --single-file requires --format pdrop\n"

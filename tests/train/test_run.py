@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, whole,
         harmless = "is damaged" not in said  # a file that nothing is read from
         assert f"resumed     after {6 if harmless else 4} steps" in said, path
         if not harmless:
-            assert f"the checkpoint of step 6 is damaged, moved to {run / 'damaged-6'}" in said
+            assert f"the checkpoint of step 6 is damaged and was moved to {run / 'damaged-6'}" in said
         assert losses(run) == losses(whole), number
         same(run, whole)
 
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, whole,
 def test_a_changed_recipe_is_refused_unless_allowed(folder, whole):
     shutil.copytree(whole, folder / "run")
     longer = recipe_in(folder, run_steps=8, optimizer_b1=0.8)
-    message = "optimizer.b1 was 0.9, is 0.8; run.steps was 6, is 8"
+    message = "optimizer.b1 was 0.9 and is now 0.8; run.steps was 6 and is now 8"
     with pytest.raises(UserError) as error:
         train(longer)
     assert all(part in str(error.value) for part in message.split("; "))
@@ -163,18 +163,18 @@ def test_other_data_and_another_start_are_refused(folder, whole, tmp_path):
     shutil.copytree(whole, folder / "run")
     (folder / "data").unlink()
     write_data(folder / "data", rows=23)
-    with pytest.raises(UserError, match=r"data\.conversations holds other rows"):
+    with pytest.raises(UserError, match=r"data\.conversations contains different rows"):
         train(recipe_in(folder))
     (folder / "start").unlink()
     checkpoint.save(folder / "start", CONFIG, init_params(CONFIG, seed=5), companions=whole / "model")
-    with pytest.raises(UserError, match=r"model\.start holds another model"):
+    with pytest.raises(UserError, match=r"model\.start contains a different model"):
         train(recipe_in(folder))
 
 
 def test_a_checkpoint_of_other_groups(folder, whole):
     shutil.copytree(whole, folder / "run")
     with pytest.raises(
-        UserError, match=r"checkpoint of another model or of other trained groups: 63 missing, 0 unexpected"
+        UserError, match=r"belongs to a different model or to different trained groups: 63 missing, 0 unexpected"
     ):
         train(recipe_in(folder, model_groups=("vision", "projector", "llm")), allow_changes=True)
 
@@ -239,9 +239,9 @@ def test_a_model_that_knows_no_tiles_learns_them(folder):
 
 def test_rows_of_one_kind_in_parts(folder):
     """Grouped, some batches have no picture at all. Adam's eps is large so that rounding is not made a step of."""
-    recipe = {"data_group": True, "optimizer_eps": 1e-2, "run_steps": 8}
+    recipe = {"data_group_by_length": True, "optimizer_eps": 1e-2, "run_steps": 8}
     for parts in (1, 2):
-        train(recipe_in(folder, run_folder=str(folder / f"in-{parts}"), run_accumulate=parts, **recipe))
+        train(recipe_in(folder, run_folder=str(folder / f"in-{parts}"), run_grad_accum_steps=parts, **recipe))
     lines = map(json.loads, (folder / "in-2/log.jsonl").read_text().splitlines())
     assert {bool(line["images"]) for line in lines if line.get("event") == "compiled"} == {True, False}
     one, two = (np.array(losses(folder / f"in-{parts}")) for parts in (1, 2))
@@ -250,12 +250,12 @@ def test_rows_of_one_kind_in_parts(folder):
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(folder):
     recipe = recipe_in(folder, optimizer_learning_rate=1000.0, optimizer_weight_decay=1000.0, run_steps=60)
-    with pytest.raises(UserError, match=r"not finite|hold NaN or infinity") as error:
+    with pytest.raises(UserError, match=r"not finite|contain NaN or infinity") as error:
         train(recipe)
     kept = max(int(path.name) for path in (folder / "run/checkpoints").iterdir())
-    assert f"the checkpoint of step {kept} stays: lower optimizer.learning_rate" in str(error.value)
+    assert f"the checkpoint of step {kept} is kept: lower optimizer.learning_rate" in str(error.value)
     assert not (folder / "run/model").exists()
-    with pytest.raises(UserError, match=r"not finite|hold NaN or infinity"):
+    with pytest.raises(UserError, match=r"not finite|contain NaN or infinity"):
         train(recipe)
 
 
@@ -266,8 +266,8 @@ def test_steps_that_are_skipped_in_a_row_stop_the_run(folder):
     checkpoint.save(folder / "large", config, params, companions=folder / "start")
     recipe = {"model_start": str(folder / "large"), "run_steps": 20, "run_save_every": 4}
     message = (
-        "the gradients of 10 steps in a row, to step 10, are not finite, so nothing is learned; "
-        "the checkpoint of step 8 stays: lower optimizer.learning_rate, or raise run.max_skipped"
+        "the gradients of the last 10 steps, up to step 10, are not finite, so these steps were skipped; "
+        "the checkpoint of step 8 is kept: lower optimizer.learning_rate, or raise run.max_skipped"
     )
     for _ in range(2):  # and again when it goes on after step 8
         with pytest.raises(UserError, match=re.escape(message)):
@@ -282,7 +282,7 @@ def test_a_model_that_is_not_finite_is_not_trained(folder):
     config, params = checkpoint.load(folder / "start")
     params["embed"]["embedding"] = params["embed"]["embedding"].at[-1, 0].set(np.nan)
     checkpoint.save(folder / "spoiled", config, params, companions=folder / "start")
-    message = r"1 arrays of the model .*spoiled hold NaN or infinity, embed\.embedding is the first"
+    message = r"1 arrays of the model .*spoiled contain NaN or infinity, the first is embed\.embedding"
     with pytest.raises(UserError, match=message):
         train(recipe_in(folder, model_start=str(folder / "spoiled"), model_groups=("projector",)))
     assert not (folder / "run/checkpoints").exists()
@@ -293,8 +293,8 @@ def test_a_model_that_is_not_finite_is_not_written(folder, whole):
     config, params = checkpoint.load(whole / "model")
     params["norm"]["scale"] = params["norm"]["scale"].at[3].set(np.inf)
     made_of = Trained(**checkpoint.training(whole / "model") | {"step": 8})
-    with pytest.raises(UserError, match=r"after 8 steps is not written .* 1 of its arrays .* norm\.scale is the first"):
-        write_model(folder / "run/model", config, params, recipe_in(folder), made_of)
+    with pytest.raises(UserError, match=r"after 8 steps is not written .* 1 of its arrays .* first is norm\.scale"):
+        write_model(folder / "run/model", config, params, recipe_in(folder).model, made_of)
     same(folder / "run", whole)
     assert sorted(os.listdir(folder / "run")) == sorted(os.listdir(whole))
 
@@ -362,7 +362,7 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
     (folder / "data/images/1.png").write_bytes(b"\x89PNG broken")
     train(recipe_in(folder))
     lines = map(json.loads, (folder / "run/log.jsonl").read_text().splitlines())
-    lost = sum(line["invalid"].get("corrupt picture", 0) for line in lines if "loss" in line)
+    lost = sum(line["invalid"].get("corrupt image", 0) for line in lines if "loss" in line)
     assert lost == sum(1 for n in range(24) if n % 3 and n % 5 == 1)
 
 
@@ -370,16 +370,16 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
     ("changes", "message"),
     [
         ({"model_start": "nowhere"}, "nowhere is no checkpoint"),
-        ({"data_images": "nowhere"}, "there is no folder nowhere"),
+        ({"data_images": "nowhere"}, "data.images is nowhere, which is not a folder"),
         ({"data_conversations": "nowhere.json"}, "nowhere.json cannot be read: there is no such file"),
         ({"model_groups": ("head",)}, "model.groups.0 is 'head', it must be 'vision', 'projector', 'llm' or 'lora'"),
         ({"model_groups": ()}, "model.groups is [], it must have at least 1 item"),
         ({"model_groups": ("lora",)}, "model.lora_rank is 0"),
-        ({"model_lora_rank": 4}, "for LoRA give a rank and name the group"),
-        ({"model_layers": (1,)}, "model.layers and model.ratios belong together"),
+        ({"model_lora_rank": 4}, "LoRA needs both a rank above 0 and the group"),
+        ({"model_layers": (1,)}, "model.layers and model.ratios must be given together"),
         ({"model_layers": (9,), "model_ratios": (0.5,)}, "9"),
-        ({"run_batch_size": 25}, "24 usable rows, a batch takes 25"),
-        ({"run_accumulate": 3}, "cannot be cut into 3 parts"),
+        ({"run_batch_size": 25}, "24 usable rows, but the batch size is 25"),
+        ({"run_grad_accum_steps": 3}, "is not divisible by 3"),
     ],
 )
 def test_recipes_that_cannot_run(folder, changes, message):

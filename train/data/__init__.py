@@ -1,1 +1,1 @@
-"""Conversations and images as batches."""
+"""Data pipeline: conversations and images to batches."""

@@ -1,4 +1,4 @@
-"""Which rows make up each batch of an epoch, and of what shape the batch is."""
+"""Plan the batches of an epoch: their rows and their static shapes."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.inputs.buckets import bucket_of, level_of
 from pdrop_jax.train.data.ragged import Ragged
 
-MEGA = 50  # batches whose rows are sorted by length together
+MEGA = 50  # batches per megabatch, within which rows are sorted by length
 
 
 class Planned(NamedTuple):
-    """A batch before it is read.
+    """A batch that has been planned but not loaded.
 
     Attributes:
-      rows: (B,) int64, rows of the data set.
-      bucket: its shape, the smallest that holds every row.
-      queries: Q, a power of two.
+      rows: (B,) int64, row numbers of the data set.
+      bucket: the smallest bucket that fits every row.
+      queries: Q, number of query rows, a power of two.
     """
 
     rows: np.ndarray
@@ -27,12 +27,12 @@ class Planned(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What planning has to know of each of N rows.
+    """Sizes of N rows, as needed for planning.
 
     Attributes:
-      text: (N,) integers, its text tokens.
-      queries: (N,) integers, its query rows.
-      images: N rows of integers, crops and tokens of each of its pictures in turn.
+      text: (N,) integers, number of text tokens.
+      queries: (N,) integers, number of query rows.
+      images: N rows of integers: crops of image 0, tokens of image 0, crops of image 1, and so on.
     """
 
     text: np.ndarray
@@ -41,35 +41,36 @@ class Sizes(NamedTuple):
 
     @property
     def pictures(self) -> np.ndarray:
-        """(N,) int64, how many pictures a row has."""
+        """(N,) int64, number of images of each row."""
         return np.diff(self.images.ends) // 2
 
 
 def batches_of(rng: np.random.Generator, sizes: Sizes, batch_size: int, group_by_length: bool) -> np.ndarray:
-    """All whole batches of an epoch, (batches, B) int64; each row at most once, len(rows) % B of them not at all.
+    """All full batches of an epoch, (batches, B) int64. Each row appears at most once; N % B rows are left out.
 
-    Grouped, rows with and without a picture come in separate batches, but for what is left over of both, and the rows
-    of a batch are of similar length: the shuffled rows are sorted within runs of MEGA batches, by the places that their
-    pictures take and then by their text, and the batches are shuffled again.
+    With ``group_by_length``, rows with and without images go to separate batches, except for the remainders of both,
+    and the rows of a batch have similar lengths. To this end, the shuffled rows are sorted within megabatches of MEGA
+    batches, by number of images rounded up to a power of two and then by text length, and the batches are shuffled
+    again.
     """
     pictures = sizes.pictures
     places = np.ceil(np.log2(np.maximum(pictures, 1)))
     rows = rng.permutation(len(sizes.text))
     if not group_by_length:
-        return _cut(rows, batch_size)
-    batches, left_over = [], []
+        return _full_batches(rows, batch_size)
+    batches, remainders = [], []
     for has_image in (True, False):
         own = rows[(pictures[rows] > 0) == has_image]
         whole = len(own) // batch_size * batch_size
-        left_over.append(own[whole:])
+        remainders.append(own[whole:])
         for start in range(0, whole, MEGA * batch_size):
             mega = own[start : min(start + MEGA * batch_size, whole)]
-            batches.append(_cut(mega[np.lexsort((sizes.text[mega], places[mega]))], batch_size))
-    batches.append(_cut(np.concatenate(left_over), batch_size))
+            batches.append(_full_batches(mega[np.lexsort((sizes.text[mega], places[mega]))], batch_size))
+    batches.append(_full_batches(np.concatenate(remainders), batch_size))
     return rng.permutation(np.concatenate(batches))
 
 
-def _cut(rows: np.ndarray, batch_size: int) -> np.ndarray:
+def _full_batches(rows: np.ndarray, batch_size: int) -> np.ndarray:
     return rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
 
 
@@ -79,8 +80,8 @@ def shapes_of(
     """The bucket and the number of query rows of each batch.
 
     Args:
-      batches: (batches, B).
-      text_slots: ascending; the last is at least the longest text.
+      batches: (batches, B) row numbers.
+      text_slots: allowed text lengths, ascending; the last is at least the longest text.
     """
     text = np.searchsorted(text_slots, sizes.text[batches].max(1))
     queries = sizes.queries[batches].max(1).tolist()
@@ -94,7 +95,7 @@ def shapes_of(
 
 
 def _largest(m: int, batches: np.ndarray, sizes: Sizes) -> np.ndarray:
-    """(batches, 2), the most crops and the most tokens of the rows' pictures number ``m`` (from 0); 0 without any."""
+    """(batches, 2), maximum crops and maximum tokens of image ``m`` (from 0) over the rows; 0 if no row has one."""
     has = sizes.pictures[batches] > m
     at = np.where(has, sizes.images.ends[batches] + 2 * m, 0)
     return np.stack([np.where(has, sizes.images.values[at + n], 0).max(1) for n in (0, 1)], axis=1)

@@ -1,4 +1,4 @@
-"""A record of LLaVA's JSON -> a training row, or why it is invalid."""
+"""Convert a record of LLaVA's JSON format to a training example, or reject it with a reason."""
 
 import itertools
 import json
@@ -14,20 +14,20 @@ from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, IMAGE_TAG
 from pdrop_jax.inputs.targets import Example, TrainingText, training_text, turns_of
 from pdrop_jax.io import check_file
 
-# Why a record is left out: what users see counted.
-MALFORMED = "malformed JSON"  # also: no object, no conversations, wrong roles
-NOT_FOR_TEMPLATE = "not for this template"  # "plain" takes a picture and its caption, nothing else
+# Reasons for skipping a record. Users see how often each one occurs.
+MALFORMED = "malformed JSON"  # also if it is not an object, has no conversations, or has wrong roles
+NOT_FOR_TEMPLATE = "not for this template"  # "plain" supports one image with its caption only
 NO_FILE = "no image file"
-OUTSIDE = "picture outside of data.images"  # refused unless data.outside_images allows it
-CORRUPT = "corrupt picture"  # mostly found only when it is loaded; also one of too many pixels, or too narrow
-NO_PICTURE = "<image> without picture"
-NO_TAG = "picture without <image>"
+OUTSIDE = "image outside of data.images"  # unless data.outside_images allows it
+CORRUPT = "corrupt image"  # usually detected when it is loaded; also if it has too many pixels or is too narrow
+NO_PICTURE = "<image> tag without image"
+NO_TAG = "image without <image> tag"
 NO_TARGET = "no target"
 TOO_LONG = "too long"
 
 
 class InvalidRecord(Exception):
-    """The reason, one of the above, is its only argument."""
+    """A record that cannot be used. The only argument is one of the reasons above."""
 
     @property
     def reason(self) -> str:
@@ -35,10 +35,12 @@ class InvalidRecord(Exception):
 
 
 def read_records(path: pathlib.Path) -> Iterator[Any]:
-    """The records of a JSON list or of JSON lines; None for a line that is no JSON. Empty lines are nothing.
+    """Yields the records of a JSON list or a JSON Lines file, and None for lines that are not JSON.
+
+    Empty lines are ignored.
 
     Raises:
-      UserError: there is no such file, it is no file, it is empty, or a list that is no JSON as a whole.
+      UserError: the file does not exist, is not a regular file, is empty, or starts like a JSON list but is not one.
     """
     check_file(path)
     try:
@@ -46,7 +48,7 @@ def read_records(path: pathlib.Path) -> Iterator[Any]:
             lines = (line.strip() for line in file)
             first = next((line for line in lines if line), b"")
             if not first:
-                raise UserError(f"{path} is empty: expected a JSON list of conversations, or one JSON object a line")
+                raise UserError(f"{path} is empty: expected a JSON list of conversations, or one JSON object per line")
             if not first.startswith((b"[", b"\xef\xbb\xbf[")):
                 yield from (_read_line(line) for line in itertools.chain([first], lines) if line)
                 return
@@ -57,7 +59,7 @@ def read_records(path: pathlib.Path) -> Iterator[Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} begins like a JSON list but is none: {error}") from None
+        raise UserError(f"{path} starts like a JSON list but is malformed: {error}") from None
 
 
 def _read_line(line: bytes) -> Any:
@@ -68,11 +70,13 @@ def _read_line(line: bytes) -> Any:
 
 
 def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> tuple[TrainingText, list[str]]:
-    """The text of a record and the names of its pictures, one for each tag.
+    """Reads the text of a record and the names of its images, one for each ``<image>`` tag.
 
     Args:
-      record: ``{"image": a name, several or nothing, "conversations": […]}``; whatever else it holds is not looked at.
-      is_file: whether there is a picture of that name; it may raise InvalidRecord.
+      record: ``{"image": name or list of names, "conversations": […]}``, where "image" is optional. Other keys are
+        ignored.
+      template: name of the chat template.
+      is_file: returns whether an image with that name exists; may raise InvalidRecord.
 
     Raises:
       InvalidRecord: the record cannot be used.
@@ -85,7 +89,7 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
     try:
         turns = turns_of(record.get("conversations"), several=len(pictures) > 1)
         "".join([*pictures, *(text or "" for turn in turns for text in turn)]).encode()
-    except (UserError, TypeError, UnicodeEncodeError):  # half a surrogate pair is valid JSON, but no text
+    except (UserError, TypeError, UnicodeEncodeError):  # lone surrogates are valid JSON but cannot be encoded
         raise InvalidRecord(MALFORMED) from None
     tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
     if tags != len(pictures):
@@ -101,14 +105,16 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
     return conversation, pictures
 
 
-def fit(example: Example, max_length: int, image_tokens: Sequence[int], too_long: Literal["cut", "skip"]) -> Example:
-    """``example`` within ``max_length`` positions, each of its images counted in full with its ``image_tokens``.
+def fit(
+    example: Example, max_length: int, image_tokens: Sequence[int], too_long: Literal["truncate", "skip"]
+) -> Example:
+    """Truncates ``example`` to ``max_length`` positions, counting each image with its number of ``image_tokens``.
 
-    LLaVA's code cuts in the middle of an image too. Here all of the image goes then: nothing comes after it any more,
-    so no target sees the difference.
+    LLaVA's code may truncate in the middle of an image. Here the whole image is removed in that case. No target is
+    affected, because nothing follows a truncated image.
 
     Raises:
-      InvalidRecord: it is too long and ``too_long`` is "skip", or no target is left.
+      InvalidRecord: the example is too long and ``too_long`` is "skip", or no target is left.
     """
     slots = np.ones(len(example.ids), int)
     slots[example.ids == IMAGE_PLACEHOLDER] = image_tokens
@@ -117,6 +123,6 @@ def fit(example: Example, max_length: int, image_tokens: Sequence[int], too_long
         if too_long == "skip":
             raise InvalidRecord(TOO_LONG)
         example = Example(example.ids[:n], example.labels[:n])
-    if not (example.labels[1:] != IGNORE).any():  # nothing stands before the first token that could predict it
+    if not (example.labels[1:] != IGNORE).any():  # no earlier token can predict the first one
         raise InvalidRecord(NO_TARGET)
     return example

@@ -1,4 +1,4 @@
-"""Dataset: conversations, tokenized once and kept in memory; pictures stay on disk until a batch needs them."""
+"""Dataset: conversations are tokenized once and kept in memory; images are loaded when a batch needs them."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs import Processor, Row
-from pdrop_jax.inputs.anyres import ImageTokens, count, levels, whole
+from pdrop_jax.inputs.anyres import ImageTokens, whole
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, template_named
-from pdrop_jax.inputs.images import as_tokens, image_size, read_image
+from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.targets import ends_answers, tokenize
 from pdrop_jax.io import inside
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
@@ -27,24 +27,24 @@ from pdrop_jax.train.data.examples import CORRUPT, OUTSIDE, InvalidRecord, fit, 
 from pdrop_jax.train.data.ragged import Ragged, RaggedBuilder
 from pdrop_jax.train.recipe import DataRecipe
 
-CHUNK = 1024  # records that are tokenized together
+CHUNK = 1024  # records per tokenizer call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """The usable rows of a data set, N of them.
+    """The N usable rows of a data set.
 
     Attributes:
-      data: what was asked for.
-      config: of the model.
+      data: the recipe's data section.
+      config: config of the model.
       image_processor: see ``inputs.images.load_image_processor``.
-      ids: N rows of int32 token ids, IMAGE_PLACEHOLDER for a picture.
-      spans: N rows of int32, start and stop of each run of targets in turn.
-      pictures: N rows of uint8, the names of the pictures in UTF-8 with a zero between them; empty without any. The
-        last ones have no placeholder if the row was cut.
-      records: (N,) int64, where in the file the row stands, from 1.
-      sizes: of each row.
-      invalid: rows that are left out, by reason.
+      ids: N rows of int32 token ids, with IMAGE_PLACEHOLDER for each image.
+      spans: N rows of int32, start and stop of each run of target tokens in turn.
+      pictures: N rows of uint8, image file names in UTF-8, separated by zero bytes; empty for rows without images. If
+        the row was truncated, the last names may have no placeholder.
+      records: (N,) int64, number of the record in the file, starting at 1.
+      sizes: sizes of the rows.
+      invalid: number of skipped records, by reason.
     """
 
     data: DataRecipe
@@ -61,13 +61,13 @@ class Dataset:
         return len(self.ids)
 
     def row(self, number: int) -> tuple[Row, str | None]:
-        """Row ``number`` with its pictures, and why one could not be read, if so.
+        """Loads row ``number`` with its images. Returns the row, and a reason if an image could not be read.
 
-        A row with a picture that cannot be read keeps its ids, with a grey one in its place and no target: it weighs
-        nothing.
+        Such a row keeps its token ids, but has a gray image in place of the unreadable one and no targets, so it does
+        not contribute to the loss.
 
         Raises:
-          UserError: a picture cannot be read and ``data.invalid`` is "fail".
+          UserError: an image cannot be read and ``data.invalid`` is "fail".
         """
         ids = self.ids[number]
         labels = np.full(len(ids), IGNORE, np.int32)
@@ -84,7 +84,7 @@ class Dataset:
         return Row(ids, [grey if image is None else image for image in read], np.full_like(labels, IGNORE)), CORRUPT
 
     def _image(self, number: int, name: str, alone: bool) -> ImageTokens | None:
-        """A picture of row ``number``; None if it cannot be read."""
+        """Loads an image of row ``number``; None if it cannot be read."""
         try:
             image = read_image(os.path.join(self.data.images, name))
             return as_tokens(image, self.image_processor, self.config, alone=alone)
@@ -92,15 +92,16 @@ class Dataset:
             if self.data.invalid == "skip":
                 return None
             raise UserError(
-                f"{self.data.conversations}, row {self.records[number]}: {error}: put it right, or set data.invalid to "
-                '"skip"'
+                f"{self.data.conversations}, row {self.records[number]}: {error}: fix the image, or set "
+                'data.invalid to "skip"'
             ) from None
 
     def plan(self, batch_size: int, seed: int, epoch: int) -> list[Planned]:
-        """The batches of ``epoch`` (from 0), the same in every process. The last incomplete one is left out.
+        """Plans the batches of ``epoch`` (from 0), identically in every process. The last incomplete batch is dropped.
 
         Args:
-          batch_size: B, rows of all processes together.
+          batch_size: B, rows per batch over all processes.
+          seed: RNG seed for shuffling.
         """
         rng = np.random.default_rng([seed, epoch])
         batches = batches_of(rng, self.sizes, batch_size, self.data.group_by_length)
@@ -109,7 +110,7 @@ class Dataset:
         return [Planned(rows, *shape) for rows, shape in zip(batches, shapes, strict=True)]
 
     def shapes(self, batch_size: int, seed: int, epochs: int = 1) -> set[tuple[Bucket, int]]:
-        """What a step will be compiled for in the first ``epochs``: buckets, each with its number of query rows."""
+        """Shapes that a step is compiled for in the first ``epochs``: pairs of bucket and number of query rows."""
         return {
             (planned.bucket, planned.queries)
             for epoch in range(epochs)
@@ -118,7 +119,7 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of everything that the order and the contents of batches follow from, but for the pictures themselves."""
+        """Hash of everything that determines the order and contents of batches, except the pixels of the images."""
         digest = hashlib.blake2b(digest_size=16)
         for rows in (self.ids, self.spans, self.pictures):
             digest.update(rows.ends.tobytes())
@@ -127,16 +128,17 @@ class Dataset:
 
 
 def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLike, progress: bool = True) -> Dataset:
-    """Read and tokenize the conversations of ``data`` for a model.
+    """Reads and tokenizes the conversations of ``data`` for a model.
 
     Args:
-      folder: where the model's tokenizer and image processor are.
-      progress: show it, on a terminal.
+      config: config of the model.
+      folder: folder with the model's tokenizer and image processor.
+      progress: show a progress bar if stderr is a terminal.
 
     Raises:
-      UserError: a file or folder that does not exist, no conversation, none that is usable, an invalid one if
-        ``data.invalid`` is "fail", a limit that the model does not have, a tokenizer that does not fit model or
-        template.
+      UserError: a file or folder does not exist; there are no conversations, or none that are usable; a record is
+        invalid and ``data.invalid`` is "fail"; ``data.max_length`` exceeds the model's; or the tokenizer does not fit
+        the model or the template.
     """
     processor = Processor.load(folder, config)
     _check(data, config, processor.tokenizer, folder)
@@ -149,21 +151,21 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
             rows.add(chunk)
             bar.update(len(chunk))
     if not rows.seen:
-        raise UserError(f"{path} holds no conversation")
+        raise UserError(f"{path} contains no conversations: expected at least one record")
     reasons = ", ".join(f"{count} {reason}" for reason, count in rows.invalid.most_common())
     if not rows.records:
-        raise UserError(f"{path} holds no usable row: all {rows.seen} are invalid ({reasons})")
+        raise UserError(f"{path} contains no usable rows: all {rows.seen} are invalid ({reasons})")
     if rows.invalid and data.invalid == "fail":
         raise UserError(
             f"{path}: {rows.invalid.total()} of {rows.seen} rows are invalid ({reasons}), "
-            f"first row {rows.first_invalid}: "
-            'put them right, or set data.invalid to "skip"'
+            f"the first is row {rows.first_invalid}: "
+            'fix them, or set data.invalid to "skip"'
         )
     dataset = rows.build(processor.image_processor)
     if (highest := dataset.ids.values.max()) >= config.text.vocab_size:
         raise UserError(
-            f"the tokenizer in {folder} gives token ids up to {highest} but the model knows "
-            f"0..{config.text.vocab_size - 1}: it belongs to another model"
+            f"the tokenizer in {folder} produces token ids up to {highest}, but the vocabulary of the model is "
+            f"0..{config.text.vocab_size - 1}: use the tokenizer of this model"
         )
     return dataset
 
@@ -171,15 +173,15 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
 def _check(data: DataRecipe, config: LlavaConfig, tokenizer: Any, folder: str | os.PathLike) -> None:
     if not ends_answers(tokenizer, data.template):
         raise UserError(
-            f"template {data.template!r} ends an answer with {template_named(data.template).end_token}, which the "
-            f"tokenizer in {folder} does not have as one token, so nothing would be learned: choose another template"
+            f"template {data.template!r} ends an answer with {template_named(data.template).end_token}, which is not a "
+            f"single token of the tokenizer in {folder}, so it could not be learned: choose another template"
         )
     if data.max_length > config.text.max_length:
         raise UserError(
-            f"data.max_length is {data.max_length} but the model has {config.text.max_length} positions: lower it"
+            f"data.max_length is {data.max_length}, but the model has {config.text.max_length} positions: lower it"
         )
     if not os.path.isdir(data.images):
-        raise UserError(f"data.images: there is no folder {data.images}")
+        raise UserError(f"data.images is {data.images}, which is not a folder: set it to the folder of the images")
 
 
 def _text_slots(data: DataRecipe) -> tuple[int, ...]:
@@ -187,7 +189,7 @@ def _text_slots(data: DataRecipe) -> tuple[int, ...]:
 
 
 class _Rows:
-    """Rows as they are read."""
+    """Collects rows while the records are read."""
 
     def __init__(self, data: DataRecipe, config: LlavaConfig, tokenizer: Any) -> None:
         self.data, self.config, self.tokenizer = data, config, tokenizer
@@ -206,14 +208,14 @@ class _Rows:
             try:
                 read.append((number, *read_example(record, self.data.template, self.is_file)))
             except InvalidRecord as error:
-                self._leave_out(number, error.reason)
+                self._skip(number, error.reason)
         examples = tokenize(self.tokenizer, [text for _, text, _ in read], self.data.template)
         for (number, _, pictures), example in zip(read, examples, strict=True):
             try:
                 sizes = self._sizes(pictures)
                 example = fit(example, self.data.max_length, [tokens for _, tokens in sizes], self.data.too_long)
             except InvalidRecord as error:
-                self._leave_out(number, error.reason)
+                self._skip(number, error.reason)
                 continue
             images = int((example.ids == IMAGE_PLACEHOLDER).sum())
             runs = _runs(example.labels != IGNORE)
@@ -225,41 +227,46 @@ class _Rows:
             self.sizes.append((len(example.ids) - images, int((runs[:, 0] > 0).sum())))
 
     def _sizes(self, pictures: list[str]) -> list[tuple[int, int]]:
-        """Crops and tokens of each. Only of tiled ones do they follow from the size, which the file's head tells."""
-        tiling = self.config.tiling
-        if tiling is None or (tiling.alone and len(pictures) > 1):
-            return levels(self.config)[:1] * len(pictures)
+        """Crops and tokens of each."""
+        alone = len(pictures) == 1
         try:
-            return [count(image_size(os.path.join(self.data.images, name)), self.config) for name in pictures]
+            sizes = [measure(os.path.join(self.data.images, name), self.config, alone=alone) for name in pictures]
         except UserError:
             raise InvalidRecord(CORRUPT) from None
+        return [(size.crops, size.tokens) for size in sizes]
 
-    def _leave_out(self, number: int, reason: str) -> None:
+    def _skip(self, number: int, reason: str) -> None:
         self.invalid[reason] += 1
         self.first_invalid = min(self.first_invalid or number, number)
 
     def build(self, image_processor: Any) -> Dataset:
         text, queries = np.array(self.sizes, np.int32).T
-        sizes = Sizes(text, queries, self.images.build())
-        parts = self.ids.build(), self.spans.build(), self.pictures.build()
         return Dataset(
-            self.data, self.config, image_processor, *parts, np.array(self.records), sizes, Counter(self.invalid)
+            data=self.data,
+            config=self.config,
+            image_processor=image_processor,
+            ids=self.ids.build(),
+            spans=self.spans.build(),
+            pictures=self.pictures.build(),
+            records=np.array(self.records),
+            sizes=Sizes(text, queries, self.images.build()),
+            invalid=Counter(self.invalid),
         )
 
 
 def _runs(mask: np.ndarray) -> np.ndarray:
-    """(runs, 2), start and stop of each run of true values."""
+    """(runs, 2), start and stop of each run of True in a 1-D mask."""
     return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
 
 
 def file_finder(folder: str, outside: bool = False) -> Callable[[str], bool]:
-    """A function that says whether there is a file of a name below ``folder``.
+    """Returns a function that checks whether a file with a given name exists below ``folder``.
 
-    It lists each folder once: asking for every file by itself takes minutes where the pictures lie on another machine.
+    The function lists each directory only once. Checking every file separately takes minutes on network file systems.
 
     Args:
-      outside: whether a name may leave ``folder``, as ``../1.png`` or ``/etc/1.png``. Otherwise the function raises
-        InvalidRecord for it. Names alone are looked at: a link in ``folder`` may lead anywhere.
+      outside: whether a name may leave ``folder``, such as ``../1.png`` or ``/etc/1.png``. Otherwise the function
+        raises InvalidRecord for such names. Only names are checked: a symbolic link in ``folder`` may point anywhere.
     """
 
     @functools.cache

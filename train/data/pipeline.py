@@ -1,4 +1,4 @@
-"""Batches of a data set in the order of its plan, read ahead by grain."""
+"""Batches of a data set in planned order, prefetched by grain."""
 
 import dataclasses
 import functools
@@ -8,10 +8,10 @@ import os
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
-import grain
 import jax
-from absl import flags
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.errors import UserError
@@ -21,17 +21,17 @@ from pdrop_jax.train.data.index import Dataset, open_dataset
 
 __all__ = ["Dataset", "Step", "check_batches", "open_dataset", "pipeline"]
 
-THREADS = 4  # batches that are read at the same time without worker processes
+THREADS = 4  # batches that are loaded in parallel without worker processes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Step:
-    """What one optimizer step takes.
+    """Input of one optimizer step.
 
     Attributes:
-      batch: this process' rows.
-      invalid: rows of it that weigh nothing, by reason.
+      batch: the rows of this process.
+      invalid: number of rows that are excluded from the loss, by reason.
     """
 
     batch: Batch
@@ -48,20 +48,22 @@ def pipeline(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-) -> grain.IterDataset[Step]:
-    """The batches of steps first..steps-1, epoch after epoch.
+) -> Iterable[Step]:
+    """Yields the batches of steps first..steps-1, epoch after epoch.
 
-    Step i is the same batch whatever was read before and by however many workers: to resume is to say where.
+    The batch of a step does not depend on earlier steps or on the number of workers, so a run resumes by passing
+    ``first``.
 
     Args:
-      batch_size: B, rows of one optimizer step in all processes. A process gets rows [p * B / P, (p + 1) * B / P).
-      parts: what the rows will be cut into, over devices and one after the other; only checked here.
-      workers: processes that read pictures; with 0 threads do.
+      batch_size: B, rows per optimizer step over all processes. Process p of P gets rows [p * B / P, (p + 1) * B / P).
+      parts: number of equal parts that the batch will be split into, over devices and microbatches; only checked here.
+      workers: number of worker processes that load images; 0 uses threads.
 
     Raises:
-      UserError: B cannot be shared out, or is more than the data set has rows; while iterating, a picture that cannot
-        be read if ``data.invalid`` is "fail".
+      UserError: grain is not installed, B is not divisible as required, or B exceeds the number of rows. While
+        iterating, an image cannot be read and ``data.invalid`` is "fail".
     """
+    grain = import_grain()
     check_batches(dataset, batch_size, parts, process_count)
     share = batch_size // process_count
     rows = slice(process_index * share, (process_index + 1) * share)
@@ -69,18 +71,30 @@ def pipeline(
     source = grain.MapDataset.range(first, steps).map(load)
     if not workers:
         return source.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS))
-    if not flags.FLAGS.is_parsed():  # grain asks for its flags in the workers, and our command line is not absl's
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags in its workers, but our command line does not use absl
         flags.FLAGS.mark_as_parsed()
     one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
     return source.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=_end_with_parent)
 
 
-def _end_with_parent(_worker: int, _workers: int) -> None:
-    """Run by a worker process when it starts: it ends with the run's process, even one that is killed.
+def import_grain() -> Any:
+    """The module grain, imported only when training reads data. Raises UserError if it is not installed."""
+    try:
+        import grain
+    except ImportError:
+        raise UserError("training needs grain, which is not installed: pip install 'pdrop-jax[train]'") from None
+    return grain
 
-    It would wait for room in a queue that nobody reads any more. The sentinel is a pipe whose other end the parent
-    alone holds; PR_SET_PDEATHSIG would be sent when the thread ends that started the worker, and grain has one for it.
+
+def _end_with_parent(_worker: int, _workers: int) -> None:
+    """Runs at the start of a worker process and makes it exit when the main process ends, even if that is killed.
+
+    Otherwise the worker would wait forever for space in a queue that nobody reads. ``parent.join`` waits on a pipe
+    whose other end only the parent holds. PR_SET_PDEATHSIG is no alternative: it fires when the thread that started the
+    worker ends, and grain starts workers from a thread of its own.
     """
     parent = multiprocessing.parent_process()
 
@@ -93,19 +107,19 @@ def _end_with_parent(_worker: int, _workers: int) -> None:
 
 
 def check_batches(dataset: Dataset, batch_size: int, parts: int, process_count: int) -> None:
-    """Raises UserError if ``pipeline`` cannot share a batch out, or the data set has not rows enough for one."""
+    """Raises UserError if a batch cannot be split evenly, or if the data set has too few rows for one batch."""
     parts = math.lcm(parts, process_count)
     if batch_size < 1 or batch_size % parts:
-        raise UserError(f"a batch of {batch_size} rows cannot be cut into {parts} parts: choose a multiple of {parts}")
+        raise UserError(f"a batch of {batch_size} rows is not divisible by {parts}: choose a multiple of {parts}")
     if len(dataset) < batch_size:
         raise UserError(
-            f"{dataset.data.conversations} has {len(dataset)} usable rows, a batch takes {batch_size}: lower the batch "
-            "size"
+            f"{dataset.data.conversations} has {len(dataset)} usable rows, but the batch size is {batch_size}: "
+            "lower run.batch_size"
         )
 
 
 def _load(dataset: Dataset, batch_size: int, seed: int, rows: slice, step: int) -> Step:
-    # Pillow warns of metadata it finds odd, once for each wording: on a live terminal line that is noise.
+    # Pillow warns about unusual image metadata, which would disturb the progress bar.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     epoch, number = divmod(step, len(dataset) // batch_size)
     planned = _plan(dataset, batch_size, seed, epoch)[number]

@@ -1,4 +1,4 @@
-"""Rows of different length in one flat array that worker processes share."""
+"""Rows of different lengths in one flat array that worker processes share."""
 
 import array
 import os
@@ -11,18 +11,18 @@ import numpy as np
 
 from pdrop_jax.errors import UserError
 
-_WRITING = threading.Lock()  # grain pickles for each worker in a thread of its own, and all must name the same file
+_WRITING = threading.Lock()  # grain pickles for each worker in a separate thread, and all must use the same file
 
 
 class Ragged:
-    """Rows of integers, one after another in ``values``; row i is ``values[ends[i]:ends[i + 1]]``.
+    """Rows of integers, concatenated in ``values``; row i is ``values[ends[i]:ends[i + 1]]``.
 
-    On Linux a pickled one holds the name of a file that both processes map, not the numbers. The file has no name of
-    its own on disk and goes with the process that made it, even one that is killed.
+    On Linux, pickling stores the path of a file that both processes map into memory, not the values. The file is
+    unlinked, so it disappears with the process that created it, even if that is killed.
 
     Attributes:
-      values: of any integer dtype.
-      ends: (rows + 1,) int64, from 0.
+      values: (total,) array of any integer dtype.
+      ends: (rows + 1,) int64, starting with 0.
     """
 
     def __init__(self, values: np.ndarray, ends: np.ndarray) -> None:
@@ -36,7 +36,7 @@ class Ragged:
         return self.values[self.ends[row] : self.ends[row + 1]]
 
     def __deepcopy__(self, _memo: dict) -> "Ragged":
-        # grain copies a pipeline for each worker before it pickles it: one file serves all copies.
+        # grain copies the pipeline for each worker before pickling it; all copies share one file.
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -57,8 +57,8 @@ class Ragged:
             file.flush()
         except OSError as error:
             raise UserError(
-                f"the index for worker processes, {size / 1e6:.0f} MB, cannot be written to {tempfile.gettempdir()}: "
-                f"{error.strerror}: set TMPDIR to another folder, or data.workers to 0"
+                f"the index for worker processes ({size / 1e6:.0f} MB) cannot be written to {tempfile.gettempdir()} "
+                f"({error.strerror}): set TMPDIR to another folder, or data.workers to 0"
             ) from None
         return file
 
@@ -70,7 +70,7 @@ def _map(name: str, num_ends: int, dtype: str) -> Ragged:
 
 
 class RaggedBuilder:
-    """Collects rows in place, without holding them twice."""
+    """Builds a ``Ragged`` row by row, without a second copy of the values."""
 
     def __init__(self, dtype: type[np.integer]) -> None:
         self.dtype = np.dtype(dtype)
@@ -82,5 +82,5 @@ class RaggedBuilder:
         self._ends.append(len(self._values) // self.dtype.itemsize)
 
     def build(self) -> Ragged:
-        """What was collected; nothing can be appended after that."""
+        """The collected rows. Nothing can be appended afterwards."""
         return Ragged(np.frombuffer(self._values, self.dtype), np.frombuffer(self._ends, np.int64))

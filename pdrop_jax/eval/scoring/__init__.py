@@ -1,4 +1,4 @@
-"""Scores of answer files, each benchmark's as LLaVA's evaluation scripts compute it."""
+"""Scores of answer files, computed as the benchmarks' public evaluation scripts do."""
 
 from pdrop_jax.eval.scoring.choices import score_scienceqa
 from pdrop_jax.eval.scoring.files import ScoreReport

@@ -1,4 +1,4 @@
-"""ScienceQA: one letter of several."""
+"""ScienceQA: multiple choice, answered with a letter."""
 
 import os
 import pathlib
@@ -13,14 +13,14 @@ LETTERS = "ABCDE"
 
 
 def score_scienceqa(answers: str | os.PathLike, annotations: str | os.PathLike, split: str = "test") -> ScoreReport:
-    """ScienceQA as ``llava.eval.eval_science_qa``; ``image_accuracy`` is that of the prompts with an image tag.
+    """Scores ScienceQA as ``llava.eval.eval_science_qa``; ``image_accuracy`` covers the prompts with an image tag.
 
     Args:
-      annotations: the folder of problems.json and pid_splits.json.
-      split: of the latter.
+      annotations: the folder that holds problems.json and pid_splits.json.
+      split: a key of pid_splits.json.
 
     Raises:
-      UserError: a file is malformed, there is no such split, or answers and annotations are not of the same questions.
+      UserError: a file is malformed, the split does not exist, or answers are missing, unexpected or duplicated.
     """
     folder = pathlib.Path(annotations)
     problems, splits = read_json(folder / "problems.json"), folder / "pid_splits.json"
@@ -32,8 +32,7 @@ def score_scienceqa(answers: str | os.PathLike, annotations: str | os.PathLike, 
         where = f"{folder / 'problems.json'} problem {answer.id}"
         problem = value(problems, answer.id, dict, where)
         truth, choices = value(problem, "answer", int, where), value(problem, "choices", list, where)
-        letter = chosen_letter(answer.text)
-        right.append(letter is not None and LETTERS.index(letter) == truth < len(choices))
+        right.append(0 <= truth < min(len(choices), len(LETTERS)) and chosen_letter(answer.text) == LETTERS[truth])
         if IMAGE_TAG in answer.prompt:
             with_image.append(right[-1])
     values = {"accuracy": mean(right), "image_accuracy": mean(with_image)}
@@ -41,11 +40,13 @@ def score_scienceqa(answers: str | os.PathLike, annotations: str | os.PathLike, 
 
 
 def chosen_letter(text: str) -> str | None:
-    """The letter that an answer names: alone, in front as "B. ", or in "The answer is B." or "The answer is B"."""
-    text = text.replace("\n", ". ")
-    if len(text.strip()) == 1 and text.strip() in LETTERS:
-        return text.strip()
-    if found := re.match(rf"([{LETTERS}])\. ", text):
-        return found[1]
-    named = re.search(rf"The answer is ([{LETTERS}])\.", text) or re.search(rf"The answer is ([{LETTERS}])", text)
-    return named[1] if named else None
+    """The letter that an answer names, by the rules of the public script; None if it names none.
+
+    An answer is a letter alone ("B"), starts with a letter, a full stop and a space ("B. because"), or says "The answer
+    is B." exactly once, with any character but a line break in place of the full stop. White space is not stripped.
+    Only the last rule finds letters beyond E.
+    """
+    if text[:1] in tuple(LETTERS) and (len(text) == 1 or text[1:3] == ". "):
+        return text[0]
+    named = re.findall(r"The answer is ([A-Z]).", text)
+    return named[0] if len(named) == 1 else None

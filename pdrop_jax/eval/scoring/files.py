@@ -1,4 +1,4 @@
-"""What all scores are made of: answers that are there, each one time, and numbers with names."""
+"""Answer files, the check that every question is answered exactly once, and the report of a score."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import read_lines, value
 
-MOST_NAMES = 3  # of an error message
+MOST_NAMES = 3  # ids listed in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,9 @@ class ScoreReport:
     """A benchmark's result.
 
     Attributes:
-      answers: how many were scored.
-      values: of all of them. Shares lie in 0..1; MME's sums are points.
-      groups: the same for each part of the benchmark: categories, tasks or types of answers.
+      answers: number of scored answers.
+      values: metrics over all answers. Accuracies and ratios are in 0..1; MME's sums are points.
+      groups: metrics of each part of the benchmark: a category, task or answer type.
     """
 
     benchmark: str
@@ -31,7 +31,7 @@ class ScoreReport:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A line of an answer file; ``where`` is "file line 3"."""
+    """A line of an answer file; ``where`` locates it for error messages, e.g. "a.jsonl line 3"."""
 
     id: str
     text: str
@@ -40,10 +40,10 @@ class Answer:
 
 
 def read_answers(path: str | os.PathLike) -> list[Answer]:
-    """The answers of a file in LLaVA's format, ours or another program's; a line may lack its prompt.
+    """Reads an answer file in LLaVA's format, whichever program wrote it. A missing prompt is read as "".
 
     Raises:
-      UserError: it cannot be read, a line is malformed, or there is none.
+      UserError: the file cannot be read, a line is malformed, or there are no answers.
     """
     answers = []
     for number, line in read_lines(pathlib.Path(path)):
@@ -51,27 +51,27 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
         answer_id, text = value(line, "question_id", (str, int), where), value(line, "text", str, where)
         answers.append(Answer(str(answer_id), text, value({"prompt": "", **line}, "prompt", str, where), where))
     if not answers:
-        raise UserError(f"{path} holds no answers")
+        raise UserError(f"{path} has no answers: expected JSON lines with question_id, prompt and text")
     return answers
 
 
 def check_complete(path: str | os.PathLike, found: Iterable[Hashable], wanted: Iterable[Hashable]) -> None:
-    """Raises UserError unless a file has exactly the ``wanted`` answers, each as often as it is wanted."""
+    """Raises UserError unless ``found`` has exactly the keys in ``wanted``, each equally often."""
     there, due = collections.Counter(iter(found)), collections.Counter(iter(wanted))
     wrong = [
-        f"{what} {difference.total():,}: {_names(difference)}"
-        for what, difference in (("lacks", due - there), ("has too many by", there - due))
+        f"{difference.total():,} {what}: {_names(difference)}"
+        for what, difference in (("missing", due - there), ("unexpected or duplicated", there - due))
         if difference
     ]
     if wrong:
         raise UserError(
-            f"{path} has {there.total():,} answers to {due.total():,} questions and {' and '.join(wrong)}: score the "
-            "answers to the questions of these annotations"
+            f"{path} has {there.total():,} answers for {due.total():,} questions ({'; '.join(wrong)}): pass the "
+            "annotations that belong to these answers"
         )
 
 
 def mean(numbers: Sequence[float]) -> float:
-    """0 of none."""
+    """The mean; 0 of an empty sequence."""
     return sum(numbers) / len(numbers) if numbers else 0.0
 
 

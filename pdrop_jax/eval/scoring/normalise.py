@@ -1,7 +1,7 @@
-"""Words of an answer as VQA's evaluation compares them.
+"""Normalisation of answers as in the VQA evaluation.
 
-The tables are VQA's (Antol et al., 2015), and so is what looks odd: it is part of the published numbers. Entries with a
-capital letter are left out, for words are compared in lower case.
+The tables come from VQA (Antol et al., 2015), and so do the oddities, which are part of all published numbers. Entries
+with a capital letter are omitted because words are compared in lower case.
 """
 
 import re
@@ -12,7 +12,8 @@ NUMBERS = {"none": "0"} | {
     for n, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
 }
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-MOST_FULL_STOPS = 32  # the original hands re.sub a flag, 32, in the place of the count
+EVALAI_COMMA, VQA_COMMA = r"\d,+\d", r"\d,\d"  # the two evaluations differ for "1,,2"
+MOST_FULL_STOPS = 32  # the original passes the flag re.UNICODE, which is 32, as the count of re.sub
 CONTRACTED = """
 'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
@@ -22,18 +23,19 @@ there's they'd they'd've they'll they're they've wasn't we'd've we've weren't wh
 where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
 y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-# Each is meant by what lacks one of its apostrophes; "somebody'd" loses its own.
+# Maps each word without one of its apostrophes to the word. "somebody'd" alone loses its apostrophe.
 CONTRACTIONS = {
     word[:at] + word[at + 1 :]: word for word in CONTRACTED.split() for at, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}
 
 
-def without_punctuation(text: str) -> str:
-    """A mark becomes a space, or nothing where a space is beside it anywhere or a comma stands between digits.
+def without_punctuation(text: str, comma: str = EVALAI_COMMA) -> str:
+    """Replaces each punctuation mark by a space, or removes it if a space is next to it anywhere in the text.
 
-    A full stop goes unless a digit follows. "1,000-2" becomes "10002", "t-shirt" "t shirt", "hello - you" "hello  you".
+    All marks are removed if a comma stands between digits, by the regular expression ``comma``. A full stop is removed
+    unless a digit follows. "1,000-2" becomes "10002", "t-shirt" "t shirt", "hello - you" "hello  you".
     """
-    joined = re.search(r"\d,+\d", text) is not None
+    joined = re.search(comma, text) is not None
     result = text
     for mark in PUNCTUATION:
         result = result.replace(mark, "" if joined or f"{mark} " in text or f" {mark}" in text else " ")
@@ -41,13 +43,13 @@ def without_punctuation(text: str) -> str:
 
 
 def without_articles(text: str) -> str:
-    """Lower case, numbers up to ten as digits, no articles, contractions with their apostrophes, single spaces."""
+    """Lower case, numbers up to ten as digits, articles removed, apostrophes of contractions added, single spaces."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def evalai(text: str) -> str:
-    """EvalAI's normalisation, as TextVQA and LLaVA's VQAv2 have it: "The dog's two toys," becomes "dog 's 2 toys"."""
+    """EvalAI's normalisation, used for TextVQA and LLaVA's VQAv2: "The dog's two toys," becomes "dog 's 2 toys"."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return without_articles(without_punctuation(text))

@@ -1,4 +1,4 @@
-"""TextVQA, VQAv2 and GQA: short answers in the model's own words."""
+"""TextVQA, VQAv2 and GQA: short open-ended answers."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from typing import Any
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import value
 from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read_answers
-from pdrop_jax.eval.scoring.normalise import evalai, without_articles, without_punctuation
+from pdrop_jax.eval.scoring.normalise import VQA_COMMA, evalai, without_articles, without_punctuation
 from pdrop_jax.io import read_json
 
-ENOUGH = 3  # people who gave an answer make it wholly right
+ENOUGH = 3  # matching annotators for full accuracy
 
 
 def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """VQA's accuracy of an answer among those of several people, each left out in turn.
+    """VQA accuracy of an answer, given the answers of several annotators.
 
-    With one person left out, ``min(1, matches among the others / 3)``; of this the mean. Of ten people two who gave the
-    answer make 0.6, three 0.9, four 1.
+    The mean of ``min(1, matches among the others / 3)`` with each annotator left out in turn. Among ten annotators, two
+    matches give 0.6, three 0.9, four 1.
     """
     matches = sum(truth == answer for truth in truths)
     among = [matches - (truth == answer) for truth in truths]
@@ -28,10 +28,10 @@ def soft_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def score_textvqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """TextVQA as ``llava.eval.eval_textvqa``: answers and truths normalised as EvalAI does, then ``soft_accuracy``.
+    """Scores TextVQA as ``llava.eval.eval_textvqa``: EvalAI normalisation of both sides, then ``soft_accuracy``.
 
     Args:
-      answers: an answer file; its question ids are those of the pictures, and the prompt tells their questions apart.
+      answers: an answer file. Its question ids are image ids; the prompt distinguishes the questions about an image.
       annotations: TextVQA_0.5.1_val.json.
 
     Raises:
@@ -54,18 +54,21 @@ def score_textvqa(answers: str | os.PathLike, annotations: str | os.PathLike) ->
 
 
 def textvqa_question(prompt: str) -> str:
-    """The question in a prompt of LLaVA's, among OCR tokens or before what it tells the model to do."""
+    """The question in one of LLaVA's prompts, without OCR tokens and instructions.
+
+    Prompts in which the public script finds no question, and stops, are read in the same spirit.
+    """
     if prompt.startswith("OCR tokens: "):
         asked = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
         return asked[1] if asked else prompt
-    first, *rest = prompt.split("\n")
-    return rest[0] if rest and first.startswith("Reference OCR token:") else first
+    lines = prompt.split("\n")
+    return lines[1] if len(lines) > 2 and lines[0].startswith("Reference OCR token:") else lines[0]
 
 
 def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """VQAv2: an answer as LLaVA submits it, normalised as EvalAI does, scored as the official evaluation does.
+    """Scores VQAv2: answers as LLaVA submits them (EvalAI normalisation), scored by the official VQA evaluation.
 
-    That normalises truths, and the answer once more, only where people disagree.
+    The evaluation normalises the true answers, and the submitted one again, only if the annotators disagree.
 
     Args:
       annotations: v2_mscoco_val2014_annotations.json.
@@ -83,23 +86,23 @@ def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> S
     types: dict[str, list[float]] = {}
     for answer in found:
         where = f"{path} question {answer.id}"
-        people = value(records[answer.id], "answers", list, where)
-        truths = [_on_one_line(value(person, "answer", str, where)) for person in people]
+        annotators = value(records[answer.id], "answers", list, where)
+        truths = [_on_one_line(value(annotator, "answer", str, where)) for annotator in annotators]
         text = evalai(answer.text)
         if len(set(truths)) > 1:
-            truths = [without_articles(without_punctuation(truth)) for truth in truths]
-            text = without_articles(without_punctuation(text))
-        scores.append(soft_accuracy(text.lower(), [truth.lower() for truth in truths]))
+            truths = [without_articles(without_punctuation(truth, comma=VQA_COMMA)) for truth in truths]
+            text = without_articles(without_punctuation(text, comma=VQA_COMMA))
+        scores.append(soft_accuracy(text, truths))
         types.setdefault(str(records[answer.id].get("answer_type", "other")), []).append(scores[-1])
     groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in sorted(types.items())}
     return ScoreReport("vqav2", len(scores), {"accuracy": mean(scores)}, groups)
 
 
 def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """GQA: the share of balanced questions whose answer, in lower case without a full stop at its end, is the truth.
+    """Scores GQA: exact-match accuracy over the balanced questions, in lower case without full stops at the end.
 
-    As ``convert_gqa_for_eval`` and GQA's own ``eval``, whose questions of the structural type "query" are the open
-    ones. Its consistency, validity, plausibility and grounding need files that LLaVA's evaluation does not use.
+    Follows ``convert_gqa_for_eval`` and GQA's ``eval``: questions of structural type "query" are open, all others
+    binary. Consistency, validity, plausibility and grounding need files that LLaVA's evaluation does not use.
 
     Args:
       annotations: testdev_balanced_questions.json.
@@ -122,7 +125,9 @@ def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
             structure = value(question, "types", dict, where).get("structural")
             right["open" if structure == "query" else "binary"].append(answer.text.rstrip(".").lower() == truth)
     if not any(right.values()):
-        raise UserError(f"{path} holds no balanced question, and no others are scored")
+        raise UserError(
+            f"{path} has no balanced question, and only those are scored: expected testdev_balanced_questions.json"
+        )
     groups = {name: {"accuracy": mean(of_type), "answers": len(of_type)} for name, of_type in right.items()}
     return ScoreReport(
         "gqa", sum(map(len, right.values())), {"accuracy": mean([*right["binary"], *right["open"]])}, groups

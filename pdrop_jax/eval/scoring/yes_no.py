@@ -1,4 +1,4 @@
-"""POPE and MME: questions to be answered by yes or no."""
+"""POPE and MME: yes/no questions."""
 
 import os
 import pathlib
@@ -26,17 +26,17 @@ INSTRUCTIONS = ("Answer the question using a single word or phrase.", "Please an
 
 
 def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """POPE as ``llava.eval.eval_pope``, category by category; the values of all are the means of the categories.
+    """Scores POPE as ``llava.eval.eval_pope``, by category; the overall values are means over the categories.
 
-    Labels belong to the questions of a category by their order: POPE numbers its questions anew in each category, LLaVA
-    throughout. A ratio whose denominator is 0 is 0.
+    The n-th label of a category belongs to its n-th question, because POPE restarts its question ids in each category
+    and LLaVA does not. A ratio with denominator 0 is 0.
 
     Args:
       questions: llava_pope_test.jsonl, with the category of each question.
       annotations: the folder of coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json.
 
     Raises:
-      UserError: a file is malformed, or answers, questions and annotations are not of the same questions.
+      UserError: a file is malformed, or answers, questions and annotations do not belong to the same questions.
     """
     lines = read_answers(answers)
     found = {line.id: line.text for line in lines}
@@ -53,12 +53,15 @@ def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotat
         labels = list(read_lines(path))
         if len(labels) != len(part):
             raise UserError(
-                f"{path} has {len(labels)} labels for {len(part)} questions of that category in {questions}"
+                f"{path} has {len(labels)} labels for {len(part)} questions of that category in {questions}: use "
+                "files of the same version of POPE"
             )
         truths = []
         for (number, label), (_, text, where) in zip(labels, part, strict=True):
             if not text.startswith(str(label.get("text", ""))):
-                raise UserError(f"{where} asks another question than {path} line {number}: they are of other versions")
+                raise UserError(
+                    f"{where} asks another question than {path} line {number}: use files of the same version of POPE"
+                )
             truths.append(value(label, "label", str, f"{path} line {number}") != "no")
         groups[category] = _detection([says_yes(found[name]) for name, _, _ in part], truths)
     values = {name: mean([group[name] for group in groups.values()]) for name in ("accuracy", "f1")}
@@ -66,7 +69,7 @@ def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotat
 
 
 def says_yes(text: str) -> bool:
-    """POPE's reading of an answer: yes, unless its first sentence has the word no, No or not."""
+    """POPE's interpretation of an answer: yes, unless its first sentence has the word no, No or not."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
@@ -90,13 +93,14 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def score_mme(answers: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
-    """MME as its ``calculation``: a task's score is 100 times accuracy plus the share of pictures wholly right.
+    """Scores MME as its ``calculation`` script does.
 
-    A picture has two questions. ``perception`` and ``cognition`` are the sums over their tasks, of 10 and 4 in full.
+    The score of a task is 100 * (accuracy + share of images with both questions right). ``perception`` and
+    ``cognition`` are sums over their 10 and 4 tasks.
 
     Args:
-      answers: an answer file; its question ids are task/picture, and the prompt tells a picture's questions apart.
-      annotations: the folder MME_Benchmark_release_version, of which the tasks that are there are scored.
+      answers: an answer file. Its question ids are task/image; the prompt distinguishes the questions about an image.
+      annotations: the folder MME_Benchmark_release_version. The tasks that it contains are scored.
 
     Raises:
       UserError: a file is malformed, or answers and annotations are not of the same questions.
@@ -122,7 +126,7 @@ def score_mme(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
 
 
 def mme_word(text: str) -> str:
-    """MME's reading of an answer: what its first four letters hold, "yes" before "no", else "other"."""
+    """MME's interpretation of an answer: "yes" or else "no" if its first four characters contain it, else "other"."""
     return next((word for word in ("yes", "no") if word in text.lower()[:4]), "other")
 
 
@@ -134,15 +138,18 @@ def _mme_truths(folder: pathlib.Path) -> dict[tuple[str, str, str], str]:
             for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
                 question, tab, truth = line.strip().rpartition("\t")
                 if not tab or truth.lower() not in ("yes", "no"):
-                    raise UserError(f"{path} line {number} is malformed: expected a question, a tab, Yes or No")
+                    raise UserError(f"{path} line {number} is malformed: expected a question, a tab, and Yes or No")
                 truths[_mme_key(f"{task}/{path.stem}", question)] = truth.lower()
     if not truths:
-        raise UserError(f"{folder} holds no questions of MME: it has no folder existence, count, … with .txt files")
+        raise UserError(
+            f"{folder} has no MME questions: expected MME_Benchmark_release_version, with folders existence, count, … "
+            "of .txt files"
+        )
     return truths
 
 
 def _mme_key(name: str, question: str) -> tuple[str, str, str]:
-    """Task, picture and question, without the instructions that LLaVA and MME put behind it in different ways."""
+    """Task, image and question, without the instructions that LLaVA and MME append to it in different ways."""
     for instruction in INSTRUCTIONS:
         question = question.replace(instruction, "")
     return name.split("/")[0], name.split("/")[-1].split(".")[0], " ".join(question.split())

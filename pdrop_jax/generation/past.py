@@ -1,0 +1,62 @@
+"""What a conversation keeps on the device between two turns: KV caches, and hidden states of the first stage."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.batch import Batch
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.model.cache import StageCache, empty_caches, grow
+from pdrop_jax.model.decoder import DecodeState
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a turn leaves for the next one.
+
+    Attributes:
+      ids: the tokens that are cached; IMAGE_PLACEHOLDER stands for an image.
+      asked: number of tokens in the last prompt.
+      model: caches of all stages, or of the first one only; lengths of the last prompt.
+      hidden: (1, S, D), output of the first stage, or None.
+      kept: see ``Answer``.
+    """
+
+    ids: list[int]
+    asked: int
+    model: DecodeState
+    hidden: jax.Array | None
+    kept: list[list[list[int]]]
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "width"))
+def _grown(
+    caches: tuple[StageCache | None, ...], hidden: jax.Array | None, sizes: tuple[int, ...], width: int
+) -> tuple[tuple[StageCache | None, ...], jax.Array | None]:
+    caches = tuple(cache and grow(cache, size) for cache, size in zip(caches, sizes, strict=False))
+    return caches, None if hidden is None else jnp.pad(hidden, [(0, 0), (0, width - hidden.shape[1]), (0, 0)])
+
+
+def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> tuple[DecodeState, jax.Array | None]:
+    """Caches with slots for the conversation and ``capacity`` new tokens, hidden states for the conversation."""
+    caches, hidden = past.model.caches, past.hidden
+    plan = config.schedule.plan(config.text.num_layers, whole.bucket)
+    found = tuple(0 if cache is None else cache.k.shape[3] for cache in caches)
+    sizes = tuple(max(n, stage.slots + capacity) for n, stage in zip(found, plan, strict=False))
+    width = 0 if hidden is None else max(hidden.shape[1], whole.bucket.slots)
+    if found != sizes or (hidden is not None and hidden.shape[1] != width):
+        caches, hidden = _grown(caches, hidden, sizes, width)
+    return DecodeState(caches, past.model.lengths), hidden
+
+
+def empty_past(model: Model, keeps_images: bool) -> Past:
+    """The past of the first turn; ``keeps_images`` is mode "keep"."""
+    config, dtype = model.config, model.params["embed"]["embedding"].dtype
+    caches = empty_caches(config, 1, dtype)
+    lengths = tuple(jnp.zeros(1, jnp.int32) for _ in caches)
+    if keeps_images:
+        return Past([], 0, DecodeState(caches, lengths), None, [])
+    return Past([], 0, DecodeState(caches[:1], lengths), jnp.zeros((1, 0, config.text.hidden_size), dtype), [])
