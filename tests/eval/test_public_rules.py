@@ -1,4 +1,4 @@
-"""Scores of random answer files against the rules of the public scripts, written down here a second time."""
+"""Scores of random answer files, compared with a second implementation of the public scripts' rules."""
 
 import json
 import tempfile
@@ -22,7 +22,7 @@ SAID = st.one_of(TEXT, st.sampled_from(["Yes", "No", "A", "B", "two dogs", "2 do
 
 
 def score_of(benchmark, texts, annotations, prompts=None, ids=None, questions=None):
-    """The score of an answer file; ``annotations`` is {name: content}, a lone name the argument, else their folder."""
+    """The score of an answer file. ``annotations`` is {file name: content}."""
     ids = range(len(texts)) if ids is None else ids
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -42,7 +42,7 @@ def score_of(benchmark, texts, annotations, prompts=None, ids=None, questions=No
 
 
 def scienceqa_choice(text):
-    """The whole text, or what stands before a leading ". ", or the one letter that "The answer is _?" is said of."""
+    """The letter that is the whole text, or precedes a leading ". ", or is the only one in "The answer is _?"."""
     if len(text) == 1 and text in "ABCDE":
         return text
     if len(text) > 2 and text[0] in "ABCDE" and text[1] == "." and text[2] == " ":
@@ -95,6 +95,7 @@ def test_pope(rows):
     assert group["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
     assert group["yes_ratio"] == pytest.approx(said / len(pairs))
     if tp:  # otherwise the script divides by zero
+        assert (group["precision"], group["recall"]) == (pytest.approx(tp / said), pytest.approx(tp / true))
         assert group["f1"] == pytest.approx(2 * tp / (said + true))
 
 
@@ -106,18 +107,21 @@ def test_gqa(rows):
         for n, (_, truth, kind, balanced) in enumerate(rows)
     }
     score = score_of("gqa", [text for text, *_ in rows], {"gqa.json": questions})
-    right = []
-    for n, (text, truth, _, balanced) in enumerate(rows):
+    right = {"open": [], "binary": []}
+    for n, (text, truth, kind, balanced) in enumerate(rows):
         while text.endswith("."):
             text = text[:-1]
         if balanced or n == 0:
-            right.append(text.lower() == truth)
-    assert score.values["accuracy"] == pytest.approx(sum(right) / len(right))
+            right["open" if kind == "query" else "binary"].append(text.lower() == truth)
+    every = right["open"] + right["binary"]
+    assert score.values["accuracy"] == pytest.approx(sum(every) / len(every))
+    for name, hits in right.items():
+        assert score.groups[name]["accuracy"] == pytest.approx(sum(hits) / max(len(hits), 1))
 
 
 NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {word: max(n - 1, 0) for n, word in enumerate(NUMBERS)}
-# Of VQA's table, the words that PIECES can make.
+# The words of VQA's table that PIECES can form.
 APOSTROPHES = {"dont": "don't", "hes": "he's", "somebody'd": "somebodyd", "couldnt've": "couldn't've"}
 
 
@@ -147,7 +151,7 @@ def evalai_words(text):
 
 
 def human_agreement(said, truths):
-    """Averaged over the people left out: a third for each other person who agrees, at most 1."""
+    """Averaged over the annotator left out: a third for each other annotator who agrees, at most 1."""
     shares = [min(3, sum(said == t for m, t in enumerate(truths) if m != n)) / 3 for n in range(len(truths))]
     return sum(shares) / len(shares)
 

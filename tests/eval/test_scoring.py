@@ -1,4 +1,4 @@
-"""Scores of small files, each worked out by hand beside it."""
+"""Scores of small answer files, each worked out by hand next to it."""
 
 import json
 
@@ -45,8 +45,8 @@ def answers(folder, *rows):
         ("somebody'd", "somebodyd"),
         ("a man's hat", "man 's hat"),
         ("t-shirt", "t shirt"),
-        ("red - blue", "red blue"),  # a mark beside a space goes
-        ("t-shirt - blue", "tshirt blue"),  # and then goes everywhere
+        ("red - blue", "red blue"),  # a mark next to a space is removed
+        ("t-shirt - blue", "tshirt blue"),  # and then everywhere
         ("yes?!", "yes"),
         ("what, why?", "what why"),
         ("left/right", "left right"),
@@ -111,7 +111,7 @@ def test_vqav2_normalises_truths_only_where_people_disagree(tmp_path):
     records = [
         question(1, "yes/no", *["yes"] * 10),
         question(2, "other", *["t-shirt"] * 2, *["T shirt"] * 2, *["coat"] * 6),  # all four are "t shirt": 1
-        question(3, "other", *["t-shirt"] * 10),  # agreed on, so it stays, and "t shirt" is not it: 0
+        question(3, "other", *["t-shirt"] * 10),  # unanimous, so it is not normalised, and "t shirt" differs: 0
         question(4, "number", *["two"] * 2, *["3"] * 8),  # 0.6
     ]
     annotations = write(tmp_path / "val.json", {"annotations": records})
@@ -160,13 +160,13 @@ def test_how_pope_reads_an_answer(text, yes):
 
 
 def pope(folder, texts):
-    """Six questions in two categories, whose lines alternate in the question file."""
+    """Six questions in two categories that alternate in the question file."""
     labels = ("yes", "yes", "no", "no", "yes", "no")
     rows = [(n, ("random", "popular")[n % 2], f"Is there a {n}?") for n in range(6)]
     lines = [{"question_id": n, "category": kind, "text": f"{text}\nAnswer."} for n, kind, text in rows]
     for category in ("random", "popular"):
         its = [(text, label) for (_, kind, text), label in zip(rows, labels, strict=True) if kind == category]
-        # one JSON object a line, though the file is called .json
+        # JSON lines, although the file is called .json
         text = "".join(json.dumps({"question_id": 1, "text": t, "label": label}) + "\n" for t, label in its)
         write(folder / "pope" / f"coco_pope_{category}.json", 0).write_text(text)
     return answers(folder, *enumerate(texts)), write(folder / "q.jsonl", lines), folder / "pope"

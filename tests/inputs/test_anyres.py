@@ -1,4 +1,4 @@
-"""Tiles: against the recorded sizes, torch's interpolation and what transformers cuts off."""
+"""Tiling, compared with the recorded sizes, torch's interpolation and the unpadding in transformers."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_two_tiles_side_by_side():
 
 @given(SIZES)
 def test_bars_as_transformers_finds_them(size):
-    """Hugging Face's rounding, on its own function; a picture is left whole between what is cut."""
+    """Hugging Face's rounding, compared with its own function. What remains after unpadding is contiguous."""
     import torch
 
     tiling = dataclasses.replace(NEXT, rounded=True)
@@ -117,7 +117,7 @@ def test_a_batch_of_pictures_of_different_sizes(tmp_path):
     np.testing.assert_array_equal(batch.crops[1, 0], alone.crops[0])
     np.testing.assert_array_equal(batch.crops[1, 1:4], images[2].crops)
     first, second = (batch.feature_index[1, batch.image_id[1] == m, 0] for m in (1, 2))
-    assert first.tolist() == [0, 1, 2, 3, 32]  # the newline vector stands behind the features of all 8 crops
+    assert first.tolist() == [0, 1, 2, 3, 32]  # the newline vector follows the features of all 8 crops
     assert second.tolist() == [32 if n == NEWLINE else n + 4 for n in images[2].index[:, 0]]
 
 
@@ -141,7 +141,7 @@ def test_a_picture_that_is_too_narrow(size):
 
 
 def test_a_picture_ten_times_as_wide_as_high():
-    """7.2 of 24 lines of features, so that one more is half a bar."""
+    """7.2 of 24 rows of features, so that rounding decides about one row of padding."""
     assert grid_shape((100, 1000), NEXT, 336) == (1, 3)
     assert len(token_table((100, 1000), NEXT, 336, 24)[0]) == 24**2 + 8 * (3 * 24 + 1)
 
@@ -154,7 +154,7 @@ def test_a_processor_of_other_resolutions_is_refused(tmp_path):
 
 
 def test_a_video_is_one_image_of_shrunk_frames(tmp_path):
-    """24 a side become 12, means of four; a bucket holds a power of two of frames."""
+    """24 features per side become 12, means of four; a bucket holds a power of two of frames."""
     config = LlavaConfig(tiling=Tiling.next())
     frames = np.zeros((3, 8, 8, 3), np.float32)
     video = pooled(frames, config)

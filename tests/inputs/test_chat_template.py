@@ -150,7 +150,7 @@ def test_ids_with_placeholders_match_the_recorded_ones(llama):
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet=" abet\n\té你▁.", max_size=12) | st.text(max_size=8))
 def test_ids_of_any_text_are_sentencepieces(llama, sentencepiece_model, text):
-    assume(IMAGE_TAG not in text)  # hypothesis finds it in our source
+    assume(IMAGE_TAG not in text)  # hypothesis takes the tag from the source code
     tokenizer, _ = llama
     assert token_ids(tokenizer, text) == [1, *sentencepiece_model.encode(text)]
 
@@ -221,7 +221,7 @@ def test_tags_nested_a_hundred_thousand_times_are_taken_out_at_once():
     st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.sampled_from([t for t in TEMPLATES if t != "plain"])
 )
 def test_a_conversation_has_the_tags_of_its_questions_and_no_others(turns, template):
-    """Whatever the answers were, once they are without tags, and wherever they meet questions and marks."""
+    """For any answers without tags, also where they adjoin questions and markers."""
     asked = [(question, without_tags(answer)) for question, answer in turns]
     tags = sum(question.count(IMAGE_TAG) for question, _ in turns)
     placed = place_images(asked, tags)

@@ -1,4 +1,4 @@
-"""Pictures that are damaged, enormous, narrow, or no files at all: tokens, or a line, soon and in little memory."""
+"""Damaged, huge and narrow images and other files give tokens or a one-line error, in little time and memory."""
 
 import io
 import resource
@@ -49,7 +49,7 @@ def encoded(kind, size=(23, 17), frames=1, **options):
 
 
 def png(width, height, rows=b""):
-    """A PNG whose head says so; ``rows`` are its pixels, compressed."""
+    """A PNG whose header states this size; ``rows`` are its compressed pixels."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -59,7 +59,7 @@ def png(width, height, rows=b""):
 
 
 def read(path, folder, what):
-    """What all readers of pictures make of a file: tokens or a line. Returns the lines."""
+    """Reads a file with every image reader, which gives tokens or a one-line error. Returns the errors."""
     said = []
     for name in CONFIGS:
         with one_line((what, name)) as lines:
@@ -75,7 +75,7 @@ def read(path, folder, what):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_flipped_bits_truncation_and_other_endings(kind, tmp_path):
     data = encoded(kind)
-    path = tmp_path / "a.jpg"  # what the file is counts, not what its name says
+    path = tmp_path / "a.jpg"  # the content of the file counts, not its name
     path.write_bytes(data)
     assert read(path, tmp_path, kind) == []
     random = np.random.default_rng(1)
@@ -84,7 +84,7 @@ def test_flipped_bits_truncation_and_other_endings(kind, tmp_path):
         read(path, tmp_path, (kind, "cut", cut))
     for n in range(25):
         changed = bytearray(data)
-        head = n % 2 * min(64, len(data))  # half of the bits in the head, where the sizes are
+        head = n % 2 * min(64, len(data))  # half of the bits are in the header, which has the sizes
         for at in random.integers(0, head or len(data), 1 + n % 3):
             changed[at] ^= 1 << random.integers(8)
         path.write_bytes(changed)
@@ -128,7 +128,7 @@ def test_a_head_that_claims_too_much(size, words, tmp_path):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_narrow_pictures_however_they_come(turned, tmp_path):
-    """As an array, as Pillow's, as a frame of a video, in a file, and turned by its EXIF."""
+    """As an array, a Pillow image, a frame of a video, a file, and rotated by EXIF."""
     size = (1, MAX_EDGE + 1)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""preprocessor_config.json with every value replaced by what it must not be: a line, or pictures of finite numbers."""
+"""preprocessor_config.json with each value replaced by bad ones: a one-line error, or finite pixel values."""
 
 import json
 

@@ -63,7 +63,7 @@ def test_pixels_match_the_recorded_ones(name, mode, tmp_path):
     contiguous = np.ascontiguousarray(pixels)
     np.testing.assert_allclose(contiguous.mean((1, 2)), recorded["mean"][0], atol=1e-6)
     np.testing.assert_allclose(contiguous.std((1, 2)), recorded["std"][0], atol=1e-6)
-    # numpy's float32 sums depend on the layout by 1e-5: these were recorded from an array whose channels lie together.
+    # numpy's float32 sums depend on the layout by 1e-5: these were recorded from a channels-last array.
     blocks = pixels.reshape(3, 12, 28, 12, 28).mean((2, 4))
     np.testing.assert_allclose(blocks, recorded["blockmean28"][0], atol=1e-6)
 

@@ -164,7 +164,7 @@ def test_labels_stand_where_their_tokens_do():
     assert batch.labels[0].tolist() == [no, 7, no, no, no, no, 8, no, 10, no]
     assert (batch.labels[[1, 2, 4]] == no).all()
     assert batch.labels[3].tolist() == [5, 6] + [no] * 8
-    # Right before each run of targets; without one the last text slot; nothing stands before slot 0.
+    # Right before each run of targets, or the last text slot if there is none; nothing precedes slot 0.
     assert batch.query_rows.tolist() == [
         [0, 5, 7, -1],
         [1, -1, -1, -1],
@@ -253,7 +253,7 @@ def test_one_picture_needs_a_list(processor):
 
 
 def test_folder_without_tokenizer(tmp_path):
-    for name in (None, "tokenizer_config.json"):  # transformers alone makes an empty tokenizer out of the latter
+    for name in (None, "tokenizer_config.json"):  # transformers makes an empty tokenizer out of the latter
         if name:
             shutil.copy(TOKENIZER / name, tmp_path)
         with pytest.raises(
@@ -317,7 +317,7 @@ def test_stream_of_any_ids_is_the_decoded_text(processor, ids):
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """A tokenizer of GPT-2's kind: bytes as letters, no BOS."""
+    """A tokenizer like GPT-2's: bytes as letters, no BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Damaged tokenizer files: a line that names the folder or the file, or a tokenizer that can be used."""
+"""Damaged tokenizer files give a one-line error that names the folder or file, or a usable tokenizer."""
 
 import json
 import os
@@ -140,7 +140,7 @@ def test_a_damaged_sentencepiece_model(sentencepiece, capfd):
 
 
 def test_a_template_with_a_token_that_is_not_defined(serialized, capfd):
-    """The tokenizers library panics over it, and only when it is used."""
+    """The tokenizers library would panic, and only when the tokenizer is used."""
     file = serialized / "tokenizer.json"
     data = json.loads(file.read_text())
     data["post_processor"]["single"][0]["SpecialToken"]["id"] = "<nowhere>"

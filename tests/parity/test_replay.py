@@ -1,4 +1,4 @@
-"""The recorded vectors of the official code, case by case, and that the check notices what is off."""
+"""Replays every recorded case of the official code, and checks that errors are detected."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ CASES = {
 
 
 def test_every_case_by_programs_as_shipped():
-    """In a process of its own, since the programs of the tests are unoptimised."""
+    """In a separate process, because the tests compile without optimisation."""
     code = f"""
 import dataclasses, json, pathlib
 from pdrop_jax.parity.replay import Reference, check
