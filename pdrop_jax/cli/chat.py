@@ -6,8 +6,6 @@ import pathlib
 import sys
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from pdrop_jax.cli.options import (
     Attention,
     Dtype,
@@ -20,6 +18,7 @@ from pdrop_jax.cli.options import (
     Score,
     mesh_sizes,
     progress,
+    unset,
 )
 from pdrop_jax.errors import UserError, error_text, printable
 from pdrop_jax.generation.sampling import Sampling
@@ -30,7 +29,7 @@ COMMANDS = "/image FILE adds an image to the next question, /reset starts a new 
 
 def run(
     model: Model = None,
-    image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
+    image: Annotated[tuple[pathlib.Path, ...], unset("FILE [FILE …]")] = (),
     mode: Literal["keep", "rerank"] = "rerank",
     layers: Layers = None,
     ratios: Ratios = None,

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import tyro
 
-from pdrop_jax.cli.options import Mesh, mesh_sizes
+from pdrop_jax.cli.options import Mesh, mesh_sizes, unset
 from pdrop_jax.errors import printable
 
 
 def run(
     folder: tyro.conf.Positional[pathlib.Path],
-    case: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME …]")] = (),
+    case: Annotated[tuple[str, ...], unset("NAME [NAME …]", "all")] = (),
     mesh: Mesh = (),
 ) -> int:
     """Replay recorded reference vectors and print the largest error of each case. The exit code is 1 if a case fails.

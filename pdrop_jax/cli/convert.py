@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Layers, Ratios
+from pdrop_jax.cli.options import LAYERS, File, Flag, Folder, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
 from pdrop_jax.schedule import parse_schedule
@@ -17,37 +17,37 @@ def run(
     out: Annotated[
         tyro.conf.Positional[pathlib.Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint=" ")
     ] = None,
-    llm: pathlib.Path | None = None,
-    vision: pathlib.Path | None = None,
-    projector: pathlib.Path | None = None,
-    projector_type: Literal["mlp2x_gelu", "linear"] | None = None,
+    llm: Folder = None,
+    vision: Folder = None,
+    projector: File = None,
+    projector_type: Annotated[Literal["mlp2x_gelu", "linear"] | None, unset("{mlp2x_gelu,linear}")] = None,
     seed: int = 0,
-    template: str | None = None,
-    tokenizer: pathlib.Path | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    layers: Layers = None,
-    ratios: Ratios = None,
-    check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    template: Annotated[str | None, unset("NAME")] = None,
+    tokenizer: Folder = None,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, unset("{float32,bfloat16}")] = None,
+    layers: Annotated[tuple[str, ...] | None, unset(LAYERS)] = None,
+    ratios: Annotated[tuple[float, ...] | None, unset("R [R …]")] = None,
+    check: Flag = False,
 ) -> None:
     """Convert a LLaVA checkpoint (original or Hugging Face), or build one to train: --llm DIR --vision DIR OUT.
 
     Args:
-      source: checkpoint folder with config.json and safetensors or .bin weights (omit it with --llm).
-      out: output folder; it must not exist.
-      llm: folder of a LLaMA, Mistral or Qwen2 language model; a new LLaVA is built from it and --vision.
-      vision: folder of the vision tower, for --llm or for an original checkpoint without one.
-      projector: pretrained projector (mm_projector.bin or .safetensors) that replaces the checkpoint's or the newly
+      source: Checkpoint folder with config.json and safetensors or .bin weights (omit it with --llm).
+      out: Output folder; it must not exist.
+      llm: Folder of a LLaMA, Mistral or Qwen2 language model; a new LLaVA is built from it and --vision.
+      vision: Folder of the vision tower, for --llm or for an original checkpoint without one.
+      projector: Pretrained projector (mm_projector.bin or .safetensors) that replaces the checkpoint's or the newly
         initialized one.
-      projector_type: projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
+      projector_type: Projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
       seed: RNG seed for initializing a new projector.
-      template: prompt template (default: vicuna_v1 for LLaMA, llama_3 for Llama 3, mistral_instruct for Mistral, qwen
+      template: Prompt template (default: vicuna_v1 for LLaMA, llama_3 for Llama 3, mistral_instruct for Mistral, qwen
         for Qwen2).
-      tokenizer: folder with the tokenizer files (default: the checkpoint's or the language model's).
-      dtype: dtype of the stored arrays (default: float32 if the checkpoint is float32, otherwise bfloat16).
-      layers: numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24
+      tokenizer: Folder with the tokenizer files (default: the checkpoint's or the language model's).
+      dtype: Dtype of the stored arrays (default: float32 if the checkpoint is float32, otherwise bfloat16).
+      layers: Numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24
         layers); "none" disables dropping.
-      ratios: fraction of each image's original tokens kept after each drop (default: 0.5 0.25 0.125).
-      check: compare the logits with those of the PyTorch model (requires torch).
+      ratios: Fraction of each image's original tokens kept after each drop (default: 0.5 0.25 0.125).
+      check: Compare the logits with those of the PyTorch model (requires torch).
     """
     from pdrop_jax.convert.importer import write
     from pdrop_jax.convert.sources import open_parts, open_source

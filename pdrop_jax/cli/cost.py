@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import pathlib
 from typing import Annotated, Any
 
-import tyro
-
 from pdrop_jax.analysis.budget import schedule_for_budget
-from pdrop_jax.cli.options import ConfigModel, Layers, Ratios
+from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, Ratios, Score, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
 from pdrop_jax.schedule import parse_schedule
@@ -20,15 +17,15 @@ def run(
     model: ConfigModel = "llava-1.5-7b",
     layers: Layers = None,
     ratios: Ratios = None,
-    score: str | None = None,
-    average_tokens: float | None = None,
-    macs: float | None = None,
-    cache_bytes: float | None = None,
-    image_tokens: int | None = None,
+    score: Score = None,
+    average_tokens: Annotated[float | None, unset("N")] = None,
+    macs: Annotated[float | None, unset("N")] = None,
+    cache_bytes: Annotated[float | None, unset("N")] = None,
+    image_tokens: Annotated[int | None, unset("N")] = None,
     text_tokens: int = 64,
-    plot: pathlib.Path | None = None,
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    plot: File = None,
+    overwrite: Flag = False,
+    json_output: Json = False,
 ) -> None:
     """Print the cost of a prompt with one image, dense and with drops. KV cache sizes are for bfloat16.
 
@@ -36,18 +33,13 @@ def run(
     where tokens are dropped.
 
     Args:
-      layers: layers after which image tokens are dropped, none, or a preset (default: the model's schedule).
-        The presets paper, tokens-192, tokens-128 and tokens-64 are for 32 layers.
-      ratios: fraction of the image tokens kept after each drop.
-      score: token-scoring function that selects the image tokens to keep (default: the schedule's).
-      average_tokens: budget of image tokens per layer, averaged over layers.
-      macs: budget of multiply-accumulates (MACs) of the language model, by the paper's formula.
-      cache_bytes: budget of KV cache bytes for the image tokens.
-      image_tokens: number of image tokens (default: the model's maximum for one image).
-      text_tokens: number of text tokens of the prompt.
-      plot: plot the costs to this file (.png, .svg or .pdf).
-      overwrite: replace the --plot file if it exists.
-      json_output: print a JSON object instead of a table.
+      average_tokens: Budget of image tokens per layer, averaged over layers.
+      macs: Budget of multiply-accumulates (MACs) of the language model, by the paper's formula.
+      cache_bytes: Budget of KV cache bytes for the image tokens.
+      image_tokens: Number of image tokens (default: the model's maximum for one image).
+      text_tokens: Number of text tokens of the prompt.
+      plot: Plot the costs to this file (.png, .svg or .pdf).
+      overwrite: Replace the --plot file if it exists.
     """
     if plot:
         from pdrop_jax.analysis.plots import PLOTS, check_matplotlib

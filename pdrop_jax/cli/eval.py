@@ -8,6 +8,7 @@ import sys
 from pdrop_jax.cli.options import (
     Attention,
     Dtype,
+    Flag,
     Json,
     Layers,
     Mesh,
@@ -41,7 +42,7 @@ def run(
     mesh: Mesh = (),
     no_verify: NoVerify = False,
     outside_images: OutsideImages = False,
-    overwrite: bool = False,
+    overwrite: Flag = False,
     json_output: Json = False,
 ) -> int:
     """Answer every question of a file. An interrupted run is resumed by running the same command again.

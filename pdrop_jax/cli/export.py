@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pdrop_jax.cli.options import Flag, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
 
@@ -15,17 +16,17 @@ def run(
     model: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="MODEL")],
     out: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="OUT")],
     format: Literal["hf", "original", "pdrop"],
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    single_file: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, unset("{float32,bfloat16,float16}")] = None,
+    single_file: Flag = False,
 ) -> None:
     """Export a converted or trained model. PyTorch formats do not store the drop schedule.
 
     Args:
-      model: a pdrop checkpoint or a training run folder; LoRA adapters are merged.
-      out: output folder; it must not exist.
-      format: hf (transformers, with a chat template), original (the original LLaVA code) or pdrop.
-      dtype: dtype of the stored arrays (default: the checkpoint's).
-      single_file: store all arrays in one file (only with --format pdrop).
+      model: A pdrop checkpoint or a training run folder; LoRA adapters are merged.
+      out: Output folder; it must not exist.
+      format: Hf (transformers, with a chat template), original (the original LLaVA code) or pdrop.
+      dtype: Dtype of the stored arrays (default: the checkpoint's).
+      single_file: Store all arrays in one file (only with --format pdrop).
     """
     from pdrop_jax.train.result import is_run, model_of
 

@@ -10,6 +10,8 @@ import tyro
 from pdrop_jax.cli.options import (
     Attention,
     Dtype,
+    File,
+    Flag,
     Json,
     Layers,
     Mesh,
@@ -21,6 +23,7 @@ from pdrop_jax.cli.options import (
     Score,
     mesh_sizes,
     progress,
+    unset,
 )
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.generation.sampling import Sampling
@@ -31,8 +34,8 @@ from pdrop_jax.schedule import parse_schedule
 def run(
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT …]")],
     model: Model = None,
-    image: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FILE [FILE …]")] = (),
-    video: Annotated[tuple[pathlib.Path, ...], tyro.conf.arg(metavar="FRAME [FRAME …]")] = (),
+    image: Annotated[tuple[pathlib.Path, ...], unset("FILE [FILE …]")] = (),
+    video: Annotated[tuple[pathlib.Path, ...], unset("FRAME [FRAME …]")] = (),
     layers: Layers = None,
     ratios: Ratios = None,
     score: Score = None,
@@ -42,9 +45,9 @@ def run(
     attention: Attention = "auto",
     mesh: Mesh = (),
     no_verify: NoVerify = False,
-    picture: pathlib.Path | None = None,
-    heatmap: pathlib.Path | None = None,
-    overwrite: bool = False,
+    picture: File = None,
+    heatmap: File = None,
+    overwrite: Flag = False,
     json_output: Json = False,
 ) -> None:
     """Answer one question about images, or several questions as one batch.

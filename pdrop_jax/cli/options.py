@@ -19,6 +19,16 @@ def _option(text: str, metavar: str | None = None, default: str = "", name: str 
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default and f"(default: {default})", name=name)
 
 
+def unset(metavar: str | None = None, default: str = "", name: str | None = None) -> Any:
+    """The annotation of an option that may be left out, so that --help does not say "(default: None)"."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default and f"(default: {default})", name=name)
+
+
+File = Annotated[pathlib.Path | None, unset("FILE")]
+Folder = Annotated[pathlib.Path | None, unset("DIR")]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, unset()]
+
+
 LAYERS = f"N [N …]|none|{'|'.join(PRESETS)}"
 
 Layers = Annotated[
@@ -53,10 +63,12 @@ ConfigModel = Annotated[
         "llava-1.5-7b",
     ),
 ]
-Dtype = Annotated[Literal["float32", "bfloat16"] | None, _option("Compute dtype.", None, "the checkpoint's")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16"] | None, _option("Compute dtype.", "{float32,bfloat16}", "the checkpoint's")
+]
 Quantize = Annotated[
     Literal["int8"] | None,
-    _option("Quantize the weights of the decoder's linear layers; activations keep their dtype.", None, "no"),
+    _option("Quantize the weights of the decoder's linear layers; activations keep their dtype.", "{int8}", "no"),
 ]
 Attention = Annotated[
     Literal["auto", "xla", "blocked", "cudnn", "splash"],
@@ -66,9 +78,13 @@ Mesh = Annotated[
     tuple[str, ...],
     _option("Size of each device mesh axis: data, fsdp, tensor.", "AXIS=N [AXIS=N …]", "one device"),
 ]
-NoVerify = Annotated[bool, _option("Load the weights without comparing them with their checksums.", default="off")]
-OutsideImages = Annotated[bool, _option('Allow images outside the --images folder, such as "../1.png".', default="off")]
-Json = Annotated[bool, _option("Print one JSON object instead of text.", default="off", name="json")]
+NoVerify = Annotated[
+    bool, tyro.conf.FlagCreatePairsOff, _option("Load the weights without comparing them with their checksums.")
+]
+OutsideImages = Annotated[
+    bool, tyro.conf.FlagCreatePairsOff, _option('Allow images outside the --images folder, such as "../1.png".')
+]
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, _option("Print one JSON object instead of text.", name="json")]
 SamplingOptions = Annotated[Sampling, tyro.conf.arg(name="")]  # --max-new-tokens, --temperature, …
 
 

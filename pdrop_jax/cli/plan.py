@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import ConfigModel, Layers, Mesh, Ratios, mesh_sizes, progress
+from pdrop_jax.cli.options import ConfigModel, Flag, Json, Layers, Ratios, mesh_sizes, progress, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.schedule import parse_schedule
 
@@ -16,36 +16,33 @@ INFERENCE_ADVICE = "a smaller batch (--batch), more devices along tensor"
 
 
 def run(
-    topology: str,
+    topology: Annotated[str, tyro.conf.arg(metavar="NAME")],
     model: ConfigModel = "llava-1.5-7b",
     mode: Literal["train", "prefill", "decode"] = "train",
-    mesh: Mesh = (),
+    mesh: Annotated[tuple[str, ...], unset("AXIS=N [AXIS=N …]")] = (),
     bucket: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TEXT [IMAGE …]")] = (128, 576),
     batch: int = 128,
     grad_accum_steps: int = 1,
     layers: Layers = None,
     ratios: Ratios = None,
-    quantize: Literal["int8"] | None = None,
+    quantize: Annotated[Literal["int8"] | None, unset("{int8}", "no")] = None,
     dense: bool = True,
-    suggest: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    suggest: Flag = False,
+    json_output: Json = False,
 ) -> None:
     """Compile a program for a TPU slice on this machine and print the memory that each device needs. No TPU is used.
 
     Args:
       topology: TPU type and chip grid, e.g. v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1, tpu7x:2x2x1.
-      mode: program to compile, in bfloat16. Full fine-tuning has float32 master weights and moments.
-      mesh: devices along the mesh axes data, fsdp and tensor (default: all along fsdp).
-      bucket: text tokens per row, followed by the number of tokens of each image.
-      batch: global batch size in rows.
-      grad_accum_steps: microbatches per training step.
-      layers: layers after which image tokens are dropped, or none (default: the model's schedule).
-      ratios: fraction of the image tokens kept after each drop.
-      quantize: quantize the weights of the decoder's linear layers for inference. All other weights stay bfloat16.
-      dense: also compile the program without drops, for comparison.
-      suggest: try several meshes, and find the fewest microbatches or, for inference, the largest batch that fits.
+      mode: Program to compile, in bfloat16. Full fine-tuning has float32 master weights and moments.
+      mesh: Devices along the mesh axes data, fsdp and tensor (default: all along fsdp).
+      bucket: Text tokens per row, followed by the number of tokens of each image.
+      batch: Global batch size in rows.
+      grad_accum_steps: Microbatches per training step.
+      quantize: Quantize the weights of the decoder's linear layers for inference. All other weights stay bfloat16.
+      dense: Also compile the program without drops, for comparison.
+      suggest: Try several meshes, and find the fewest microbatches or, for inference, the largest batch that fits.
         Meshes that communicate the fewest bytes per row come first.
-      json_output: print a JSON object instead of a table.
     """
     if quantize and mode == "train":
         raise UserError("--quantize applies to inference only: give --mode prefill or --mode decode")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Json
+from pdrop_jax.cli.options import File, Json
 from pdrop_jax.errors import UserError, printable
 
 
@@ -15,7 +15,7 @@ def run(
     benchmark: tyro.conf.Positional[Literal["pope", "textvqa", "gqa", "vqav2", "scienceqa", "mme"]],
     answers: pathlib.Path,
     annotations: pathlib.Path,
-    questions: pathlib.Path | None = None,
+    questions: File = None,
     split: str = "test",
     json_output: Json = False,
 ) -> None:

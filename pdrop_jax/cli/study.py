@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from pdrop_jax.cli.options import LAYERS, Dtype, Model, NoVerify, OutsideImages, progress
+from pdrop_jax.cli.options import LAYERS, Dtype, File, Flag, Model, NoVerify, OutsideImages, progress, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_outputs, write_file
 from pdrop_jax.schedule import parse_schedule
@@ -19,19 +19,19 @@ def run(
     images: pathlib.Path = pathlib.Path(),
     layers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="N [N …]|all")] = ("all",),
     ratios: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0),
-    schedule_layers: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar=LAYERS)] = None,
-    schedule_ratios: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="R [R …]")] = None,
-    scores: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME …]")] = None,
-    limit: int | None = None,
+    schedule_layers: Annotated[tuple[str, ...] | None, unset(LAYERS)] = None,
+    schedule_ratios: Annotated[tuple[float, ...] | None, unset("R [R …]")] = None,
+    scores: Annotated[tuple[str, ...] | None, unset("NAME [NAME …]")] = None,
+    limit: Annotated[int | None, unset("N")] = None,
     batch_size: int = 8,
     max_new_tokens: int = 16,
     dtype: Dtype = None,
     no_verify: NoVerify = False,
-    out: pathlib.Path | None = None,
-    plot: pathlib.Path | None = None,
-    html: pathlib.Path | None = None,
+    out: File = None,
+    plot: File = None,
+    html: File = None,
     outside_images: OutsideImages = False,
-    overwrite: bool = False,
+    overwrite: Flag = False,
 ) -> None:
     """Measure what dropping image tokens does to a model's answers, next to the effect of unrelated noise.
 
@@ -45,7 +45,7 @@ def run(
       layers: Layers of the single drops.
       ratios: Ratios of the single drops.
       schedule_layers: Layers of the schedule at which scoring functions are compared (default: the checkpoint's).
-      schedule_ratios: Ratios of that schedule.
+      schedule_ratios: Ratios of that schedule (default: the checkpoint's).
       scores: Scoring functions to compare, names in pdrop_jax.model.scores (default: all that apply).
       limit: Use only the first LIMIT questions.
       batch_size: Questions per batch.

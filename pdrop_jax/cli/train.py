@@ -4,29 +4,29 @@ from typing import Annotated
 
 import tyro
 
-from pdrop_jax.cli.options import Mesh, mesh_sizes
+from pdrop_jax.cli.options import Flag, mesh_sizes, unset
 
 
 def run(
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")],
-    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE [KEY=VALUE …]")] = (),
-    mesh: Mesh = (),
-    allow_changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
+    settings: Annotated[tuple[str, ...], unset("KEY=VALUE [KEY=VALUE …]", name="set")] = (),
+    mesh: Annotated[tuple[str, ...], unset("AXIS=N [AXIS=N …]")] = (),
+    allow_changes: Flag = False,
+    coordinator: Annotated[str | None, unset("HOST:PORT")] = None,
+    num_processes: Annotated[int | None, unset("N")] = None,
+    process_id: Annotated[int | None, unset("N")] = None,
 ) -> None:
     """Train a model. To resume a run that was stopped or killed, run the same command again.
 
     Args:
       recipe: TOML or JSON file, or a preset:
         llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain, llava-next-finetune.
-      settings: override settings of the recipe, e.g. run.steps=100.
-      mesh: devices along the mesh axes data, fsdp and tensor (default: the recipe's mesh, or all devices along fsdp).
-      allow_changes: resume even if the recipe, the data or the starting model has changed since the run was started.
+      settings: Override settings of the recipe, e.g. run.steps=100.
+      mesh: Devices along the mesh axes data, fsdp and tensor (default: the recipe's mesh, or all devices along fsdp).
+      allow_changes: Resume even if the recipe, the data or the starting model has changed since the run was started.
       coordinator: HOST:PORT of process 0 for multi-process training. Not needed under SLURM and on Cloud TPUs.
-      num_processes: total number of processes. Not needed under SLURM and on Cloud TPUs.
-      process_id: index of this process, starting at 0. Not needed under SLURM and on Cloud TPUs.
+      num_processes: Total number of processes. Not needed under SLURM and on Cloud TPUs.
+      process_id: Index of this process, starting at 0. Not needed under SLURM and on Cloud TPUs.
     """
     from pdrop_jax.train.processes import check_options, together
     from pdrop_jax.train.recipe import load_recipe
