@@ -24,7 +24,10 @@ from pdrop_jax.errors import UserError, error_text, printable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
-COMMANDS = "/image FILE adds an image to the next question, /reset starts a new conversation, /exit ends the chat"
+COMMANDS = (
+    "/image FILE adds an image to the next question, /reset starts a new conversation, /help prints this, "
+    "/exit ends the chat"
+)
 
 
 def run(

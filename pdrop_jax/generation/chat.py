@@ -27,6 +27,7 @@ from pdrop_jax.generation.engine import (
     first_token,
     on_devices,
     rows_on_devices,
+    stop_ids_of,
 )
 from pdrop_jax.generation.next_token import TokenSampler, token_sampler
 from pdrop_jax.generation.past import Past, empty_past, with_room
@@ -117,10 +118,10 @@ class Session:
           stream: called with new text while the answer grows.
 
         Raises:
-          UserError: unreadable picture, image tags and pictures do not match, more turns than the
-            template can hold, a conversation longer than the model's positions.
+          UserError: a picture cannot be read, image tags and pictures do not match, the template cannot hold more
+            turns, or the conversation needs more positions than the model has.
         """
-        max_new_tokens, sampler = sampling.max_new_tokens, token_sampler(sampling)
+        max_new_tokens = sampling.max_new_tokens
         processor, config = self._model.processor, self._model.config
         pictures = as_list(image)
         new_row = processor.row([(question, None)], pictures, self._template)
@@ -147,7 +148,6 @@ class Session:
         whole.crops = whole.crops[:, :0]
 
         self._past = None  # until the answer is complete, since the caches are donated
-        stop_ids = np.array(processor.stop_ids, np.int32)
         timer = Timer()
         capacity = capacity_for(max_new_tokens)
         with on_devices(self._model):
@@ -162,8 +162,8 @@ class Session:
                 hidden,
                 np.int32(back),
                 jax.random.fold_in(jax.random.key(sampling.seed), len(turns)),
-                sampler,
-                stop_ids,
+                token_sampler(sampling),
+                stop_ids_of(self._model),
                 slots=whole.bucket.slots,
                 capacity=capacity,
                 implementation=self._implementation,
@@ -171,7 +171,7 @@ class Session:
             prefill_seconds = timer.lap()
             size = cache_bytes(state.model.caches) + (0 if hidden is None else hidden.nbytes)
             send = None if stream is None else lambda row, text: stream(text)
-            state, (new,) = finish(self._model, state, max_new_tokens, sampler, stop_ids, timer, send)
+            state, (new,) = finish(self._model, state, sampling, timer, send)
         drawn = int(state.step)
 
         if self._mode == "keep":

@@ -167,8 +167,6 @@ def generate_batch(
 ) -> Generation:
     """Same as ``generate``, for a batch that ``model.processor`` has prepared."""
     config, processor = model.config, model.processor
-    sampler = token_sampler(sampling)
-    stop_ids = np.array(processor.stop_ids, np.int32)
     timer = Timer()
     with on_devices(model):
         state, logits, drops = timer.call(
@@ -177,15 +175,15 @@ def generate_batch(
             model.params,
             rows_on_devices(model, batch),
             jax.random.key(sampling.seed),
-            sampler,
-            stop_ids,
+            token_sampler(sampling),
+            stop_ids_of(model),
             capacity=capacity_for(sampling.max_new_tokens),
             implementation=implementation,
         )
         prefill_seconds = timer.lap()
         size = cache_bytes(state.model.caches)
         lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
-        state, token_ids = finish(model, state, sampling.max_new_tokens, sampler, stop_ids, timer, stream)
+        state, token_ids = finish(model, state, sampling, timer, stream)
     drops = jax.device_get(drops)
     return Generation(
         texts=[processor.decode(ids) for ids in token_ids],
@@ -207,6 +205,11 @@ def capacity_for(max_new_tokens: int) -> int:
     return -(-max_new_tokens // CAPACITY_STEP) * CAPACITY_STEP
 
 
+def stop_ids_of(model: Model) -> np.ndarray:
+    """(n,) int32, tokens that end an answer."""
+    return np.array(model.processor.stop_ids, np.int32)
+
+
 def on_devices(model: Model) -> contextlib.AbstractContextManager:
     """The context for jitted calls: the model's mesh, if it has one."""
     return contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
@@ -221,24 +224,19 @@ def rows_on_devices(model: Model, batch: Batch) -> Batch:
 
 
 def finish(
-    model: Model,
-    state: State,
-    max_new_tokens: int,
-    sampler: TokenSampler,
-    stop_ids: np.ndarray,
-    timer: Timer,
-    stream: Callable[[int, str], None] | None,
+    model: Model, state: State, sampling: Sampling, timer: Timer, stream: Callable[[int, str], None] | None
 ) -> tuple[State, list[list[int]]]:
-    """Decodes until every row is done or has ``max_new_tokens`` tokens; consumes ``state``.
+    """Decodes until every row is done or has ``sampling.max_new_tokens`` tokens; consumes ``state``.
 
     Returns:
       (state, new tokens of each row without the stop token).
     """
-    streams = [model.processor.stream() for _ in state.done] if stream else []
+    sampler, stop_ids, most = token_sampler(sampling), stop_ids_of(model), sampling.max_new_tokens
+    streams = [model.processor.stream() for _ in range(len(state.done))] if stream else []
     sent = 0
     while True:
         step, done, tokens = jax.device_get((state.step, state.done.all(), state.tokens))
-        over = bool(done) or step >= max_new_tokens
+        over = bool(done) or step >= most
         for row, text in enumerate(streams):
             new = _until_stop(tokens[row, :step], stop_ids)[sent:]
             piece = "".join(map(text.put, new)) + (text.end() if over else "")
@@ -247,7 +245,7 @@ def finish(
         sent = int(step)
         if over:
             return state, [_until_stop(row[:sent], stop_ids) for row in tokens]
-        until = min(step + STREAM_EVERY, max_new_tokens) if stream else max_new_tokens
+        until = min(step + STREAM_EVERY, most) if stream else most
         state = timer.call(decode, model.config, model.params, state, np.int32(until), sampler, stop_ids)
 
 

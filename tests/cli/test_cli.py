@@ -203,7 +203,10 @@ def test_the_commands_of_a_chat(pdrop, model, monkeypatch):
     result = pdrop("chat", "--model", model, "--max-new-tokens", 4)
     assert result.code == 0
     (text,) = answers_of(model, [("Who is it?", None)])  # the image was reset
-    about = "/image FILE adds an image to the next question, /reset starts a new conversation, /exit ends the chat"
+    about = (
+        "/image FILE adds an image to the next question, /reset starts a new conversation, /help prints this, "
+        "/exit ends the chat"
+    )
     assert result.stdout == f"> {about}\n" + "> " * 5 + text + "\n> "
     assert result.stderr.splitlines()[:2] == [f"unknown command {line!r}: {about}" for line in ("/hlep", "/image")]
 
