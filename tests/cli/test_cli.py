@@ -139,7 +139,7 @@ def test_mistakes_are_one_line_and_exit_2(fails, model, args, words):
 
 
 def test_a_folder_that_is_no_checkpoint(fails, tmp_path):
-    assert "no checkpoint" in fails("generate", "--model", tmp_path, "--prompt", "Hi")
+    assert "is not a checkpoint" in fails("generate", "--model", tmp_path, "--prompt", "Hi")
 
 
 def test_a_pytorch_checkpoint_is_to_be_converted_first(fails):

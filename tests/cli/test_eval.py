@@ -70,6 +70,6 @@ def test_mistakes_are_named_before_the_model_is_read(pdrop, tmp_path):
         tmp_path / "a.jsonl",
     )
     assert "40 pictures are not there" in fails(pdrop(*nowhere, "--images", tmp_path))
-    assert "no checkpoint" in fails(pdrop(*nowhere, "--images", GRIDS))
+    assert "is not a checkpoint" in fails(pdrop(*nowhere, "--images", GRIDS))
     assert "temperature" in fails(pdrop(*nowhere, "--images", GRIDS, "--temperature", -1))
     assert list(tmp_path.iterdir()) == []

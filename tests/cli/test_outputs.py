@@ -96,17 +96,17 @@ def test_an_output_that_is_there(output, fails):
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_output_that_may_be_goes_on_to_the_model(output, fails):
     name = f"new{ENDINGS.get(output, '.png')}"
-    assert "model is no checkpoint" in fails(*OUTPUTS[output], name)
+    assert "model is not a checkpoint" in fails(*OUTPUTS[output], name)
     if output != "eval --out":
         assert f"there is no folder {pathlib.Path('nowhere')}" in fails(*OUTPUTS[output], f"nowhere/{name}")
         pathlib.Path(name).write_text("older")
-        assert "model is no checkpoint" in fails(*OUTPUTS[output], name, "--overwrite")
+        assert "model is not a checkpoint" in fails(*OUTPUTS[output], name, "--overwrite")
         assert pathlib.Path(name).read_text() == "older"
 
 
 def test_two_outputs_of_one_name(fails):
-    assert "named as two outputs" in fails(*OUTPUTS["generate --picture"], "a.png", "--heatmap", "./a.png")
-    assert "named as two outputs" in fails(*OUTPUTS["study --out"], "a.png", "--plot", "a.png")
+    assert "used for two outputs" in fails(*OUTPUTS["generate --picture"], "a.png", "--heatmap", "./a.png")
+    assert "used for two outputs" in fails(*OUTPUTS["study --out"], "a.png", "--plot", "a.png")
 
 
 @pytest.mark.parametrize("command", FOLDERS)
@@ -116,7 +116,7 @@ def test_a_folder_that_is_there_or_cannot_be(command, fails):
     pathlib.Path("file").touch()
     for path in ("folder", "fifo", "file", "dangling", "/dev/null"):
         assert f"{path} exists: remove it or choose another folder" in fails(*_with(FOLDERS[command], path))
-    assert "file is no folder" in fails(*_with(FOLDERS[command], "file/new"))
+    assert "file is not a folder" in fails(*_with(FOLDERS[command], "file/new"))
 
 
 def _with(command, out):
