@@ -112,20 +112,21 @@ class Study:
 def run_study(
     model: Model,
     questions: Sequence[Question],
+    sampling: Sampling = Sampling(max_new_tokens=16),
     *,
     schedule: DropSchedule | None = None,
     layers: Sequence[int] | None = None,
     ratios: Sequence[float] = (0.0, 0.1, 0.25, 0.5, 1.0),
     scores: Sequence[str] | None = None,
     batch_size: int = 8,
-    max_new_tokens: int = 16,
 ) -> Study:
-    """Asks all questions in every setting, with greedy decoding.
+    """Asks all questions in every setting.
 
     The questions' fields may hold the expected ``answer`` and the same question ``reworded``. Unless all questions have
     the latter, that kind of noise is left out.
 
     Args:
+      sampling: of every setting, with the same seed; the default is greedy decoding of up to 16 tokens.
       schedule: schedule at which scores and controls are compared; None is the model's own.
       layers: layers of the single drops, which use the score "pyramiddrop"; None is all.
       ratios: ratios of the single drops.
@@ -157,7 +158,6 @@ def run_study(
 
     expected = _field(questions, ANSWER)
     clusters = [question.images[0] if question.images else question.id for question in questions]
-    sampling = Sampling(max_new_tokens=max_new_tokens)
     asking = functools.partial(ask, questions=questions, batch_size=batch_size, sampling=sampling)
     whole = reschedule(model, DropSchedule.none())
     reference = asking(whole)

@@ -9,6 +9,7 @@ import tyro
 
 from pdrop_jax.cli.options import LAYERS, Dtype, File, Flag, Model, NoVerify, OutsideImages, progress, unset
 from pdrop_jax.errors import UserError, printable
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_outputs, write_file
 from pdrop_jax.schedule import parse_schedule
 
@@ -81,12 +82,12 @@ def run(
     study = run_study(
         loaded,
         asked,
+        Sampling(max_new_tokens=max_new_tokens),
         schedule=parse_schedule(schedule_layers, schedule_ratios),
         layers=which,
         ratios=ratios,
         scores=scores,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
     )
     print(printable(table(study), keep="\n"))  # before anything is written: the disk may be full
     if warning(study):

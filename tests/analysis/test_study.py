@@ -105,7 +105,7 @@ def test_as_json(study):
 
 def test_without_answers_and_other_words(model):
     bare = [dataclasses.replace(question, fields={}) for question in QUESTIONS[:2]]
-    found = run_study(model, bare, layers=[], scores=[], batch_size=2, max_new_tokens=1)
+    found = run_study(model, bare, Sampling(1), layers=[], scores=[], batch_size=2)
     assert found.right is None
     assert [row.setting.name for row in found.group("noise")] == ["nothing", "float32"]
 
