@@ -51,7 +51,7 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
       dtype: None is that of the checkpoint.
 
     Raises:
-      UserError: ``out`` exists, ``model`` is no checkpoint or lacks what the format needs; nothing is written.
+      UserError: ``out`` exists, ``model`` is not a checkpoint or lacks what the format needs; nothing is written.
       OSError: the disk is full or may not be written; nothing is left behind.
     """
     config = LlavaConfig.load(model)

@@ -96,7 +96,7 @@ def test_endings_and_two_outputs_of_one_name():
     assert check_output("a.PNG", endings=(".png", ".svg")).name == "a.PNG"
     check_outputs([("a.png", [".png"]), (None, [".svg"]), ("b.x", ())])
     pathlib.Path("link").symlink_to("a")
-    with pytest.raises(UserError, match=r"/a is named as two outputs"):
+    with pytest.raises(UserError, match=r"/a is used for two outputs"):
         check_outputs([("a", ()), ("link", ())])
 
 
@@ -106,7 +106,7 @@ def test_what_was_made_meanwhile_stays_and_nothing_is_lost():
             new.write_text("ours")
             theirs()
 
-    with pytest.raises(UserError, match=r"/a\.txt was made by another program meanwhile: .* is in (\S+)") as caught:
+    with pytest.raises(UserError, match=r"/a\.txt was created by another program in the meantime: .* is in (\S+)") as caught:
         write(lambda: pathlib.Path("a.txt").write_text("theirs"), overwrite=False)
     spare = pathlib.Path(str(caught.value).rpartition(" ")[2])
     assert content() == {"a.txt": b"theirs", spare.name: b"ours"}
@@ -173,8 +173,8 @@ def test_a_new_folder():
         "file": "file exists: remove it",
         "dangling": "dangling exists",
         ".": "exists",
-        "file/a": "/file is no folder",
-        "/dev/null/a": "/dev/null is no folder",
+        "file/a": "/file is not a folder",
+        "/dev/null/a": "/dev/null is not a folder",
     }.items():
         with pytest.raises(UserError, match=words):
             check_new_folder(path)

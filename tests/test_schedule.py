@@ -82,13 +82,13 @@ def test_json_without_positions_is_dense():
     ("layers", "ratios", "message"),
     [
         ((8, 16), (0.5,), "2 drop layers .* but 1 ratios"),
-        ((8, 8), (0.5, 0.4), "must ascend"),
-        ((16, 8), (0.5, 0.4), "must ascend"),
-        ((-1, 8), (0.5, 0.4), "must ascend"),
-        ((8,), (1.5,), r"must lie in 0\.\.1"),
-        ((8,), (-0.1,), r"must lie in 0\.\.1"),
-        ((8,), (float("nan"),), r"must lie in 0\.\.1"),
-        ((8, 16), (0.5, 0.6), "must not rise"),
+        ((8, 8), (0.5, 0.4), "must be ascending"),
+        ((16, 8), (0.5, 0.4), "must be ascending"),
+        ((-1, 8), (0.5, 0.4), "must be ascending"),
+        ((8,), (1.5,), r"must be in 0\.\.1"),
+        ((8,), (-0.1,), r"must be in 0\.\.1"),
+        ((8,), (float("nan"),), r"must be in 0\.\.1"),
+        ((8, 16), (0.5, 0.6), "must not increase"),
     ],
 )
 def test_a_wrong_schedule_is_refused(layers, ratios, message):

@@ -103,7 +103,7 @@ def load(
       The config, with ``schedule`` if one is given, and the parameters stacked by its stages.
 
     Raises:
-      UserError: ``folder`` is no checkpoint or a damaged one, its arrays do not fit its config, the schedule does
+      UserError: ``folder`` is not a checkpoint or a damaged one, its arrays do not fit its config, the schedule does
         not fit the decoder or names a score that is unknown or not for it, or ``quantize`` is something else.
     """
     if quantize not in (None, "int8"):
@@ -141,7 +141,7 @@ def fingerprint(folder: str | os.PathLike) -> str:
     """A hash of a checkpoint's config and arrays. Orbax names its files at random, so names and sizes identify it.
 
     Raises:
-      UserError: ``folder`` is no checkpoint.
+      UserError: ``folder`` is not a checkpoint.
     """
     digest = hashlib.blake2b(digest_size=16)
     arrays = storage.SINGLE_FILE if storage.is_single_file(pathlib.Path(folder)) else storage.SIZES

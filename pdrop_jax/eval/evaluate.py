@@ -151,7 +151,7 @@ def describe(
     "sampling" is None for greedy decoding. Otherwise it includes the batch size, since rows of a batch share a key.
 
     Raises:
-      UserError: ``folder`` is no checkpoint, or the schedule does not fit it.
+      UserError: ``folder`` is not a checkpoint, or the schedule does not fit it.
     """
     config = LlavaConfig.load(folder)
     schedule = schedule or config.schedule

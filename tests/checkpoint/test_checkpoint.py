@@ -260,7 +260,7 @@ def test_each_array_is_gone_when_the_next_is_made(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"is no checkpoint: it has no config\.json"):
+    with pytest.raises(UserError, match=r"is not a checkpoint: it has no config\.json"):
         checkpoint.load(tmp_path)
     CONFIG.save(tmp_path)
     with pytest.raises(UserError, match=r"holds no arrays, neither params/ nor params\.safetensors"):

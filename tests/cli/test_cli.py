@@ -114,7 +114,7 @@ def test_another_score(pdrop, model):
     [
         (("--layers", 4, 2, "--ratios", 0.5, 0.25), "ascend"),
         (("--layers", 2, 8, "--ratios", 0.5, 0.25), "decoder of 8 layers"),
-        (("--layers", 2, 4, "--ratios", 0.25, 0.5), "must not rise"),
+        (("--layers", 2, 4, "--ratios", 0.25, 0.5), "must not increase"),
         (("--layers", 2, "--ratios", 1.5), "0..1"),
         (("--layers", 2, 4, "--ratios", 0.5), "one ratio for each layer"),
         (("--layers", 2), "belong together"),

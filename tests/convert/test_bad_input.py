@@ -71,7 +71,7 @@ def test_the_message_names_the_tensors_as_the_checkpoint_does(original, tmp_path
 def test_a_folder_that_is_no_checkpoint(hf, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path, "is not a checkpoint: it has no config.json")
-    refused(tmp_path / "nowhere", tmp_path, "is no checkpoint")
+    refused(tmp_path / "nowhere", tmp_path, "is not a checkpoint")
     (hf / "model.safetensors").unlink()
     refused(hf, tmp_path, "it has neither model.safetensors nor pytorch_model.bin")
 
@@ -136,7 +136,7 @@ def test_a_pickle_without_torch(hf, tmp_path, monkeypatch):
 
 def test_quantised_tensors(hf, tmp_path):
     rewrite(hf, lambda tensors: tensors | {"language_model.model.norm.weight": np.zeros(48, np.int8)})
-    refused(hf, tmp_path, "language_model.model.norm.weight is I8: convert the checkpoint as it was before")
+    refused(hf, tmp_path, "language_model.model.norm.weight is I8: convert the checkpoint from before it was")
 
 
 def test_no_vision_tower_to_be_found(original, tmp_path):

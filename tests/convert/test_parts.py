@@ -280,7 +280,7 @@ def test_a_projector_file_that_cannot_be_read(suffix, parts, tmp_path):
 
 def test_a_projector_in_the_folder_of_the_language_model(parts, tmp_path):
     (parts / "mm_projector.bin").rename(parts / "llm" / "mm_projector.bin")
-    refused(parts, tmp_path, "llm holds a projector already: .* --projector FILE")
+    refused(parts, tmp_path, "llm already contains a projector: .* --projector FILE")
 
 
 def test_all_that_is_wrong_with_the_parts_is_reported_at_once(parts, tmp_path):
@@ -292,7 +292,7 @@ def test_all_that_is_wrong_with_the_parts_is_reported_at_once(parts, tmp_path):
 
     rewrite(parts / "vision", spoil)
     text = refused(parts, tmp_path, "1 missing, 1 unexpected, 1 of another shape", lines=4)
-    assert text.startswith(f"{parts}/llm and {parts}/vision do not hold the models")
+    assert text.startswith(f"{parts}/llm and {parts}/vision do not contain the models")
     assert "missing: model.layers.1.mlp.up_proj.weight [96, 48]" in text
     assert "color [2]" in text
 

@@ -224,7 +224,7 @@ def test_a_config_survives_both_formats(config):
         (ORIGINAL_7B, {"mm_vision_select_feature": "pooled"}, "patch or cls_patch"),
         (ORIGINAL_7B, {"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         (ORIGINAL_7B, {"mm_hidden_size": 768}, "mm_hidden_size is 768 .* hidden_size 1024"),
-        (ORIGINAL_7B, {"mm_vision_tower": "somebody/tower"}, "'somebody/tower' is not at hand: .* --vision DIR"),
+        (ORIGINAL_7B, {"mm_vision_tower": "somebody/tower"}, "'somebody/tower' was not found: .* --vision DIR"),
         (ORIGINAL_7B, {"mm_vision_select_layer": -30}, "names no hidden state"),
         (HF_7B, {"model_type": "llava_next"}, "tiled into"),
         (HF_7B, {"model_type": "llava_next_video", "spatial_pool_mode": "conv"}, "spatial_pool_mode 'conv' is not sup"),
@@ -240,7 +240,7 @@ def test_a_config_survives_both_formats(config):
         ),
         (HF_7B, {"projector_hidden_act": "relu"}, "'relu'"),
         (HF_7B, {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
-        (HF_7B, {"vision_feature_layer": [-2, -5]}, "one layer"),
+        (HF_7B, {"vision_feature_layer": [-2, -5]}, "only a single layer"),
         (HF_7B, {"vision_feature_select_strategy": "cls"}, "default or full"),
         (
             HF_7B,
@@ -255,7 +255,7 @@ def test_a_config_survives_both_formats(config):
         (
             HF_7B,
             {"vision_config": {"model_type": "siglip_vision_model"}},
-            "'default' cuts off .* siglip tower has none",
+            "'default' removes .* siglip tower has none",
         ),
     ],
 )

@@ -369,7 +369,7 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_start": "nowhere"}, "nowhere is no checkpoint"),
+        ({"model_start": "nowhere"}, "nowhere is not a checkpoint"),
         ({"data_images": "nowhere"}, "data.images is nowhere, which is not a folder"),
         ({"data_conversations": "nowhere.json"}, "nowhere.json cannot be read: there is no such file"),
         ({"model_groups": ("head",)}, "model.groups.0 is 'head', it must be 'vision', 'projector', 'llm' or 'lora'"),
