@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.inference import Flags as Shape
 from benchmarks.inference import machine, make_batch, make_torch
 from examples.demo.dataset import record, write_conversations
-from examples.demo.grids import Turn
+from examples.demo.grids import QuestionAnswer
 from examples.demo.model import preprocessor
 from examples.demo.tokenizer import TEMPLATE, write_tokenizer
 from pdrop_jax.analysis.cost import training_macs
@@ -174,7 +174,9 @@ def time_pipeline(flags: Flags, workers: int) -> float:
         for number in range(flags.pictures):
             coarse = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
             coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
-            records.append(record(f"{number}.jpg", [Turn("place", "What is in row 1, column 2?", "sandal")] * 3))
+            records.append(
+                record(f"{number}.jpg", [QuestionAnswer("place", "What is in row 1, column 2?", "sandal")] * 3)
+            )
         write_conversations(folder / "data.json", records)
         data = DataRecipe(str(folder / "data.json"), str(folder), template=TEMPLATE, max_length=1024)
         with contextlib.redirect_stderr(io.StringIO()):

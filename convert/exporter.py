@@ -30,7 +30,7 @@ TOWER_CLASSES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class ExportSummary:
     """What an export wrote."""
 
     dtype: str
@@ -38,7 +38,7 @@ class Summary:
     bytes: int
 
 
-def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DType | None = None) -> Summary:
+def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DType | None = None) -> ExportSummary:
     """Writes checkpoint ``model`` as PyTorch checkpoint ``out``: config.json, safetensors, tokenizer files.
 
     In format "hf" a chat template comes with the tokenizer: the source's own, or ours as Jinja.
@@ -82,7 +82,7 @@ def _write_tensors(
     naming: Naming,
     dtype: str,
     unrun: dict[str, np.ndarray],
-) -> Summary:
+) -> ExportSummary:
     """Shards of whole arrays of ours; ``unrun`` goes with the last. An index is written if there are several."""
     shards = list(_shards(leaves(config, naming), np.dtype(DTYPES[dtype]).itemsize))
     weight_map: dict[str, str] = {}
@@ -103,7 +103,7 @@ def _write_tensors(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return Summary(dtype, len(weight_map), total)
+    return ExportSummary(dtype, len(weight_map), total)
 
 
 def _shards(arrays: Iterable[Leaf], itemsize: int) -> Iterator[list[Leaf]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pdrop_jax.config import MAX_PROJECTOR_LAYERS, MAX_TILES, LlavaConfig, TextConfig, Tiling, VisionConfig
 from pdrop_jax.convert.hf_parts import ORIGINAL_TYPES, read_text, text_to_hf, vision_from_hf, vision_to_hf
-from pdrop_jax.convert.hf_schema import Generation, Llava, OriginalLlava, Preprocessor, Resolutions, one_of
+from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, OriginalLlava, Preprocessor, Resolutions, one_of
 from pdrop_jax.convert.projector import projector_type
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
@@ -56,7 +56,7 @@ def llava_from_hf(
     text, special, fields = (
         _original(data, vision, where) if kind in originals else _hugging_face(data, preprocessor or {}, where)
     )
-    end = validated(Generation, generation or {}, "generation_config.json").eos_token_id
+    end = validated(GenerationSettings, generation or {}, "generation_config.json").eos_token_id
     if end is None:
         end = special.eos_token_id
     ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)

@@ -79,7 +79,7 @@ class Vision(Section):
     vision_config: dict[str, Any] | None = None  # in the config of a whole CLIP or SigLIP, beside its text model
 
 
-class Generation(Section):
+class GenerationSettings(Section):
     """generation_config.json."""
 
     eos_token_id: TokenId | Annotated[list[TokenId], Field(max_length=64)] | None = None

@@ -23,7 +23,7 @@ from pdrop_jax.schedule import DropSchedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class ImportSummary:
     """What a conversion wrote."""
 
     config: LlavaConfig
@@ -41,7 +41,7 @@ def convert(
     tokenizer: pathlib.Path | None = None,
     dtype: DType | None = None,
     schedule: DropSchedule | None = None,
-) -> Summary:
+) -> ImportSummary:
     """``write`` of ``open_source``: checkpoint ``out`` from the PyTorch checkpoint ``source``."""
     return write(open_source(source, vision, schedule), out, tokenizer=tokenizer, dtype=dtype)
 
@@ -53,7 +53,7 @@ def write(
     tokenizer: pathlib.Path | None = None,
     dtype: DType | None = None,
     template: str | None = None,
-) -> Summary:
+) -> ImportSummary:
     """Writes checkpoint ``out``.
 
     Peak memory is the largest array, its largest PyTorch tensor and orbax's buffers.
@@ -81,7 +81,7 @@ def write(
         storage.write(new, _stacks(arrays, tensors, dtype))
         _write_unrun(source, new / checkpoint.UNUSED, dtype)
         config.save(new)
-        return Summary(
+        return ImportSummary(
             config,
             dtype,
             tensors=len(tensors),

@@ -15,7 +15,7 @@ from examples.demo.evaluate import LATER, Accuracy, draw_cases, table
 from examples.demo.grids import KINDS, PATTERNS, SHIFT, SIDE, TURNS, Told, augment, converse, draw_grid, first_question
 from examples.demo.model import SCHEDULE, demo_config, demo_params, position_table, write_start
 from examples.demo.photos import GARMENTS, PIXELS, photos
-from examples.demo.report import Cost, cost_of, rows_of
+from examples.demo.report import RunCost, cost_of, rows_of
 from examples.demo.tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.pretrained import DEMO, load
@@ -322,7 +322,7 @@ def test_what_a_run_cost_is_in_its_log(tmp_path):
     lines = [{"event": "compiled", "step": 1}, *({"step": n, "seconds": s, **step} for n, s in enumerate([9, 2, 1], 1))]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     cost = cost_of(tmp_path)
-    assert cost == Cost(steps=3, seconds=2, hours=12 / 3600, gmacs=4.0)
+    assert cost == RunCost(steps=3, seconds=2, hours=12 / 3600, gmacs=4.0)
     assert rows_of([cost, cost])[1] == ["seconds a step", "2.00", "2.00"]
     with pytest.raises(
         UserError, match=r"is not the folder of a run: .*log\.jsonl cannot be read: there is no such file"

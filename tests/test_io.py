@@ -106,7 +106,9 @@ def test_what_was_made_meanwhile_stays_and_nothing_is_lost():
             new.write_text("ours")
             theirs()
 
-    with pytest.raises(UserError, match=r"/a\.txt was created by another program in the meantime: .* is in (\S+)") as caught:
+    with pytest.raises(
+        UserError, match=r"/a\.txt was created by another program in the meantime: .* is in (\S+)"
+    ) as caught:
         write(lambda: pathlib.Path("a.txt").write_text("theirs"), overwrite=False)
     spare = pathlib.Path(str(caught.value).rpartition(" ")[2])
     assert content() == {"a.txt": b"theirs", spare.name: b"ours"}

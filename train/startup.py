@@ -29,7 +29,7 @@ def describe(
     run: RunRecipe, groups: Collection[str], config: LlavaConfig, dataset: Dataset, state: TrainState, steps: int
 ) -> str:
     """Summary of a run as text: data, steps, parameters, batch shapes, sequence slots of each stage, and cost."""
-    planned = dataset.plan(run.batch_size, run.seed, 0)
+    planned = dataset.plan_epoch(run.batch_size, run.seed, 0)
     shapes = Counter((batch.bucket, batch.queries) for batch in planned)
     (bucket, _), _ = shapes.most_common(1)[0]
     slots = [stage.slots for stage in config.schedule.plan(config.text.num_layers, bucket)]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from examples.demo.grids import Turn, check_drawing, converse, draw_grid
+from examples.demo.grids import QuestionAnswer, check_drawing, converse, draw_grid
 from pdrop_jax.checkpoint import new_folder
 
 CONVERSATIONS = "conversations.json"
@@ -39,7 +39,7 @@ def write_dataset(folder: str | os.PathLike, pictures: int, seed: int = 0) -> No
         write_conversations(new / CONVERSATIONS, records)
 
 
-def record(image: str, turns: list[Turn]) -> dict[str, Any]:
+def record(image: str, turns: list[QuestionAnswer]) -> dict[str, Any]:
     """A conversation about the picture ``image`` in LLaVA's format."""
     values = []
     for number, turn in enumerate(turns):

@@ -40,7 +40,7 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class QuestionAnswer:
     kind: str  # a key of KINDS
     question: str
     answer: str
@@ -157,19 +157,19 @@ KINDS: dict[str, tuple[Ask, float]] = {
 }
 
 
-def converse(labels: np.ndarray, rng: np.random.Generator, turns: int = TURNS) -> list[Turn]:
+def converse(labels: np.ndarray, rng: np.random.Generator, turns: int = TURNS) -> list[QuestionAnswer]:
     """``turns`` questions about a grid, with their answers."""
     names, shares = list(KINDS), [share for _, share in KINDS.values()]
-    told, found = Told(), list[Turn]()
+    told, found = Told(), list[QuestionAnswer]()
     while len(found) < turns:
         kind = names[rng.choice(len(names), p=shares)]
         exchange = KINDS[kind][0](labels, rng, told)
         if exchange:
-            found.append(Turn(kind, *exchange))
+            found.append(QuestionAnswer(kind, *exchange))
     return found
 
 
-def first_question(kind: str, labels: np.ndarray, rng: np.random.Generator) -> Turn | None:
+def first_question(kind: str, labels: np.ndarray, rng: np.random.Generator) -> QuestionAnswer | None:
     """A question of ``kind`` at the start of a conversation; None if this grid allows none."""
     exchange = KINDS[kind][0](labels, rng, Told())
-    return Turn(kind, *exchange) if exchange else None
+    return QuestionAnswer(kind, *exchange) if exchange else None

@@ -21,7 +21,7 @@ NUMBERS = ("loss", "seconds", "macs")  # keys in the line of a step
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class RunCost:
     """What a run cost.
 
     Attributes:
@@ -36,7 +36,7 @@ class Cost:
     gmacs: float
 
 
-def cost_of(run: pathlib.Path) -> Cost:
+def cost_of(run: pathlib.Path) -> RunCost:
     """The cost of a run that logged every step, from its log.
 
     Raises:
@@ -52,10 +52,10 @@ def cost_of(run: pathlib.Path) -> Cost:
     if not steps:
         raise UserError(f"{run / FILE} contains no steps: train first")
     seconds = [line["seconds"] for line in steps]
-    return Cost(len(steps), statistics.median(seconds), sum(seconds) / 3600, steps[-1]["macs"] / 1e9)
+    return RunCost(len(steps), statistics.median(seconds), sum(seconds) / 3600, steps[-1]["macs"] / 1e9)
 
 
-def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
+def rows_of(costs: Sequence[RunCost]) -> list[list[str]]:
     """One row per kind of cost, one cell per run."""
     return [
         ["GMACs a step", *(f"{cost.gmacs:.1f}" for cost in costs)],

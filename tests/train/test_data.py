@@ -227,8 +227,8 @@ def test_plans_are_repeatable_and_differ_by_seed_and_epoch(dataset, grouped):
     for data in (dataset, grouped):
         orders = {}
         for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
-            plan = data.plan(B, seed, epoch)
-            for one, again in zip(plan, data.plan(B, seed, epoch), strict=True):
+            plan = data.plan_epoch(B, seed, epoch)
+            for one, again in zip(plan, data.plan_epoch(B, seed, epoch), strict=True):
                 np.testing.assert_array_equal(one.rows, again.rows)
                 assert one[1:] == again[1:]
             orders[seed, epoch] = tuple(np.concatenate([planned.rows for planned in plan]))
@@ -287,7 +287,7 @@ def test_grouping_puts_rows_of_as_many_pictures_together():
 
 def test_shapes_are_few(dataset):
     shapes = dataset.shapes(B, 0, epochs=5)
-    assert shapes == {(p.bucket, p.queries) for epoch in range(5) for p in dataset.plan(B, 0, epoch)}
+    assert shapes == {(p.bucket, p.queries) for epoch in range(5) for p in dataset.plan_epoch(B, 0, epoch)}
     assert {bucket.text for bucket, _ in shapes} <= {32, 64, 128, 200}
     assert {bucket.images for bucket, _ in shapes} <= {(), (4,)}
     assert {queries for _, queries in shapes} <= {1, 2, 4}
@@ -315,7 +315,7 @@ def test_rows_of_several_pictures(tmp_path):
     assert dataset.sizes.pictures.tolist() == [n % 4 for n in range(20)]
     processor = Processor.load(TOKENIZER, CONFIG)
     pixels = [to_crop(open_image(tmp_path / f"images/{n}.png"), processor.image_processor, "square") for n in range(5)]
-    planned = dataset.plan(B, 0, 0)
+    planned = dataset.plan_epoch(B, 0, 0)
     for step, (rows, bucket, queries) in zip(pipeline(dataset, B, 0, 5), planned, strict=True):
         assert step.batch.bucket == bucket
         assert queries == 2
@@ -345,7 +345,7 @@ def test_a_row_weighs_in_a_mixed_batch_what_it_weighs_alone(tmp_path):
         (loss, drops), gradient = run(params, batch)
         return loss, dict(zip(planned.rows.tolist(), kept_tokens(batch, drops), strict=True)), gradient
 
-    (together,), alone = dataset.plan(2, 0, 0), dataset.plan(1, 0, 0)
+    (together,), alone = dataset.plan_epoch(2, 0, 0), dataset.plan_epoch(1, 0, 0)
     assert {len(planned.bucket.images) for planned in alone} == {1, len(together.bucket.images)} == {1, 4}
     loss, kept, gradient = loss_kept_gradient(together)
     losses, kepts, gradients = zip(*map(loss_kept_gradient, alone), strict=True)
@@ -380,7 +380,7 @@ def test_a_row_is_cut_between_its_pictures_and_one_that_is_lost_is_grey(tmp_path
 
 def test_batches_are_the_planned_rows(dataset):
     steps = list(pipeline(dataset, B, seed=3, steps=10))  # 7 an epoch
-    planned = dataset.plan(B, 3, 0) + dataset.plan(B, 3, 1)[:3]
+    planned = dataset.plan_epoch(B, 3, 0) + dataset.plan_epoch(B, 3, 1)[:3]
     assert len(steps) == len(planned)
     for step, (rows, bucket, queries) in zip(steps, planned, strict=True):
         assert not step.invalid
@@ -432,7 +432,7 @@ def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
     spoil(tmp_path, kind)
     steps = list(pipeline(dataset, B, 0, 5, workers=workers))
     assert sum((step.invalid for step in steps), Counter()) == {"corrupt image": 4}
-    for step, planned in zip(steps, dataset.plan(B, 0, 0), strict=True):
+    for step, planned in zip(steps, dataset.plan_epoch(B, 0, 0), strict=True):
         for b, row in enumerate(planned.rows):
             n = step.batch.length[b]
             assert n == dataset.sizes.text[row] + 4

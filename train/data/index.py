@@ -96,7 +96,7 @@ class Dataset:
                 'data.invalid to "skip"'
             ) from None
 
-    def plan(self, batch_size: int, seed: int, epoch: int) -> list[Planned]:
+    def plan_epoch(self, batch_size: int, seed: int, epoch: int) -> list[Planned]:
         """Plans the batches of ``epoch`` (from 0), identically in every process. The last incomplete batch is dropped.
 
         Args:
@@ -114,7 +114,7 @@ class Dataset:
         return {
             (planned.bucket, planned.queries)
             for epoch in range(epochs)
-            for planned in self.plan(batch_size, seed, epoch)
+            for planned in self.plan_epoch(batch_size, seed, epoch)
         }
 
     @functools.cached_property

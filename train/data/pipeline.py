@@ -130,4 +130,4 @@ def _load(dataset: Dataset, batch_size: int, seed: int, rows: slice, step: int) 
 
 @functools.lru_cache(maxsize=2)
 def _plan(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> list[Planned]:
-    return dataset.plan(batch_size, seed, epoch)
+    return dataset.plan_epoch(batch_size, seed, epoch)

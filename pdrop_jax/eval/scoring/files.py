@@ -1,4 +1,4 @@
-"""Answer files, the check that every question is answered exactly once, and the report of a score."""
+"""ScoredAnswer files, the check that every question is answered exactly once, and the report of a score."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ class ScoreReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """A line of an answer file; ``where`` locates it for error messages, e.g. "a.jsonl line 3"."""
 
     id: str
@@ -39,7 +39,7 @@ class Answer:
     where: str
 
 
-def read_answers(path: str | os.PathLike) -> list[Answer]:
+def read_answers(path: str | os.PathLike) -> list[ScoredAnswer]:
     """Reads an answer file in LLaVA's format, whichever program wrote it. A missing prompt is read as "".
 
     Raises:
@@ -49,7 +49,7 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
     for number, line in read_lines(pathlib.Path(path)):
         where = f"{path} line {number}"
         answer_id, text = value(line, "question_id", (str, int), where), value(line, "text", str, where)
-        answers.append(Answer(str(answer_id), text, value({"prompt": "", **line}, "prompt", str, where), where))
+        answers.append(ScoredAnswer(str(answer_id), text, value({"prompt": "", **line}, "prompt", str, where), where))
     if not answers:
         raise UserError(f"{path} has no answers: expected JSON lines with question_id, prompt and text")
     return answers
