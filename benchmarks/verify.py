@@ -33,7 +33,7 @@ import sys, time
 import jax
 from flax.traverse_util import flatten_dict
 from pdrop_jax import checkpoint
-from pdrop_jax.checksums import checksums
+from pdrop_jax.checkpoint.checksums import checksums
 jax.numpy.zeros(1).block_until_ready()
 began = time.perf_counter()
 _, params = checkpoint.load(sys.argv[1], verify=sys.argv[2] == "True")

@@ -240,6 +240,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
     write_data(tmp_path / "data")
     write_start(tmp_path / "start")
-    for mesh, message in ((MeshRecipe(fsdp=3), "needs 3 devices"), (MeshRecipe(tensor=3), "a process has 8 devices")):
+    refused = {"needs 3 devices": MeshRecipe(fsdp=3), "each process has 8 devices": MeshRecipe(tensor=3)}
+    for message, mesh in refused.items():
         with pytest.raises(UserError, match=message):
             train(dataclasses.replace(recipe_in(tmp_path), mesh=mesh))

@@ -127,7 +127,7 @@ def test_a_single_file_holds_the_arrays_under_our_names(single, params):
 @CONTAINERS
 def test_adapters_are_not_saved(single_file, params, tmp_path):
     adapted = add_lora(params, CONFIG, 4, 8)
-    with pytest.raises(UserError, match="carry LoRA adapters, a checkpoint holds plain ones: merge_lora them first"):
+    with pytest.raises(UserError, match="carry LoRA adapters, which a checkpoint cannot hold: call merge_lora first"):
         checkpoint.save(tmp_path / "out", CONFIG, adapted, single_file=single_file)
     assert not list(tmp_path.iterdir())
     checkpoint.save(tmp_path / "out", CONFIG, merge_lora(adapted), single_file=single_file)
@@ -213,7 +213,7 @@ def test_parameters_of_another_config_are_not_saved(params, tmp_path):
 
 
 def test_a_disk_without_space_is_told_beforehand(params, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     with pytest.raises(UserError, match=r"out needs 0\.4 MB, but the disk has 0\.1 MB free"):
         checkpoint.save(tmp_path / "out", CONFIG, params)
     assert not list(tmp_path.iterdir())
@@ -345,11 +345,11 @@ def test_a_schedule_that_does_not_fit(saved):
 @pytest.mark.parametrize("schedule", [None, DropSchedule((3,), (0.5,))], ids=["own", "moved"])
 def test_loaded_in_int8(schedule, saved, params):
     config, found = checkpoint.load(saved, schedule=schedule, quantize="int8")
-    assert_equal(found, quantize_decoder(restage(params, CONFIG, config.schedule)))
+    assert_equal(found, quantize_decoder(config, restage(params, CONFIG, config.schedule)))
 
 
 def test_what_cannot_be_quantized(saved, params, tmp_path):
     with pytest.raises(UserError, match="cannot be quantized to 'int4': choose 'int8'"):
         checkpoint.load(saved, quantize="int4")
-    with pytest.raises(UserError, match="are quantized, a checkpoint holds plain ones"):
-        checkpoint.save(tmp_path / "int8", CONFIG, quantize_decoder(params))
+    with pytest.raises(UserError, match="are quantized, which a checkpoint cannot hold"):
+        checkpoint.save(tmp_path / "int8", CONFIG, quantize_decoder(CONFIG, params))

@@ -181,7 +181,7 @@ def test_a_linear_projector_goes_to_the_original_format_only(original, tmp_path)
     convert(original, tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back", "original")
     assert_same(weights(tmp_path / "back"), weights(original))
-    with pytest.raises(UserError, match="projector of 2 layers, this model's has 1: use --format original"):
+    with pytest.raises(UserError, match="projector of 2 layers, but this model's has 1: use --format original"):
         export(tmp_path / "ours", tmp_path / "hf", "hf")
 
 

@@ -1,4 +1,4 @@
-"""ScoredAnswer files, the check that every question is answered exactly once, and the report of a score."""
+"""Answer files, the check that every question is answered exactly once, and the report of a score."""
 
 import collections
 import dataclasses

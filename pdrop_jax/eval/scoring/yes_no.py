@@ -22,7 +22,7 @@ PERCEPTION = (
     "OCR",
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-INSTRUCTIONS = ("ScoredAnswer the question using a single word or phrase.", "Please answer yes or no.")
+INSTRUCTIONS = ("Answer the question using a single word or phrase.", "Please answer yes or no.")
 
 
 def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotations: str | os.PathLike) -> ScoreReport:
