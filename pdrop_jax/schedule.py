@@ -6,13 +6,15 @@ The schedule determines every shape of the model, so tracing needs nothing but a
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from pdrop_jax.batch import Bucket
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, validated
+
+if TYPE_CHECKING:  # batch imports jax, which the command line does not wait for
+    from pdrop_jax.batch import Bucket
 
 Positions = Literal["dense", "original"]
 
@@ -97,7 +99,7 @@ class DropSchedule:
         edges = (0, *self.layers, num_layers)
         return tuple(itertools.pairwise(edges))
 
-    def plan(self, num_layers: int, bucket: Bucket, align: int = 1) -> tuple[Stage, ...]:
+    def plan(self, num_layers: int, bucket: "Bucket", align: int = 1) -> tuple[Stage, ...]:
         """The stages of a decoder of ``num_layers`` layers for ``bucket``.
 
         Args:

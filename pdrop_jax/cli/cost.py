@@ -4,7 +4,6 @@ import dataclasses
 import json
 from typing import Annotated, Any
 
-from pdrop_jax.analysis.budget import schedule_for_budget
 from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, Ratios, Score, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
@@ -47,6 +46,7 @@ def run(
         check_matplotlib()
         check_output(plot, overwrite=overwrite, inputs=[model], endings=PLOTS)
 
+    from pdrop_jax.analysis.budget import schedule_for_budget
     from pdrop_jax.analysis.cost import cost_of
     from pdrop_jax.config import config_of
     from pdrop_jax.inputs.anyres import levels
