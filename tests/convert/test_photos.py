@@ -208,7 +208,7 @@ def test_training_on_a_record_of_two_photos(family, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([{"image": list(PHOTOS[:2]), "conversations": messages}]))
     data = DataRecipe(str(tmp_path / "data.json"), str(GOLDEN), template=config.template, max_length=1024)
     dataset = open_dataset(data, config, folder)
-    (planned,) = dataset.plan(1, 0, 0)
+    (planned,) = dataset.plan_epoch(1, 0, 0)
     batch = assemble([dataset.row(0)[0]], config, planned.bucket, planned.queries)
     theirs = theirs_of(processor, config.template, turns, [photo(name) for name in PHOTOS[:2]])
     assert_same_ids(theirs, ours, batch, 0)
