@@ -34,8 +34,6 @@ MAX_ERROR_LENGTH = 400  # characters of an error message of tyro
 
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2."""
-    # Set before transformers is imported, which would otherwise print that PyTorch was not found.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal cannot show

@@ -1,5 +1,10 @@
 """Host-side preprocessing in numpy: prompts and images become a Batch."""
 
+import os
+
+# transformers is used for tokenizers and image processors alone, and would advise to install torch for its models.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.processor import Processor, TextStream
