@@ -23,6 +23,12 @@ MAX_TILES = 1024
 MAX_PROJECTOR_LAYERS = 16
 
 
+# Choices of the model code that the command line and recipes offer too, without importing jax.
+Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of attention, see ``model.attention``
+Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
+Group = Literal["vision", "projector", "llm", "lora"]  # parts of the model that are trained together
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
+
 Family = Literal["llama", "mistral", "qwen2"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 

@@ -59,10 +59,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: str) -> str:
     errors = error.errors(include_url=False)
-    unknown = (
-        "extra_forbidden",
-        "unexpected_keyword_argument",
-    )  # first: a misspelt key is missing as well
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    # An unknown key comes first: where a key is misspelt, the right one is missing as well.
     found = next((x for x in errors if x["type"] in unknown), errors[0])
     key = prefix + ".".join(_keys(found["loc"], data))
     if found["type"] == "json_invalid":  # it is well-formed, since it was serialized above

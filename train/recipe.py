@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from pdrop_jax.config import Group, Projection, Remat
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import parse_json, read_bytes
 from pdrop_jax.schema import NO_OTHER_KEYS, Share, validated
@@ -23,16 +24,13 @@ MOST_STEPS = 10_000_000  # the table of their learning rates takes 40 MB
 Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Name = Annotated[str, Field(max_length=64)]
 Rate = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
-Decay = Annotated[
-    float, Field(ge=0, le=0.999999)
-]  # values closer to 1 round to 1 in float32 and turn the moments into NaN
+# Values closer to 1 round to 1 in float32 and turn the moments into NaN.
+Decay = Annotated[float, Field(ge=0, le=0.999999)]
 Rows = Annotated[int, Field(ge=1, le=2**20)]
 Positions = Annotated[int, Field(ge=1, le=2**20)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Layer = Annotated[int, Field(ge=0, le=1024)]
 Devices = Annotated[int, Field(ge=1, le=2**16)]
-Group = Literal["vision", "projector", "llm", "lora"]
-Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +46,10 @@ class ModelRecipe:
     ratios: Annotated[tuple[Share, ...], Field(max_length=64)] | None = None
     score: Name = "pyramiddrop"  # token-scoring function of this schedule, a name in pdrop_jax.model.scores
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute dtype
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Remat = "full"
     lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0 disables LoRA
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 256.0
-    lora_targets: Annotated[tuple[Target, ...], Field(min_length=1, max_length=7)] = get_args(Target)
+    lora_targets: Annotated[tuple[Projection, ...], Field(min_length=1, max_length=7)] = get_args(Projection)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.attention import Implementation
-from pdrop_jax.model.layers import Remat
+from pdrop_jax.config import Implementation, LlavaConfig, Remat
 from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import Params, path_name, spec_of
 from pdrop_jax.model.placement import constrain_params

@@ -16,7 +16,7 @@ from pdrop_jax.cli.options import (
     Ratios,
     SamplingOptions,
     Score,
-    mesh_sizes,
+    device_mesh,
     progress,
     unset,
 )
@@ -54,14 +54,13 @@ def run(
     from pdrop_jax.generation.engine import check_implementation
     from pdrop_jax.generation.pretrained import DEMO, load
     from pdrop_jax.inputs.images import open_image
-    from pdrop_jax.sharding import make_mesh
 
     check_implementation(attention)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a question
     pictures: list[Any] = [open_image(path) for path in image]
     with progress("loading"):
-        devices = make_mesh(mesh_sizes(mesh)) if mesh else None
+        devices = device_mesh(mesh)
         loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, verify=not no_verify)
         session = Session(loaded, mode, implementation=attention)
     live = sys.stdin.isatty()

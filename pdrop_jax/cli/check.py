@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from pdrop_jax.cli.options import Mesh, mesh_sizes, unset
+from pdrop_jax.cli.options import Mesh, device_mesh, unset
 from pdrop_jax.errors import printable
 
 
@@ -24,9 +24,8 @@ def run(
     from pdrop_jax.convert.names import torch_arrays
     from pdrop_jax.parity.replay import Reference, check
     from pdrop_jax.parity.report import TOLERANCE, table
-    from pdrop_jax.sharding import make_mesh
 
-    rows = check(folder, Reference(read, torch_arrays), case, make_mesh(mesh_sizes(mesh)) if mesh else None)
+    rows = check(folder, Reference(read, torch_arrays), case, device_mesh(mesh))
     print(printable(table(rows), keep="\n"))
     print(
         "tolerances: "

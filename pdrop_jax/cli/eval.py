@@ -19,7 +19,7 @@ from pdrop_jax.cli.options import (
     Ratios,
     SamplingOptions,
     Score,
-    mesh_sizes,
+    device_mesh,
 )
 from pdrop_jax.errors import printable
 from pdrop_jax.generation.sampling import Sampling
@@ -56,7 +56,6 @@ def run(
     """
     from pdrop_jax.eval.evaluate import evaluate
     from pdrop_jax.generation.pretrained import DEMO
-    from pdrop_jax.sharding import make_mesh
 
     try:
         result = evaluate(
@@ -67,7 +66,7 @@ def run(
             schedule=parse_schedule(layers, ratios, score),
             dtype=dtype,
             quantize=quantize,
-            mesh=make_mesh(mesh_sizes(mesh)) if mesh else None,
+            mesh=device_mesh(mesh),
             batch_size=batch_size,
             sampling=sampling,
             implementation=attention,

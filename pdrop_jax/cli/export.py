@@ -24,7 +24,7 @@ def run(
     Args:
       model: A pdrop checkpoint or a training run folder; LoRA adapters are merged.
       out: Output folder; it must not exist.
-      format: Hf (transformers, with a chat template), original (the original LLaVA code) or pdrop.
+      format: Target format: hf (transformers, with a chat template), original (the original LLaVA code) or pdrop.
       dtype: Dtype of the stored arrays (default: the checkpoint's).
       single_file: Store all arrays in one file (only with --format pdrop).
     """

@@ -21,7 +21,7 @@ from pdrop_jax.cli.options import (
     Ratios,
     SamplingOptions,
     Score,
-    mesh_sizes,
+    device_mesh,
     progress,
     unset,
 )
@@ -67,13 +67,12 @@ def run(
     from pdrop_jax.generation.engine import check_implementation, generate
     from pdrop_jax.generation.pretrained import DEMO, load
     from pdrop_jax.inputs.images import Video
-    from pdrop_jax.sharding import make_mesh
 
     check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
     with progress("loading"):
-        devices = make_mesh(mesh_sizes(mesh)) if mesh else None
+        devices = device_mesh(mesh)
         loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, quantize, not no_verify)
     live = sys.stdout.isatty() and not json_output and len(prompt) == 1
     with progress("compiling and answering"):

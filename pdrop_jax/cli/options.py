@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import PRESETS
@@ -71,7 +72,7 @@ Quantize = Annotated[
     _option("Quantize the weights of the decoder's linear layers; activations keep their dtype.", "{int8}", "no"),
 ]
 Attention = Annotated[
-    Literal["auto", "xla", "blocked", "cudnn", "splash"],
+    Implementation,
     _option("Attention implementation.", None, "auto"),
 ]
 Mesh = Annotated[
@@ -97,6 +98,15 @@ def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:
         return sizes
     except ValueError:
         raise UserError(f"--mesh takes axes with their sizes, such as fsdp=8 tensor=2, got {' '.join(mesh)}") from None
+
+
+def device_mesh(mesh: tuple[str, ...]) -> Any:
+    """The mesh of ``--mesh``; None, which is one device, if the option is left out."""
+    if not mesh:
+        return None
+    from pdrop_jax.sharding import make_mesh
+
+    return make_mesh(mesh_sizes(mesh))
 
 
 @contextlib.contextmanager

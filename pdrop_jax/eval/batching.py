@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pdrop_jax.batch import Batch, Bucket
+from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import check_implementation, generate_batch
@@ -22,7 +23,6 @@ from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import smallest_bucket
 from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.attention import Implementation
 
 MOST_ROWS = 4096  # in a batch: at 336 x 336 pixels each, 5.5 GB of float32 before they reach a device
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pdrop_jax.checkpoint import fingerprint, storage
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.eval.batching import answer_all, check_batch_size
 from pdrop_jax.eval.journal import AnswerRecord, Journal, unfinished
@@ -33,7 +33,6 @@ from pdrop_jax.generation.engine import check_implementation
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_output
-from pdrop_jax.model.attention import Implementation
 from pdrop_jax.schedule import DropSchedule
 
 # Names of the keys of ``describe`` in messages.

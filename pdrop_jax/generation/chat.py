@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import (
     ROUNDED,
@@ -42,7 +42,6 @@ from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, Turn, place_images
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.inputs.processor import as_list
 from pdrop_jax.model import multi_turn
-from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.next_token import TokenSampler, sample, token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.timer import Timer
-from pdrop_jax.model.attention import Implementation
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord

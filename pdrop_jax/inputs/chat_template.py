@@ -138,13 +138,18 @@ def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
     return pieces
 
 
+def count_tags(turns: Sequence[Turn]) -> int:
+    """Number of ``<image>`` tags in questions and answers."""
+    return sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
+
+
 def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
     """``turns`` with exactly one ``<image>`` tag per image. If there is no tag, all are put before the first question.
 
     Raises:
       UserError: there are tags, but their number is not ``num_images``.
     """
-    tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
+    tags = count_tags(turns)
     if tags == num_images or not turns:
         return turns
     if tags:

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.sharding import partition
-
-Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]
 
 BLOCK = 128  # queries of one block of ``blocked``
 SPLASH_ALIGN = 128  # sequence lengths must be multiples of this

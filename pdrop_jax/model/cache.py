@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.sharding import constrain
 
+AXES = ("batch", "heads", None, None)  # logical axes of a layer's keys and values (B, K, C, H)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -31,7 +33,7 @@ def cache_prompt(k: jax.Array, v: jax.Array, new_slots: int) -> StageCache:
 
     def pad(x: jax.Array) -> jax.Array:
         x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, new_slots), (0, 0)])
-        return constrain(x, "batch", "heads", None, None)
+        return constrain(x, *AXES)
 
     return StageCache(pad(k), pad(v))
 
@@ -49,7 +51,7 @@ def grow(cache: StageCache, slots: int) -> StageCache:
 
     def pad(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, slots - x.shape[3]), (0, 0)])
-        return constrain(x, None, "batch", "heads", None, None)
+        return constrain(x, None, *AXES)
 
     return StageCache(pad(cache.k), pad(cache.v))
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.batch import Bucket
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.attention import Implementation, attend_cache, attention
+from pdrop_jax.config import Implementation, LlavaConfig, Remat
+from pdrop_jax.model.attention import attend_cache, attention
 from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
 from pdrop_jax.model.drop import Boundary, DropRecord, TokenBuffer, drop
-from pdrop_jax.model.layers import Remat, decoder_layer, layer_of, rematerialise, scan_layers
+from pdrop_jax.model.layers import decoder_layer, layer_of, rematerialise, scan_layers
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.rope import rope_at, rope_tables
 from pdrop_jax.model.scores import find_score

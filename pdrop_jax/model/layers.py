@@ -6,18 +6,17 @@ Dims: B batch, T tokens, N query heads, K key-value heads, H head dim, D model, 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.config import TextConfig, VisionConfig
-from pdrop_jax.model.attention import Implementation, attention
+from pdrop_jax.config import Implementation, Remat, TextConfig, VisionConfig
+from pdrop_jax.model.attention import attention
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.quantization import dequantize, is_quantized
 from pdrop_jax.model.rope import Rope, rotate
 
-Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``rematerialise``
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
 

@@ -18,15 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import Params, decoder_layer_specs, lora_specs
 
 LORA = "lora"
-BLOCKS = {  # projection -> the part of a layer that it belongs to
-    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
-    **dict.fromkeys(("gate", "up", "down"), "mlp"),
-}
+_LAYER = decoder_layer_specs(TextConfig())
+BLOCKS = {name: block for block in ("attention", "mlp") for name in _LAYER[block]}  # projection -> part of a layer
 
 
 def add_lora(

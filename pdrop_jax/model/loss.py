@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.batch import IGNORE, Batch
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.attention import Implementation
+from pdrop_jax.config import Implementation, LlavaConfig, Remat
 from pdrop_jax.model.drop import DropRecord, TokenBuffer
-from pdrop_jax.model.layers import Remat
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import forward_hidden, unembed
 from pdrop_jax.sharding import constrain

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.attention import Implementation, aligned
+from pdrop_jax.config import Implementation, LlavaConfig
+from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.cache import StageCache
 from pdrop_jax.model.decoder import DecodeState, run_stages
 from pdrop_jax.model.drop import DropRecord

@@ -25,12 +25,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.config import Group, LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.sharding import RULES, Logical
 
 Params = dict[str, Any]  # nested dict of arrays
 Specs = dict[str, Any]  # nested dict of ParamSpec
-Group = Literal["vision", "projector", "llm", "lora"]
 EMBEDDING_STD = 0.02
 
 

@@ -5,10 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.attention import Implementation
+from pdrop_jax.config import Implementation, LlavaConfig, Remat
 from pdrop_jax.model.layers import (
-    Remat,
     layer_norm,
     layer_of,
     linear,

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.batch import IGNORE, Batch
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.model.attention import Implementation, aligned
+from pdrop_jax.config import Implementation, LlavaConfig, Remat
+from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.decoder import DecodeState, run_stages, run_token
 from pdrop_jax.model.drop import DropRecord, TokenBuffer
-from pdrop_jax.model.layers import Remat, rms_norm
+from pdrop_jax.model.layers import rms_norm
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.vision import image_features

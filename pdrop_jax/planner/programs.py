@@ -18,6 +18,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import State, decode, start
 from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.model import cache
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.model.placement import abstract
 from pdrop_jax.model.quantization import quantize_decoder
@@ -197,7 +198,7 @@ def _state_placed(state: State, mesh: Mesh) -> State:
     """Decode state with KV caches sharded by rows and heads, and everything else replicated."""
 
     def place(x: Any) -> Any:
-        axes = (None, "batch", "heads", None, None) if x.ndim == 5 else (None,) * x.ndim
+        axes = (None, *cache.AXES) if x.ndim == 5 else (None,) * x.ndim
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition(axes, x.shape, mesh)))
 
     return jax.tree.map(place, state)

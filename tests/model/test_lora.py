@@ -1,6 +1,7 @@
 """Adapters: none at first, the same merged as applied, wherever a layer is used and however it is stored."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from tiny import GQA, MHA, TWO_DROPS, assert_close, decode_step, forward, llava_config, make_batch, params_of, prefill
 
 from pdrop_jax.batch import Bucket
+from pdrop_jax.config import Projection
 from pdrop_jax.errors import UserError
 from pdrop_jax.model import vlm
 from pdrop_jax.model.lora import BLOCKS, add_lora, has_lora, merge_lora
@@ -59,6 +61,10 @@ def assert_same_output(ours, theirs, atol):
     for a, b in zip(ours.drops, theirs.drops, strict=True):
         assert_close(a.scores, b.scores, atol)
         np.testing.assert_array_equal(a.keep, b.keep)
+
+
+def test_recipes_may_name_every_projection_of_a_layer():
+    assert get_args(Projection) == tuple(BLOCKS)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -8,8 +8,8 @@ import pytest
 from tiny import VOCAB, assert_close, llava_config, params_of, training_batch
 
 from pdrop_jax.batch import IGNORE
+from pdrop_jax.config import Remat
 from pdrop_jax.model import vlm
-from pdrop_jax.model.layers import Remat
 from pdrop_jax.model.loss import compute_loss, count_targets, cross_entropy
 
 CONFIG = llava_config()

@@ -10,7 +10,7 @@ import numpy as np
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, IMAGE_TAG
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, count_tags
 from pdrop_jax.inputs.targets import Example, TrainingText, training_text, turns_of
 from pdrop_jax.io import check_file
 
@@ -91,7 +91,7 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
         "".join([*pictures, *(text or "" for turn in turns for text in turn)]).encode()
     except (UserError, TypeError, UnicodeEncodeError):  # lone surrogates are valid JSON but cannot be encoded
         raise InvalidRecord(MALFORMED) from None
-    tags = sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
+    tags = count_tags(turns)
     if tags != len(pictures):
         raise InvalidRecord(NO_PICTURE if tags > len(pictures) else NO_TAG)
     try:
