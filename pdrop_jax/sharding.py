@@ -19,6 +19,7 @@ Logical = tuple[str | None, ...]  # a name of RULES for each dimension; None is 
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "crops": ("data", "fsdp", "tensor"),
     "model": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -58,7 +59,9 @@ def partition(axes: Logical, shape: Sequence[int], mesh: Mesh | AbstractMesh) ->
 
     def mesh_axes(axis: str | None, size: int) -> tuple[str, ...] | None:
         names = tuple(name for name in RULES[axis] if mesh.shape[name] > 1) if axis else ()
-        return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names or None
 
     spec = [mesh_axes(axis, size) for axis, size in zip(axes, shape, strict=True)]
     while spec and spec[-1] is None:

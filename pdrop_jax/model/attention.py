@@ -17,7 +17,8 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.sharding import partition
 
 BLOCK = 128  # queries of one block of ``blocked``
-SPLASH_ALIGN = 128  # sequence lengths must be multiples of this
+SPLASH_BLOCK = 128  # the kernel's smallest block of queries or keys: shorter lengths are padded for it alone
+TILE = 16  # rows of a bfloat16 tile on a TPU
 
 
 def attention(
@@ -139,9 +140,9 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
 
 
 def aligned(implementation: Implementation) -> int:
-    """Buffer lengths must be a multiple of this for the implementation to handle every stage."""
+    """Buffer lengths are rounded up to a multiple of this: on a TPU to whole tiles, elsewhere not at all."""
     splash = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
-    return SPLASH_ALIGN if splash else 1
+    return TILE if splash else 1
 
 
 def _choose(q: jax.Array, k: jax.Array, causal: bool) -> Literal["xla", "blocked", "cudnn", "splash"]:
@@ -184,8 +185,6 @@ def _blocked(
 def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
     if not causal:
         return "splash attention is for causal attention only"
-    if q.shape[1] % SPLASH_ALIGN:
-        return f"splash attention needs a length that is a multiple of {SPLASH_ALIGN}, got {q.shape[1]}"
     return ""
 
 
@@ -242,7 +241,10 @@ def _splash_local(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     S, N, H = q.shape[1:]
-    valid = (jnp.arange(S) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own
-    kernel = _splash_kernel(N, S, window, interpret)
-    q, k, v = (x.swapaxes(1, 2) for x in (q * H**-0.5, k, v))  # the kernel does not scale
-    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(valid, valid)).swapaxes(1, 2)
+    padding = -S % SPLASH_BLOCK
+    valid = (jnp.arange(S + padding) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own
+    kernel = _splash_kernel(N, S + padding, window, interpret)
+    q, k, v = (  # the kernel does not scale
+        jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, padding), (0, 0)]) for x in (q * H**-0.5, k, v)
+    )
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(valid, valid))[:, :, :S].swapaxes(1, 2)

@@ -109,11 +109,13 @@ def _norm(D: int, group: Group, *, bias: bool = False) -> Specs:
     return specs
 
 
-def _attention(D: int, N: int, K: int, H: int, group: Group, *, qkv_bias: bool, output_bias: bool) -> Specs:
-    def project(heads: int) -> Specs:
-        return _linear((D, heads, H), ("model", "heads", None), group, bias=qkv_bias)
+def _attention(
+    D: int, N: int, K: int, H: int, group: Group, *, qkv_bias: bool, output_bias: bool, heads: str | None = "heads"
+) -> Specs:
+    def project(count: int) -> Specs:
+        return _linear((D, count, H), ("model", heads, None), group, bias=qkv_bias)
 
-    output = _linear((N, H, D), ("heads", None, "model"), group, inputs=(0, 1), bias=output_bias)
+    output = _linear((N, H, D), (heads, None, "model"), group, inputs=(0, 1), bias=output_bias)
     return {"q": project(N), "k": project(K), "v": project(K), "o": output}
 
 
@@ -135,11 +137,11 @@ def vision_layer_specs(config: VisionConfig) -> Specs:
     D, N, H, F = config.hidden_size, config.num_heads, config.head_dim, config.intermediate_size
     return {
         "attention_norm": _norm(D, "vision", bias=True),
-        "attention": _attention(D, N, N, H, "vision", qkv_bias=True, output_bias=True),
+        "attention": _attention(D, N, N, H, "vision", heads=None, qkv_bias=True, output_bias=True),
         "mlp_norm": _norm(D, "vision", bias=True),
         "mlp": {
-            "up": _linear((D, F), ("model", "mlp"), "vision", bias=True),
-            "down": _linear((F, D), ("mlp", "model"), "vision", bias=True),
+            "up": _linear((D, F), ("model", None), "vision", bias=True),
+            "down": _linear((F, D), (None, "model"), "vision", bias=True),
         },
     }
 

@@ -36,14 +36,15 @@ def vision_features(
       class_attention: also returns the class token's attention in the last layer that runs, (P, T) float32, mean over
         heads; None without it.
     """
-    x = vision_embedding(config.vision, params["embed"], constrain(pixels, "batch", None, None, None))
+    # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
+    x = vision_embedding(config.vision, params["embed"], constrain(pixels, "crops", None, None, None))
     if implementation == "splash":  # is for causal attention only: forcing it means the decoder
         implementation = "xla"
 
     def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
         x = carry[0]
         out = vision_layer(config.vision, layer, x, implementation)
-        return (constrain(out, "batch", None, None), x if class_attention else None), None
+        return (constrain(out, "crops", None, None), x if class_attention else None), None
 
     start = (x, x if class_attention else None)
     (x, last_input), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
@@ -82,6 +83,7 @@ def image_features(
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
     x, attention = vision_features(config, params["vision"], pixels, implementation, remat, class_attention)
+    x = constrain(x, "batch", None, None)
     D, side = config.text.hidden_size, config.vision.patches_a_side
 
     def pool(x: jax.Array) -> jax.Array:
