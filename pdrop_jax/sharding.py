@@ -2,8 +2,8 @@
 
 A mesh has three axes. ``data`` holds copies of the parameters; ``fsdp`` shards them and gathers a layer's when it runs;
 ``tensor`` shards the heads, the mlp and the vocabulary and keeps them sharded. The rows of a batch are sharded over
-data and fsdp. Axes are of type Auto: the compiler decides what is communicated, and ``constrain`` tells it where it
-would guess wrong.
+data and fsdp, the crops in the vision tower over all three. Axes are of type Auto: the compiler decides what is
+communicated, and ``constrain`` tells it where it would guess wrong.
 """
 
 import math
@@ -50,8 +50,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def partition(axes: Logical, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Logical axes as a spec of mesh axes. A dimension that the mesh axes do not divide is replicated, such as two
-    key-value heads on four devices.
+    """Logical axes as a spec of mesh axes. A dimension that they do not divide is sharded over the first of them that
+    do, or replicated, such as two key-value heads on four devices.
 
     Mesh axes of size 1 and trailing Nones are left out, as the compiler leaves them out of the shardings of its
     results: an equivalent spec that is written differently makes ``jax.jit`` compile again.

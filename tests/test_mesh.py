@@ -93,6 +93,13 @@ def test_what_does_not_divide_is_not_cut():
     assert spec == jax.sharding.PartitionSpec(None, "fsdp")
 
 
+@pytest.mark.parametrize(("crops", "axes"), [(8, ("fsdp", "tensor")), (6, ("fsdp",)), (3, None)])
+def test_crops_are_sharded_over_as_many_devices_as_they_divide(crops, axes):
+    mesh = jax.sharding.AbstractMesh((1, 2, 4), sharding.AXES)
+    expected = jax.sharding.PartitionSpec(axes) if axes else jax.sharding.PartitionSpec()
+    assert sharding.partition(("crops", None), (crops, 7), mesh) == expected
+
+
 def test_bad_meshes():
     with pytest.raises(UserError, match="the axes are data, fsdp, tensor"):
         sharding.make_mesh({"model": 1})
