@@ -80,6 +80,14 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def shards(axis: str, size: int) -> int:
+    """How many pieces a dimension of ``size`` with a logical axis is cut into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return size // NamedSharding(mesh, partition((axis,), (size,), mesh)).shard_shape((size,))[0]
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tells the compiler the sharding of ``x`` by a logical axis for each dimension; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.sharding import partition
 
 BLOCK = 128  # queries of one block of ``blocked``
-SPLASH_BLOCK = 128  # the kernel's smallest block of queries or keys: shorter lengths are padded for it alone
+SPLASH_BLOCK = 128  # the kernel's smallest block of keys: other lengths are padded for it alone
+LONGEST_BLOCK = 1024  # queries that the kernel takes at once; they need no padding
 TILE = 16  # rows of a bfloat16 tile on a TPU
 
 
@@ -48,15 +48,17 @@ def attention(
     Raises:
       UserError: the forced implementation cannot handle this call.
     """
-    chosen = _choose(q, k, causal) if implementation == "auto" else implementation
+    chosen = _choose(q, causal) if implementation == "auto" else implementation
     if causal and q.shape[1] != k.shape[1]:
         raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
     if window is not None and not causal:
         raise ValueError("a sliding window is for causal attention")
     if window is not None and window >= k.shape[1]:
         window = None  # hides nothing
+    if chosen == "splash" and not causal:
+        raise UserError("splash attention is for causal attention only: use implementation='xla'")
     if chosen == "splash":
-        return _splash(q, k, v, causal, length, window)
+        return _splash(q, k, v, window)
     if chosen == "blocked":
         return _blocked(q, k, v, causal, length, window)
     if chosen == "cudnn" and (q.dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() != "gpu"):
@@ -145,13 +147,13 @@ def aligned(implementation: Implementation) -> int:
     return TILE if splash else 1
 
 
-def _choose(q: jax.Array, k: jax.Array, causal: bool) -> Literal["xla", "blocked", "cudnn", "splash"]:
+def _choose(q: jax.Array, causal: bool) -> Literal["xla", "blocked", "cudnn", "splash"]:
     platform = jax.default_backend()
     if platform == "cpu":
         return "blocked"
     if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] > 1 and q.shape[-1] % 8 == 0:
         return "cudnn"
-    if platform == "tpu" and not _splash_objection(q, k, causal):
+    if platform == "tpu" and causal:
         return "splash"
     return "xla"
 
@@ -182,69 +184,62 @@ def _blocked(
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _splash_objection(q: jax.Array, k: jax.Array, causal: bool) -> str:
-    if not causal:
-        return "splash attention is for causal attention only"
-    return ""
-
-
-def _splash_kernel(num_heads: int, length: int, window: int | None, interpret: bool) -> Any:  # the type is private
+def _splash_kernel(num_heads: int, queries: int, keys: int, window: int | None, interpret: bool) -> Any:
+    # The type that it returns is private.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    block = max(size for size in (512, 256, 128) if length % size == 0)
+    block_kv = max(size for size in (512, 256, 128) if keys % size == 0)
+    block_q = queries if queries <= LONGEST_BLOCK else block_kv
     blocks = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
     )
-    shape = (length, length)
+    shape = (queries, keys)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
     heads = masks.MultiHeadMask([mask] * num_heads)
     return splash.make_splash_mha_single_device(heads, block_sizes=blocks, interpret=interpret)
 
 
-def _splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    causal: bool,
-    length: jax.Array | None,
-    window: int | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    if objection := _splash_objection(q, k, causal):
-        raise UserError(f"{objection}: use implementation='xla'")
-    B, S, N, _ = q.shape
-    length = jnp.full(B, S, jnp.int32) if length is None else length
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, interpret: bool = False) -> jax.Array:
+    N = q.shape[2]
     mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(_splash_local, window=window, interpret=interpret)
     if mesh.empty:
-        return _splash_local(q, k, v, length, window, interpret)
+        return local(q, k, v)
     # The compiler cannot shard a kernel: each device is given its rows and heads. Key-value heads that cannot be
     # sharded are repeated, so that every device has those of its queries.
     spec = partition(("batch", None, "heads", None), q.shape, mesh)
     if partition(("batch", None, "heads", None), k.shape, mesh) != spec:
         k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-    local = functools.partial(_splash_local, window=window, interpret=interpret)
-    specs = (spec, spec, spec, PartitionSpec(spec[0]))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, length)
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
 
 
-def _splash_local(
-    q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, window: int | None, interpret: bool
-) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
+def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, interpret: bool) -> jax.Array:
+    # From valid queries the causal mask hides all padding, the buffer's and the kernel's.
     S, N, H = q.shape[1:]
-    padding = -S % SPLASH_BLOCK
-    valid = (jnp.arange(S + padding) < length[:, None]).astype(jnp.int32)  # padding is a segment of its own
-    kernel = _splash_kernel(N, S + padding, window, interpret)
-    q, k, v = (  # the kernel does not scale
-        jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, padding), (0, 0)]) for x in (q * H**-0.5, k, v)
-    )
-    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(valid, valid))[:, :, :S].swapaxes(1, 2)
+    keys = S + -S % SPLASH_BLOCK
+    queries = S if S <= LONGEST_BLOCK else keys
+    kernel = _splash_kernel(N, queries, keys, window, interpret)
+    q = q * H**-0.5  # the kernel does not scale
+    q, k, v = (_padded(x, slots).swapaxes(1, 2) for x, slots in ((q, queries), (k, keys), (v, keys)))
+    return jax.vmap(kernel)(q, k, v)[:, :, :S].swapaxes(1, 2)
+
+
+def _padded(x: jax.Array, slots: int) -> jax.Array:
+    """``x`` (B, S, N, H) with zeros up to ``slots``, through a product with the identity, which is exact.
+
+    XLA for TPUs fuses a pad into the operand of a matrix product but runs it alone beside anything else, which takes
+    twice as long by the compiler's estimate.
+    """
+    S, H = x.shape[1], x.shape[3]
+    if slots == S:
+        return x
+    x = jnp.pad(x, [(0, 0), (0, slots - S), (0, 0), (0, 0)])
+    return jnp.tensordot(x, jnp.eye(H, dtype=x.dtype), axes=1, precision="highest")

@@ -82,7 +82,7 @@ class Boundary:
       config: static.
       number: static, 0 at the first drop.
       buffer: tokens before the drop; ``hidden`` is the next layer's input.
-      rope: (B, S, H/2) each, at the positions of the buffer's tokens.
+      rope: (B, S, H) each, at the positions of the buffer's tokens.
       next_layer: parameters of the layer after the boundary.
       past: keys of earlier turns in the next layer's cache, or None.
       last_layer: parameters of the layer before the boundary; None before the first layer.
@@ -145,7 +145,7 @@ def attention_scores(
       params: of the layer.
       hidden: (B, S, D), its input.
       query_rows: (B, Q) int32; -1 is unused.
-      rope: (B, S, H/2) each; None rotates nothing.
+      rope: (B, S, H) each; None rotates nothing.
       past: cached keys of the layer, which take part in the softmax.
       among: (B, S) bool, slots that the softmax runs over; None is all.
 

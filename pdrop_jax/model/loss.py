@@ -8,9 +8,9 @@ from pdrop_jax.config import Implementation, LlavaConfig, Remat
 from pdrop_jax.model.drop import DropRecord, TokenBuffer
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import forward_hidden, unembed
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain, shards
 
-CHUNK = 1024  # positions of a batch whose logits exist at the same time
+CHUNK = 1024  # positions of a device whose logits exist at the same time
 
 
 def compute_loss(
@@ -43,12 +43,13 @@ def cross_entropy(config: LlavaConfig, params: Params, buffer: TokenBuffer, most
     Args:
       buffer: the last stage's tokens, ``hidden`` after the final norm, ``labels`` not shifted.
       most: the largest number of targets of a row.
-      chunk: positions of all rows together whose logits exist at the same time.
+      chunk: positions of a device whose logits exist at the same time. On a mesh each chunk gathers the head and sums
+        its gradient over the devices, so there should be few.
     """
     assert buffer.labels is not None
     B, S = buffer.labels.shape
     targets = jnp.pad(buffer.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)  # of each slot, (B, S)
-    width = min(max(chunk // B, 1), most, S)
+    width = min(max(chunk * shards("batch", B) // B, 1), most, S)
     chunks = -(-min(most, S) // width)
     source = jnp.argsort(targets == IGNORE, axis=1, stable=True)[:, : chunks * width]  # targets first
     pad = ((0, 0), (0, chunks * width - source.shape[1]))
