@@ -7,7 +7,7 @@ docs/benchmarks.md as they are found, which takes several hours on one core.
 import argparse
 import dataclasses
 
-from pdrop_jax.planner.topology import MEMORY, devices_of
+from pdrop_jax.planner.topology import CHIPS, devices_of
 
 SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
@@ -39,7 +39,7 @@ def main() -> None:
         state = STATE_BYTES * count(abstract_params(config))
         bucket = Bucket(128, (2880,), 5) if config.tiling else Bucket(128, (config.image_tokens,))
         for chip in arguments.chips:
-            capacity = MEMORY[chip] * 2**30
+            capacity = CHIPS[chip].memory * 2**30
             for schedule in (config.schedule, DropSchedule.none()):
                 job = Program(
                     dataclasses.replace(config, schedule=schedule),
@@ -58,7 +58,7 @@ def main() -> None:
                         dataclasses.replace(job, grad_accum_steps=parts), None, topology, devices[topology]
                     ).report
                     gib = found.total_bytes / 2**30 if found.fits else found.excess_bytes / 2**30
-                    said = f"{gib:.2f} of {MEMORY[chip]} GiB" if found.fits else f"{gib:.2f} GiB too much"
+                    said = f"{gib:.2f} of {CHIPS[chip].memory} GiB" if found.fits else f"{gib:.2f} GiB too much"
                     name = "PyramidDrop" if schedule.layers else "dense"
                     print(
                         f"| {model} | {name} | {topology} | {said} | {job.macs / number / 1e12:.1f} T |"

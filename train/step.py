@@ -157,8 +157,9 @@ def train_step(
         parts = jax.tree.map(lambda x: x.reshape(rows, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
         (loss, gradient), _ = jax.lax.scan(add_microbatch, zero, parts)
-    updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
-    trained = optax.apply_updates(state.trained, updates)
+    with jax.named_scope("optimizer"):
+        updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
     tokens = jnp.asarray(batch.length).sum()
     metrics = Metrics(
         loss=loss,

@@ -1,4 +1,4 @@
-"""``pdrop plan``: check with the TPU compiler, on any machine, whether a job fits a TPU slice."""
+"""``pdrop plan``: ask the TPU compiler, on any machine, whether a job fits a TPU slice and how long it might take."""
 
 import dataclasses
 import json
@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import ConfigModel, Flag, Json, Layers, Ratios, mesh_sizes, progress, unset
+from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, Ratios, mesh_sizes, progress, unset
 from pdrop_jax.errors import UserError, printable
+from pdrop_jax.io import check_output, write_file
 from pdrop_jax.schedule import parse_schedule
 
 MOST = 2**24  # rows, microbatches or tokens: larger values would overflow array sizes
@@ -28,9 +29,12 @@ def run(
     quantize: Annotated[Literal["int8"] | None, unset("{int8}", "no")] = None,
     dense: bool = True,
     suggest: Flag = False,
+    hlo: File = None,
+    overwrite: Flag = False,
     json_output: Json = False,
 ) -> None:
-    """Compile a program for a TPU slice on this machine and print the memory that each device needs. No TPU is used.
+    """Compile a program for a TPU slice on this machine and print the memory that each device needs and an estimate of
+    the time that it takes. No TPU is used.
 
     Args:
       topology: TPU type and chip grid, e.g. v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1, tpu7x:2x2x1.
@@ -41,8 +45,10 @@ def run(
       grad_accum_steps: Microbatches per training step.
       quantize: Quantize the weights of the decoder's linear layers for inference. All other weights stay bfloat16.
       dense: Also compile the program without drops, for comparison.
-      suggest: Try several meshes, and find the fewest microbatches or, for inference, the largest batch that fits.
-        Meshes that communicate the fewest bytes per row come first.
+      suggest: Try several meshes with several numbers of microbatches or, for inference, batch sizes, and print the
+        best that fits for each mesh. The shortest estimated time per row comes first.
+      hlo: Write the text of the compiled program, the one with drops, to this file.
+      overwrite: Replace the --hlo file if it exists.
     """
     if quantize and mode == "train":
         raise UserError("--quantize applies to inference only: give --mode prefill or --mode decode")
@@ -51,6 +57,8 @@ def run(
         if not values or not all(1 <= value <= MOST for value in values):
             raise UserError(f"{option} takes integers in 1..{MOST:,}, got {' '.join(map(str, values))}")
     axes, schedule = mesh_sizes(mesh), parse_schedule(layers, ratios)
+    if hlo:
+        check_output(hlo, overwrite=overwrite, inputs=[model])
 
     from pdrop_jax.planner.topology import devices_of
 
@@ -80,8 +88,8 @@ def run(
             return programs.compile_program(job, sizes, topology, devices)
 
     if suggest:
-        if mesh:
-            raise UserError("--suggest chooses the meshes: leave out --mesh")
+        if mesh or hlo:
+            raise UserError("--suggest compiles several programs on meshes of its choice: leave out --mesh and --hlo")
         plans = programs.suggest(job, len(devices), compiled)
     else:
         jobs = [job]
@@ -89,13 +97,22 @@ def run(
             jobs.append(dataclasses.replace(job, config=dataclasses.replace(config, schedule=DropSchedule.none())))
         plans = [compiled(each, axes or None) for each in jobs]
     results = [_result(found, len(devices)) for found in plans]
+    if hlo:
+        if not results[0]["fits"]:
+            raise UserError(f"the program does not fit, so there is no compiled text to write to {hlo}")
+        write_file(hlo, plans[0].report.text, overwrite)
+    compared = _compared(results) if len(results) == 2 and not suggest else {}
     if json_output:
         asked = {"model": model, "mode": mode, "topology": topology, "bucket": bucket, "quantize": quantize}
-        print(json.dumps({**asked, "plans": results}))
+        print(json.dumps({**asked, **compared, "plans": results}))
         return
     weights = f", {quantize} weights" if quantize else ""
     print(f"{printable(model)}, {mode}, {len(devices)} devices of {topology}, bucket {bucket}{weights}\n")
     print(_table(results) if results else "The job does not fit on any mesh.")
+    if compared.get("dense"):
+        print(f"\n{_comparison(compared)}")
+    if any(x["fits"] for x in results):
+        print(f"\n{_parts(results)}")
     if not any(x["fits"] for x in results):
         advice = TRAINING_ADVICE if mode == "train" else INFERENCE_ADVICE
         print(f"\nThe job does not fit: try {advice}, a larger slice" + ("." if suggest else ", or --suggest."))
@@ -123,8 +140,55 @@ def _result(found: Any, devices: int) -> dict[str, Any]:
         "fits": report.fits,
         "moved_bytes": report.moved_bytes,
         "macs": job.macs / devices,
-        **dataclasses.asdict(report),
+        **{key: value for key, value in dataclasses.asdict(report).items() if key not in ("text", "estimate")},
+        "estimate_ms": round(report.estimate.time.total, 3) if report.fits else None,
+        "estimate": _milliseconds(report.estimate) if report.fits else None,
     }
+
+
+def _milliseconds(estimate: Any) -> dict[str, Any]:
+    def rounded(time: Any) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in dataclasses.asdict(time).items()}
+
+    return {**rounded(estimate.time), "parts": {part: rounded(time) for part, time in estimate.parts.items()}}
+
+
+def _compared(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The program with drops beside the dense one: estimates, and what the drop pays of the MACs that it saves."""
+    ours, dense = results
+    compared: dict[str, Any] = {"estimate_ms": ours["estimate_ms"], "dense": {"estimate_ms": dense["estimate_ms"]}}
+    if ours["fits"] and dense["fits"]:
+        compared["ratio"] = dense["estimate_ms"] / ours["estimate_ms"]
+        compared["mac_ratio"] = dense["macs"] / ours["macs"]
+    return compared
+
+
+def _comparison(compared: dict[str, Any]) -> str:
+    if "ratio" not in compared:
+        return "One of the two programs does not fit, so their times are not compared."
+    ratio, macs = compared["ratio"], compared["mac_ratio"]
+    return (
+        f"By the estimate the drops make it {ratio:.2f} x as fast, at {macs:.2f} x fewer MACs: {ratio / macs:.2f} of "
+        "what the MACs promise."
+    )
+
+
+def _parts(results: list[dict[str, Any]]) -> str:
+    """A Markdown table of the estimate by part of the model."""
+    from pdrop_jax.planner.estimate import PARTS
+
+    def cell(time: dict[str, float] | None) -> str:
+        return f"{time['cycles'] + time['links']:.2f}" if time else ""
+
+    fitting = [x for x in results if x["fits"]]
+    rows = [["estimated ms", *(f"{x['model']}, {_axes(x['mesh'])}" for x in fitting)], ["---"] * (len(fitting) + 1)]
+    for part in PARTS:
+        times = [x["estimate"]["parts"].get(part) for x in fitting]
+        if any(times):
+            rows.append([part, *map(cell, times)])
+    for name, what in (("matrix", "products at peak"), ("memory", "HBM traffic at peak"), ("links", "links")):
+        rows.append([f"*of all: {what}*", *(f"{x['estimate'][name]:.2f}" for x in fitting)])
+    return _markdown(rows)
 
 
 def _table(results: list[dict[str, Any]]) -> str:
@@ -149,10 +213,16 @@ def _table(results: list[dict[str, Any]]) -> str:
         ["temporaries", *of("temporary_bytes")],
         ["output", *of("output_bytes")],
         ["MACs", *(f"{x['macs'] / 1e12:,.2f} T, {x['macs'] / results[0]['macs']:.2f} x the first" for x in results)],
+        ["estimated time", *(f"{x['estimate_ms']:.1f} ms" if x["fits"] else "" for x in results)],
+        ["per row", *(f"{x['estimate_ms'] / x['rows']:.2f} ms" if x["fits"] else "" for x in results)],
     ]
     for kind in dict.fromkeys(kind for x in results for kind, (times, _) in x["collectives"].items() if times):
         pairs = [x["collectives"].get(kind, (0, 0)) for x in results]
         rows.append([kind, *(f"{times} x, {size / gib:.2f} GiB" for times, size in pairs)])
     rows.append(["communicated", *of("moved_bytes")])
     rows.append(["compiled in", *(f"{x['compile_seconds']:.0f} s" for x in results)])
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

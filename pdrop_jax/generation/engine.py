@@ -56,6 +56,7 @@ class State:
     model: DecodeState
 
 
+@jax.named_scope("head")
 def _append(state: State, logits: jax.Array, sampler: TokenSampler, stop_ids: jax.Array) -> State:
     token = sample(logits, jax.random.fold_in(state.key, state.step), sampler)
     token = jnp.where(state.done, 0, token)

@@ -21,6 +21,7 @@ LONGEST_BLOCK = 1024  # queries that the kernel takes at once; they need no padd
 TILE = 16  # rows of a bfloat16 tile on a TPU
 
 
+@jax.named_scope("attention")
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -107,6 +108,7 @@ def attention_mask(
     return seen
 
 
+@jax.named_scope("attention")
 def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, window: int | None = None) -> jax.Array:
     """``attention`` of new tokens to a cache that holds them already: each sees the slots up to its own.
 

@@ -28,6 +28,7 @@ class StageCache:
     v: jax.Array
 
 
+@jax.named_scope("attention")
 def cache_prompt(k: jax.Array, v: jax.Array, new_slots: int) -> StageCache:
     """The cache of one layer, without the leading L_s, from the keys and values (B, S, K, H) of a whole buffer."""
 
@@ -56,6 +57,7 @@ def grow(cache: StageCache, slots: int) -> StageCache:
     return StageCache(pad(cache.k), pad(cache.v))
 
 
+@jax.named_scope("attention")
 def write_tokens(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, first: jax.Array) -> StageCache:
     """Writes keys and values (B, T, K, H) of new tokens into the slots from ``first`` (B,) on.
 

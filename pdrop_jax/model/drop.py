@@ -99,6 +99,7 @@ class Boundary:
     last_input: jax.Array | None = None
 
 
+@jax.named_scope("drop")
 def drop(
     stage: Stage, at: Boundary, score: Callable[[Boundary], jax.Array], max_count: int
 ) -> tuple[TokenBuffer, DropRecord]:

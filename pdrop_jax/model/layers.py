@@ -39,6 +39,7 @@ def linear(params: Params, x: jax.Array, inputs: int = 1) -> jax.Array:
     return y
 
 
+@jax.named_scope("norm")
 def rms_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
     """Statistics and scaling in float32, rounded once to the dtype of ``x``."""
     wide = x.astype(jnp.float32)

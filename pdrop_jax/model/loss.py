@@ -34,6 +34,7 @@ def count_targets(labels: jax.Array) -> jax.Array:
     return (labels[:, 1:] != IGNORE).sum()
 
 
+@jax.named_scope("head")
 def cross_entropy(config: LlavaConfig, params: Params, buffer: TokenBuffer, most: int, chunk: int = CHUNK) -> jax.Array:
     """Sum of the next-token cross-entropies over the targets of ``buffer``, () float32.
 

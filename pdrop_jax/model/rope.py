@@ -36,6 +36,7 @@ def rope_at(tables: Rope, positions: jax.Array) -> Rope:
     return cos, sin
 
 
+@jax.named_scope("attention")
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotates ``x`` (B, T, N, H) by ``rope`` in float32; the halves of H are the pairs, as in Hugging Face's LLaMA.
 

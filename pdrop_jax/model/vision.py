@@ -61,6 +61,7 @@ def class_attention_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax
     return jax.nn.softmax(logits, axis=-1).mean(1)
 
 
+@jax.named_scope("tower")
 def image_features(
     config: LlavaConfig,
     params: Params,

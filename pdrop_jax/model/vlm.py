@@ -57,6 +57,7 @@ def embed(
     return buffer_of(config, batch, hidden, slots, attention)
 
 
+@jax.named_scope("embed")
 def buffer_of(
     config: LlavaConfig, batch: Batch, hidden: jax.Array, slots: int, attention: jax.Array | None = None
 ) -> TokenBuffer:
@@ -85,6 +86,7 @@ def buffer_of(
     )
 
 
+@jax.named_scope("embed")
 def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | None) -> jax.Array:
     """Features (B, P, D) at ``index`` (B, S, T), blended by ``weight`` (B, S, T) float32 -> (B, S, D)."""
     B, S, T = index.shape
@@ -95,12 +97,14 @@ def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | 
     return blended.sum(2).astype(features.dtype)
 
 
+@jax.named_scope("embed")
 def embed_tokens(params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
     """Token ids (B, T) -> (B, T, D)."""
     table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
     return constrain(jnp.asarray(table)[jnp.asarray(ids)], "batch", None, None)
 
 
+@jax.named_scope("head")
 def unembed(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
     """Normed hidden states (B, T, D) -> logits (B, T, V) float32."""
     if config.text.tie_embeddings:

@@ -1,4 +1,4 @@
-"""Memory and collectives of a program that libtpu compiles on this machine's CPU for a TPU topology.
+"""Memory, collectives and estimated time of a program that libtpu compiles on this machine's CPU for a TPU topology.
 
 All figures are the compiler's: bytes per device, and collectives, where those in a loop body are multiplied by the trip
 count. MACs come from ``analysis.cost`` instead, because the compiler counts a loop body only once.
@@ -10,14 +10,9 @@ import re
 import time
 from typing import Any
 
-from pdrop_jax.planner.topology import MEMORY
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# An asynchronous collective is counted at its "-done" instruction, whose type is that of the result alone.
-COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-done)?\(")
-SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-CALLS = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=(%[\w.-]+|\{[^}]*\})")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+from pdrop_jax.planner.estimate import COLLECTIVES, Estimate, estimate
+from pdrop_jax.planner.hlo_text import Module, parse
+from pdrop_jax.planner.topology import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +29,8 @@ class Report:
         other figures, except ``capacity_bytes`` and ``compile_seconds``, are 0.
       collectives: kind -> (number of executions, bytes of all results).
       compile_seconds: time to lower and compile.
+      estimate: of the time that it takes, see ``planner.estimate``; None if the program does not fit.
+      text: the compiled program.
     """
 
     argument_bytes: int
@@ -44,6 +41,8 @@ class Report:
     excess_bytes: int
     collectives: dict[str, tuple[int, int]]
     compile_seconds: float
+    estimate: Estimate | None = None
+    text: str = dataclasses.field(default="", repr=False)
 
     @property
     def fits(self) -> bool:
@@ -56,7 +55,8 @@ class Report:
 
 def compile_report(lower: Any, topology: str) -> Report:
     """Compiles the program that ``lower()`` lowers for the devices of ``topology``, such as "v5e:4x8"."""
-    capacity = int(MEMORY[topology.partition(":")[0]] * 2**30)
+    chip = topology.partition(":")[0]
+    capacity = int(CHIPS[chip].memory * 2**30)
     began = time.perf_counter()
     try:
         compiled = lower().compile()
@@ -75,7 +75,8 @@ def compile_report(lower: Any, topology: str) -> Report:
             compile_seconds=time.perf_counter() - began,
         )
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    module = parse(text)
     return Report(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -83,8 +84,10 @@ def compile_report(lower: Any, topology: str) -> Report:
         total_bytes=memory.peak_memory_in_bytes,
         capacity_bytes=capacity,
         excess_bytes=0,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(module),
         compile_seconds=seconds,
+        estimate=estimate(module, chip),
+        text=text,
     )
 
 
@@ -105,44 +108,18 @@ def _excess(message: str) -> int:
     return 0
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Collectives in the text of a compiled program: kind -> (executions, bytes of all results on one device)."""
-    computations, name = {"": list[str]()}, ""
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%(\S+) \(", line):
-            name = "" if head[1] else head[2]
-            computations[name] = []
-        computations[name].append(line)
+def collectives(module: Module) -> dict[str, tuple[int, int]]:
+    """Collectives of a compiled program: kind -> (executions, bytes of all results on one device)."""
     found: dict[str, tuple[str, int, int]] = {}
-
-    def visit(name: str, times: int) -> None:
-        for line in computations[name]:
-            if match := COLLECTIVE.search(line):
-                result, kind = match.groups()
-                size = sum(_bytes(dtype, dims) for dtype, dims in SHAPE.findall(result))
-                # The compiler may split a collective into pieces that overlap with other work; the pieces share its
-                # channel id, so the channel is counted once.
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = channel[1] if channel else line
-                found[key] = max(found.get(key, (kind, 0, 0)), (kind, times, times * size))
-            trips = times * _trip_count(computations, line)
-            for called in CALLS.findall(line):
-                for callee in re.findall(r"%([\w.-]+)", called):
-                    visit(callee, trips)
-
-    visit("", 1)
+    for x, _, times in module.executed(into_fusions=True):
+        # An asynchronous collective is counted at its "-done" instruction, whose type is that of the result alone.
+        kind = x.opcode.removesuffix("-done")
+        if kind in COLLECTIVES:
+            # The compiler may split a collective into pieces that overlap with other work; the pieces share its
+            # channel id, so the channel is counted once.
+            key = x.attribute(r"channel_id=(\d+)") or x.name
+            found[key] = max(found.get(key, (kind, 0, 0)), (kind, times, times * x.bytes))
     return {
         kind: (sum(t for k, t, _ in found.values() if k == kind), sum(n for k, _, n in found.values() if k == kind))
         for kind in COLLECTIVES
     }
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    return math.prod(int(n) for n in dims.split(",") if n) * BYTES.get(dtype, 4)
-
-
-def _trip_count(computations: dict[str, list[str]], line: str) -> int:
-    """Trip count of a loop over layers or microbatches, read from its condition; 1 for any other instruction."""
-    condition = re.search(r" while\(.*condition=%([\w.-]+)", line)
-    limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition[1]])) if condition else []
-    return int(limits[0]) if len(limits) == 1 else 1

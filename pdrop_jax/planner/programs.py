@@ -74,6 +74,12 @@ class CompiledProgram:
     mesh: dict[str, int]
     report: Report
 
+    @property
+    def row_ms(self) -> float:
+        """Estimated milliseconds per row of the batch; infinite if the program does not fit."""
+        estimate = self.report.estimate
+        return estimate.time.total / self.job.rows if estimate else math.inf
+
 
 def groups_of(config: LlavaConfig) -> tuple[str, ...]:
     """Groups that full fine-tuning trains; LLaVA-NeXT, which tiles images, also trains the vision tower."""
@@ -103,10 +109,10 @@ def compile_program(
 def suggest(
     job: Program, devices: int, compiled: Callable[[Program, dict[str, int]], CompiledProgram]
 ) -> list[CompiledProgram]:
-    """Programs that fit, one for each fsdp x tensor mesh, sorted by bytes communicated per row, fewest first.
+    """Programs that fit, one for each fsdp x tensor mesh, sorted by the estimated time per row, fastest first.
 
-    A training batch keeps its size, and its number of microbatches is doubled until the step fits. An inference batch
-    is doubled for as long as it fits. MACs do not enter the order, since every mesh divides them evenly.
+    A training batch keeps its size, and its number of microbatches is doubled until the step fits and then for as long
+    as that makes it faster. An inference batch is doubled for as long as it fits and a row gets faster.
 
     Args:
       devices: number of devices of the slice.
@@ -120,13 +126,13 @@ def suggest(
         best = None
         for attempt in _attempts(job, sizes["fsdp"]):
             tried = compiled(attempt, sizes)
-            best = tried if tried.report.fits else best
-            enough = tried.report.fits if job.mode == "train" else not tried.report.fits
-            if enough:
+            if tried.report.fits and (best is None or tried.row_ms < best.row_ms):
+                best = tried
+            elif best or job.mode != "train":
                 break
         if best:
             found.append(best)
-    return sorted(found, key=lambda found: found.report.moved_bytes / found.job.rows)
+    return sorted(found, key=lambda found: found.row_ms)
 
 
 def _attempts(job: Program, shards: int) -> Iterator[Program]:

@@ -1,13 +1,42 @@
 """TPU topologies as libtpu describes them, without the hardware."""
 
+import dataclasses
 import importlib.util
 import os
 from typing import Any
 
 from pdrop_jax.errors import UserError
 
-# High-bandwidth memory of a device in GiB, as stated in the compiler's out-of-memory message.
-MEMORY = {"v4": 31.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak rates of a device, from Google's documentation and "How to Scale Your Model" (Austin et al., 2025).
+
+    Attributes:
+      memory: HBM in GiB, as stated in the compiler's out-of-memory message.
+      flops: dense bfloat16 FLOP/s.
+      int8_ops: dense int8 operations a second.
+      hbm: bytes/s of the high-bandwidth memory.
+      ici: bytes/s of one ring of links, both directions together.
+      clock: cycles a second, ``flops`` divided by what the matrix units do in a cycle.
+    """
+
+    memory: float
+    flops: float
+    int8_ops: float
+    hbm: float
+    ici: float
+    clock: float
+
+
+CHIPS = {
+    "v4": Chip(31.75, 275e12, 275e12, 1.23e12, 9e10, 1.05e9),
+    "v5e": Chip(15.75, 197e12, 394e12, 8.19e11, 9e10, 1.5e9),
+    "v5p": Chip(95.74, 459e12, 918e12, 2.765e12, 1.8e11, 1.75e9),
+    "v6e": Chip(31.25, 918e12, 1836e12, 1.64e12, 1.8e11, 1.75e9),
+    # A device is half of a chip.
+    "tpu7x": Chip(94.75, 1153e12, 1153e12, 3.69e12, 1.8e11, 2.2e9),
+}
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # or libtpu queries the cloud metadata server
@@ -28,9 +57,9 @@ def devices_of(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning needs the TPU compiler, which is not installed: pip install 'pdrop-jax[plan]'")
     kind, colon, _ = topology.partition(":")
-    if kind not in MEMORY or not colon:
+    if kind not in CHIPS or not colon:
         raise UserError(
-            f"topology {topology!r} is not of the form v5e:4x8: give a TPU type ({', '.join(MEMORY)}) and its chip grid"
+            f"topology {topology!r} is not of the form v5e:4x8: give a TPU type ({', '.join(CHIPS)}) and its chip grid"
         )
     os.environ.update(ENVIRONMENT)
     from jax.experimental import topologies

@@ -11,6 +11,8 @@ from pdrop_jax.cli.plan import run
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.planner import hlo, programs, topology
+from pdrop_jax.planner.estimate import Estimate, Time
+from pdrop_jax.planner.hlo_text import parse
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(
@@ -42,7 +44,7 @@ ENTRY %main (q: f32[2,4]) -> f32[16,4] {
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-    found = hlo.collectives(HLO)
+    found = hlo.collectives(parse(HLO))
     assert found["all-gather"] == (3 + 1, 3 * 8 * 128 * 2 + 16 * 4 * 4)
     assert found["all-reduce"] == (1, 4 + 3 * 4)
     assert found["all-to-all"] == (0, 0)

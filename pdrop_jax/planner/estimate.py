@@ -1,0 +1,129 @@
+"""An estimate of the time that a compiled program takes on a device, by part of the model.
+
+It is read from the text of the executable, which holds the compiler's estimate of each operation's cycles. Nothing has
+run. Use it to compare two programs and to find what should not be there. What it assumes:
+
+* Operations run one after another, each in the compiler's cycles at the chip's clock.
+* An attention kernel, of which the compiler says nothing, takes as long as its products at the matrix unit's peak or
+  its bytes at the memory's rate, whichever is longer.
+* A collective takes as long as its bytes do on one ring of links in both directions, and nothing runs beside it.
+  Collectives that the compiler has split into permutes beside matrix products take no time of their own.
+* Prefetches from memory run beside other work and take no time of their own.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from pdrop_jax.planner.hlo_text import Computation, Instruction, Module
+from pdrop_jax.planner.topology import CHIPS, Chip
+from pdrop_jax.planner.traffic import hbm_bytes, products
+
+# Parts of the model, in the order in which they are shown. The model names the first seven by ``jax.named_scope``.
+PARTS = (
+    "tower",
+    "drop",
+    "attention",
+    "norm",
+    "head",
+    "embed",
+    "optimizer",
+    "decoder products",
+    "copies",
+    "collectives",
+    "other",
+)
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# They take no time, or it is counted where they start.
+FREE = re.compile(
+    r"parameter|get-tuple-element|tuple|bitcast|constant|after-all|partition-id|opt-barrier|iota|while|call|conditional"
+    r"|.*-done"
+)
+PREFETCHES = ("copy-start", "slice-start", "dynamic-slice-start")
+SCOPE = re.compile(r"\b(tower|drop|attention|norm|head|embed|optimizer)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Estimated milliseconds on a device.
+
+    Attributes:
+      matrix: products at the matrix unit's peak.
+      memory: bytes to and from HBM at its rate, prefetches included.
+      cycles: the compiler's cycles at the chip's clock; for attention kernels see the top of this module.
+      links: collectives.
+    """
+
+    matrix: float = 0.0
+    memory: float = 0.0
+    cycles: float = 0.0
+    links: float = 0.0
+
+    def __add__(self, other: "Time") -> "Time":
+        return Time(*(getattr(self, x.name) + getattr(other, x.name) for x in dataclasses.fields(self)))
+
+    @property
+    def total(self) -> float:
+        return self.cycles + self.links
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Estimated time of a program by part of the model; a decode program takes one step."""
+
+    parts: dict[str, Time]
+
+    @property
+    def time(self) -> Time:
+        return sum(self.parts.values(), Time())
+
+
+def estimate(module: Module, chip: str) -> Estimate:
+    """The estimate for a program compiled for devices of type ``chip``, such as "v5e"."""
+    rates = CHIPS[chip]
+    parts: dict[str, Time] = collections.defaultdict(Time)
+    for x, computation, times in module.executed():
+        if not FREE.fullmatch(x.opcode):
+            time = _time(module, computation, x, rates)
+            parts[_part(module, x, time)] += Time(*(times * value for value in dataclasses.astuple(time)))
+    return Estimate({part: parts[part] for part in PARTS if part in parts})
+
+
+def _time(module: Module, computation: Computation, x: Instruction, chip: Chip) -> Time:
+    plain, int8 = products(module, computation, x)
+    matrix = 2e3 * (plain / chip.flops + int8 / chip.int8_ops)
+    memory = 1e3 * hbm_bytes(module, computation, x) / chip.hbm
+    cycles = 1e3 * float(x.attribute(r'"estimated_cycles":"(\d+)"') or 0) / chip.clock
+    if x.opcode == "custom-call":
+        kernel = x.attribute(r'custom_call_target="(\w+)"') == "tpu_custom_call"
+        return Time(matrix, memory, max(matrix, memory)) if kernel else Time()
+    if x.opcode in PREFETCHES:
+        return Time(memory=memory)
+    kind = x.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+        shapes = x.shapes[len(x.shapes) // 2 :] if x.opcode.endswith("-start") and len(x.shapes) > 1 else x.shapes
+        overlapped = kind == "collective-permute"
+        # A gather sends its result once around the ring, a reduction twice; each link carries both directions.
+        rounds = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 0.5}.get(kind, 0.0)
+        links = 0.0 if overlapped else rounds * 1e3 * sum(shape.bytes for shape in shapes) / chip.ici
+        return Time(memory=memory, links=links)
+    return Time(matrix, memory, cycles)
+
+
+def _part(module: Module, x: Instruction, time: Time) -> str:
+    if x.opcode.removesuffix("-start") in COLLECTIVES:
+        return "collectives"
+    if x.opcode == "copy" or x.opcode in PREFETCHES:
+        return "copies"
+    scope = _scope([x.attributes]) or _scope(y.attributes for name in x.called for y in module.computations[name])
+    if time.matrix and scope in ("", "norm"):  # a norm is often fused with the product behind it
+        return "decoder products"
+    return scope or "other"
+
+
+def _scope(attributes: Iterable[str]) -> str:
+    """The scope that most of some instructions name, empty if none names one."""
+    names = (re.search(r'op_name="([^"]*)"', text) for text in attributes)
+    found = collections.Counter(scope[1] for name in names if name and (scope := SCOPE.search(name[1])))
+    return found.most_common(1)[0][0] if found else ""
