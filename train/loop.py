@@ -30,8 +30,8 @@ from pdrop_jax.train.model import is_up_to_date, open_start, write_model
 from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.recipe import MOST_STEPS, MeshRecipe, Recipe, RunRecipe, checked
-from pdrop_jax.train.startup import describe, step_macs
-from pdrop_jax.train.step import Metrics, TrainState, changing, init_state, join, not_finite, train_step
+from pdrop_jax.train.startup import describe, few_rows, step_macs
+from pdrop_jax.train.step import Metrics, TrainState, changing, init_state, join, not_finite, train_step_for
 
 MODEL = "model"  # folder of the trained model, inside the run folder
 
@@ -87,6 +87,8 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
         if jax.process_index() == 0:
             summary = describe(recipe.run, recipe.model.groups, job.config, job.dataset, state, job.steps)
             print(printable(summary, keep="\n"), file=sys.stderr)
+            if warning := few_rows(recipe.run, job.mesh):
+                print(f"warning: {warning}", file=sys.stderr)
             if first:
                 print(f"resumed     after {first:,} steps", file=sys.stderr)
         last, state = _run(job, batches, first, state, checkpoints, metadata)
@@ -219,6 +221,7 @@ def _run(
     rate = learning_rate(job.recipe.optimizer.learning_rate, job.recipe.optimizer.warmup, job.steps)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
     number, pending, shapes = first, None, set()
+    step = train_step_for(jax.default_backend())
     with Progress(pathlib.Path(run.folder), first, job.steps, run.log_every) as progress, _Stop() as stop:
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
@@ -233,7 +236,7 @@ def _run(
 
         for number, read in enumerate(batches, first + 1):
             began = time.perf_counter()
-            state, metrics = train_step(
+            state, metrics = step(
                 job.config,
                 job.optimizer,
                 state,

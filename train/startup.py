@@ -4,6 +4,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection
 
+from jax.sharding import Mesh
+
 from pdrop_jax.analysis.cost import training_macs
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
@@ -23,6 +25,22 @@ def step_macs(config: LlavaConfig, dataset: Dataset, batch_size: int, groups: Co
     runs = dataset.spans.values.reshape(-1, 2)
     targets = float((runs[:, 1] - runs[:, 0]).sum()) / len(dataset)
     return batch_size * training_macs(config, bucket, targets, groups)
+
+
+def few_rows(run: RunRecipe, mesh: Mesh) -> str:
+    """A warning if microbatches are smaller than they should be; empty if they are not.
+
+    Each microbatch gathers all weights and scatters all gradients along fsdp, however few tokens it has. That hides
+    behind the products only if a device has several rows.
+    """
+    rows = run.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps)
+    if run.grad_accum_steps == 1 or mesh.shape["fsdp"] == 1 or rows > 1:
+        return ""
+    return (
+        f"run.grad_accum_steps is {run.grad_accum_steps}, which leaves a device {rows} row at a time: weights are "
+        f"gathered {run.grad_accum_steps} times a step, behind little work. Lower it as far as memory allows; "
+        "pdrop plan --suggest finds the fastest number that fits a TPU"
+    )
 
 
 def describe(

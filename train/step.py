@@ -19,6 +19,14 @@ from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import Params, path_name, spec_of
 from pdrop_jax.model.placement import constrain_params
 
+# Along fsdp every product needs its weight gathered, or its gradient summed and scattered. With these options the TPU
+# compiler always does that piece by piece while the product runs. By default it stops doing so for products with few
+# tokens, which are those of the later stages: it gathers first, and sums whole gradients on every device.
+TPU_OPTIONS = {
+    "xla_tpu_all_gather_collective_matmul_mode": "post_spmd",
+    "xla_tpu_reduce_scatter_collective_matmul_mode": "post_spmd",
+}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -109,12 +117,7 @@ def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "optimizer", "dtype", "grad_accum_steps", "remat", "implementation"),
-    donate_argnames=("state",),
-)
-def train_step(
+def _train_step(
     config: LlavaConfig,
     optimizer: optax.GradientTransformation,
     state: TrainState,
@@ -172,3 +175,18 @@ def train_step(
     # Keep the sharding of the state: a different sharding would make the next step recompile.
     trained, moments = constrain_params(config, (trained, moments))
     return TrainState(step=state.step + 1, trained=trained, frozen=state.frozen, optimizer=moments), metrics
+
+
+_jitted = functools.partial(
+    jax.jit,
+    _train_step,
+    static_argnames=("config", "optimizer", "dtype", "grad_accum_steps", "remat", "implementation"),
+    donate_argnames=("state",),
+)
+train_step = _jitted()
+_tpu_train_step = _jitted(compiler_options=TPU_OPTIONS)
+
+
+def train_step_for(platform: str) -> Any:
+    """``train_step`` with the compiler options of a platform such as "tpu", which other compilers do not know."""
+    return _tpu_train_step if platform == "tpu" else train_step

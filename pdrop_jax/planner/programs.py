@@ -26,7 +26,7 @@ from pdrop_jax.planner.hlo import Report, compile_report
 from pdrop_jax.sharding import batch_sharding, make_mesh, partition
 from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import OptimizerRecipe
-from pdrop_jax.train.step import init_state, train_step
+from pdrop_jax.train.step import init_state, train_step_for
 
 GROUPS = ("projector", "llm")
 QUERIES = 4  # query rows of a training example
@@ -160,7 +160,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
         optimizer = make_optimizer(config, OptimizerRecipe(), STEPS)
         init = functools.partial(init_state, config, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
         train_state = abstract(config, jax.eval_shape(init, abstract_params(config)), mesh)
-        program, arguments = train_step, (config, optimizer, train_state, batch)
+        program, arguments = train_step_for("tpu"), (config, optimizer, train_state, batch)
         settings = {"grad_accum_steps": job.grad_accum_steps, "implementation": "splash"}
     else:
         params = abstract_params(config, jnp.bfloat16)

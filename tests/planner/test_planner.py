@@ -11,8 +11,9 @@ from pdrop_jax.cli.plan import run
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.planner import hlo, programs, topology
-from pdrop_jax.planner.estimate import Estimate, Time
+from pdrop_jax.planner.estimate import PARTS, Estimate, Time, estimate
 from pdrop_jax.planner.hlo_text import parse
+from pdrop_jax.planner.topology import CHIPS
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(
@@ -84,6 +85,12 @@ def test_bad_topologies(monkeypatch):
         topology.devices_of("v5e:2x4")
 
 
+def report(milliseconds, fits):
+    """A program that takes so long, in one part of the model."""
+    estimate = Estimate({"other": Time(cycles=milliseconds)}) if fits else None
+    return hlo.Report(0, 0, 0, 0, 1, not fits, {}, 0.0, estimate)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
@@ -96,10 +103,11 @@ def planned(folder, *options):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_training_step_is_compiled_for_a_slice(folder):
-    done = planned(folder, "--mesh", "fsdp=4", "tensor=2", "--batch", "8", "--json")
+def test_a_training_step_is_compiled_for_a_slice(folder, tmp_path):
+    done = planned(folder, "--mesh", "fsdp=4", "tensor=2", "--batch", "8", "--json", "--hlo", tmp_path / "step.hlo")
     assert done.returncode == 0, done.stderr
-    pyramid, dense = json.loads(done.stdout)["plans"]
+    said = json.loads(done.stdout)
+    pyramid, dense = said["plans"]
     assert (pyramid["model"], dense["model"]) == ("PyramidDrop", "dense")
     assert pyramid["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert pyramid["fits"]
@@ -109,6 +117,20 @@ def test_a_training_step_is_compiled_for_a_slice(folder):
     # The state is donated: what comes out lies where it went in, but for the metrics.
     assert pyramid["output_bytes"] < 0.01 * pyramid["argument_bytes"]
     assert sum(count for count, _ in pyramid["collectives"].values()) > 0
+    # The estimate: of both programs, in all parts of the model, and of the program that was written.
+    assert (said["estimate_ms"], said["dense"]["estimate_ms"]) == (pyramid["estimate_ms"], dense["estimate_ms"])
+    assert said["ratio"] == pytest.approx(dense["estimate_ms"] / pyramid["estimate_ms"])
+    assert said["mac_ratio"] == pytest.approx(dense["macs"] / pyramid["macs"])
+    for plan, parts in ((pyramid, set(PARTS)), (dense, set(PARTS) - {"drop"})):
+        assert set(plan["estimate"]["parts"]) == parts
+        total = sum(part["cycles"] + part["links"] for part in plan["estimate"]["parts"].values())
+        assert 0 < plan["estimate_ms"] == pytest.approx(total, abs=0.02)
+        # The products of one device at the matrix unit's peak: remat runs the forward pass twice, and the compiler
+        # pads small products.
+        least = 2e3 * plan["macs"] / CHIPS["v5e"].flops
+        assert least < plan["estimate"]["matrix"] < 3 * least
+    written = estimate(parse((tmp_path / "step.hlo").read_text()), "v5e")
+    assert written.time.total == pytest.approx(pyramid["estimate_ms"], abs=0.001)
 
 
 def test_a_decode_step_needs_no_second_cache(folder):
@@ -149,14 +171,14 @@ def test_rows_that_cannot_be_cut(folder):
 @pytest.mark.parametrize(
     ("mode", "batch", "fits", "expected"),
     [
-        # 128 rows of a training step: four parts, whatever the mesh.
+        # 128 rows of a training step: four parts fit, whatever the mesh, and eight would be slower.
         (
             "train",
             128,
             lambda job: job.rows / job.grad_accum_steps <= 32,
             [(8, 1, 128, 4), (4, 2, 128, 4), (2, 4, 128, 4)],
         ),
-        # As many rows as fit, from the first number that the mesh can cut.
+        # As many rows as fit, from the first number that the mesh can cut: the more, the less time for each.
         ("prefill", 4, lambda job: job.rows <= 20, [(8, 1, 16, 1), (4, 2, 16, 1), (2, 4, 16, 1)]),
         ("decode", 4, lambda job: False, []),
         ("train", 8, lambda job: job.rows / job.grad_accum_steps <= 2, [(2, 4, 8, 4)]),
@@ -164,28 +186,37 @@ def test_rows_that_cannot_be_cut(folder):
 )
 def test_what_fits_is_suggested(mode, batch, fits, expected):
     def compiled(job, sizes):
-        report = hlo.Report(0, 0, 0, 0, 1, 0 if fits(job) else 1, {}, 0.0)
-        return programs.CompiledProgram(job, sizes, report)
+        return programs.CompiledProgram(job, sizes, report(10 * job.grad_accum_steps + job.rows, fits(job)))
 
     found = programs.suggest(programs.Program(CONFIG, mode, Bucket(112, (144,)), batch), 8, compiled)
     assert [(x.mesh["fsdp"], x.mesh["tensor"], x.job.rows, x.job.grad_accum_steps) for x in found] == expected
 
 
-def test_the_mesh_that_moves_least_a_row_comes_first():
-    def compiled(job, sizes):  # more rows on a mesh of more devices along tensor, and more bytes
-        fits, moved = job.rows <= 8 * sizes["tensor"], {1: 80, 2: 96, 4: 256}[sizes["tensor"]]
-        return programs.CompiledProgram(
-            job, sizes, hlo.Report(0, 0, 0, 0, 1, not fits, {"all-gather": (1, moved)}, 0.0)
-        )
+@pytest.mark.parametrize(("fastest", "tried"), [(1, [1, 2]), (4, [1, 2, 4, 8])])
+def test_microbatches_are_doubled_while_that_makes_the_step_faster(fastest, tried):
+    jobs = []
+
+    def compiled(job, sizes):
+        jobs.append(job.grad_accum_steps)
+        return programs.CompiledProgram(job, sizes, report(abs(job.grad_accum_steps - fastest), True))
+
+    (found,) = programs.suggest(programs.Program(CONFIG, "train", Bucket(112, (144,)), 16), 1, compiled)
+    assert (found.job.grad_accum_steps, jobs) == (fastest, tried)
+
+
+def test_the_mesh_that_is_fastest_per_row_comes_first():
+    def compiled(job, sizes):  # more rows on a mesh of more devices along tensor, and more time
+        milliseconds = {1: 80, 2: 96, 4: 256}[sizes["tensor"]]
+        return programs.CompiledProgram(job, sizes, report(milliseconds, job.rows <= 8 * sizes["tensor"]))
 
     found = programs.suggest(programs.Program(CONFIG, "prefill", Bucket(112, (144,)), 8), 8, compiled)
     assert [(x.mesh["tensor"], x.job.rows) for x in found] == [(2, 16), (4, 32), (1, 8)]
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch, capsys):
-    report = hlo.Report(0, 0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
+    full = hlo.Report(0, 0, 0, 0, 16 * 2**30, 3 * 2**29, {}, 1.0)
     monkeypatch.setattr(topology, "devices_of", lambda topology: [None] * 8)
-    monkeypatch.setattr(programs, "compile_program", lambda job, *_: programs.CompiledProgram(job, {"fsdp": 8}, report))
+    monkeypatch.setattr(programs, "compile_program", lambda job, *_: programs.CompiledProgram(job, {"fsdp": 8}, full))
     run("v5e:2x4", "llava-next-7b", bucket=(128, 2880))
     said = capsys.readouterr().out
     assert "no: 1.50 GiB over 16.00 GiB" in said

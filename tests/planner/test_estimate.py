@@ -1,0 +1,118 @@
+"""The estimate of a program's time, on a text whose figures are worked out by hand."""
+
+import pytest
+
+from pdrop_jax.planner.estimate import Time, estimate
+from pdrop_jax.planner.hlo_text import Shape, parse
+from pdrop_jax.planner.topology import CHIPS
+from pdrop_jax.planner.traffic import hbm_bytes, products
+
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"1500000"}}'  # a millisecond on a v5e
+NORM = 'metadata={op_name="jit(f)/while/body/norm/mul"}'
+KERNEL = (
+    'custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, bf16[2,4,416,128]{3,2,1,0}, '
+    'bf16[2,4,512,128]{3,2,1,0}}, metadata={op_name="jit(f)/attention/kernel"}'
+)
+TEXT = (
+    (
+        """HloModule step
+%product (x: bf16[64,128], w: bf16[4,128,256]) -> bf16[64,256] {
+  %x.1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = bf16[4,128,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %n.1 = s32[] constant(0)
+  %w.2 = bf16[1,128,256]{2,1,0} dynamic-slice(%w.1, %n.1, %n.1, %n.1), dynamic_slice_sizes={1,128,256}
+  %w.3 = bf16[128,256]{1,0} bitcast(%w.2)
+  ROOT %y.1 = bf16[64,256]{1,0:T(8,128)(2,1)} convolution(%x.1, %w.3), dim_labels=bf_io->bf, NORM
+}
+%write (cache: bf16[4,8,128], token: bf16[1,8,128]) -> bf16[4,8,128] {
+  %cache.1 = bf16[4,8,128]{2,1,0} parameter(0)
+  %token.1 = bf16[1,8,128]{2,1,0} parameter(1)
+  %n.2 = s32[] constant(1)
+  ROOT %new.1 = bf16[4,8,128]{2,1,0} dynamic-update-slice(%cache.1, %token.1, %n.2, %n.2, %n.2)
+}
+%more (carry: (s32[], bf16[64,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[]{:T(512)} compare(%n, %limit), direction=LT
+}
+%layer (carry: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
+  %carry = (s32[], bf16[64,128]{1,0}) parameter(0)
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
+  %w = bf16[4,128,256]{2,1,0} get-tuple-element(%carry), index=2
+  %y = bf16[64,256]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %w), kind=kOutput, calls=%product, CYCLES
+  %gathered = bf16[16,128]{1,0} all-gather(%x), channel_id=1, dimensions={0}, metadata={op_name="jit(f)/drop/gather"}
+  %moved = (bf16[16,128]{1,0}, bf16[16,128]{1,0}) collective-permute-start(%x), channel_id=2
+  %z = bf16[64,128]{1,0} add(%x, %x), metadata={op_name="jit(f)/transpose(jvp(drop))/attention/add"}, CYCLES
+  %k = bf16[64,128]{1,0} copy(%z), CYCLES
+}
+ENTRY %main (q: bf16[64,128]) -> bf16[64,128] {
+  %q = bf16[64,128]{1,0} parameter(0)
+  %c = bf16[4,8,128]{2,1,0} parameter(1)
+  %t = bf16[1,8,128]{2,1,0} parameter(2)
+  %layers = (s32[], bf16[64,128]{1,0}) while(%q), condition=%more, body=%layer
+  %new = bf16[4,8,128]{2,1,0} fusion(%c, %t), kind=kLoop, calls=%write, CYCLES
+  %splash_mha_fwd_residuals.1 = bf16[2,4,416,128]{3,2,1,0} custom-call(%q), KERNEL
+  %sum = f32[1024]{0} all-reduce(%q), channel_id=3, to_apply=%add
+}
+"""
+    )
+    .replace("CYCLES", CYCLES)
+    .replace("NORM", NORM)
+    .replace("KERNEL", KERNEL)
+)
+
+
+def test_time_by_part():
+    parts, v5e = estimate(parse(TEXT), "v5e").parts, CHIPS["v5e"]
+    macs = 64 * 128 * 256
+    attention = 2 * 2 * 4 * 416 * 128 * 512
+    expected = {
+        # The weight's slice and the input are read; the output stays in the chip's own memory.
+        "decoder products": Time(4 * 2e3 * macs / v5e.flops, 4 * 1e3 * (64 * 128 + 128 * 256) * 2 / v5e.hbm, 4.0, 0.0),
+        "drop": Time(0.0, 4 * 1e3 * 3 * 64 * 128 * 2 / v5e.hbm, 4.0, 0.0),
+        "attention": Time(
+            2e3 * attention / v5e.flops,
+            1e3 * (2 * 4 * 416 * 128 + 64 * 128) * 2 / v5e.hbm,
+            2e3 * attention / v5e.flops,
+            0.0,
+        ),
+        "copies": Time(0.0, 4 * 1e3 * 2 * 64 * 128 * 2 / v5e.hbm, 4.0, 0.0),
+        # Written in place: the token alone is read and written.
+        "other": Time(0.0, 1e3 * 2 * 8 * 128 * 2 / v5e.hbm, 1.0, 0.0),
+    }
+    for part, time in expected.items():
+        for name in ("matrix", "memory", "cycles", "links"):
+            assert getattr(parts[part], name) == pytest.approx(getattr(time, name)), (part, name)
+    # Gathered once around the ring in each layer, summed twice around it; permutes run beside the products.
+    assert parts["collectives"].links == pytest.approx(1e3 * (4 * 16 * 128 * 2 + 2 * 1024 * 4) / v5e.ici)
+    assert set(parts) == {*expected, "collectives"}
+
+
+def test_what_the_compiler_keeps_on_the_chip_is_no_traffic():
+    module = parse(TEXT)
+    layer = module.computations["layer"]
+    assert layer.instructions["y"].shapes == (Shape("bf16", (64, 256), in_hbm=False),)
+    assert hbm_bytes(module, layer, layer.instructions["y"]) == (64 * 128 + 128 * 256) * 2
+
+
+@pytest.mark.parametrize(
+    ("instruction", "macs"),
+    [
+        # A batched product as the TPU compiler writes it: the batch is a dimension of the window, spread by dilation.
+        (
+            "convolution(%l, %r), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf",
+            8 * 16 * 32 * 64,
+        ),
+        ("dot(%l, %r), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_contracting_dims={1}", 8 * 16 * 32 * 64),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "s8"])
+def test_products_without_those_on_padding(instruction, macs, dtype):
+    text = f"""ENTRY %main (l: {dtype}[8,16,32]) -> f32[8,16,64] {{
+  %l = {dtype}[8,16,32]{{2,1,0}} parameter(0)
+  %r = {dtype}[8,32,64]{{2,1,0}} parameter(1)
+  %o = f32[8,16,64]{{2,1,0}} {instruction}
+}}
+"""
+    module = parse(text)
+    found = products(module, module.computations[""], module.computations[""].instructions["o"])
+    assert found == ((0, macs) if dtype == "s8" else (macs, 0))
