@@ -27,8 +27,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run as a file, Python looks in benchmarks/ instead
+# Run as a file, Python looks for modules in benchmarks/ instead of the root of the source tree.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.device.report import add_shares, markdown
 from benchmarks.device.source_tree import make_importable
@@ -42,7 +42,7 @@ ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
 def main() -> None:
     options = parse()
     if options.part:
-        for row in run_part(options):
+        for row in run_part(options.part, options):
             print(json.dumps(row), flush=True)
         return
     check_outputs([(options.markdown, ()), (options.json, ())], overwrite=True)
@@ -50,7 +50,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     limits = None
     for part in ("limits", *options.parts):
-        for row in child(part, options):
+        for row in run_part(part, options) if options.one_process else child(part, options):
             rows.append(add_shares(row, limits))
             if part == "limits" and "device" in row:
                 limits, options.platform, options.memory = row, row["platform"], row["memory_bytes"]
@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", help="recorded vectors to replay (default: all that run the model)")
     parser.add_argument("--markdown", type=pathlib.Path, help="file for the tables, which are printed too")
     parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
+    parser.add_argument("--one-process", action="store_true", help="no process for each part: starts faster, for tests")
     # What a part's process is told.
     parser.add_argument("--part", choices=("limits", *PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--platform", help=argparse.SUPPRESS)
@@ -100,21 +101,23 @@ def child(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"part": part, "skipped": f"its process ended with exit code {process.returncode}, see its error output"}
 
 
-def run_part(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of ``options.part``, in this process."""
+def run_part(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of a part, in this process."""
     make_importable()
     try:
-        if options.part == "torch":
+        if part == "torch":
             from benchmarks.device.torch_llava import torch_rows as rows
-        elif options.part == "parity":
+        elif part == "parity":
             from benchmarks.device.parity_rows import parity as rows
+        elif part == "limits":
+            from benchmarks.device.limits import limits as rows
         else:
             from benchmarks.device import ours
 
-            rows = getattr(ours, options.part)
+            rows = getattr(ours, part)
         yield from map(finite, rows(options))
     except ImportError as error:
-        yield {"part": options.part, "skipped": f"the package {error.name} is missing ({error})"}
+        yield {"part": part, "skipped": f"the package {error.name} is missing ({error})"}
 
 
 def finite(value: Any) -> Any:

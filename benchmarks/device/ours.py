@@ -1,16 +1,16 @@
-"""The device's limits, and our prefill, decode and training step beside them. Each part yields rows of figures."""
+"""Our prefill, decode and training step. Each part yields rows of figures."""
 
 import argparse
-import functools
-import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.device.limits import seconds_of, spread
 from benchmarks.device.shapes import (
     CAPACITY,
     DENSE,
@@ -24,7 +24,6 @@ from benchmarks.device.shapes import (
     most_layers,
     reason,
     shape_of,
-    spread,
     targets,
     training_batch,
 )
@@ -33,54 +32,9 @@ from pdrop_jax.analysis.cost import decode_macs, prefill_macs, training_macs
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.generation.engine import decode, start
 from pdrop_jax.model.cache import cache_bytes
-from pdrop_jax.model.params import Params, init_params
-from pdrop_jax.model.stacking import unstack
+from pdrop_jax.model.params import Params, ParamSpec, param_specs, path_name
 
-LOOPS = 8  # products or copies within one call, so that starting it costs nothing in comparison
 USABLE = 0.92  # share of the device's memory that a training step may fill, by the compiler's own count
-
-
-def limits(options: argparse.Namespace) -> Iterator[Row]:
-    """The device, and how fast it multiplies bfloat16 matrices and copies memory."""
-    shape, device = shape_of(options), jax.devices()[0]
-    memory = (device.memory_stats() or {}).get("bytes_limit")
-    # Random numbers: constant matrices take less power, so that a GPU multiplies them at a higher clock.
-    matrix = jax.random.normal(jax.random.key(0), (shape.edge, shape.edge), jnp.bfloat16) / shape.edge**0.5
-    array = jax.random.normal(jax.random.key(1), (shape.copied // 2,), jnp.bfloat16)
-    products = jax.jit(lambda x, y: jax.lax.fori_loop(0, LOOPS, lambda _, x: x @ y, x))
-    # Each pass adds another number, or the compiler could merge the passes into one.
-    copies = jax.jit(lambda x: jax.lax.fori_loop(0, LOOPS, lambda n, x: x + n.astype(x.dtype), x))
-    flops = [2 * LOOPS * shape.edge**3 / s for s in repeat(lambda: products(matrix, matrix), options.repeats)]
-    moved = [2 * LOOPS * array.nbytes / s for s in repeat(lambda: copies(array), options.repeats)]
-    yield {
-        "part": "limits",
-        "device": device.device_kind,
-        "platform": jax.default_backend(),
-        "memory_bytes": memory,
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
-        "matrix_edge": shape.edge,
-        "copied_bytes": shape.copied,
-        "flops_per_second": spread(flops),
-        "bytes_per_second": spread(moved),
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def repeat(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each call, after one that is not counted."""
-    return [_seconds(call)[0] for _ in range(repeats + 1)][1:]
-
-
-def _seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return time.perf_counter() - began, result
 
 
 def inference(options: argparse.Namespace) -> Iterator[Row]:
@@ -99,11 +53,16 @@ def inference(options: argparse.Namespace) -> Iterator[Row]:
         del params
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # jitted, so that no array exists in float32
+_random = jax.jit(ParamSpec.random, static_argnums=(0, 2))  # jitted, so that only the result is ever in memory
+
+
 def _draw(config: LlavaConfig, dtype: str) -> Params:
-    """Random weights on the device; on a CPU every layer apart, as ``pdrop_jax.load`` has them there."""
-    params = init_params(config, dtype=dtype)
-    return unstack(params) if jax.default_backend() == "cpu" else params
+    """Random weights, made on the device."""
+
+    def draw(path: tuple, spec: ParamSpec) -> jax.Array:
+        return _random(spec, jax.random.key(zlib.crc32(path_name(path).encode())), dtype)
+
+    return jax.tree.map_with_path(draw, param_specs(config))
 
 
 def _time_inference(shape: Shape, config: LlavaConfig, params: Params, rows: int, repeats: int) -> list[Row]:
@@ -118,10 +77,10 @@ def _time_inference(shape: Shape, config: LlavaConfig, params: Params, rows: int
     decode_compiled = time.perf_counter()
     prefills, tokens = [], []
     for _ in range(repeats + 1):
-        seconds, (state, *_) = _seconds(lambda: prefill_program(params, batch, key, sampler, stop))
+        seconds, (state, *_) = seconds_of(prefill_program, params, batch, key, sampler, stop)
         prefills.append(seconds)
         cached = cache_bytes(state.model.caches)
-        seconds, _ = _seconds(lambda: decode_program(params, state, until, sampler, stop))  # noqa: B023
+        seconds, _ = seconds_of(decode_program, params, state, until, sampler, stop)
         tokens.append(seconds / (shape.new_tokens - 1))
         del state  # its arrays were donated
     read = {name: tree for name, tree in params.items() if name in ("stages", "norm", "head")}
@@ -197,7 +156,6 @@ def _optimizer(config: LlavaConfig) -> Any:
     return make_optimizer(config, OptimizerRecipe(), 1000)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _initial(config: LlavaConfig) -> Any:
     from pdrop_jax.train.step import init_state
 
@@ -212,7 +170,7 @@ def _time_training(shape: Shape, config: LlavaConfig, rows: int, repeats: int) -
     changing = _size((state.trained, state.optimizer))
     times = []
     for _ in range(repeats + 1):
-        seconds, (state, _) = _seconds(lambda: program(state, batch))  # noqa: B023
+        seconds, (state, _) = seconds_of(program, state, batch)
         times.append(seconds)
     return {
         "seconds": spread(times[1:]),

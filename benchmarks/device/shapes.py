@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -28,19 +27,15 @@ class Shape:
 
     Attributes:
       new_tokens: tokens that a decode loop makes, the first one by the prefill.
-      edge: of the square matrices whose product gives the limit of FLOP/s.
-      copied: bytes of the array whose copy gives the limit of bytes/s.
     """
 
     config: LlavaConfig
     bucket: Bucket
     new_tokens: int
-    edge: int
-    copied: int
 
 
 SHAPES = {
-    "7b": Shape(LlavaConfig.llava_1_5_7b(), Bucket(64, (576,)), new_tokens=33, edge=8192, copied=2**30),
+    "7b": Shape(LlavaConfig.llava_1_5_7b(), Bucket(64, (576,)), new_tokens=33),
     "tiny": Shape(
         LlavaConfig(
             vision=VisionConfig(image_size=56, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2),
@@ -58,8 +53,6 @@ SHAPES = {
         ),
         Bucket(16, (16,)),
         new_tokens=3,
-        edge=256,
-        copied=2**20,
     ),
 }
 
@@ -104,10 +97,6 @@ def training_batch(shape: Shape, rows: int) -> Batch:
 
 def targets(bucket: Bucket) -> int:
     return min(TARGETS, bucket.text // 2)
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
 def reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.device.limits import spread
 from benchmarks.device.shapes import (
     DENSE,
     GROUPS,
@@ -17,7 +18,6 @@ from benchmarks.device.shapes import (
     inference_layers,
     reason,
     shape_of,
-    spread,
     targets,
     training_batch,
 )
@@ -72,11 +72,11 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _seconds(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+def _seconds(device: str, function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     import torch
 
     began = time.perf_counter()
-    result = call()
+    result = function(*arguments)
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began, result
@@ -113,9 +113,9 @@ def _time_inference(
     prefills, tokens = [], []
     with torch.inference_mode():
         for _ in range(options.repeats + 1):
-            seconds, (token, past) = _seconds(prefill, device)
+            seconds, (token, past) = _seconds(device, prefill)
             prefills.append(seconds)
-            seconds, _ = _seconds(lambda: decode(token, past), device)  # noqa: B023
+            seconds, _ = _seconds(device, decode, token, past)
             tokens.append(seconds / (shape.new_tokens - 1))
             del token, past
     sizes = {name: x.nbytes for name, x in model.named_parameters() if "embed_tokens" not in name}
@@ -158,7 +158,7 @@ def _time_training(shape: Shape, layers: int, rows: int, device: str, repeats: i
         optimizer.step()
         optimizer.zero_grad()
 
-    times = [_seconds(step, device)[0] for _ in range(repeats + 1)]
+    times = [_seconds(device, step)[0] for _ in range(repeats + 1)]
     config = configure(shape, DENSE, layers)
     return {
         "seconds": spread(times[1:]),
