@@ -24,7 +24,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from pdrop_jax.analysis.cost import prefill_macs
 from pdrop_jax.batch import Batch, Bucket
@@ -310,4 +309,6 @@ def print_report(results: list[dict[str, Any]], dtype: str) -> None:
 
 
 if __name__ == "__main__":
+    import tyro  # not needed by the benchmarks that import this one
+
     main(tyro.cli(Flags, description=__doc__))

@@ -113,3 +113,66 @@ def test_batches():
     assert max(found["largest_score_difference"]) < 1e-6
     (by_default,) = run_as_shipped("batches", *options, "--xla-default")
     assert max(by_default["largest_score_difference"]) > 1e-4  # what the compiler option is for
+
+
+@pytest.fixture
+def run_uninstalled(tmp_path):
+    """Runs a benchmark as a file, with pdrop-jax not installed and without packages that only other commands need."""
+    missing = ("tyro", "grain", "qwix")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+    )
+
+    def run(name, *options):
+        files = tmp_path / "tables.md", tmp_path / "figures.json"
+        sizes = ["--shape", "tiny", "--batches", "1", "--repeats", "1"]
+        command = [sys.executable, BENCHMARKS / f"{name}.py", *sizes, *options]
+        command += ["--markdown", files[0], "--json", files[1]]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(files[1].read_text())["rows"]
+        assert files[0].read_text() in done.stdout
+        assert not [row for row in rows if "error" in row or "skipped" in row]
+        for row in rows:
+            if row["part"] not in ("limits", "parity"):
+                assert all(row[name] > 0 for name in ("flops_per_second", "flops_share", "bytes_share"))
+        return rows, files[0].read_text()
+
+    return run
+
+
+@pytest.mark.parametrize(("part", "programs"), [("inference", ["prefill", "decode"]), ("training", ["train step"])])
+def test_accelerator(run_uninstalled, part, programs):
+    (limits, *rows), _ = run_uninstalled("accelerator", "--one-process", "--parts", part)
+    assert (limits["part"], limits["platform"]) == ("limits", "cpu")
+    assert limits["flops_per_second"]["median"] > 0
+    assert limits["bytes_per_second"]["median"] > 0
+    found = {(row["program"], row["model"]): row for row in rows}
+    assert set(found) == {(program, model) for program in programs for model in ("dense", "PyramidDrop")}
+    for program in programs:
+        dense, drops = found[program, "dense"], found[program, "PyramidDrop"]
+        assert drops["flops"] < dense["flops"]
+        assert dense["compile_seconds"] > 0
+        assert dense["layers"] == 4
+
+
+def test_accelerator_torch_and_parity(run_uninstalled):
+    options = ["--parts", "torch", "parity", "--cases", "prefill_single"]
+    (_, *rows), tables = run_uninstalled("accelerator", "--one-process", *options)
+    timed = {row["program"]: row for row in rows if row["part"] == "torch"}
+    assert set(timed) == {"prefill", "decode", "train step"}
+    parity = {(row["implementation"], row["dtype"]): row["cases"]["prefill_single"] for row in rows if "cases" in row}
+    assert set(parity) == {(name, dtype) for name in ("xla", "blocked") for dtype in ("float32", "bfloat16")}
+    for (_, dtype), case in parity.items():
+        assert case["ok"] == (dtype == "float32"), case
+        assert 0 < case["logits"] < 1
+    assert "| xla | float32 |" in tables
+
+
+def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
+    """Each part is its own process; what is missing is reported by the part that needs it."""
+    (tmp_path / "optax.py").write_text("raise ImportError('not here', name='optax')")
+    with pytest.raises(AssertionError, match="the package optax is missing"):
+        run_uninstalled("accelerator", "--parts", "training")

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.result import kept_tokens
 from pdrop_jax.inputs.anyres import ImageTokens, tiled, whole
@@ -36,15 +36,18 @@ QUERIES = 4  # at least the number of answers in any recorded conversation
 
 
 class Reference(NamedTuple):
-    """Access to PyTorch checkpoints, provided by the caller.
+    """Access to PyTorch checkpoints, provided by the caller, and how their model is computed.
 
     Attributes:
-      load: (checkpoint folder, schedule) -> config and float32 parameters.
+      load: (checkpoint folder, schedule) -> config and parameters; their dtype is the compute dtype. ``TOLERANCE`` is
+        for float32.
       to_torch: (config, parameters or gradients) -> arrays by their names in the official code.
+      implementation: attention implementation, see ``model.attention``.
     """
 
     load: Callable[[pathlib.Path, DropSchedule], tuple[LlavaConfig, Params]]
     to_torch: ToTorch
+    implementation: Implementation = "auto"
 
 
 _forward = jax.jit(forward, static_argnames=("config", "implementation", "keep_hidden"))
@@ -94,16 +97,18 @@ def kind_of(path: pathlib.Path) -> str | None:
 def _prefill_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Comparison:
     config, params = reference.load(folder / info["model_dir"], _schedule(info))
     batch = reference_batch(config, arrays)
-    found = [_compare_forward(config, params, batch, arrays)]
+    found = [_compare_forward(config, params, batch, arrays, reference.implementation)]
     if "vanilla_logits" in arrays:
         dense = reference.load(folder / info["model_dir"], DropSchedule.none())
-        found.append(_compare_forward(*dense, batch, {"logits": arrays["vanilla_logits"]}))
+        logits = {"logits": arrays["vanilla_logits"]}
+        found.append(_compare_forward(*dense, batch, logits, reference.implementation))
     return Comparison.worst(info["case"], found)
 
 
 def _decode_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Comparison:
     config, params = reference.load(folder / info["model_dir"], _schedule(info))
-    return Comparison.worst(info["case"], [_compare_decode(config, params, reference_batch(config, arrays), arrays)])
+    batch = reference_batch(config, arrays)
+    return Comparison.worst(info["case"], [_compare_decode(config, params, batch, arrays, reference.implementation)])
 
 
 def _schedules_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Comparison:
@@ -112,7 +117,8 @@ def _schedules_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: 
         drops = DropSchedule(tuple(schedule["layer_list"]), tuple(schedule["ratios"]))
         config, params = reference.load(folder / info["model_dir"], drops)
         batch, own = reference_batch(config, arrays), _with_prefix(arrays, f"sched{schedule['index']}_")
-        found += [_compare_forward(config, params, batch, own), _compare_decode(config, params, batch, own)]
+        for compare in (_compare_forward, _compare_decode):
+            found.append(compare(config, params, batch, own, reference.implementation))
     return Comparison.worst(info["case"], found)
 
 
@@ -122,16 +128,18 @@ def _vanilla_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Re
     for name, source in (("single", "prefill_single"), ("decode", "decode_greedy"), ("ragged", "prefill_batch_ragged")):
         batch = reference_batch(config, dict(np.load(folder / f"{source}.npz")))
         own = _with_prefix(arrays, f"{name}_")
-        found.append(_compare_forward(config, params, batch, own))
+        found.append(_compare_forward(config, params, batch, own, reference.implementation))
         if "tokens" in own:
-            found.append(_compare_decode(config, params, batch, own))
+            found.append(_compare_decode(config, params, batch, own, reference.implementation))
     return Comparison.worst(info["case"], found)
 
 
 def _train_case(folder: pathlib.Path, info: Any, arrays: Arrays, reference: Reference) -> Comparison:
     config, params = reference.load(folder / info["model_dir"], _schedule(info))
     batch = reference_batch(config, arrays)
-    found, drops = compare_training(config, params, batch, arrays, info, reference.to_torch, folder)
+    found, drops = compare_training(
+        config, params, batch, arrays, info, reference.to_torch, folder, reference.implementation
+    )
     return Comparison.worst(info["case"], [found | _compare_drops(batch, drops, arrays)])
 
 
@@ -180,9 +188,11 @@ def _schedule(info: Any) -> DropSchedule:
     )
 
 
-def _compare_forward(config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays) -> Figures:
+def _compare_forward(
+    config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays, implementation: Implementation
+) -> Figures:
     """Compares the logits, the final norm, the layers' inputs and the drops that ``arrays`` has."""
-    output = _forward(config, params, batch, keep_hidden=True)
+    output = _forward(config, params, batch, implementation=implementation, keep_hidden=True)
     last = output.lengths[-1]
     found: Figures = {}
     if "logits" in arrays:
@@ -212,9 +222,11 @@ def _compare_drops(batch: Batch, drops: Sequence[DropRecord], arrays: Arrays) ->
     return {"scores": max(errors), "kept": all(equal)}
 
 
-def _compare_decode(config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays) -> Figures:
+def _compare_decode(
+    config: LlavaConfig, params: Params, batch: Batch, arrays: Arrays, implementation: Implementation
+) -> Figures:
     """Compares greedy decoding of one row with the KV cache: the logits of each step and the tokens."""
-    logits, state, drops = _prefill(config, params, batch, len(arrays["tokens"]))
+    logits, state, drops = _prefill(config, params, batch, len(arrays["tokens"]), implementation=implementation)
     errors, tokens = [], []
     for step, expected in enumerate(arrays["step_logits"]):
         errors.append(error(logits[0], expected))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import Params
@@ -21,10 +21,10 @@ ANGLE = 0.37  # the recorded dot product is that of the gradient and cos(ANGLE *
 FLOOR = 1e-2  # makes TOLERANCE["gradients"] 1e-4 * absmax + 1e-6
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _loss_and_gradient(config: LlavaConfig, params: Params, batch: Batch) -> Any:
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def _loss_and_gradient(config: LlavaConfig, params: Params, batch: Batch, implementation: Implementation) -> Any:
     def mean(params: Params) -> tuple[jax.Array, tuple[DropRecord, ...]]:
-        total, drops = compute_loss(config, params, batch, remat="full")
+        total, drops = compute_loss(config, params, batch, implementation=implementation, remat="full")
         return total / count_targets(jnp.asarray(batch.labels)), drops
 
     return jax.value_and_grad(mean, has_aux=True)(params)
@@ -38,9 +38,10 @@ def compare_training(
     info: Any,
     to_torch: ToTorch,
     folder: pathlib.Path,
+    implementation: Implementation = "auto",
 ) -> tuple[Figures, tuple[DropRecord, ...]]:
     """Compares the loss of ``batch``, every recorded gradient, and the fingerprints of all gradients."""
-    (loss, drops), gradient = _loss_and_gradient(config, params, batch)
+    (loss, drops), gradient = _loss_and_gradient(config, params, batch, implementation)
     ours = to_torch(config, jax.device_get(gradient))
     relative = []
     if "grad_file" in info:
