@@ -20,6 +20,7 @@ Logical = tuple[str | None, ...]  # a name of RULES for each dimension; None is 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "crops": ("data", "fsdp", "tensor"),
+    "sequence": ("tensor",),
     "model": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),

@@ -221,7 +221,7 @@ def _run(
     rate = learning_rate(job.recipe.optimizer.learning_rate, job.recipe.optimizer.warmup, job.steps)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
     number, pending, shapes = first, None, set()
-    step = train_step_for(jax.default_backend())
+    step = train_step_for(jax.default_backend(), run.batch_size // _parts(job.mesh, run))
     with Progress(pathlib.Path(run.folder), first, job.steps, run.log_every) as progress, _Stop() as stop:
 
         def log(number: int, metrics: Metrics, read: Step) -> None:

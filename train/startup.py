@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from pdrop_jax.analysis.cost import training_macs
 from pdrop_jax.batch import Bucket
@@ -27,7 +27,7 @@ def step_macs(config: LlavaConfig, dataset: Dataset, batch_size: int, groups: Co
     return batch_size * training_macs(config, bucket, targets, groups)
 
 
-def few_rows(run: RunRecipe, mesh: Mesh) -> str:
+def few_rows(run: RunRecipe, mesh: Mesh | AbstractMesh) -> str:
     """A warning if microbatches are smaller than they should be; empty if they are not.
 
     Each microbatch gathers all weights and scatters all gradients along fsdp, however few tokens it has. That hides

@@ -19,10 +19,12 @@ from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import Params, path_name, spec_of
 from pdrop_jax.model.placement import constrain_params
 
-# Along fsdp every product needs its weight gathered, or its gradient summed and scattered. With these options the TPU
-# compiler always does that piece by piece while the product runs. By default it stops doing so for products with few
-# tokens, which are those of the later stages: it gathers first, and sums whole gradients on every device.
-TPU_OPTIONS = {
+# Along fsdp every product needs its weight gathered, or its gradient summed and scattered. The TPU compiler does that
+# piece by piece while the product runs, but by default not for products with few tokens, which are those of the later
+# stages: it gathers first, and sums whole gradients on every device. With these options it overlaps all of them. With
+# many tokens they only cost: by the compiler's estimate a step of LLaVA-1.5-7B on v5e:4x4 with 8 rows a device takes
+# 11 % longer with them.
+FEW_ROWS = {
     "xla_tpu_all_gather_collective_matmul_mode": "post_spmd",
     "xla_tpu_reduce_scatter_collective_matmul_mode": "post_spmd",
 }
@@ -184,9 +186,9 @@ _jitted = functools.partial(
     donate_argnames=("state",),
 )
 train_step = _jitted()
-_tpu_train_step = _jitted(compiler_options=TPU_OPTIONS)
+_few_rows_train_step = _jitted(compiler_options=FEW_ROWS)
 
 
-def train_step_for(platform: str) -> Any:
-    """``train_step`` with the compiler options of a platform such as "tpu", which other compilers do not know."""
-    return _tpu_train_step if platform == "tpu" else train_step
+def train_step_for(platform: str, rows: int) -> Any:
+    """``train_step``, compiled as a platform such as "tpu" needs it for ``rows`` rows of a device in a microbatch."""
+    return _few_rows_train_step if platform == "tpu" and rows == 1 else train_step

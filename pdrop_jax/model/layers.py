@@ -16,7 +16,9 @@ from pdrop_jax.model.attention import attention
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.quantization import dequantize, is_quantized
 from pdrop_jax.model.rope import Rope, rotate
+from pdrop_jax.sharding import constrain
 
+HIDDEN = ("batch", "sequence", None)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
 
@@ -66,8 +68,9 @@ def decoder_layer(
     h = rms_norm(params["attention_norm"], x, config.norm_eps)
     q, k = rotate(linear(params["attention"]["q"], h), rope), rotate(linear(params["attention"]["k"], h), rope)
     out, cache = attend(q, k, linear(params["attention"]["v"], h))
-    x = x + linear(params["attention"]["o"], out, inputs=2)
-    return x + gated_mlp(params["mlp"], rms_norm(params["mlp_norm"], x, config.norm_eps)), cache
+    x = constrain(x + linear(params["attention"]["o"], out, inputs=2), *HIDDEN)
+    x = x + gated_mlp(params["mlp"], rms_norm(params["mlp_norm"], x, config.norm_eps))
+    return constrain(x, *HIDDEN), cache
 
 
 def gated_mlp(params: Params, x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ run. Use it to compare two programs and to find what should not be there. What i
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 
@@ -103,12 +104,24 @@ def _time(module: Module, computation: Computation, x: Instruction, chip: Chip) 
     kind = x.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         shapes = x.shapes[len(x.shapes) // 2 :] if x.opcode.endswith("-start") and len(x.shapes) > 1 else x.shapes
-        overlapped = kind == "collective-permute"
-        # A gather sends its result once around the ring, a reduction twice; each link carries both directions.
-        rounds = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 0.5}.get(kind, 0.0)
-        links = 0.0 if overlapped else rounds * 1e3 * sum(shape.bytes for shape in shapes) / chip.ici
+        devices = _devices(x)
+        size = sum(shape.bytes for shape in shapes) * (devices if kind == "reduce-scatter" else 1)
+        # A gather or a scatter sends all but a device's own share once around the ring, a reduction does both.
+        rounds = {"all-reduce": 2.0, "all-to-all": 0.5}.get(kind, 1.0) * (devices - 1) / devices
+        links = 0.0 if kind == "collective-permute" else rounds * 1e3 * size / chip.ici
         return Time(memory=memory, links=links)
     return Time(matrix, memory, cycles)
+
+
+def _devices(x: Instruction) -> int:
+    """Devices among which a collective runs, from its ``replica_groups`` in one of three notations."""
+    if sizes := x.attribute(r"replica_groups=\[\d+,(\d+)\]"):
+        return int(sizes)
+    if group := x.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+        return len(group.split(","))
+    mesh = dict(re.findall(r"'(\w+)'=(\d+)", x.attribute(r"replica_groups=mesh\[(.*?)\]")))
+    axes = re.findall(r"'(\w+)'", x.attribute(r"replica_groups=mesh\[.*?\] \{(.*?)\}"))
+    return math.prod(int(mesh[axis]) for axis in axes)
 
 
 def _part(module: Module, x: Instruction, time: Time) -> str:

@@ -26,6 +26,9 @@ class Shape:
         return math.prod(self.dims) * BYTES.get(self.dtype, 4)
 
 
+_COUNTERS = ((Shape("s32", ()),), (Shape("u32", ()),))  # limits of loops over layers and over pieces of a collective
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """One instruction.
@@ -101,18 +104,27 @@ class Module:
         yield from visit("", 1)
 
     def _trips(self, loop: Instruction) -> int:
-        """Trip count of a loop over layers or microbatches, read from its condition; 1 for anything else."""
+        """Trip count of a loop over layers, microbatches or pieces of a collective; 1 for anything else."""
         condition = loop.attribute(r"condition=%([\w.-]+)")
         if loop.opcode != "while" or not condition:
             return 1
         names = [condition, *(callee for x in self.computations[condition] for callee in x.called)]
-        limits = [
-            int(x.arguments)
-            for name in names
-            for x in self.computations[name]
-            if x.opcode == "constant" and x.shapes == (Shape("s32", ()),) and x.arguments.isdigit()
-        ]
-        return limits[0] if len(limits) == 1 else 1
+        limits = [limit for name in names for x in self.computations[name] if (limit := _scalar(x)) is not None]
+        if len(limits) != 1:
+            return 1
+        # The compiler unrolls loops over pieces of a collective: their counter goes up by 2.
+        counters = [x.attribute(r"index=(\d+)") for x in self.computations[condition] if x.shapes in _COUNTERS]
+        index = next((int(number) for number in counters if number), 0)
+        body = self.computations[loop.attribute(r"body=%([\w.-]+)")].instructions
+        last = next((x for x in body.values() if x.is_root), None)
+        counter = body.get(last.operands[index]) if last and index < len(last.operands) else None
+        added = [_scalar(body[name]) for name in counter.operands if name in body] if counter else []
+        return -(-limits[0] // next((step for step in added if step), 1))
+
+
+def _scalar(x: Instruction) -> int | None:
+    """The value of an integer constant, None for anything else."""
+    return int(x.arguments) if x.opcode == "constant" and x.shapes in _COUNTERS and x.arguments.isdigit() else None
 
 
 def parse(text: str) -> Module:

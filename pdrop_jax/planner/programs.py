@@ -160,7 +160,8 @@ def lower(job: Program, mesh: Mesh) -> Any:
         optimizer = make_optimizer(config, OptimizerRecipe(), STEPS)
         init = functools.partial(init_state, config, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
         train_state = abstract(config, jax.eval_shape(init, abstract_params(config)), mesh)
-        program, arguments = train_step_for("tpu"), (config, optimizer, train_state, batch)
+        rows = job.rows // (mesh.shape["data"] * mesh.shape["fsdp"] * job.grad_accum_steps)
+        program, arguments = train_step_for("tpu", rows), (config, optimizer, train_state, batch)
         settings = {"grad_accum_steps": job.grad_accum_steps, "implementation": "splash"}
     else:
         params = abstract_params(config, jnp.bfloat16)

@@ -39,7 +39,7 @@ TEXT = (
   %x = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
   %w = bf16[4,128,256]{2,1,0} get-tuple-element(%carry), index=2
   %y = bf16[64,256]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %w), kind=kOutput, calls=%product, CYCLES
-  %gathered = bf16[16,128]{1,0} all-gather(%x), channel_id=1, dimensions={0}, metadata={op_name="jit(f)/drop/gather"}
+  %gathered = bf16[16,128]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
   %moved = (bf16[16,128]{1,0}, bf16[16,128]{1,0}) collective-permute-start(%x), channel_id=2
   %z = bf16[64,128]{1,0} add(%x, %x), metadata={op_name="jit(f)/transpose(jvp(drop))/attention/add"}, CYCLES
   %k = bf16[64,128]{1,0} copy(%z), CYCLES
@@ -51,7 +51,7 @@ ENTRY %main (q: bf16[64,128]) -> bf16[64,128] {
   %layers = (s32[], bf16[64,128]{1,0}) while(%q), condition=%more, body=%layer
   %new = bf16[4,8,128]{2,1,0} fusion(%c, %t), kind=kLoop, calls=%write, CYCLES
   %splash_mha_fwd_residuals.1 = bf16[2,4,416,128]{3,2,1,0} custom-call(%q), KERNEL
-  %sum = f32[1024]{0} all-reduce(%q), channel_id=3, to_apply=%add
+  %sum = f32[1024]{0} all-reduce(%q), channel_id=3, replica_groups=mesh['a'=2,'b'=2,'c'=4] {'a','c'}, to_apply=%add
 }
 """
     )
@@ -82,8 +82,10 @@ def test_time_by_part():
     for part, time in expected.items():
         for name in ("matrix", "memory", "cycles", "links"):
             assert getattr(parts[part], name) == pytest.approx(getattr(time, name)), (part, name)
-    # Gathered once around the ring in each layer, summed twice around it; permutes run beside the products.
-    assert parts["collectives"].links == pytest.approx(1e3 * (4 * 16 * 128 * 2 + 2 * 1024 * 4) / v5e.ici)
+    # In each layer three quarters of the result come over the links; a sum over eight devices sends seven eighths
+    # twice; permutes run beside the products.
+    sent = 4 * 3 / 4 * 16 * 128 * 2 + 2 * 7 / 8 * 1024 * 4
+    assert parts["collectives"].links == pytest.approx(1e3 * sent / v5e.ici)
     assert set(parts) == {*expected, "collectives"}
 
 
