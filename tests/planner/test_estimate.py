@@ -43,6 +43,22 @@ TEXT = (
   %moved = (bf16[16,128]{1,0}, bf16[16,128]{1,0}) collective-permute-start(%x), channel_id=2
   %z = bf16[64,128]{1,0} add(%x, %x), metadata={op_name="jit(f)/transpose(jvp(drop))/attention/add"}, CYCLES
   %k = bf16[64,128]{1,0} copy(%z), CYCLES
+  %pieces = (u32[], bf16[64,128]{1,0}) while(%carry), condition=%more_pieces, body=%piece
+}
+%more_pieces (carry.2: (u32[], bf16[64,128])) -> pred[] {
+  %carry.2 = (u32[], bf16[64,128]{1,0}) parameter(0)
+  %n.3 = u32[] get-tuple-element(%carry.2), index=0
+  %limit.1 = u32[] constant(8)
+  ROOT %less.1 = pred[] compare(%n.3, %limit.1), direction=LT
+}
+%piece (carry.3: (u32[], bf16[64,128])) -> (u32[], bf16[64,128]) {
+  %carry.3 = (u32[], bf16[64,128]{1,0}) parameter(0)
+  %n.4 = u32[] get-tuple-element(%carry.3), index=0
+  %two = u32[] constant(2)
+  %next = u32[] add(%n.4, %two)
+  %x.2 = bf16[64,128]{1,0} get-tuple-element(%carry.3), index=1
+  %piece.1 = bf16[64,128]{1,0} multiply(%x.2, %x.2), metadata={op_name="jit(f)/head/mul"}, CYCLES
+  ROOT %carry.4 = (u32[], bf16[64,128]{1,0}) tuple(%next, %piece.1)
 }
 ENTRY %main (q: bf16[64,128]) -> bf16[64,128] {
   %q = bf16[64,128]{1,0} parameter(0)
@@ -76,8 +92,10 @@ def test_time_by_part():
             0.0,
         ),
         "copies": Time(0.0, 4 * 1e3 * 2 * 64 * 128 * 2 / v5e.hbm, 4.0, 0.0),
-        # Written in place: the token alone is read and written.
-        "other": Time(0.0, 1e3 * 2 * 8 * 128 * 2 / v5e.hbm, 1.0, 0.0),
+        # In each of four layers, four times: the counter goes up to eight by two.
+        "head": Time(0.0, 16 * 1e3 * 3 * 64 * 128 * 2 / v5e.hbm, 16.0, 0.0),
+        # Written in place: the token alone is read and written. The counter is added to sixteen times.
+        "other": Time(0.0, 1e3 * (2 * 8 * 128 * 2 + 16 * 3 * 4) / v5e.hbm, 1.0, 0.0),
     }
     for part, time in expected.items():
         for name in ("matrix", "memory", "cycles", "links"):

@@ -118,13 +118,13 @@ def test_a_training_step_is_compiled_for_a_slice(folder, tmp_path):
     # The state is donated: what comes out lies where it went in, but for the metrics.
     assert pyramid["output_bytes"] < 0.01 * pyramid["argument_bytes"]
     # With one row a device, gradients are still scattered piece by piece: no device sums whole ones, as the compiler
-    # does by default, and the drops add nothing but the ranking's two products.
+    # does by default. The drops add what the ranking's two products gather, with some to spare for its pieces.
     sent = {plan["model"]: {kind: size for kind, (_, size) in plan["collectives"].items()} for plan in said["plans"]}
     ranking = 256 * (4 + 2) * 128 * 2  # the weights of q and k, bfloat16
     assert 0 < sent["PyramidDrop"]["all-reduce"] <= 1.01 * sent["dense"]["all-reduce"]
     assert sent["PyramidDrop"]["all-reduce"] < 0.2 * LAYERS * 2
     assert sent["PyramidDrop"]["all-gather"] <= sent["dense"]["all-gather"] + 2 * ranking
-    assert sent["PyramidDrop"]["collective-permute"] <= sent["dense"]["collective-permute"] + ranking
+    assert sent["PyramidDrop"]["collective-permute"] <= sent["dense"]["collective-permute"] + 2 * ranking
     # The estimate: of both programs, in all parts of the model, and of the program that was written.
     assert (said["estimate_ms"], said["dense"]["estimate_ms"]) == (pyramid["estimate_ms"], dense["estimate_ms"])
     assert said["ratio"] == pytest.approx(dense["estimate_ms"] / pyramid["estimate_ms"])
