@@ -1,7 +1,7 @@
 """The smallest TPU slice that fits a full fine-tune, with and without drops, according to the TPU compiler.
 
-Global batch 128, all devices along fsdp, one row per device at a time. Prints the rows of the table in
-docs/benchmarks.md as they are found, which takes several hours on one core.
+Global batch 128, all devices along fsdp, in the number of microbatches that is fastest by the estimate. Prints the rows
+of the table in docs/benchmarks.md as they are found, which takes several hours on one core.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     from pdrop_jax.batch import Bucket
     from pdrop_jax.config import config_of
     from pdrop_jax.model.params import abstract_params, count
-    from pdrop_jax.planner.programs import Program, compile_program, groups_of
+    from pdrop_jax.planner.programs import CompiledProgram, Program, compile_program, fastest, groups_of
     from pdrop_jax.schedule import DropSchedule
 
     for model in arguments.models:
@@ -53,20 +53,21 @@ def main() -> None:
                     number = len(devices[topology])
                     if state / number > capacity:
                         continue
-                    parts = arguments.rows // number
-                    found = compile_program(
-                        dataclasses.replace(job, grad_accum_steps=parts), None, topology, devices[topology]
-                    ).report
-                    gib = found.total_bytes / 2**30 if found.fits else found.excess_bytes / 2**30
-                    said = f"{gib:.2f} of {CHIPS[chip].memory} GiB" if found.fits else f"{gib:.2f} GiB too much"
+
+                    def compiled(job: Program, sizes: dict[str, int], topology: str = topology) -> CompiledProgram:
+                        return compile_program(job, sizes, topology, devices[topology])
+
+                    found = fastest(job, {"fsdp": number}, compiled)
                     name = "PyramidDrop" if schedule.layers else "dense"
-                    print(
-                        f"| {model} | {name} | {topology} | {said} | {job.macs / number / 1e12:.1f} T |"
-                        f" {found.compile_seconds:.0f} s |",
-                        flush=True,
-                    )
-                    if found.fits:
+                    row = f"| {model} | {name} | {topology} | {job.macs / number / 1e12:.1f} T"
+                    if found and found.report.estimate:
+                        print(
+                            f"{row} | {found.job.grad_accum_steps} | {found.report.total_bytes / 2**30:.2f} GiB"
+                            f" | {found.report.estimate.time.total:.0f} ms | {found.report.compile_seconds:.0f} s |",
+                            flush=True,
+                        )
                         break
+                    print(f"{row} | does not fit |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ run. Use it to compare two programs and to find what should not be there. What i
 * An attention kernel, of which the compiler says nothing, takes as long as its products at the matrix unit's peak or
   its bytes at the memory's rate, whichever is longer.
 * A collective takes as long as its bytes do on one ring of links in both directions, and nothing runs beside it.
-  Collectives that the compiler has split into permutes beside matrix products take no time of their own.
+  Those that the compiler has split into permutes, or fused with matrix products, to run beside them take no time.
 * Prefetches from memory run beside other work and take no time of their own.
 """
 
@@ -101,16 +101,24 @@ def _time(module: Module, computation: Computation, x: Instruction, chip: Chip) 
         return Time(matrix, memory, max(matrix, memory)) if kernel else Time()
     if x.opcode in PREFETCHES:
         return Time(memory=memory)
+    if x.opcode == "fusion" and x.attribute(r"kind=(\w+)") == "kCustom":
+        # A TPU's reduce-scatter is a fusion of an all-reduce and a slice.
+        sums = [y for name in x.called for y in module.computations[name] if y.opcode == "all-reduce"]
+        return Time(cycles=cycles, memory=memory, links=sum(_links(y.bytes, _devices(y), chip) for y in sums))
     kind = x.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         shapes = x.shapes[len(x.shapes) // 2 :] if x.opcode.endswith("-start") and len(x.shapes) > 1 else x.shapes
         devices = _devices(x)
         size = sum(shape.bytes for shape in shapes) * (devices if kind == "reduce-scatter" else 1)
-        # A gather or a scatter sends all but a device's own share once around the ring, a reduction does both.
-        rounds = {"all-reduce": 2.0, "all-to-all": 0.5}.get(kind, 1.0) * (devices - 1) / devices
-        links = 0.0 if kind == "collective-permute" else rounds * 1e3 * size / chip.ici
-        return Time(memory=memory, links=links)
+        # A gather or a scatter sends its array once around the ring, a reduction does both.
+        rounds = {"all-reduce": 2.0, "all-to-all": 0.5, "collective-permute": 0.0}.get(kind, 1.0)
+        return Time(memory=memory, links=rounds * _links(size, devices, chip))
     return Time(matrix, memory, cycles)
+
+
+def _links(size: int, devices: int, chip: Chip) -> float:
+    """Milliseconds in which all but a device's own share of ``size`` bytes go once around a ring of ``devices``."""
+    return 1e3 * size * (devices - 1) / devices / chip.ici
 
 
 def _devices(x: Instruction) -> int:
@@ -125,7 +133,7 @@ def _devices(x: Instruction) -> int:
 
 
 def _part(module: Module, x: Instruction, time: Time) -> str:
-    if x.opcode.removesuffix("-start") in COLLECTIVES:
+    if x.opcode.removesuffix("-start") in COLLECTIVES or time.links:
         return "collectives"
     if x.opcode == "copy" or x.opcode in PREFETCHES:
         return "copies"

@@ -109,30 +109,33 @@ def compile_program(
 def suggest(
     job: Program, devices: int, compiled: Callable[[Program, dict[str, int]], CompiledProgram]
 ) -> list[CompiledProgram]:
-    """Programs that fit, one for each fsdp x tensor mesh, sorted by the estimated time per row, fastest first.
-
-    A training batch keeps its size, and its number of microbatches is doubled until the step fits and then for as long
-    as that makes it faster. An inference batch is doubled for as long as it fits and a row gets faster.
+    """The ``fastest`` program for each fsdp x tensor mesh on which the job fits, sorted by the estimated time per row.
 
     Args:
       devices: number of devices of the slice.
       compiled: compiles a job on a mesh with the given axis sizes.
     """
-    found = []
-    for tensor in TENSOR:
-        if devices % tensor or job.config.text.num_heads % tensor:
-            continue
-        sizes = {"fsdp": devices // tensor, "tensor": tensor}
-        best = None
-        for attempt in _attempts(job, sizes["fsdp"]):
-            tried = compiled(attempt, sizes)
-            if tried.report.fits and (best is None or tried.row_ms < best.row_ms):
-                best = tried
-            elif best or job.mode != "train":
-                break
-        if best:
-            found.append(best)
-    return sorted(found, key=lambda found: found.row_ms)
+    tensors = [tensor for tensor in TENSOR if devices % tensor == 0 and job.config.text.num_heads % tensor == 0]
+    found = [fastest(job, {"fsdp": devices // tensor, "tensor": tensor}, compiled) for tensor in tensors]
+    return sorted((x for x in found if x), key=lambda x: x.row_ms)
+
+
+def fastest(
+    job: Program, sizes: dict[str, int], compiled: Callable[[Program, dict[str, int]], CompiledProgram]
+) -> CompiledProgram | None:
+    """The program with the shortest estimated time per row on one mesh, None if none fits.
+
+    A training batch keeps its size, and its number of microbatches is doubled until the step fits and then for as long
+    as that makes it faster. An inference batch is doubled for as long as it fits and a row gets faster.
+    """
+    best = None
+    for attempt in _attempts(job, sizes["fsdp"]):
+        tried = compiled(attempt, sizes)
+        if tried.report.fits and (best is None or tried.row_ms < best.row_ms):
+            best = tried
+        elif best or job.mode != "train":
+            break
+    return best
 
 
 def _attempts(job: Program, shards: int) -> Iterator[Program]:

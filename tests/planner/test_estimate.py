@@ -30,6 +30,11 @@ TEXT = (
   %n.2 = s32[] constant(1)
   ROOT %new.1 = bf16[4,8,128]{2,1,0} dynamic-update-slice(%cache.1, %token.1, %n.2, %n.2, %n.2)
 }
+%all-reduce-scatter (partial: bf16[64,128]) -> bf16[16,128] {
+  %partial = bf16[64,128]{1,0} parameter(0)
+  %whole = bf16[64,128]{1,0} all-reduce(%partial), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %share = bf16[16,128]{1,0} slice(%whole), slice={[0:16], [0:128]}
+}
 %more (carry: (s32[], bf16[64,128])) -> pred[] {
   %limit = s32[]{:T(128)} constant(4)
   ROOT %less = pred[]{:T(512)} compare(%n, %limit), direction=LT
@@ -67,6 +72,7 @@ ENTRY %main (q: bf16[64,128]) -> bf16[64,128] {
   %layers = (s32[], bf16[64,128]{1,0}) while(%q), condition=%more, body=%layer
   %new = bf16[4,8,128]{2,1,0} fusion(%c, %t), kind=kLoop, calls=%write, CYCLES
   %splash_mha_fwd_residuals.1 = bf16[2,4,416,128]{3,2,1,0} custom-call(%q), KERNEL
+  %scattered = bf16[16,128]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter
   %sum = f32[1024]{0} all-reduce(%q), channel_id=3, replica_groups=mesh['a'=2,'b'=2,'c'=4] {'a','c'}, to_apply=%add
 }
 """
@@ -101,8 +107,8 @@ def test_time_by_part():
         for name in ("matrix", "memory", "cycles", "links"):
             assert getattr(parts[part], name) == pytest.approx(getattr(time, name)), (part, name)
     # In each layer three quarters of the result come over the links; a sum over eight devices sends seven eighths
-    # twice; permutes run beside the products.
-    sent = 4 * 3 / 4 * 16 * 128 * 2 + 2 * 7 / 8 * 1024 * 4
+    # twice, a scattered sum three quarters once; permutes run beside the products.
+    sent = 4 * 3 / 4 * 16 * 128 * 2 + 2 * 7 / 8 * 1024 * 4 + 3 / 4 * 64 * 128 * 2
     assert parts["collectives"].links == pytest.approx(1e3 * sent / v5e.ici)
     assert set(parts) == {*expected, "collectives"}
 
