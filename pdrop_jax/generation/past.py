@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.cache import StageCache, empty_caches, grow
 from pdrop_jax.model.decoder import DecodeState
 
@@ -43,7 +44,7 @@ def _grown(
 def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> tuple[DecodeState, jax.Array | None]:
     """Caches with slots for the conversation and ``capacity`` new tokens, hidden states for the conversation."""
     caches, hidden = past.model.caches, past.hidden
-    plan = config.schedule.plan(config.text.num_layers, whole.bucket)
+    plan = config.schedule.plan(config.text.num_layers, whole.bucket, aligned("auto"))
     found = tuple(0 if cache is None else cache.k.shape[3] for cache in caches)
     sizes = tuple(max(n, stage.slots + capacity) for n, stage in zip(found, plan, strict=False))
     width = 0 if hidden is None else max(hidden.shape[1], whole.bucket.slots)

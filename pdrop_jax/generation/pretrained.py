@@ -14,6 +14,7 @@ from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import Params, count
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage, unstack
+from pdrop_jax.model.tiles import tile
 from pdrop_jax.schedule import DropSchedule
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo"  # a small trained model that comes with the package
@@ -67,6 +68,8 @@ def load(
     # Quantized stacks are scanned on a CPU too: XLA would dequantize all layers of a list at once.
     if jax.default_backend() == "cpu" and mesh is None and not quantize:
         params = unstack(params)
+    if jax.default_backend() == "tpu":
+        params = tile(config, params, mesh)
     return Model(config, params, processor, mesh)
 
 
@@ -79,6 +82,8 @@ def reschedule(model: Model, schedule: DropSchedule) -> Model:
     config = dataclasses.replace(model.config, schedule=schedule)
     find_score(config)
     params = restage(model.params, model.config, schedule)
+    if jax.default_backend() == "tpu":
+        params = tile(config, params, model.mesh)
     processor = dataclasses.replace(model.processor, config=config)
     return dataclasses.replace(model, config=config, params=params, processor=processor)
 

@@ -1,6 +1,7 @@
 """KV caches: one for each stage, since each stage sees its own tokens."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -63,13 +64,29 @@ def write_tokens(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax
 
     What would go past the last slot is left out: a chunk's padding may reach there.
     """
+    write = scatter_tokens
+    if k.shape[1] == 1:
+        write = functools.partial(jax.lax.platform_dependent, tpu=select_tokens, default=scatter_tokens)
+    layer = jnp.asarray(layer)
+    return StageCache(write(cache.k, layer, k, first), write(cache.v, layer, v, first))
+
+
+def scatter_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """``old`` (L_s, B, K, C, H) with ``new`` (B, T, K, H) in one layer's slots from ``first`` (B,) on."""
     rows = jnp.arange(first.shape[0])[:, None]
-    slots = first[:, None] + jnp.arange(k.shape[1])  # (B, T)
+    slots = first[:, None] + jnp.arange(new.shape[1])  # (B, T)
+    return old.at[layer, rows, :, slots].set(new, mode="drop")
 
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[layer, rows, :, slots].set(new, mode="drop")
 
-    return StageCache(write(cache.k, k), write(cache.v, v))
+def select_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """Same as ``scatter_tokens`` for a single token, T = 1.
+
+    It writes the whole layer, which is slower on a CPU. For a scatter XLA for TPUs wants heads next to H, however, and
+    would copy all caches into that layout and back in each call of ``engine.decode``.
+    """
+    chosen = (jnp.arange(old.shape[3]) == first[:, None])[:, None, :, None]  # (B, 1, C, 1)
+    updated = jnp.where(chosen, new.swapaxes(1, 2), old[layer])
+    return jax.lax.dynamic_update_index_in_dim(old, updated, layer, 0)
 
 
 def cache_bytes(caches: Sequence[StageCache | None]) -> int:

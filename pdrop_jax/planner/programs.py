@@ -22,6 +22,7 @@ from pdrop_jax.model import cache
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.model.placement import abstract
 from pdrop_jax.model.quantization import quantize_decoder
+from pdrop_jax.model.tiles import abstract_tiled
 from pdrop_jax.planner.hlo import Report, compile_report
 from pdrop_jax.sharding import batch_sharding, make_mesh, partition
 from pdrop_jax.train.optimizer import make_optimizer
@@ -170,7 +171,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
         params = abstract_params(config, jnp.bfloat16)
         if job.quantize:
             params = jax.eval_shape(functools.partial(quantize_decoder, config), params)
-        params = abstract(config, params, mesh)
+        params = abstract_tiled(config, abstract(config, params, mesh), mesh)
         greedy, stop = token_sampler(Sampling()), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)

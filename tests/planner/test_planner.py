@@ -1,7 +1,10 @@
 """Planning for TPUs: the compiler's figures, read; and the command, as a user calls it."""
 
+import dataclasses
 import json
+import re
 import subprocess
+import sys
 
 import pytest
 from command import PDROP
@@ -149,6 +152,30 @@ def test_a_decode_step_needs_no_second_cache(folder):
     cache = 512 // 4 * slots * 2 * 128 * 2  # of one device: keys and values, one of two heads, bfloat16
     assert report["argument_bytes"] > cache
     assert report["temporary_bytes"] < 0.05 * cache
+
+
+COMPILE = """
+import sys
+from pdrop_jax.planner.topology import devices_of
+devices = devices_of("v5e:2x2")
+from pdrop_jax.batch import Bucket
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.planner.programs import Program, lower
+from pdrop_jax.sharding import make_mesh
+job = Program(LlavaConfig.load(sys.argv[1]), "decode", Bucket(112, (144,)), rows=8)
+print(lower(job, make_mesh({"data": 2, "tensor": 2}, devices)).compile().as_text())
+"""
+
+
+def test_decode_copies_no_stack_of_weights_or_keys(tmp_path):
+    # Two layers per stage make a loop, and a device's 352 neurons are no whole number of tiles.
+    text = dataclasses.replace(CONFIG.text, num_layers=4, num_kv_heads=4, intermediate_size=704)
+    dataclasses.replace(CONFIG, text=text, schedule=DropSchedule((2,), (0.5,))).save(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stacks = {dims for dims in re.findall(r"bf16\[([\d,]+)\]", done.stdout) if re.match(r"2,\d+,\d", dims)}
+    assert {"2,4,2,384,128", "2,256,2,128", "2,256,384", "2,384,256"} <= stacks
+    assert not stacks & set(re.findall(r"= bf16\[([\d,]+)\]\S* copy\(", done.stdout))
 
 
 def test_int8_weights_take_half_the_bytes_and_no_plain_copy(folder):
