@@ -10,7 +10,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# The recorded vectors and the demo on a newer Python, if there is one, with the newest packages.
+# Recorded vectors and the demo on a newer Python, if there is one, with the newest packages.
 test-newest:
 	.ci/newest
 
