@@ -7,7 +7,8 @@ of the table in docs/benchmarks.md as they are found, which takes several hours 
 import argparse
 import dataclasses
 
-from pdrop_jax.planner.topology import CHIPS, devices_of
+from pdrop_jax.analysis.chips import CHIPS
+from pdrop_jax.planner.topology import devices_of
 
 SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8"),

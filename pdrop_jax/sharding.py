@@ -81,6 +81,11 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def devices_along(axis: str, mesh: Mesh | AbstractMesh) -> int:
+    """Devices that a logical axis is sharded over where they divide it."""
+    return math.prod(mesh.shape[name] for name in RULES[axis])
+
+
 def shards(axis: str, size: int) -> int:
     """How many pieces a dimension of ``size`` with a logical axis is cut into; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -23,7 +23,7 @@ from pdrop_jax.model.params import Params
 from pdrop_jax.model.placement import abstract, place, shardings
 from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.sharding import batch_sharding, make_mesh
+from pdrop_jax.sharding import batch_sharding, devices_along, make_mesh
 from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
 from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, import_grain, open_dataset, pipeline
 from pdrop_jax.train.model import is_up_to_date, open_start, write_model
@@ -205,7 +205,7 @@ def _batches(job: TrainingRun, first: int) -> Iterable[Step]:
 
 def _parts(mesh: Mesh, run: RunRecipe) -> int:
     """Number of equal parts that a batch is split into: data-parallel devices times microbatches."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps
+    return devices_along("batch", mesh) * run.grad_accum_steps
 
 
 def _run(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pdrop_jax.analysis.chips import CHIPS, DEVICE_KINDS
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_file
 from pdrop_jax.train.step import Metrics
@@ -21,14 +22,7 @@ FILE = "log.jsonl"
 DAMAGED = "log.damaged.jsonl"
 
 # Dense bfloat16 peak of a device in FLOP/s, from the vendors' data sheets.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+PEAKS = {kind: CHIPS[chip].flops for kind, chip in DEVICE_KINDS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,

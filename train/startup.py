@@ -11,6 +11,7 @@ from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.params import count
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.sharding import devices_along
 from pdrop_jax.train.data.index import Dataset
 from pdrop_jax.train.recipe import RunRecipe
 from pdrop_jax.train.step import TrainState
@@ -33,7 +34,7 @@ def few_rows(run: RunRecipe, mesh: Mesh | AbstractMesh) -> str:
     Each microbatch gathers all weights and scatters all gradients along fsdp, however few tokens it has. That hides
     behind the products only if a device has several rows.
     """
-    rows = run.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps)
+    rows = run.batch_size // (devices_along("batch", mesh) * run.grad_accum_steps)
     if run.grad_accum_steps == 1 or mesh.shape["fsdp"] == 1 or rows > 1:
         return ""
     return (

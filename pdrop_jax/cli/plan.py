@@ -101,7 +101,7 @@ def run(
         if not results[0]["fits"]:
             raise UserError(f"the program does not fit, so there is no compiled text to write to {hlo}")
         write_file(hlo, plans[0].report.text, overwrite)
-    compared = _compared(results) if len(results) == 2 and not suggest else {}
+    compared = {} if suggest else _compared(results)
     if json_output:
         asked = {"model": model, "mode": mode, "topology": topology, "bucket": bucket, "quantize": quantize}
         print(json.dumps({**asked, **compared, "plans": results}))
@@ -154,12 +154,15 @@ def _milliseconds(estimate: Any) -> dict[str, Any]:
 
 
 def _compared(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The program with drops beside the dense one: estimates, and what the drop pays of the MACs that it saves."""
-    ours, dense = results
-    compared: dict[str, Any] = {"estimate_ms": ours["estimate_ms"], "dense": {"estimate_ms": dense["estimate_ms"]}}
-    if ours["fits"] and dense["fits"]:
-        compared["ratio"] = dense["estimate_ms"] / ours["estimate_ms"]
-        compared["mac_ratio"] = dense["macs"] / ours["macs"]
+    """The estimate of the program that was asked for, and if there is one, of the dense program beside it."""
+    ours, *others = results
+    compared: dict[str, Any] = {"estimate_ms": ours["estimate_ms"]}
+    if others:
+        (dense,) = others
+        compared["dense"] = {"estimate_ms": dense["estimate_ms"]}
+        if ours["fits"] and dense["fits"]:
+            compared["ratio"] = dense["estimate_ms"] / ours["estimate_ms"]
+            compared["mac_ratio"] = dense["macs"] / ours["macs"]
     return compared
 
 

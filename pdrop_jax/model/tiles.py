@@ -11,7 +11,6 @@ The order of an array's dimensions stays the same, so nothing else needs to know
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.params import Params, ParamSpec, spec_of
-from pdrop_jax.sharding import RULES, partition
+from pdrop_jax.sharding import devices_along, partition
 
 LANES = 128  # last dimension of a tile
 HEADS_FIRST = Layout((0, 2, 1, 3))  # of (L, D, N, H)
@@ -67,7 +66,7 @@ def _tile(spec: ParamSpec, x: Any, mesh: Mesh | None) -> jax.Array:
 
 def _target(spec: ParamSpec, x: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     """Shape, dtype, sharding and layout of an array once tiled."""
-    lanes = LANES * (1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["mlp"]))
+    lanes = LANES * (1 if mesh is None else devices_along("mlp", mesh))
     shape = tuple(
         size + -size % lanes if axis == "mlp" and size > 1 else size
         for axis, size in zip(spec.axes, x.shape, strict=True)

@@ -17,24 +17,12 @@ import math
 import re
 from collections.abc import Iterable
 
+from pdrop_jax.analysis.chips import CHIPS, Chip
 from pdrop_jax.planner.hlo_text import Computation, Instruction, Module
-from pdrop_jax.planner.topology import CHIPS, Chip
 from pdrop_jax.planner.traffic import hbm_bytes, products
 
-# Parts of the model, in the order in which they are shown. The model names the first seven by ``jax.named_scope``.
-PARTS = (
-    "tower",
-    "drop",
-    "attention",
-    "norm",
-    "head",
-    "embed",
-    "optimizer",
-    "decoder products",
-    "copies",
-    "collectives",
-    "other",
-)
+SCOPES = ("tower", "drop", "attention", "norm", "head", "embed", "optimizer")  # the model's ``jax.named_scope``s
+PARTS = (*SCOPES, "decoder products", "copies", "collectives", "other")  # in the order in which they are shown
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # They take no time, or it is counted where they start.
 FREE = re.compile(
@@ -42,7 +30,7 @@ FREE = re.compile(
     r"|.*-done"
 )
 PREFETCHES = ("copy-start", "slice-start", "dynamic-slice-start")
-SCOPE = re.compile(r"\b(tower|drop|attention|norm|head|embed|optimizer)\b")
+SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import re
 import time
 from typing import Any
 
+from pdrop_jax.analysis.chips import CHIPS
 from pdrop_jax.planner.estimate import COLLECTIVES, Estimate, estimate
 from pdrop_jax.planner.hlo_text import Module, parse
-from pdrop_jax.planner.topology import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pdrop_jax.model.placement import abstract
 from pdrop_jax.model.quantization import quantize_decoder
 from pdrop_jax.model.tiles import abstract_tiled
 from pdrop_jax.planner.hlo import Report, compile_report
-from pdrop_jax.sharding import batch_sharding, make_mesh, partition
+from pdrop_jax.sharding import batch_sharding, devices_along, make_mesh, partition
 from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import OptimizerRecipe
 from pdrop_jax.train.step import init_state, train_step_for
@@ -100,7 +100,7 @@ def compile_program(
       UserError: the mesh does not fit the devices, or the batch size is not divisible by its shards.
     """
     mesh = make_mesh(sizes, devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * (job.grad_accum_steps if job.mode == "train" else 1)
+    parts = devices_along("batch", mesh) * (job.grad_accum_steps if job.mode == "train" else 1)
     if job.rows < 1 or job.rows % parts:
         raise UserError(f"a batch of {job.rows} rows is not divisible by {parts}: choose a multiple of {parts}")
     report = compile_report(lambda: lower(job, mesh), topology)
@@ -164,7 +164,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
         optimizer = make_optimizer(config, OptimizerRecipe(), STEPS)
         init = functools.partial(init_state, config, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
         train_state = abstract(config, jax.eval_shape(init, abstract_params(config)), mesh)
-        rows = job.rows // (mesh.shape["data"] * mesh.shape["fsdp"] * job.grad_accum_steps)
+        rows = job.rows // (devices_along("batch", mesh) * job.grad_accum_steps)
         program, arguments = train_step_for("tpu", rows), (config, optimizer, train_state, batch)
         settings = {"grad_accum_steps": job.grad_accum_steps, "implementation": "splash"}
     else:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from pdrop_jax.analysis.chips import CHIPS
 from pdrop_jax.planner.estimate import Time, estimate
 from pdrop_jax.planner.hlo_text import Shape, parse
-from pdrop_jax.planner.topology import CHIPS
 from pdrop_jax.planner.traffic import hbm_bytes, products
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"1500000"}}'  # a millisecond on a v5e

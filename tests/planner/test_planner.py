@@ -9,6 +9,7 @@ import sys
 import pytest
 from command import PDROP
 
+from pdrop_jax.analysis.chips import CHIPS
 from pdrop_jax.batch import Bucket
 from pdrop_jax.cli.plan import run
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
@@ -16,7 +17,6 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.planner import hlo, programs, topology
 from pdrop_jax.planner.estimate import PARTS, Estimate, Time, estimate
 from pdrop_jax.planner.hlo_text import parse
-from pdrop_jax.planner.topology import CHIPS
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = LlavaConfig(
@@ -147,7 +147,10 @@ def test_a_training_step_is_compiled_for_a_slice(folder, tmp_path):
 def test_a_decode_step_needs_no_second_cache(folder):
     done = planned(folder, "--mesh", "data=4", "tensor=2", "--batch", "512", "--mode", "decode", "--no-dense", "--json")
     assert done.returncode == 0, done.stderr
-    (report,) = json.loads(done.stdout)["plans"]
+    said = json.loads(done.stdout)
+    (report,) = said["plans"]
+    assert said["estimate_ms"] == report["estimate_ms"] > 0
+    assert "dense" not in said
     slots = 112 + 144 + 128 + 112 + 72 + 128
     cache = 512 // 4 * slots * 2 * 128 * 2  # of one device: keys and values, one of two heads, bfloat16
     assert report["argument_bytes"] > cache
