@@ -12,18 +12,16 @@ import pathlib
 import statistics
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
 from benchmarks.inference import Flags as Shape
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate
-from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.generation.pretrained import Model, arrange
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import init_params
-from pdrop_jax.model.stacking import unstack
 from pdrop_jax.schedule import DropSchedule
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "examples/tiny_tokenizer"
@@ -46,9 +44,7 @@ class Flags:
         quarters = tuple(self.layers * n // 4 for n in (1, 2, 3))
         schedule = DropSchedule(quarters, (0.5, 0.25, 0.125))
         config = dataclasses.replace(shape.config(), schedule=schedule, template="mistral_instruct")
-        params = init_params(config)
-        if jax.default_backend() == "cpu":
-            params = unstack(params)
+        params = arrange(config, init_params(config))
         return Model(config, params, Processor.load(TOKENIZER, config))
 
 

@@ -31,6 +31,7 @@ from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
 from pdrop_jax.generation.engine import decode, start
 from pdrop_jax.generation.next_token import token_sampler
+from pdrop_jax.generation.pretrained import arrange
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.assemble import Row, assemble
@@ -39,7 +40,6 @@ from pdrop_jax.model.decoder import positions_of
 from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
 from pdrop_jax.model.params import init_params
 from pdrop_jax.model.rope import rope_tables
-from pdrop_jax.model.stacking import unstack
 from pdrop_jax.model.vlm import embed
 from pdrop_jax.schedule import DropSchedule
 
@@ -90,9 +90,7 @@ def main(flags: Flags) -> None:
     dense = flags.config()
     quarters = tuple(flags.layers * n // 4 for n in (1, 2, 3))
     pyramid = dataclasses.replace(dense, schedule=DropSchedule(quarters, (0.5, 0.25, 0.125)))
-    params = init_params(dense, dtype=flags.dtype)
-    if jax.default_backend() == "cpu":
-        params = unstack(params)
+    params = arrange(dense, init_params(dense, dtype=flags.dtype))
     torch_model = make_torch(dense, flags.dtype) if flags.torch else None
     bucket = Bucket(flags.text_tokens, (dense.image_tokens,))
     probe = Probe(flags.probe, flags.dtype)

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device.limits import seconds_of, spread
+from benchmarks.device.rows import DENSE, DROPS, Row
 from benchmarks.device.shapes import (
     CAPACITY,
-    DENSE,
-    DROPS,
     GROUPS,
     LAYERS_STEP,
-    Row,
+    STEPS,
     Shape,
     configure,
     inference_layers,
@@ -31,6 +30,7 @@ from benchmarks.inference import GREEDY, NEVER, make_batch
 from pdrop_jax.analysis.cost import decode_macs, prefill_macs, training_macs
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.generation.engine import decode, start
+from pdrop_jax.generation.pretrained import arrange
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.params import Params, ParamSpec, param_specs, path_name
 
@@ -43,7 +43,7 @@ def inference(options: argparse.Namespace) -> Iterator[Row]:
     layers = inference_layers(shape, options.memory)
     for model in (DENSE, DROPS):
         config = configure(shape, model, layers)
-        params = _draw(config, "bfloat16")
+        params = arrange(config, _draw(config, "bfloat16"))
         for rows in options.batches:
             common = {"part": "inference", "model": model, "batch": rows, "layers": layers}
             try:
@@ -168,10 +168,16 @@ def _time_training(shape: Shape, config: LlavaConfig, rows: int, repeats: int) -
     program, batch = _compile_step(shape, config, rows, state)
     compiled = time.perf_counter()
     changing = _size((state.trained, state.optimizer))
+
+    def run(state: Any) -> Any:
+        for _ in range(STEPS):
+            state, _ = program(state, batch)
+        return state
+
     times = []
     for _ in range(repeats + 1):
-        seconds, (state, _) = seconds_of(program, state, batch)
-        times.append(seconds)
+        seconds, state = seconds_of(run, state)
+        times.append(seconds / STEPS)
     return {
         "seconds": spread(times[1:]),
         "flops": 2 * rows * training_macs(config, shape.bucket, targets(shape.bucket), GROUPS),

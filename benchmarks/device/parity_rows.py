@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import jax
 
-from benchmarks.device.shapes import Row, reason
+from benchmarks.device.rows import Row
+from benchmarks.device.shapes import reason
 from benchmarks.device.source_tree import ROOT
 from pdrop_jax.config import Implementation
 from pdrop_jax.convert.importer import read

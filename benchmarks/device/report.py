@@ -2,14 +2,16 @@
 
 from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.device.rows import DENSE, Row
+
 DIFFERENCES = ("hidden", "scores", "logits", "loss", "gradients")
 EXACT = ("kept", "tokens")
 NOTES = """\
-Figures are medians, with minimum and maximum in parentheses. FLOP/s are twice the MACs of `pdrop_jax.analysis.cost`,
-which counts attention without the causal mask and a training step without recomputation. Bytes are what a program has
-to move at least: prefill and decode read the weights and write or read the KV cache, a training step reads and writes
-the trained weights and the optimizer's moments. Shares are of the limits above. The first run is not counted.
+Figures are medians, with minimum and maximum in parentheses; the first run is not counted. The speed-up is over our
+dense model. FLOP/s are twice the MACs of `pdrop_jax.analysis.cost`, which counts attention without the causal mask and
+a training step without recomputation. Bytes are what a program has to move at least: prefill and decode read the
+weights and write or read the KV cache, a training step reads and writes the trained weights and the optimizer's
+moments. Shares are of the limits above.
 """
 PARITY_NOTES = """\
 Largest absolute differences from the recorded vectors over all cases; gradients are relative to their largest value.
@@ -61,16 +63,17 @@ def _device(limits: Row) -> str:
 
 
 def _timings(rows: list[Row]) -> str:
-    lines = [
-        ["program", "model", "batch", "layers", "ms", "TFLOP/s", "share", "GB/s", "share", "memory GB", "compile s"]
-    ]
+    head = ["program", "model", "batch", "layers", "ms", "speed-up", "TFLOP/s", "share", "GB/s", "share"]
+    lines = [[*head, "memory GB", "compile s"]]
+    dense = {_same(row): row["seconds"]["median"] for row in rows if row["model"] == DENSE and "seconds" in row}
     for row in sorted(rows, key=lambda row: (PROGRAMS.index(row["program"]), row["batch"])):
         cells = [f"{row['program']}{' (a token)' * (row['program'] == 'decode')}", row["model"], row["batch"]]
         cells.append(row["layers"])
         if "error" in row:
-            cells += [row["error"], *[""] * 6]
+            cells += [row["error"], *[""] * 7]
         else:
             cells.append(_range(row["seconds"], 1e3))
+            cells.append(f"{dense[_same(row)] / row['seconds']['median']:.2f}" if _same(row) in dense else "")
             for name, scale in (("flops", 1e-12), ("bytes", 1e-9)):
                 cells.append(_number(row[f"{name}_per_second"] * scale))
                 cells.append(f"{row[f'{name}_share']:.0%}" if f"{name}_share" in row else "")
@@ -78,6 +81,11 @@ def _timings(rows: list[Row]) -> str:
             cells.append(f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "")
         lines.append(cells)
     return _table(lines)
+
+
+def _same(row: Row) -> tuple[Any, ...]:
+    """What two rows have in common whose times may be compared."""
+    return row["program"], row["batch"], row["layers"]
 
 
 PROGRAMS = ("prefill", "decode", "train step")

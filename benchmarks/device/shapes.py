@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from benchmarks.device.rows import DENSE, DROPS
 from benchmarks.inference import make_batch
 from pdrop_jax.batch import IGNORE, Batch, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
@@ -14,11 +14,9 @@ from pdrop_jax.schedule import DropSchedule
 
 CAPACITY = 64  # cache slots for new tokens
 TARGETS = 32  # the last text tokens of a training row, at most half of the text
+STEPS = 3  # training steps in a row, as in a training loop: the host prepares one while the device runs another
 GROUPS = ("projector", "llm")  # what LLaVA-1.5's second phase trains
-DENSE, DROPS, TORCH = "dense", "PyramidDrop", "torch, dense"
 LAYERS_STEP = 4  # numbers of layers are multiples of it, so that the drops are after a quarter, a half, three quarters
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.device.limits import spread
+from benchmarks.device.rows import DENSE, TORCH, Row
 from benchmarks.device.shapes import (
-    DENSE,
     GROUPS,
-    TORCH,
-    Row,
+    STEPS,
     Shape,
     configure,
     inference_layers,
@@ -150,15 +149,16 @@ def _time_training(shape: Shape, layers: int, rows: int, device: str, repeats: i
     inputs = _inputs(batch, model, device)
     inputs["labels"] = torch.as_tensor(np.asarray(batch.labels), device=device, dtype=torch.long)
 
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def run() -> None:
+        for _ in range(STEPS):
+            with torch.autocast(device, torch.bfloat16):
+                loss = model(**inputs, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
-    times = [_seconds(device, step)[0] for _ in range(repeats + 1)]
+    times = [_seconds(device, run)[0] / STEPS for _ in range(repeats + 1)]
     config = configure(shape, DENSE, layers)
     return {
         "seconds": spread(times[1:]),

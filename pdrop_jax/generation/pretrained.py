@@ -12,6 +12,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import Params, count
+from pdrop_jax.model.quantization import is_quantized
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.model.tiles import tile
@@ -65,12 +66,21 @@ def load(
         pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
     )
     processor = Processor.load(pathlib.Path(folder), config)
-    # Quantized stacks are scanned on a CPU too: XLA would dequantize all layers of a list at once.
-    if jax.default_backend() == "cpu" and mesh is None and not quantize:
-        params = unstack(params)
+    return Model(config, arrange(config, params, mesh), processor, mesh)
+
+
+def arrange(config: LlavaConfig, params: Params, mesh: Mesh | None = None) -> Params:
+    """``params`` as inference on this platform reads them fastest: stacks in a TPU's tiles, elsewhere lists of layers.
+
+    XLA for CPUs and GPUs copies the weights of each layer out of a scanned stack, so a decode step would move them
+    three times. Stacks stay on a mesh, and so do quantized ones: XLA would dequantize all layers of a list at once.
+
+    Consumes ``params``: its arrays are replaced one after the other, so that the model is never in memory twice.
+    """
     if jax.default_backend() == "tpu":
-        params = tile(config, params, mesh)
-    return Model(config, params, processor, mesh)
+        return tile(config, params, mesh)
+    quantized = any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
+    return params if mesh is not None or quantized else unstack(params)
 
 
 def reschedule(model: Model, schedule: DropSchedule) -> Model:

@@ -38,13 +38,23 @@ def rope_at(tables: Rope, positions: jax.Array) -> Rope:
 
 @jax.named_scope("attention")
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates ``x`` (B, T, N, H) by ``rope`` in float32; the halves of H are the pairs, as in Hugging Face's LLaMA.
-
-    The halves are swapped by a product with a permutation matrix, which is exact. A TPU's vector unit moves half a
-    register at a time: slices and a concatenation take four times as long by its compiler's estimate.
-    """
+    """Rotates ``x`` (B, T, N, H) by ``rope`` in float32; the halves of H are the pairs, as in Hugging Face's LLaMA."""
     cos, sin = (table[:, :, None] for table in rope)
+    swapped = jax.lax.platform_dependent(x, tpu=_swap_by_product, default=_swap_halves)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+def _swap_halves(x: jax.Array) -> jax.Array:
+    """The halves of the last dimension swapped, float32."""
+    return jnp.roll(x.astype(jnp.float32), x.shape[-1] // 2, axis=-1)
+
+
+def _swap_by_product(x: jax.Array) -> jax.Array:
+    """Same, by a product with a permutation matrix, which is exact.
+
+    A TPU's vector unit moves half a register at a time: slices and a concatenation take four times as long by its
+    compiler's estimate. A GPU would run the product as a kernel of its own.
+    """
     H = x.shape[-1]
     swap = jnp.roll(jnp.eye(H, dtype=x.dtype), H // 2, axis=1)
-    swapped = jnp.tensordot(x, swap, axes=1, precision="highest", preferred_element_type=jnp.float32)
-    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+    return jnp.tensordot(x, swap, axes=1, precision="highest", preferred_element_type=jnp.float32)

@@ -1,8 +1,8 @@
 """Stacks of layers: moved between drop schedules, or taken apart.
 
-The parameters hold one stack for each stage, which is scanned. On a CPU the scan copies the weights of each layer out
-of the stack before it multiplies, so there ``unstack`` turns every stack into a list of layers, which the model runs as
-a plain loop.
+The parameters hold one stack for each stage, which is scanned. On CPUs and GPUs the scan copies the weights of each
+layer out of the stack before it multiplies, so there ``unstack`` turns every stack into a list of layers, which the
+model runs as a plain loop.
 """
 
 from collections.abc import Iterator

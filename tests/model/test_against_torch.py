@@ -30,7 +30,7 @@ from pdrop_jax.convert.hf_parts import text_from_hf, vision_from_hf
 from pdrop_jax.model import layers
 from pdrop_jax.model.attention import attention
 from pdrop_jax.model.params import abstract_params
-from pdrop_jax.model.rope import rope_tables, rotate
+from pdrop_jax.model.rope import _swap_by_product, _swap_halves, rope_tables, rotate
 from pdrop_jax.model.stacking import restage
 from pdrop_jax.model.vision import averaged, vision_features
 from pdrop_jax.model.vlm import embed
@@ -96,6 +96,13 @@ def test_rope_tables(text):
     sign = np.repeat([-1, 1], 32)  # of the first half's sines, see ``rotate``
     assert_close(ours[0], cos)
     assert_close(ours[1] * sign, sin)
+
+
+def test_halves_are_swapped_by_slices_as_by_a_product():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = jax.random.normal(jax.random.key(0), (2, 3, 4, 64), dtype)
+        np.testing.assert_array_equal(_swap_halves(x), _swap_by_product(x))
+        np.testing.assert_array_equal(_swap_halves(x)[..., :32], x[..., 32:].astype(jnp.float32))
 
 
 def test_rotate():

@@ -1,0 +1,6 @@
+"""The rows of figures that all parts yield, and what they call the models."""
+
+from typing import Any
+
+Row = dict[str, Any]
+DENSE, DROPS, TORCH = "dense", "PyramidDrop", "torch, dense"
