@@ -73,14 +73,15 @@ def arrange(config: LlavaConfig, params: Params, mesh: Mesh | None = None) -> Pa
     """``params`` as inference on this platform reads them fastest: stacks in a TPU's tiles, elsewhere lists of layers.
 
     XLA for CPUs and GPUs copies the weights of each layer out of a scanned stack, so a decode step would move them
-    three times. Stacks stay on a mesh, and so do quantized ones: XLA would dequantize all layers of a list at once.
+    three times. Stacks stay on a mesh, and int8 ones on a CPU, where XLA would convert all layers of a list at once.
 
     Consumes ``params``: its arrays are replaced one after the other, so that the model is never in memory twice.
     """
-    if jax.default_backend() == "tpu":
+    platform = jax.default_backend()
+    if platform == "tpu":
         return tile(config, params, mesh)
     quantized = any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
-    return params if mesh is not None or quantized else unstack(params)
+    return params if mesh is not None or (quantized and platform == "cpu") else unstack(params)
 
 
 def reschedule(model: Model, schedule: DropSchedule) -> Model:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pdrop_jax.config import Implementation, Remat, TextConfig, VisionConfig
 from pdrop_jax.model.attention import attention
 from pdrop_jax.model.params import Params
-from pdrop_jax.model.quantization import dequantize, is_quantized
+from pdrop_jax.model.quantization import is_quantized, quantized_product
 from pdrop_jax.model.rope import Rope, rotate
 from pdrop_jax.sharding import constrain
 
@@ -29,9 +29,7 @@ def linear(params: Params, x: jax.Array, inputs: int = 1) -> jax.Array:
       inputs: how many of the last dimensions of ``x`` are summed over.
     """
     kernel = params["kernel"]
-    if is_quantized(kernel):
-        kernel = dequantize(kernel, x.dtype)
-    y = jnp.tensordot(x, kernel, axes=inputs)
+    y = quantized_product(x, kernel, inputs) if is_quantized(kernel) else jnp.tensordot(x, kernel, axes=inputs)
     if "bias" in params:
         y = y + params["bias"]
     if "lora" in params:

@@ -5,14 +5,14 @@ The weights of q, k, v, o, gate, up and down become int8, with a float32 scale f
     kernel.qvalue    int8, the kernel's shape
     kernel.scale     float32, the kernel's shape but 1 along its inputs
 
-Activations, biases, norms, the embedding table, the head, the vision tower and the projector keep their dtype. A layer
-multiplies by ``qvalue * scale``, rounded to the dtype of its activations. On a TPU that happens inside the matrix
-product: what is read from memory is int8. Kernels sharded along fsdp are gathered in the dtype of the activations, so
-shard along tensor.
+Activations, biases, norms, the embedding table, the head, the vision tower and the projector keep their dtype. What a
+matrix product reads from memory is int8: on a TPU it multiplies by ``qvalue * scale``, rounded to the dtype of the
+activations, elsewhere by ``qvalue``, and the sum is scaled in float32. Kernels sharded along fsdp are gathered in the
+dtype of the activations, so shard along tensor.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,23 @@ def _quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> "qwix.QArray":
     return qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=outputs)
 
 
-def dequantize(kernel: "qwix.QArray", dtype: Any) -> jax.Array:
-    import qwix
+def quantized_product(x: jax.Array, kernel: "qwix.QArray", inputs: int) -> jax.Array:
+    """``x @ (qvalue * scale)``: (..., *inputs) -> (..., *outputs), dtype of ``x``.
 
-    return qwix.dequantize(kernel).astype(dtype)
+    Args:
+      inputs: how many of the last dimensions of ``x`` are summed over.
+    """
+
+    def scale_weights(x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, (qvalue * scale).astype(x.dtype), axes=inputs)
+
+    def scale_product(x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, qvalue.astype(x.dtype), axes=inputs, preferred_element_type=jnp.float32)
+        return (y * scale.reshape(qvalue.shape[inputs:])).astype(x.dtype)
+
+    # XLA for GPUs converts int8 weights inside a product but writes scaled ones to memory first. For TPUs it scales
+    # inside, too, and then sums partial products over devices in the dtype of x.
+    return jax.lax.platform_dependent(x, kernel.qvalue, kernel.scale, tpu=scale_weights, default=scale_product)
 
 
 def is_quantized(x: object) -> "TypeGuard[qwix.QArray]":

@@ -52,8 +52,13 @@ def unstack(params: Params) -> Params:
     Consumes ``params``: each stack is removed from it as it is split, so that no more than one leaf is in memory twice.
     """
 
+    def rows(x: Any) -> list[Any]:
+        leaves, structure = jax.tree.flatten(x)  # two for int8 weights, one otherwise
+        columns = [list(jnp.asarray(leaf)) for leaf in leaves]
+        return [jax.tree.unflatten(structure, row) for row in zip(*columns, strict=True)]
+
     def split(stack: Params) -> list[Params]:
-        columns = {key: split(x) if isinstance(x, dict) else list(jnp.asarray(x)) for key, x in _drain(stack)}
+        columns = {key: split(x) if isinstance(x, dict) else rows(x) for key, x in _drain(stack)}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     params["vision"]["layers"] = split(params["vision"]["layers"])

@@ -7,6 +7,7 @@ import pytest
 from tiny import GQA, MHA, assert_close, decode_step, forward, llava_config, make_batch, params_of, prefill
 
 from pdrop_jax.batch import Bucket
+from pdrop_jax.generation.pretrained import arrange
 from pdrop_jax.model.params import path_name
 from pdrop_jax.model.quantization import is_quantized, quantize_decoder
 from pdrop_jax.model.stacking import unstack
@@ -82,6 +83,18 @@ def test_a_list_of_layers_is_quantized_as_a_stack_is():
     for stage, stack in stacked["stages"].items():
         for n, layer in enumerate(layers["stages"][stage]):
             jax.tree.map(np.testing.assert_array_equal, layer, jax.tree.map(lambda x: x[n], stack))  # noqa: B023
+
+
+def test_a_gpu_is_given_the_same_model_as_a_list_of_layers(monkeypatch):
+    config = CONFIGS["gqa"]
+    stacked = quantize_decoder(config, params_of(config))
+    expected = forward(config, stacked, BATCH).buffer.hidden
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    listed = arrange(config, jax.tree.map(lambda x: x, stacked))
+    monkeypatch.undo()
+    assert all(isinstance(stage, list) for stage in listed["stages"].values())
+    assert is_quantized(listed["stages"]["1"][0]["mlp"]["up"]["kernel"])
+    assert_close(forward(config, listed, BATCH).buffer.hidden, expected, 1e-5)
 
 
 def test_quantizing_twice_is_quantizing_once():
