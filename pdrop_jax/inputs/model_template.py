@@ -67,7 +67,7 @@ class ModelTemplate:
 
     tokenizer: Any
     source: str
-    placeholders: Mapping[Kind, str] = dataclasses.field(default_factory=lambda: dict(PLACEHOLDERS))
+    placeholders: Mapping[Kind, str]
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation. If the last message is from the user, it ends where the model continues.
@@ -91,6 +91,10 @@ class ModelTemplate:
         for place in {IMAGE_TAG, *self.placeholders.values()}:
             text = without_tags(text, place)
         return text
+
+    def check_trainable(self) -> None:
+        """Raises UserError if the answers cannot be told from the rest, or their end could not be learned."""
+        self.training_text([Message("user", ("Q",)), Message("assistant", ("A",))] * 2)
 
     def training_text(self, messages: Sequence[Message]) -> TrainingText:
         """The text of a conversation; its spans are what the model has to generate, up to its end token.
@@ -119,7 +123,10 @@ class ModelTemplate:
             start = len(text) - lead
             text += message.text
             if end is None or end not in rest:
-                raise UserError("the model's chat template does not end its answers with a token")
+                raise UserError(
+                    "the model's own chat template ends its answers with no special token, so their end could not be "
+                    "learned: choose another template"
+                )
             spans.append((start, len(text) + rest.index(end) + len(end)))
         text += rest
         if self._render(messages, asks=False) != text:

@@ -5,13 +5,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import Turn, render, template_named, token_ids, without_tags
-from pdrop_jax.inputs.messages import Message
-from pdrop_jax.inputs.model_template import OWN, ModelTemplate
+from pdrop_jax.inputs.messages import Kind, Message
+from pdrop_jax.inputs.model_template import OWN, PLACEHOLDERS, ModelTemplate
 from pdrop_jax.inputs.targets import Example, TrainingText, ends_answers, tokenize, training_text
 
 
@@ -83,13 +83,16 @@ def turns_of_messages(messages: Sequence[Message]) -> list[Turn]:
     return list(zip(questions, [*answers, *[None] * (len(questions) - len(answers))], strict=True))
 
 
-def prompt_template(name: str, tokenizer: Any, chat_template: str | None) -> PromptTemplate:
+def prompt_template(
+    name: str, tokenizer: Any, chat_template: str | None, placeholders: Mapping[Kind, str] = PLACEHOLDERS
+) -> PromptTemplate:
     """The template of a model.
 
     Args:
       name: "own", or a name in ``chat_template.TEMPLATES``.
       tokenizer: a transformers tokenizer.
       chat_template: the Jinja source that came with the checkpoint, see ``model_template.find_chat_template``.
+      placeholders: what that template writes for an image and for a video; LLaVA's by default.
 
     Raises:
       UserError: the name is unknown, or the model has no chat template of its own.
@@ -102,4 +105,4 @@ def prompt_template(name: str, tokenizer: Any, chat_template: str | None) -> Pro
             "template 'own' is the model's own chat template, but its folder holds none: copy chat_template.jinja or "
             "tokenizer_config.json from the original checkpoint into it, or choose another template"
         )
-    return ModelTemplate(tokenizer, chat_template)
+    return ModelTemplate(tokenizer, chat_template, placeholders)
