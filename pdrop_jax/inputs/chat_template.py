@@ -138,11 +138,6 @@ def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
     return pieces
 
 
-def count_tags(turns: Sequence[Turn]) -> int:
-    """Number of ``<image>`` tags in questions and answers."""
-    return sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
-
-
 def without_tags(text: str, tag: str = IMAGE_TAG) -> str:
     """``text`` without ``tag``, including those that form as others are removed: ``<im<image>age>``."""
     kept: list[str] = []

@@ -80,6 +80,12 @@ def read_conversation(
     return _placed(_read_all(prompt), list(images))
 
 
+def read_turns(turns: Sequence[Turn]) -> list[Message]:
+    """The messages of (question, answer) turns whose images are still to be read. Errors are those above."""
+    read = _read_all(turns)
+    return _placed(read, [None] * sum(isinstance(part, Medium) for _, parts in read for part in parts))[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """A content with its own image, while it is read."""
@@ -232,15 +238,11 @@ def _split(text: str) -> list[str | Medium | _Source]:
     return parts
 
 
-def _open_places(message: _Raw) -> int:
-    return sum(isinstance(part, Medium) for part in message[1])
-
-
 def _placed(
     read: list[_Raw], images: list[Picture | Video | None]
 ) -> tuple[list[Message], list[Picture | Video | None]]:
     """Messages and images, once each place without an image has received one of ``images``."""
-    places = sum(_open_places(message) for message in read)
+    places = sum(isinstance(part, Medium) for _, parts in read for part in parts)
     if images and not places and not any(isinstance(part, _Source) for _, parts in read for part in parts):
         first = next(number for number, (role, _) in enumerate(read) if role == "user")
         read[first][1][:0] = [Medium()] * len(images)

@@ -104,7 +104,9 @@ class ModelTemplate:
         """
         asked, before, _ = self._answer
         if not before.startswith(asked):
-            raise UserError("the model's chat template asks for an answer with a text that its answers do not start with")
+            raise UserError(
+                "the model's chat template asks for an answer with a text that its answers do not start with"
+            )
         lead, end = len(before) - len(asked), self.end_token
         messages = [
             dataclasses.replace(message, parts=(message.text.strip(),)) if message.role == "assistant" else message

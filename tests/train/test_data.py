@@ -183,7 +183,7 @@ def test_long_rows_are_cut(tmp_path):
         ({"template": "alpaca"}, "template 'alpaca' is not known"),
         (
             {"template": "chatml_direct"},
-            r"ends an answer with <\|im_end\|>, which is not a single token of the tokenizer in ",
+            r"ends an answer with <\|im_end\|>, which is not a single token of the tokenizer, ",
         ),
         ({"max_length": 257}, "data.max_length is 257, but the model has 256 positions: lower it"),
     ],
