@@ -55,9 +55,7 @@ class Message:
         return tags + "".join(part if isinstance(part, str) else IMAGE_TAG for part in inline)
 
 
-def read_conversation(
-    prompt: Prompt, images: Sequence[Picture | Video | None] = ()
-) -> tuple[list[Message], list[Picture | Video | None]]:
+def read_conversation(prompt: Prompt, images: Sequence[Any] = ()) -> tuple[list[Message], list[Any]]:
     """The messages of ``prompt``, and one image for each of their media, in order.
 
     An image is an entry of ``images`` or inside a message. Those of ``images`` belong to the ``<image>`` tags and to
@@ -70,7 +68,7 @@ def read_conversation(
         ``{"type": "text", "text": …}``, ``{"type": "image"}`` with the image under "image", "path", "url" or "base64"
         or without one, ``{"type": "image_url", "image_url": {"url": …}}`` and ``{"type": "video", "video": frames}``.
         A URL is a path, a ``file://`` or a ``data:`` URL.
-      images: None stands for an image that is not known yet.
+      images: pictures and ``Video``s; None stands for one that is not known yet.
 
     Raises:
       UserError: the conversation is empty or has another form; a role or a type of content is unknown; roles do not
@@ -151,7 +149,7 @@ def check_order(roles: Sequence[str]) -> None:
 
 
 def _read(message: Mapping[str, Any], where: str) -> _Raw:
-    role = message.get("role")
+    role: Any = message.get("role")
     if role not in get_args(Role):
         raise UserError(f"{where} has role {role!r}: expected one of {ROLES}")
     content = message.get("content")
@@ -238,9 +236,7 @@ def _split(text: str) -> list[str | Medium | _Source]:
     return parts
 
 
-def _placed(
-    read: list[_Raw], images: list[Picture | Video | None]
-) -> tuple[list[Message], list[Picture | Video | None]]:
+def _placed(read: list[_Raw], images: list[Any]) -> tuple[list[Message], list[Any]]:
     """Messages and images, once each place without an image has received one of ``images``."""
     places = sum(isinstance(part, Medium) for _, parts in read for part in parts)
     if images and not places and not any(isinstance(part, _Source) for _, parts in read for part in parts):

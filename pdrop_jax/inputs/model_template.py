@@ -170,7 +170,8 @@ class ModelTemplate:
             return message.text
         if not {medium.kind for medium in message.media} <= self._kinds:
             return [{"type": "text", "text": message.text}]
-        items, before = [], None
+        items: list[dict[str, str]] = []
+        before: str | Medium | None = None
         for part in message.parts:
             if isinstance(part, Medium):
                 items.append({"type": part.kind})
@@ -193,7 +194,7 @@ class ModelTemplate:
     @functools.cached_property
     def _shapes(self) -> dict[Role, str | None]:
         """In which form the template takes the content of each role, "list" or "text"; None if it does not."""
-        question = {"role": "user", "content": "Q"}
+        question: dict[str, Any] = {"role": "user", "content": "Q"}
         shapes: dict[Role, str | None] = {"user": self._shape([], "user", [])}
         if shapes["user"] is None:
             # What it says about text is the reason.
