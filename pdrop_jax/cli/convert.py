@@ -80,10 +80,8 @@ def run(
     drops = ", ".join(f"{ratio:g} after {n}" for n, ratio in zip(schedule.layers, schedule.ratios, strict=True))
     print(
         f"{printable(out)}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}; "
-        f"image tokens kept: {drops or 'all, dense'}"
+        f"image tokens kept: {drops or 'all, dense'}; prompt template: {summary.config.template}"
     )
-    own = " (the checkpoint's own chat template)" if summary.config.template == "own" else ""
-    print(f"prompt template: {summary.config.template}{own}")
     if llm is not None and projector is None:
         print(f"The projector is randomly initialized (seed {seed}); train it before use")
     if not summary.has_tokenizer:

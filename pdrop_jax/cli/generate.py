@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import tyro
-
 from pdrop_jax.cli.options import (
     Attention,
     Dtype,
@@ -97,10 +95,11 @@ def run(
 
         drawn = [number for number, image in enumerate(shown[0]) if not isinstance(image, Video)]
         pictures = [shown[0][number] for number in drawn]
-        kept, scores = ([[images[n] for n in drawn] for images in x[0]] for x in (answer.kept, answer.scores))
         if picture:
+            kept = [[images[number] for number in drawn] for images in answer.kept[0]]
             save_picture(answer_picture(pictures, kept, loaded.processor), picture, overwrite)
         if heatmap:
+            scores = [[images[number] for number in drawn] for images in answer.scores[0]]
             save_picture(score_picture(pictures, scores, loaded.processor), heatmap, overwrite)
     if json_output:
         print(printable(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False)))
