@@ -104,7 +104,7 @@ def _read_all(prompt: Any) -> list[_Raw]:
         raise UserError(f"a prompt is a question or a list of messages, got a {type(prompt).__name__}")
     if not prompt:
         raise UserError("a conversation needs at least one question, got none")
-    if all(isinstance(message, Mapping) for message in prompt):
+    if any(isinstance(message, Mapping) for message in prompt):
         read = [_read(message, f"message {number}") for number, message in enumerate(prompt, 1)]
         check_order([role for role, _ in read])
         return read
@@ -148,7 +148,9 @@ def check_order(roles: Sequence[str]) -> None:
         )
 
 
-def _read(message: Mapping[str, Any], where: str) -> _Raw:
+def _read(message: Any, where: str) -> _Raw:
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where} is a {type(message).__name__}: expected an object with role and content")
     role: Any = message.get("role")
     if role not in get_args(Role):
         raise UserError(f"{where} has role {role!r}: expected one of {ROLES}")

@@ -301,7 +301,7 @@ def test_a_session_of_messages():
     whole = [*start, message("assistant", answer.text), message("user", "And?")]
     assert later.token_ids == generate(asking, [whole], sampling=Sampling(NEW)).token_ids[0]
     assert later.cached >= answer.stage_lengths[0]
-    with pytest.raises(UserError, match=r"^message 7 is a system message: only the first message may be one$"):
+    with pytest.raises(UserError, match=r"^message 8 is a system message: only the first message may be one$"):
         session.ask([message("system", "No."), message("user", "b")])
     with pytest.raises(UserError, match=r"^the last message is from 'assistant'"):
         session.ask([message("user", "a"), message("assistant", "b")])

@@ -85,7 +85,7 @@ SYSTEM = {"role": "system", "content": "s"}
         ([], [], "^a conversation needs at least one question, got none$"),
         (QUESTION, [], "got a single message: put it in a list$"),
         (5, [], "^a prompt is a question or a list of messages, got a int$"),
-        ([QUESTION, "b"], [], "^entry 1 of a conversation is a dict: expected messages"),
+        ([QUESTION, "b"], [], "^message 2 is a str: expected an object with role and content$"),
         (["role", "content"], [], "^entry 1 of a conversation is a str: expected messages"),
         ([("a", 5)], [], "^turn 1 is not a question and an answer, which are text$"),
         ([("a", None), ("b", None)], [], "^turn 1 of 2 has no answer: only the last one may lack it$"),

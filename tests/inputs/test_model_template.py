@@ -40,7 +40,8 @@ SMOL = (
 )
 # Llama 3's writes BOS, and strips what it is given.
 LLAMA_3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>' }}"
     "{% elif content['type'] == 'text' %}{{ content['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
@@ -212,7 +213,7 @@ def test_a_family_says_its_placeholders():
         ("{% for", [user(text("a"))], "refuses the conversation: "),
         ("always this", [user(text("a"))], "does not write what the user asks: it cannot be used$"),
         (
-            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}",
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('') }}{% endif %}{{ messages[0]['content'] }}",
             [{"role": "system", "content": "Be."}, user(text("a"))],
             "takes no system message: leave it out$",
         ),
@@ -277,9 +278,13 @@ def test_templates_that_cannot_be_learned():
     upper = CHATML.replace("content['text']", "content['text'] | upper")
     with pytest.raises(UserError, match="does not write what the user asks"):
         ModelTemplate(tokenizer_of(CHATML), upper, PLACEHOLDERS).check_trainable()
-    last_only = SMOL.replace("message['content']", "(message['content'] if loop.last or loop.first else '')")
-    with pytest.raises(UserError, match="changes the answers|ends its answers|takes no assistant"):
-        ModelTemplate(tokenizer_of(SMOL), last_only, PLACEHOLDERS).check_trainable()
+    for change, why in (("replace('A', 'B')", "changes the answers of"), ("replace('Pdrop', '')", "does not write")):
+        other = SMOL.replace("message['content']", f"message['content'] | {change}")
+        with pytest.raises(UserError, match=why):
+            ModelTemplate(tokenizer_of(SMOL), other, PLACEHOLDERS).check_trainable()
+    forgets = SMOL.replace("message['content']", "(message['content'] if loop.last or loop.first else '')")
+    with pytest.raises(UserError, match="takes no assistant message"):
+        ModelTemplate(tokenizer_of(SMOL), forgets, PLACEHOLDERS).check_trainable()
 
 
 @pytest.mark.parametrize(
