@@ -102,12 +102,17 @@ class ModelTemplate:
         Raises:
           UserError: the template refuses the conversation, or changes its answers or earlier messages.
         """
-        asked, before, _ = self._answer
+        asked, before, behind = self._answer
         if not before.startswith(asked):
             raise UserError(
                 "the model's chat template asks for an answer with a text that its answers do not start with"
             )
-        lead, end = len(before) - len(asked), self.end_token
+        if self.end_token is None:
+            raise UserError(
+                "the model's own chat template ends its answers with no special token, so their end could not be "
+                "learned: choose another template"
+            )
+        lead, end = len(before) - len(asked), behind[: behind.index(self.end_token) + len(self.end_token)]
         messages = [
             dataclasses.replace(message, parts=(message.text.strip(),)) if message.role == "assistant" else message
             for message in messages
@@ -124,12 +129,9 @@ class ModelTemplate:
             text += before
             start = len(text) - lead
             text += message.text
-            if end is None or end not in rest:
-                raise UserError(
-                    "the model's own chat template ends its answers with no special token, so their end could not be "
-                    "learned: choose another template"
-                )
-            spans.append((start, len(text) + rest.index(end) + len(end)))
+            if not rest.startswith(end):
+                raise UserError("the model's chat template ends an answer differently once other messages follow")
+            spans.append((start, len(text) + len(end)))
         text += rest
         if self._render(messages, asks=False) != text:
             raise UserError("the model's chat template changes the answers of a conversation")
