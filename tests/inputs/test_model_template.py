@@ -282,7 +282,8 @@ def test_templates_that_cannot_be_learned():
         other = SMOL.replace("message['content']", f"message['content'] | {change}")
         with pytest.raises(UserError, match=why):
             ModelTemplate(tokenizer_of(SMOL), other, PLACEHOLDERS).check_trainable()
-    ends_once = SMOL.replace("'<|im_end|>\n' }}{% endfor", "('<|im_end|>' if loop.last else '!') }}{% endfor")
+    mark = "('<|im_end|>' if loop.last or message['role'] == 'user' else '!')"
+    ends_once = SMOL.replace("+ '<|im_end|>\n' }}{% endfor", f"+ {mark} }}}}{{% endfor")
     with pytest.raises(UserError, match="ends an answer differently once other messages follow"):
         ModelTemplate(tokenizer_of(SMOL), ends_once, PLACEHOLDERS).check_trainable()
     forgets = SMOL.replace("message['content']", "(message['content'] if loop.last or loop.first else '')")
