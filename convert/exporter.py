@@ -18,7 +18,7 @@ from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.convert.files import write_safetensors
 from pdrop_jax.convert.hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
 from pdrop_jax.convert.hf_parts import vision_to_hf
-from pdrop_jax.convert.jinja import add_chat_template
+from pdrop_jax.convert.jinja import write_chat_template
 from pdrop_jax.convert.names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
 from pdrop_jax.convert.tensors import DTYPES, DType
 from pdrop_jax.inputs.tokenizer import reading
@@ -41,7 +41,7 @@ class ExportSummary:
 def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DType | None = None) -> ExportSummary:
     """Writes checkpoint ``model`` as PyTorch checkpoint ``out``: config.json, safetensors, tokenizer files.
 
-    In format "hf" a chat template comes with the tokenizer: the source's own, or ours as Jinja.
+    In format "hf" a chat template comes with the tokenizer: the model's own, or ours as Jinja.
 
     Peak memory is that of one shard (512 MiB, or one stack of ours if that is larger) twice.
 
@@ -67,10 +67,10 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
         checkpoint.copy_files(model, new, checkpoint.COMPANIONS)
         if format == "original" and config.vision != VisionConfig():
             _write_tower(model, new / tower_folder(config), config, dtype, unrun)
+        if format == "hf":
+            write_chat_template(new, config.template)
         if format == "hf" and config.image_token_id is None:
             _complete_processor(new, theirs)
-        if format == "hf":
-            add_chat_template(new, config.template)
         return _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
 
 

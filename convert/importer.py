@@ -18,6 +18,7 @@ from pdrop_jax.convert.sources import Source, open_source
 from pdrop_jax.convert.tensors import DTYPES, DType, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import template_named
+from pdrop_jax.inputs.model_template import OWN, find_chat_template
 from pdrop_jax.model.params import Params
 from pdrop_jax.schedule import DropSchedule
 
@@ -61,16 +62,17 @@ def write(
     Args:
       tokenizer: folder of the tokenizer; None is the source's.
       dtype: of the arrays; None is float32 if the source's embedding is, otherwise bfloat16.
-      template: chat template; None is the one that LLaVA used with this kind of language model.
+      template: "own" or a name in ``chat_template.TEMPLATES``; None is the checkpoint's own chat template, or
+        without one what LLaVA used with this kind of language model.
 
     Raises:
-      UserError: ``out`` exists, the template is unknown or the tokenizer missing; nothing is written.
+      UserError: ``out`` exists, the template is unknown, or the tokenizer or the template is missing; nothing is
+        written.
       OSError: the disk is full or not writable; nothing is left behind.
     """
     config, tensors = source.config, source.tensors
-    if template is not None:
+    if template not in (None, OWN):
         template_named(template)
-        config = dataclasses.replace(config, template=template)
     arrays = leaves(config, source.naming)
     if dtype is None:
         embedding = next(leaf.names[0] for leaf in arrays if leaf.path == "embed.embedding")
@@ -78,6 +80,7 @@ def write(
     itemsize = np.dtype(DTYPES[dtype]).itemsize
     with checkpoint.new_folder(out, sum(math.prod(x.shape) for x in tensors.values()) * itemsize) as new:
         _copy_companions(source, tokenizer, new)
+        config = dataclasses.replace(config, template=_template(template, config.template, new))
         storage.write(new, _stacks(arrays, tensors, dtype))
         _write_unrun(source, new / checkpoint.UNUSED, dtype)
         config.save(new)
@@ -117,6 +120,13 @@ def _write_unrun(source: Source, path: pathlib.Path, dtype: str) -> None:
     write_safetensors(
         path, {name.removeprefix(prefix): source.tensors[name].read().astype(DTYPES[dtype]) for name in names}
     )
+
+
+def _template(asked: str | None, of_llava: str, new: pathlib.Path) -> str:
+    own = find_chat_template(new) is not None
+    if asked == OWN and not own:
+        raise UserError("there is no chat template among the files of the tokenizer: choose another --template")
+    return asked or (OWN if own else of_llava)
 
 
 def _copy_companions(source: Source, tokenizer: pathlib.Path | None, new: pathlib.Path) -> None:

@@ -1,10 +1,11 @@
-"""Our prompt templates as Jinja chat templates, which transformers' ``apply_chat_template`` renders."""
+"""The chat template of an export: the model's own, or ours as Jinja, which transformers renders to the same text."""
 
 import json
 import pathlib
 
 from pdrop_jax import checkpoint
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, template_named
+from pdrop_jax.inputs.model_template import OWN, find_chat_template
 from pdrop_jax.io import read_json
 
 FILE = "chat_template.jinja"
@@ -63,11 +64,20 @@ def chat_template(name: str) -> str:
     return "\n".join(lines)
 
 
-def add_chat_template(folder: pathlib.Path, name: str) -> None:
-    """Writes chat_template.jinja into an exported checkpoint that has a tokenizer but no chat template yet."""
-    found = {path.name for pattern in checkpoint.TOKENIZER for path in folder.glob(pattern)}
-    if not found or any(file.startswith("chat_template") for file in found):
+def write_chat_template(folder: pathlib.Path, name: str) -> None:
+    """Makes template ``name`` the chat template of an exported checkpoint, if it has a tokenizer.
+
+    "own" is the one that it has. Any other replaces it, in every file that could hold one, so that the export is asked
+    as the model is here.
+    """
+    if not any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):
         return
-    settings = folder / "tokenizer_config.json"
-    if not (settings.exists() and read_json(settings).get("chat_template")):
-        (folder / FILE).write_text(chat_template(name))
+    source = find_chat_template(folder) if name == OWN else chat_template(name)
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
+        settings = read_json(path) if path.exists() else {}
+        if settings.pop("chat_template", None) is not None:
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+    if source is not None:
+        (folder / FILE).write_text(source, encoding="utf-8")

@@ -188,7 +188,7 @@ class LlavaConfig:
     # A video's frames are averaged over squares of so many features a side before the projector, as in Hugging Face's
     # LLaVA-NeXT-Video; None: their features are resized to half a side behind it.
     frame_stride: int | None = None
-    template: str = "vicuna_v1"
+    template: str = "vicuna_v1"  # "own" is the chat template in the checkpoint's folder, see inputs.prompts
     image_token_id: TokenId | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
     video_token_id: TokenId | None = None  # id of "<video>", likewise
     bos_token_id: TokenId | None = 1  # None: a text begins with nothing, as Qwen2's

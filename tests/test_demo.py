@@ -19,7 +19,9 @@ from examples.demo.report import RunCost, cost_of, rows_of
 from examples.demo.tokenizer import TEMPLATE, learn_tokenizer, write_tokenizer
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.pretrained import DEMO, load
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, place_images, render, token_ids
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.messages import read_conversation
+from pdrop_jax.inputs.prompts import LlavaTemplate
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 from pdrop_jax.model.params import abstract_params, count, path_name
 from pdrop_jax.schedule import DropSchedule
@@ -215,13 +217,13 @@ def test_every_garment_is_a_token(tokenizer):
 def test_the_tokens_of_a_conversation_begin_with_those_of_its_prompt(tokenizer):
     _, turns = next(conversations(1))
     exchanges = [(turn.question, turn.answer) for turn in turns]
-    whole = token_ids(tokenizer, render(place_images(exchanges, 1), TEMPLATE))
+    prompts = LlavaTemplate(tokenizer, TEMPLATE)
+    whole = prompts.ids(read_conversation(exchanges, [None])[0])
     assert whole[:2] == [tokenizer.bos_token_id, IMAGE_PLACEHOLDER]
     assert whole[-1] == tokenizer.eos_token_id
     assert tokenizer.unk_token_id not in whole
     for number, (question, answer) in enumerate(exchanges):
-        asked = place_images([*exchanges[:number], (question, None)], 1)
-        prompt = token_ids(tokenizer, render(asked, TEMPLATE))
+        prompt = prompts.ids(read_conversation([*exchanges[:number], (question, None)], [None])[0])
         assert prompt == whole[: len(prompt)]
         rest = whole[len(prompt) :]
         ids = rest[: rest.index(tokenizer.eos_token_id)]

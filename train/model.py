@@ -41,7 +41,8 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
     checkpoint.files_to_copy(pathlib.Path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
-    config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
+    if data.template not in (None, "plain"):  # pretraining leaves no way to ask
+        config = dataclasses.replace(config, template=data.template)
     if data.image_aspect == "anyres":
         if not config.tiling:
             config = dataclasses.replace(config, tiling=Tiling.next(config.vision.image_size))

@@ -62,7 +62,7 @@ class DataRecipe:
     images: Path  # folder that image names are relative to
     outside_images: bool = False  # allow image names that leave the folder, such as ../1.png
     image_aspect: Literal["square", "pad", "anyres"] | None = None  # None keeps the checkpoint's setting
-    template: Name = "vicuna_v1"
+    template: Name | None = None  # prompt template; None is the checkpoint's, "own" its own chat template
     max_length: Positions = 2048  # in tokens, including all image tokens
     too_long: Literal["truncate", "skip"] = "truncate"  # rows longer than max_length
     # Text lengths that batches are padded to; max_length is always added.

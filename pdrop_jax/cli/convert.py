@@ -40,8 +40,8 @@ def run(
         initialized one.
       projector_type: Projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
       seed: RNG seed for initializing a new projector.
-      template: Prompt template (default: vicuna_v1 for LLaMA, llama_3 for Llama 3, mistral_instruct for Mistral, qwen
-        for Qwen2).
+      template: Prompt template (default: "own", the checkpoint's own chat template; without one vicuna_v1 for LLaMA,
+        llama_3 for Llama 3, mistral_instruct for Mistral, qwen for Qwen2).
       tokenizer: Folder with the tokenizer files (default: the checkpoint's or the language model's).
       dtype: Dtype of the stored arrays (default: float32 if the checkpoint is float32, otherwise bfloat16).
       layers: Numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24
@@ -80,7 +80,7 @@ def run(
     drops = ", ".join(f"{ratio:g} after {n}" for n, ratio in zip(schedule.layers, schedule.ratios, strict=True))
     print(
         f"{printable(out)}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}; "
-        f"image tokens kept: {drops or 'all, dense'}"
+        f"image tokens kept: {drops or 'all, dense'}; prompt template: {summary.config.template}"
     )
     if llm is not None and projector is None:
         print(f"The projector is randomly initialized (seed {seed}); train it before use")

@@ -3,9 +3,8 @@
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
-
-import tyro
 
 from pdrop_jax.cli.options import (
     Attention,
@@ -27,12 +26,13 @@ from pdrop_jax.cli.options import (
 )
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.io import check_outputs
+from pdrop_jax.io import check_outputs, read_json
 from pdrop_jax.schedule import parse_schedule
 
 
 def run(
-    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT …]")],
+    prompt: Annotated[tuple[str, ...], unset("TEXT [TEXT …]")] = (),
+    messages: File = None,
     model: Model = None,
     image: Annotated[tuple[pathlib.Path, ...], unset("FILE [FILE …]")] = (),
     video: Annotated[tuple[pathlib.Path, ...], unset("FRAME [FRAME …]")] = (),
@@ -54,31 +54,37 @@ def run(
 
     Args:
       prompt: Question, or a batch of questions.
+      messages: JSON file with a conversation in place of --prompt: a list of messages in the form of OpenAI and Hugging
+        Face, ending with the question; or a list of such lists, as a batch. Images are data: URLs or paths.
       image: Images of the question. With several questions: one image for all of them, or one for each.
       video: Frames of a video, in order. They count as one image and come after the images of each question.
       picture: Write a figure of the image patches kept at each stage (one question only).
       heatmap: Write a figure of the token scores behind each drop (one question only).
       overwrite: Overwrite existing --picture and --heatmap files.
     """
+    prompts = _prompts_of(prompt, messages)
     if picture or heatmap:
-        _check_pictures(picture, heatmap, prompt, image, [*image, *video, *([model] if model else [])], overwrite)
-    images = _images_of(prompt, image)
+        inputs = [*image, *video, *filter(None, (model, messages))]
+        _check_pictures(picture, heatmap, len(prompts), bool(image or messages), inputs, overwrite)
+    images = _images_of(len(prompts), image)
 
     from pdrop_jax.generation.engine import check_implementation, generate
     from pdrop_jax.generation.pretrained import DEMO, load
     from pdrop_jax.inputs.images import Video
+    from pdrop_jax.inputs.messages import read_conversation
 
     check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
+    shown = [read_conversation(*row)[1] for row in zip(prompts, images, strict=True)]  # fails before a model is loaded
     with progress("loading"):
         devices = device_mesh(mesh)
         loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, quantize, not no_verify)
-    live = sys.stdout.isatty() and not json_output and len(prompt) == 1
+    live = sys.stdout.isatty() and not json_output and len(prompts) == 1
     with progress("compiling and answering"):
         answer = generate(
             loaded,
-            prompt,
+            prompts,
             images,
             sampling,
             implementation=attention,
@@ -87,10 +93,14 @@ def run(
     if picture or heatmap:
         from pdrop_jax.analysis.figures import answer_picture, save_picture, score_picture
 
+        drawn = [number for number, image in enumerate(shown[0]) if not isinstance(image, Video)]
+        pictures = [shown[0][number] for number in drawn]
         if picture:
-            save_picture(answer_picture(image, answer.kept[0], loaded.processor), picture, overwrite)
+            kept = [[images[number] for number in drawn] for images in answer.kept[0]]
+            save_picture(answer_picture(pictures, kept, loaded.processor), picture, overwrite)
         if heatmap:
-            save_picture(score_picture(image, answer.scores[0], loaded.processor), heatmap, overwrite)
+            scores = [[images[number] for number in drawn] for images in answer.scores[0]]
+            save_picture(score_picture(pictures, scores, loaded.processor), heatmap, overwrite)
     if json_output:
         print(printable(json.dumps(_as_json(answer, loaded.config), ensure_ascii=False)))
         return
@@ -106,29 +116,41 @@ def run(
 def _check_pictures(
     picture: pathlib.Path | None,
     heatmap: pathlib.Path | None,
-    prompts: tuple[str, ...],
-    images: tuple[pathlib.Path, ...],
+    num_prompts: int,
+    has_images: bool,
     inputs: list[pathlib.Path],
     overwrite: bool,
 ) -> None:
     option = "--picture" if picture else "--heatmap"
-    if len(prompts) != 1:
-        raise UserError(f"{option} shows what one question keeps, but there are {len(prompts)}: ask one at a time")
-    if not images:
+    if num_prompts != 1:
+        raise UserError(f"{option} shows what one question keeps, but there are {num_prompts}: ask one at a time")
+    if not has_images:
         raise UserError(f"{option} shows what is kept of a picture, but there is none: give one, --image FILE")
     from pdrop_jax.analysis.figures import PICTURES
 
     check_outputs([(picture, PICTURES), (heatmap, PICTURES)], overwrite=overwrite, inputs=inputs)
 
 
-def _images_of(prompts: tuple[str, ...], images: tuple[pathlib.Path, ...]) -> list[Any]:
-    if len(prompts) == 1:
+def _prompts_of(prompt: tuple[str, ...], messages: pathlib.Path | None) -> Sequence[Any]:
+    """The questions or the conversations."""
+    if bool(prompt) == bool(messages):
+        raise UserError("give either questions, --prompt TEXT, or a conversation, --messages FILE")
+    if messages is None:
+        return prompt
+    found = read_json(messages, list)
+    if not found:
+        raise UserError(f"{messages} holds an empty list, expected messages")
+    return found if all(isinstance(entry, list) for entry in found) else [found]
+
+
+def _images_of(num_prompts: int, images: tuple[pathlib.Path, ...]) -> list[Any]:
+    if num_prompts == 1:
         return [list(images)]
     if len(images) in (0, 1):
-        return [list(images)] * len(prompts)
-    if len(images) != len(prompts):
+        return [list(images)] * num_prompts
+    if len(images) != num_prompts:
         raise UserError(
-            f"{len(prompts)} prompts but {len(images)} pictures: give none, one for all, or one for each prompt"
+            f"{num_prompts} prompts but {len(images)} pictures: give none, one for all, or one for each prompt"
         )
     return [[path] for path in images]
 

@@ -22,6 +22,7 @@ from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import smallest_bucket
 from pdrop_jax.inputs.images import as_tokens, measure, read_image
+from pdrop_jax.inputs.messages import read_conversation
 from pdrop_jax.inputs.processor import Processor
 
 MOST_ROWS = 4096  # in a batch: at 336 x 336 pixels each, 5.5 GB of float32 before they reach a device
@@ -58,7 +59,7 @@ def plan_batches(
         for number, question in enumerate(bar):
             count = len(question.images)
             try:
-                ids = np.array(processor.ids(question.text, count), np.int32)
+                ids = np.array(processor.prompts().ids(read_conversation(question.text, question.images)[0]), np.int32)
                 sizes = [measure(image, config, alone=count == 1) for image in question.images]
                 bucket = smallest_bucket([len(ids) - count], [sizes], config, max_new_tokens)
             except UserError as error:

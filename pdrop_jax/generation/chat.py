@@ -2,7 +2,8 @@
 
 Every turn renders and tokenizes the whole conversation again, since a tokenizer may merge tokens across the end of a
 turn. The longest common prefix with the cached tokens is not run again: it holds the previous prompt and, if the image
-tokens stay, the previous answer as far as its text has the same tokens as the samples.
+tokens stay, the previous answer as far as its text has the same tokens as the samples. A chat template that writes an
+earlier message differently, once others follow, shortens that prefix; if an image is behind it, all runs again.
 
 Caches grow with the bucket of the conversation (``buckets.choose_bucket``). Within a bucket nothing recompiles, and no
 array is larger than it would be if the whole conversation was asked at once.
@@ -38,9 +39,11 @@ from pdrop_jax.generation.timer import Timer
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, Turn, place_images, render, token_ids, without_tags
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, Turn
 from pdrop_jax.inputs.images import Picture
+from pdrop_jax.inputs.messages import Message, Prompt, check_order, read_conversation
 from pdrop_jax.inputs.processor import as_list
+from pdrop_jax.inputs.prompts import turns_of_messages
 from pdrop_jax.model import multi_turn
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
@@ -64,11 +67,8 @@ class Session:
       mode: "rerank": every question selects its own image tokens, and gets the answer that it would get if the whole
         conversation was asked at once; the stages after the first drop run again. "keep": image tokens that an earlier
         question dropped are gone for good, and only new tokens run. See ``model.multi_turn``.
-      template: a name in ``chat_template.TEMPLATES``; None is the checkpoint's.
+      template: "own" or a name in ``chat_template.TEMPLATES``; None is the checkpoint's.
       implementation: attention implementation, see ``model.attention``.
-
-    Attributes:
-      turns: questions and answers so far.
     """
 
     def __init__(
@@ -87,20 +87,25 @@ class Session:
             raise UserError(
                 f"a conversation cannot use score {model.config.schedule.score!r}: its inputs are not cached"
             )
-        self.turns: list[Turn] = []
         self._model = model
         self._mode = mode
-        self._template = template or model.config.template
+        self._prompts = model.processor.prompts(template)
         self._implementation = implementation
+        self._messages: list[Message] = []
         self._images: list[ImageTokens] = []
         self._past: Past | None = None
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Questions and answers so far, with an ``<image>`` tag for each image."""
+        return turns_of_messages(self._messages)
 
     def __repr__(self) -> str:
         return f"Session({self._model!r}, mode={self._mode!r}, turns={len(self.turns)}, images={len(self._images)})"
 
     def ask(
         self,
-        question: str,
+        question: Prompt,
         image: Picture | Sequence[Picture] | None = None,
         sampling: Sampling = Sampling(),
         *,
@@ -112,24 +117,35 @@ class Session:
         the cache is lost and the next question runs the whole conversation again.
 
         Args:
+          question: text, or messages that are added to the conversation, such as a system message and a question at
+            its start; see ``inputs.messages.read_conversation``.
           image: new images, one for each ``<image>`` tag in the question; without tags they precede the question.
           sampling: answer length and sampling; each turn samples with a key of its own, made of the seed and the turn.
           stream: called with new text while the answer grows.
 
         Raises:
-          UserError: a picture cannot be read, image tags and pictures do not match, the template cannot hold more
-            turns, or the conversation needs more positions than the model has.
+          UserError: a picture cannot be read, image tags and pictures do not match, the messages do not continue the
+            conversation, the template cannot hold more turns, or the conversation needs more positions than the model
+            has. In mode "keep" also if the model's chat template writes an image, or what precedes it, differently as
+            the conversation goes on.
         """
         max_new_tokens = sampling.max_new_tokens
         processor, config = self._model.processor, self._model.config
-        pictures = as_list(image)
-        new_row = processor.row([(question, None)], pictures, self._template)
-        turns = [*self.turns, *place_images([(question, None)], len(pictures))]
-        ids = token_ids(processor.tokenizer, render(turns, self._template))
-        images = [*self._images, *new_row.images]
+        asked, pictures = read_conversation(question, as_list(image))
+        messages = [*self._messages, *asked]
+        check_order([message.role for message in messages])
+        ids = self._prompts.ids(messages)
+        images = [*self._images, *processor.all_tokens(pictures)]
 
         past = self._past or empty_past(self._model, self._mode == "keep")
         known = _common(past.ids, ids[:-1])
+        if IMAGE_PLACEHOLDER in past.ids[known:]:
+            if self._mode == "keep":
+                raise UserError(
+                    "the chat template writes earlier messages differently as the conversation goes on, so that their "
+                    'image tokens cannot be kept: use mode "rerank"'
+                )
+            past, known = empty_past(self._model, False), 0
         back = known - past.asked  # ids differ only after the last image, so these are slots of every stage
         cached = int(past.model.lengths[0][0]) + back
         chunk_ids = ids[known:]
@@ -160,7 +176,7 @@ class Session:
                 model,
                 hidden,
                 np.int32(back),
-                jax.random.fold_in(jax.random.key(sampling.seed), len(turns)),
+                jax.random.fold_in(jax.random.key(sampling.seed), sum(message.role == "user" for message in messages)),
                 token_sampler(sampling),
                 stop_ids_of(self._model),
                 slots=whole.bucket.slots,
@@ -182,8 +198,9 @@ class Session:
             first = DecodeState(state.model.caches[:1], state.model.lengths)  # the other caches are for this turn only
             self._past = Past(ids, len(ids), first, hidden, kept)
         text = processor.decode(new)
-        (asked, _), self._images = turns[-1], images
-        self.turns.append((asked, without_tags(text)))  # a tag that the model wrote has no image
+        # A tag that the model wrote has no image.
+        self._messages = [*messages, Message("assistant", (self._prompts.without_places(text),))]
+        self._images = images
         return Answer(
             text=text,
             token_ids=new,

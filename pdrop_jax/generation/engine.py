@@ -22,6 +22,7 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.timer import Timer
+from pdrop_jax.inputs.messages import Prompt
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
@@ -123,7 +124,7 @@ def decode(
 
 def generate(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     images: Sequence[Any] | None = None,
     sampling: Sampling = Sampling(),
     *,
@@ -137,14 +138,15 @@ def generate(
         generate(model, ["What is this?"], ["cat.jpg"], Sampling(max_new_tokens=128, temperature=0.7, seed=1))
 
     Args:
-      prompts: B questions.
+      prompts: B questions or conversations, such as lists of messages with images inside; see
+        ``inputs.messages.read_conversation``.
       images: for each row None, a picture or several (path, PIL image or uint8 array), or a ``Video``.
       sampling: answer length and sampling; the default is greedy decoding of up to 64 tokens.
       implementation: attention implementation, see ``model.attention``.
       stream: called with (row, new text) while the answers grow.
 
     Raises:
-      UserError: a picture cannot be read, image tags and pictures do not match, or a prompt is too long.
+      UserError: a picture cannot be read, image tags and pictures do not match, or a prompt is malformed or too long.
     """
     check_implementation(implementation)
     batch = model.processor(prompts, images, max_new_tokens=sampling.max_new_tokens)

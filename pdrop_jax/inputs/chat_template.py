@@ -138,37 +138,14 @@ def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
     return pieces
 
 
-def count_tags(turns: Sequence[Turn]) -> int:
-    """Number of ``<image>`` tags in questions and answers."""
-    return sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
-
-
-def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
-    """``turns`` with exactly one ``<image>`` tag per image. If there is no tag, all are put before the first question.
-
-    Raises:
-      UserError: there are tags, but their number is not ``num_images``.
-    """
-    tags = count_tags(turns)
-    if tags == num_images or not turns:
-        return turns
-    if tags:
-        raise UserError(
-            f"the prompt has {_plural(tags, '<image> tag')} but {_plural(num_images, 'picture')}: "
-            "give one picture for each tag, or no tag at all"
-        )
-    (question, answer), *rest = turns
-    return [(f"{IMAGE_TAG}\n" * num_images + question, answer), *rest]
-
-
-def without_tags(text: str) -> str:
-    """``text`` without ``<image>`` tags, including those that form as others are removed: ``<im<image>age>``."""
+def without_tags(text: str, tag: str = IMAGE_TAG) -> str:
+    """``text`` without ``tag``, including those that form as others are removed: ``<im<image>age>``."""
     kept: list[str] = []
-    for char in text if IMAGE_TAG in text else ():
+    for char in text if tag in text else ():
         kept.append(char)
-        if char == IMAGE_TAG[-1] and "".join(kept[-len(IMAGE_TAG) :]) == IMAGE_TAG:
-            del kept[-len(IMAGE_TAG) :]
-    return "".join(kept) if IMAGE_TAG in text else text
+        if char == tag[-1] and "".join(kept[-len(tag) :]) == tag:
+            del kept[-len(tag) :]
+    return "".join(kept) if tag in text else text
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -184,15 +161,20 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     Raises:
       UserError: the text has unpaired surrogates, as when the bytes of a command line are not UTF-8.
     """
+    check_unicode(text)
+    chunks = [
+        tokenizer(as_sentencepiece(tokenizer, chunk), verbose=False)["input_ids"] for chunk in text.split(IMAGE_TAG)
+    ]
+    return join_chunks(chunks, surplus_bos(tokenizer, chunks), IMAGE_PLACEHOLDER)
+
+
+def check_unicode(text: str) -> None:
+    """Raises UserError if ``text`` has unpaired surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         wrong = text[error.start : error.end]
         raise UserError(f"the text is no valid Unicode at character {error.start + 1}, {wrong!r}") from None
-    chunks = [
-        tokenizer(as_sentencepiece(tokenizer, chunk), verbose=False)["input_ids"] for chunk in text.split(IMAGE_TAG)
-    ]
-    return join_chunks(chunks, surplus_bos(tokenizer, chunks), IMAGE_PLACEHOLDER)
 
 
 def as_sentencepiece(tokenizer: Any, chunk: str) -> str:
@@ -217,7 +199,3 @@ def join_chunks(chunks: Sequence[list[int]], surplus: Sequence[int], between: in
     for chunk, skip in zip(chunks[1:], surplus[1:], strict=True):
         joined += [between, *chunk[skip:]]
     return joined
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import warnings
@@ -130,11 +131,23 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         return image.size if turned else image.size[::-1]
 
 
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """The RGB image in the bytes of a file. UserError, which starts with ``name``, as ``read_image`` raises it."""
+    with _decoded(io.BytesIO(content), name) as image:
+        return _to_rgb(image)
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
     check_file(path)
-    with _one_line_errors(str(path)), Image.open(path) as image:
+    with _decoded(path, str(path)) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _decoded(file: str | os.PathLike | io.BytesIO, name: str) -> Iterator[Image.Image]:
+    with _one_line_errors(name), Image.open(file) as image:
         if image.format == "EPS":  # a program, which Pillow would execute
             raise UserError("is PostScript: save it as a picture")
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:

@@ -1,9 +1,10 @@
 """Processor: prompts and images -> Batch, token ids -> text."""
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pdrop_jax.batch import Batch
@@ -12,11 +13,13 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.chat_template import TEMPLATES, Turn, place_images, render, token_ids
+from pdrop_jax.inputs.chat_template import TEMPLATES
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
+from pdrop_jax.inputs.messages import Prompt, read_conversation
+from pdrop_jax.inputs.model_template import OWN, find_chat_template
+from pdrop_jax.inputs.prompts import PromptTemplate, prompt_template
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
-Prompt = str | Sequence[Turn]
 Entry = Picture | Video | Sequence[Picture | Video] | None  # the images of a prompt
 
 
@@ -27,21 +30,27 @@ class Processor:
     Attributes:
       tokenizer: a transformers tokenizer.
       image_processor: see ``images.load_image_processor``.
+      chat_template: Jinja source of the checkpoint's own chat template, if it has one.
     """
 
     config: LlavaConfig
     tokenizer: Any
     image_processor: Any
+    chat_template: str | None = None
 
     @classmethod
     def load(cls, folder: str | os.PathLike, config: LlavaConfig) -> "Processor":
-        """Reads the tokenizer and the image processor from a checkpoint's folder. Nothing is downloaded.
+        """Reads tokenizer, image processor and chat template from a checkpoint's folder. Nothing is downloaded.
 
         Raises:
-          UserError: the tokenizer is missing or cannot be read; see also ``images.load_image_processor``.
+          UserError: the tokenizer or the chat template is missing or cannot be read; see also
+            ``images.load_image_processor``.
         """
         folder = pathlib.Path(folder)
-        return cls(config, load_tokenizer(folder), load_image_processor(folder, config))
+        tokenizer, image_processor = load_tokenizer(folder), load_image_processor(folder, config)
+        processor = cls(config, tokenizer, image_processor, find_chat_template(folder))
+        processor.prompts()
+        return processor
 
     def __call__(
         self,
@@ -54,18 +63,20 @@ class Processor:
         """The batch of ``prompts``, one row per prompt.
 
         Args:
-          prompts: questions, or conversations as lists of (question, answer) whose last answer may be None.
+          prompts: questions, or conversations; ``messages.read_conversation`` says what may be one.
           images: for each prompt None, an image, a ``Video`` or a list of these; ``images.open_image`` says what may
             be an image.
-          template: a name in ``chat_template.TEMPLATES`` (default: the checkpoint's).
+          template: "own" or a name in ``chat_template.TEMPLATES`` (default: the checkpoint's).
           max_new_tokens: positions to reserve for the answer; the batch has no slots for them.
 
         Raises:
-          UserError: the lists differ in length, a prompt has another number of tags than images, an image cannot be
-            read, or a prompt is too long.
+          UserError: the lists differ in length, a prompt has another number of tags than images or is malformed, an
+            image cannot be read, or a prompt is too long.
         """
         if isinstance(prompts, str):
             raise UserError("prompts must be a list of questions, got one string: put it in a list")
+        if any(isinstance(prompt, Mapping) for prompt in prompts):
+            raise UserError("prompts must be a list of conversations, got the messages of one: put them in a list")
         if images is None:
             images = [None] * len(prompts)
         if isinstance(images, Picture | Video) or len(images) != len(prompts):
@@ -79,17 +90,22 @@ class Processor:
 
     def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
         """One row; arguments and errors are those of ``__call__``."""
-        ids = self.ids(prompt, len(images), template)
-        return Row(ids, [self.tokens(image, alone=len(images) == 1) for image in images])
+        messages, shown = read_conversation(prompt, images)
+        return Row(self.prompts(template).ids(messages), self.all_tokens(shown))
 
-    def ids(self, prompt: Prompt, num_images: int, template: str | None = None) -> list[int]:
-        """Token ids of a row with ``num_images`` images, each an IMAGE_PLACEHOLDER.
+    def prompts(self, template: str | None = None) -> PromptTemplate:
+        """The template that renders conversations: the checkpoint's, or another one by its name."""
+        if template is None:
+            return self._prompts
+        return prompt_template(template, self.tokenizer, self.chat_template)
 
-        Raises:
-          UserError: the prompt has tags, but not ``num_images`` of them.
-        """
-        turns = [(prompt, None)] if isinstance(prompt, str) else prompt
-        return token_ids(self.tokenizer, render(place_images(turns, num_images), template or self.config.template))
+    @functools.cached_property
+    def _prompts(self) -> PromptTemplate:
+        return prompt_template(self.config.template, self.tokenizer, self.chat_template)
+
+    def all_tokens(self, images: Sequence[Picture | Video]) -> list[ImageTokens]:
+        """``tokens`` of the images of one row."""
+        return [self.tokens(image, alone=len(images) == 1) for image in images]
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
         """The model's input for an image; ``alone`` says whether its row has no other."""
@@ -103,6 +119,8 @@ class Processor:
         # Only added tokens: another model's end token may be ordinary text in this vocabulary.
         special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}
         ends = {special[t.end_token] for t in TEMPLATES.values() if t.end_token in special}
+        if self.config.template == OWN and (own := self.prompts().end_token):
+            ends.add(special[own])
         return tuple(sorted(ends.union(self.config.eos_token_ids)))
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -133,16 +133,23 @@ def ends_answers(tokenizer: Any, template: str) -> bool:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[TrainingText], template: str) -> list[Example]:
-    """Ids and labels of ``texts``, from one call of the tokenizer.
+    """``tokenize_chunks``, without any targets if ``ends_answers`` is false.
 
-    A token is a target if its last character is in a span. An image never is, even inside an answer. If
-    ``ends_answers`` is false there are no targets at all, as in LLaVA's code for "chatml_direct" with a LLaMA
-    tokenizer.
+    So it is in LLaVA's code for "chatml_direct" with a LLaMA tokenizer.
+    """
+    if not ends_answers(tokenizer, template):
+        texts = [TrainingText(text.text, []) for text in texts]
+    return tokenize_chunks(tokenizer, texts)
+
+
+def tokenize_chunks(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Example]:
+    """Ids and labels of ``texts``, from one call of the tokenizer for the chunks between their images.
+
+    A token is a target if its last character is in a span. An image never is, even inside an answer.
 
     Args:
       tokenizer: a fast tokenizer of transformers.
     """
-    learn = ends_answers(tokenizer, template)
     chunks = [chunk for text in texts for chunk in text.text.split(IMAGE_TAG)]
     given = [as_sentencepiece(tokenizer, chunk) for chunk in chunks]
     encoded = zip(chunks, given, tokenizer(given, verbose=False).encodings if given else (), strict=True)
@@ -150,7 +157,7 @@ def tokenize(tokenizer: Any, texts: Sequence[TrainingText], template: str) -> li
     for text in texts:
         ids, labels, start = [], [], 0  # start: character offset of the chunk in the text
         for chunk, padded, encoding in itertools.islice(encoded, text.text.count(IMAGE_TAG) + 1):
-            spans = [(first - start, stop - start) for first, stop in text.spans] if learn else []
+            spans = [(first - start, stop - start) for first, stop in text.spans]
             ids.append(encoding.ids)
             labels.append(_labels(encoding, spans, len(padded) - len(chunk)))
             start += len(chunk) + len(IMAGE_TAG)

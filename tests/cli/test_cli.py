@@ -46,6 +46,35 @@ def test_a_real_process_converts_and_answers(tmp_path):
     assert len(json.loads(answered.stdout)["kept"]) == 3
 
 
+def test_messages_are_asked_as_prompts_are(pdrop, model, tmp_path):
+    """One conversation or a batch of them, the picture inside or beside; and its figure."""
+    beside = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who is it?"}]}]
+    inside = [{"role": "user", "content": [{"type": "image", "path": str(PHOTO)}, beside[0]["content"][1]]}]
+    common = ("generate", "--model", model, "--max-new-tokens", 6, "--json")
+    wanted = json.loads(pdrop(*common, "--image", PHOTO, "--prompt", "Who is it?").stdout)["token_ids"]
+    file = tmp_path / "messages.json"
+    for messages, options in ((beside, ("--image", PHOTO)), (inside, ("--picture", tmp_path / "kept.png"))):
+        file.write_text(json.dumps(messages))
+        assert json.loads(pdrop(*common, "--messages", file, *options).stdout)["token_ids"] == wanted
+    assert Image.open(tmp_path / "kept.png").width
+    file.write_text(json.dumps([inside, inside]))
+    assert [row["token_ids"] for row in json.loads(pdrop(*common, "--messages", file).stdout)["rows"]] == [wanted] * 2
+
+
+def test_messages_that_are_none(fails, model, tmp_path):
+    file = tmp_path / "messages.json"
+    for content, words in (
+        ("{}", "it holds a dict, expected a JSON list"),
+        ("[]", "holds an empty list, expected messages"),
+        ('[{"role": "user", "content": "a"}, 5]', "message 2 is a int: expected an object"),
+        ('[{"role": "bot", "content": "a"}]', "message 1 has role 'bot'"),
+    ):
+        file.write_text(content)
+        assert words in fails("generate", "--model", model, "--messages", file)
+    for both in ((), ("--messages", file, "--prompt", "Hi")):
+        assert "either questions, --prompt TEXT, or a" in fails("generate", "--model", model, *both)
+
+
 def test_json_tells_what_was_kept(pdrop, model):
     result = pdrop(
         "generate", "--model", model, "--image", PHOTO, "--prompt", "Who is it?", "--max-new-tokens", 8, "--json"

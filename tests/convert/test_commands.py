@@ -23,7 +23,7 @@ def test_there_and_back(hf, tmp_path, monkeypatch, capfd):
     out, err = capfd.readouterr()
     first, check = out.splitlines()
     assert first.startswith(f"{tmp_path / 'ours'}: {len(weights(hf))} tensors, ")
-    assert first.endswith(" MB, float32; image tokens kept: 0.5 after 0, 0.25 after 2")
+    assert first.endswith(" MB, float32; image tokens kept: 0.5 after 0, 0.25 after 2; prompt template: vicuna_v1")
     assert check.startswith("largest difference to PyTorch ")
     assert float(check.split()[4].rstrip(",")) < 1e-4
     assert not err  # progress is for terminals
@@ -40,7 +40,7 @@ def test_there_and_back(hf, tmp_path, monkeypatch, capfd):
 def test_what_was_left_to_us_is_said(hf, tmp_path, monkeypatch, capfd):
     assert not pdrop(monkeypatch, "convert", hf, tmp_path / "ours")
     first, tokenizer = capfd.readouterr().out.splitlines()
-    assert first.endswith("image tokens kept: all, dense")
+    assert first.endswith("image tokens kept: all, dense; prompt template: vicuna_v1")
     assert tokenizer.startswith(f"{hf} has no tokenizer files: pass --tokenizer DIR")
 
 

@@ -1,20 +1,32 @@
 """Chat templates of exports: transformers renders the same text from them as we do."""
 
+import dataclasses
 import json
+import shutil
 
 import jinja2
 import pytest
 import transformers
 from tiny_torch import GOLDEN
 
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.importer import convert, write
 from pdrop_jax.convert.jinja import FILE, chat_template
 from pdrop_jax.convert.sources import open_source
+from pdrop_jax.errors import UserError
+from pdrop_jax.generation.pretrained import DEMO
+from pdrop_jax.inputs import Processor
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, TEMPLATES, render
+from pdrop_jax.inputs.messages import read_conversation
 
 TOKENIZER = GOLDEN.parent.parent / "examples" / "tiny_tokenizer"
 ODD = " a \"quoted\" 'one'\n\n{{ messages }} \\n {% raw %} é<b> "
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 # The turns as we write them; an image is a tag and a line break before the question, as LLaVA has them.
 CONVERSATIONS = [
     [("What?", None)],
@@ -72,14 +84,49 @@ def test_an_export_carries_the_template_of_its_model(tmp_path):
     assert found == render(CONVERSATIONS[3], "qwen")
 
 
-@pytest.mark.parametrize("place", [FILE, "tokenizer_config.json"])
-def test_a_template_that_the_source_has_is_kept(place, tmp_path):
-    convert(GOLDEN / "model_mha", tmp_path / "ours", tokenizer=TOKENIZER)
-    path = tmp_path / "ours" / place
+@pytest.fixture(params=[FILE, "chat_template.json", "tokenizer_config.json"])
+def shipped(request, tmp_path):
+    """A tokenizer that ships a chat template in one of the files in which transformers 4 and 5 write it."""
+    folder = tmp_path / "source"
+    shutil.copytree(TOKENIZER, folder)
+    path = folder / request.param
     settings = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text("its own" if place == FILE else json.dumps(settings | {"chat_template": "its own"}))
+    path.write_text(OWN_TEMPLATE if request.param == FILE else json.dumps(settings | {"chat_template": OWN_TEMPLATE}))
+    return folder
+
+
+def test_a_template_that_the_source_has_is_the_models(shipped, tmp_path):
+    """Converted and exported again, transformers' processor and ours still ask with it."""
+    out = tmp_path / "ours"
+    assert convert(GOLDEN / "model_mha", out, tokenizer=shipped).config.template == "own"
+    export(out, tmp_path / "back", "hf")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back", use_fast=False)
+    assert processor.chat_template == processor.tokenizer.chat_template == OWN_TEMPLATE
+    messages = list(messages_of(CONVERSATIONS[3], listed=True))
+    found = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ours = Processor.load(out, LlavaConfig.load(out)).prompts()
+    assert found == ours.render(read_conversation(messages, [None] * 2)[0])
+    assert found.startswith("user: <image>")
+    convert(tmp_path / "back", tmp_path / "again")
+    assert LlavaConfig.load(tmp_path / "again").template == "own"
+
+
+def test_another_template_replaces_it(shipped, tmp_path):
+    write(open_source(GOLDEN / "model_mha"), tmp_path / "ours", tokenizer=shipped, template="qwen")
     export(tmp_path / "ours", tmp_path / "back", "hf")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == "its own"
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back", use_fast=False)
+    assert processor.chat_template == processor.tokenizer.chat_template == chat_template("qwen")
+    messages = list(messages_of(CONVERSATIONS[3], listed=True))
+    found = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert found == render(CONVERSATIONS[3], "qwen")
+
+
+def test_own_without_a_template(tmp_path):
+    with pytest.raises(UserError, match=r"^there is no chat template among the files of the tokenizer"):
+        write(open_source(GOLDEN / "model_mha"), tmp_path / "ours", tokenizer=TOKENIZER, template="own")
+    assert not (tmp_path / "ours").exists()
+    with pytest.raises(UserError, match=r"^template 'own' is the model's own chat template, but its folder holds none"):
+        Processor.load(TOKENIZER, dataclasses.replace(LlavaConfig.load(DEMO), template="own"))
 
 
 def test_without_a_tokenizer_there_is_no_template(tmp_path):

@@ -232,3 +232,77 @@ def test_a_conversation_begins_with_the_tokens_of_its_earlier_prompts(llama, tem
         if TEMPLATES[template].answer:  # a space stands before an answer, as the tokenizer puts one
             answer = tokenizer(turns[n - 1][1], add_special_tokens=False)["input_ids"]
             assert whole[len(prompt) :][: len(answer)] == answer
+
+
+# Plain text, in which the tokenizer has no token of a turn; SHIFTING tells the number of messages before all of them,
+# and LATE before the last.
+OWN = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' }}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SHIFTING = "{{ messages | length }} messages: " + OWN
+LATE = OWN.replace("{% for m in messages %}", "{% for m in messages %}{% if loop.last %}{{ 'last: ' }}{% endif %}")
+
+
+@functools.cache
+def model_with(template):
+    processor = dataclasses.replace(
+        model().processor, config=dataclasses.replace(model().config, template="own"), chat_template=template
+    )
+    return dataclasses.replace(model(), processor=processor)
+
+
+def message(role, *contents):
+    return {"role": role, "content": [{"type": "text", "text": c} if isinstance(c, str) else c for c in contents]}
+
+
+@pytest.mark.parametrize(("template", "again"), [(OWN, False), (SHIFTING, True), (LATE, False)])
+def test_a_session_by_the_models_own_template(template, again):
+    """Each turn is the whole conversation asked in one; what a template changes behind the last image runs again."""
+    asking = model_with(template)
+    session = Session(asking, "rerank")
+    for turn, (question, image) in enumerate(TURNS):
+        answer = session.ask(question, image, Sampling(NEW))
+        turns = [*session.turns[:turn], (session.turns[turn][0], None)]
+        pictures = [image for _, image in TURNS[: turn + 1] if image is not None]
+        whole = generate(asking, [turns], [pictures], Sampling(NEW))
+        assert answer.token_ids == whole.token_ids[0]
+        assert answer.kept == whole.kept[0]
+        if turn:
+            assert (answer.cached < 16) == (again or (template == LATE and turn == 1))
+
+
+def test_image_tokens_cannot_be_kept_if_what_precedes_them_changes():
+    session = Session(model_with(SHIFTING), "keep")
+    session.ask(*TURNS[0], Sampling(NEW))
+    before = session.turns
+    with pytest.raises(
+        UserError, match=r'^the chat template writes earlier messages differently .* use mode "rerank"$'
+    ):
+        session.ask("Say more", sampling=Sampling(NEW))
+    assert session.turns == before
+    converse(Session(model_with(OWN), "keep"))
+
+
+def test_a_session_of_messages():
+    asking = model_with(OWN)
+    start = [
+        message("system", "Be brief."),
+        message("user", {"type": "image", "image": RED}, "What?"),
+        message("assistant", "It."),
+        message("user", "Why?"),
+    ]
+    session = Session(asking, "rerank")
+    answer = session.ask(start, sampling=Sampling(NEW))
+    assert answer.token_ids == generate(asking, [start], sampling=Sampling(NEW)).token_ids[0]
+    assert session.turns == [("<image>\nWhat?", "It."), ("Why?", answer.text)]
+    later = session.ask([message("user", "And?")], sampling=Sampling(NEW))
+    whole = [*start, message("assistant", answer.text), message("user", "And?")]
+    assert later.token_ids == generate(asking, [whole], sampling=Sampling(NEW)).token_ids[0]
+    assert later.cached >= answer.stage_lengths[0]
+    with pytest.raises(UserError, match=r"^message 8 is a system message: only the first message may be one$"):
+        session.ask([message("system", "No."), message("user", "b")])
+    with pytest.raises(UserError, match=r"^the last message is from 'assistant'"):
+        session.ask([message("user", "a"), message("assistant", "b")])
+    assert len(session.turns) == 3

@@ -15,11 +15,12 @@ from pdrop_jax.inputs.chat_template import (
     IMAGE_PLACEHOLDER,
     IMAGE_TAG,
     TEMPLATES,
-    place_images,
     render,
     token_ids,
     without_tags,
 )
+from pdrop_jax.inputs.messages import read_conversation
+from pdrop_jax.inputs.prompts import turns_of_messages
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -97,6 +98,11 @@ def test_bad_conversations():
         render([], "vicuna_v1")
     with pytest.raises(UserError, match="turn 1 of 2 has no answer"):
         render([("a", None), ("b", None)], "vicuna_v1")
+
+
+def place_images(turns, num_images):
+    messages, _ = read_conversation(turns, [None] * num_images)
+    return turns_of_messages(messages)
 
 
 def test_untagged_pictures_come_first():

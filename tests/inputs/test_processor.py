@@ -347,3 +347,32 @@ def test_tiny_tokenizer_is_of_llamas_kind(processor):
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     text = "What colour is the 9th café?\nRed."
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_messages_are_asked_as_the_same_turns(processor):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    found = processor([messages, "d"], template="mistral_instruct")
+    wanted = processor([[("a", "b"), ("c", None)], "d"], [RED, None], template="mistral_instruct")
+    for name in ("token_ids", "crops", "image_id", "length"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+
+
+def test_messages_that_no_template_takes(processor):
+    with pytest.raises(UserError, match=r"^prompts must be a list of conversations, got the messages of one"):
+        processor([{"role": "user", "content": "a"}])
+    system = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(UserError, match=r"^template 'plain' has a fixed system prompt: leave the system message out"):
+        processor([system])
+
+
+def test_the_end_of_an_answer_by_its_own_template_stops_it():
+    template = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER / "tokenizer.json"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    config = dataclasses.replace(CONFIG, template="own", eos_token_ids=(2,))
+    assert Processor(config, tokenizer, None, template).stop_ids == (2, 320)
+    assert Processor(CONFIG, tokenizer, None, template).stop_ids == (2,)

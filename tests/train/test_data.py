@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import sys
 import warnings
 from collections import Counter
@@ -183,7 +184,7 @@ def test_long_rows_are_cut(tmp_path):
         ({"template": "alpaca"}, "template 'alpaca' is not known"),
         (
             {"template": "chatml_direct"},
-            r"ends an answer with <\|im_end\|>, which is not a single token of the tokenizer in ",
+            r"ends an answer with <\|im_end\|>, which is not a single token of the tokenizer, ",
         ),
         ({"max_length": 257}, "data.max_length is 257, but the model has 256 positions: lower it"),
     ],
@@ -193,6 +194,43 @@ def test_settings_that_do_not_fit(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         open_dataset(data, CONFIG, TOKENIZER)
     assert "\n" not in str(error.value)
+
+
+OWN = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ('</s>' if m['role'] == 'assistant' else ' ') }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def with_own_template(tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER, folder)
+    (folder / "chat_template.jinja").write_text(OWN)
+    return folder
+
+
+@pytest.mark.parametrize("template", ["own", None])
+def test_the_checkpoints_own_template_is_learned(tmp_path, template, with_own_template):
+    """Ids that inference asks with, answers and their ends as targets, and what of it runs into a batch."""
+    own = dataclasses.replace(CONFIG, template="own")
+    data = write(tmp_path, [record(3, turns=2)], template=template)
+    dataset = open_dataset(data, own, with_own_template)
+    processor = Processor.load(with_own_template, own)
+    turns = [("<image>\nWhat?", "n3 word"), ("What?", "n3 word")]
+    ids = dataset.ids[0]
+    for n in (1, 2):
+        prompt = processor.row([*turns[: n - 1], (turns[n - 1][0], None)], [Image.new("RGB", (9, 9))]).ids
+        assert ids[: len(prompt)].tolist() == prompt
+        assert len(prompt) == dataset.spans[0].reshape(-1, 2)[n - 1][0]
+    row, _ = dataset.row(0)
+    assert processor.tokenizer.decode(row.labels[row.labels != IGNORE]) == "n3 word</s> n3 word</s>"
+
+
+def test_an_own_template_that_cannot_be_learned(tmp_path, with_own_template):
+    (with_own_template / "chat_template.jinja").write_text(OWN.replace("</s>", "."))
+    with pytest.raises(UserError, match="ends its answers with no special token, so their end could not be learned"):
+        open_dataset(write(tmp_path, [record(0)], template="own"), CONFIG, with_own_template)
 
 
 def test_tokenizer_of_another_model(tmp_path):

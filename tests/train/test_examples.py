@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, TEMPLATES, render, token_ids
+from pdrop_jax.inputs.prompts import LlavaTemplate
 from pdrop_jax.inputs.targets import Example, ends_answers, tokenize, training_text, turns_of
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 from pdrop_jax.train.data.examples import InvalidRecord, fit, read_example, read_records
@@ -22,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
 MASKS = json.loads((GOLDEN / "preprocess_masks.json").read_text())
 ASK, SAY = "human", "gpt"
+VICUNA, PLAIN = LlavaTemplate(None, "vicuna_v1"), LlavaTemplate(None, "plain")
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +248,7 @@ TEXT_ONLY = messages("a", "b")
 )
 def test_broken_records(record, reason):
     with pytest.raises(InvalidRecord) as error:
-        read_example(record, "vicuna_v1", {"a.png"}.__contains__)
+        read_example(record, VICUNA, {"a.png"}.__contains__)
     assert error.value.reason.startswith(reason)
 
 
@@ -254,25 +256,25 @@ def test_broken_records(record, reason):
 def test_plain_takes_a_picture_and_its_caption(conversation):
     image = {"image": "a.png"} if conversation is not TEXT_ONLY else {}
     with pytest.raises(InvalidRecord, match="not for this template"):
-        read_example({**image, "conversations": conversation}, "plain", {"a.png"}.__contains__)
+        read_example({**image, "conversations": conversation}, PLAIN, {"a.png"}.__contains__)
 
 
 def test_good_records():
     for image in ("a.png", ["a.png"]):
-        text, pictures = read_example({"image": image, "conversations": GOOD}, "vicuna_v1", {"a.png"}.__contains__)
+        text, pictures = read_example({"image": image, "conversations": GOOD}, VICUNA, {"a.png"}.__contains__)
         assert pictures == ["a.png"]
         assert [text.text[slice(*span)] for span in text.spans] == [" b</s>"]
-    assert read_example({"conversations": TEXT_ONLY}, "vicuna_v1", bool)[1] == []
+    assert read_example({"conversations": TEXT_ONLY}, VICUNA, bool)[1] == []
 
 
 def test_a_record_of_several_pictures():
     two = {"image": ["a.png", "b.png"], "conversations": messages("Is <image> as <image>?", "No", "Why?", "So")}
-    text, pictures = read_example(two, "vicuna_v1", {"a.png", "b.png"}.__contains__)
+    text, pictures = read_example(two, VICUNA, {"a.png", "b.png"}.__contains__)
     assert pictures == ["a.png", "b.png"]
     assert "USER: Is <image> as <image>? ASSISTANT: No</s>USER: Why?" in text.text
     assert [text.text[slice(*span)] for span in text.spans] == [" No</s>", " So</s>"]
     with pytest.raises(InvalidRecord, match="not for this template"):
-        read_example(two | {"conversations": messages("<image><image>", "b")}, "plain", bool)
+        read_example(two | {"conversations": messages("<image><image>", "b")}, PLAIN, bool)
 
 
 def test_rows_are_cut_where_the_expanded_row_ends():

@@ -10,8 +10,10 @@ import numpy as np
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, count_tags
-from pdrop_jax.inputs.targets import Example, TrainingText, training_text, turns_of
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.messages import read_turns
+from pdrop_jax.inputs.prompts import PromptTemplate
+from pdrop_jax.inputs.targets import Example, TrainingText, turns_of
 from pdrop_jax.io import check_file
 
 # Reasons for skipping a record. Users see how often each one occurs.
@@ -69,13 +71,15 @@ def _read_line(line: bytes) -> Any:
         return None
 
 
-def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> tuple[TrainingText, list[str]]:
+def read_example(
+    record: Any, prompts: PromptTemplate, is_file: Callable[[str], bool]
+) -> tuple[TrainingText, list[str]]:
     """Reads the text of a record and the names of its images, one for each ``<image>`` tag.
 
     Args:
       record: ``{"image": name or list of names, "conversations": […]}``, where "image" is optional. Other keys are
         ignored.
-      template: name of the chat template.
+      prompts: the template that renders conversations.
       is_file: returns whether an image with that name exists; may raise InvalidRecord.
 
     Raises:
@@ -91,11 +95,12 @@ def read_example(record: Any, template: str, is_file: Callable[[str], bool]) -> 
         "".join([*pictures, *(text or "" for turn in turns for text in turn)]).encode()
     except (UserError, TypeError, UnicodeEncodeError):  # lone surrogates are valid JSON but cannot be encoded
         raise InvalidRecord(MALFORMED) from None
-    tags = count_tags(turns)
+    messages = read_turns(turns)
+    tags = sum(len(message.media) for message in messages)
     if tags != len(pictures):
         raise InvalidRecord(NO_PICTURE if tags > len(pictures) else NO_TAG)
     try:
-        conversation = training_text(turns, template)
+        conversation = prompts.training_text(messages)
     except UserError:
         raise InvalidRecord(NOT_FOR_TEMPLATE) from None
     if not conversation.spans:

@@ -18,9 +18,9 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs import Processor, Row
 from pdrop_jax.inputs.anyres import ImageTokens, whole
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, template_named
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.images import as_tokens, measure, read_image
-from pdrop_jax.inputs.targets import ends_answers, tokenize
+from pdrop_jax.inputs.prompts import PromptTemplate
 from pdrop_jax.io import inside
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
 from pdrop_jax.train.data.examples import CORRUPT, OUTSIDE, InvalidRecord, fit, read_example, read_records
@@ -141,9 +141,11 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
         the model or the template.
     """
     processor = Processor.load(folder, config)
-    _check(data, config, processor.tokenizer, folder)
+    prompts = processor.prompts(data.template)
+    prompts.check_trainable()
+    _check(data, config)
     path = pathlib.Path(data.conversations)
-    rows = _Rows(data, config, processor.tokenizer)
+    rows = _Rows(data, config, prompts)
     records = enumerate(read_records(path), 1)
     bar = tqdm(desc=f"tokenizing {printable(path.name)}", unit=" rows", disable=None if progress else True)
     with bar:
@@ -170,12 +172,7 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
     return dataset
 
 
-def _check(data: DataRecipe, config: LlavaConfig, tokenizer: Any, folder: str | os.PathLike) -> None:
-    if not ends_answers(tokenizer, data.template):
-        raise UserError(
-            f"template {data.template!r} ends an answer with {template_named(data.template).end_token}, which is not a "
-            f"single token of the tokenizer in {folder}, so it could not be learned: choose another template"
-        )
+def _check(data: DataRecipe, config: LlavaConfig) -> None:
     if data.max_length > config.text.max_length:
         raise UserError(
             f"data.max_length is {data.max_length}, but the model has {config.text.max_length} positions: lower it"
@@ -191,8 +188,8 @@ def _text_slots(data: DataRecipe) -> tuple[int, ...]:
 class _Rows:
     """Collects rows while the records are read."""
 
-    def __init__(self, data: DataRecipe, config: LlavaConfig, tokenizer: Any) -> None:
-        self.data, self.config, self.tokenizer = data, config, tokenizer
+    def __init__(self, data: DataRecipe, config: LlavaConfig, prompts: PromptTemplate) -> None:
+        self.data, self.config, self.prompts = data, config, prompts
         self.is_file = file_finder(data.images, data.outside_images)
         self.ids, self.spans, self.images = (RaggedBuilder(np.int32) for _ in range(3))
         self.pictures = RaggedBuilder(np.uint8)
@@ -206,10 +203,10 @@ class _Rows:
         for number, record in numbered:
             self.seen = number
             try:
-                read.append((number, *read_example(record, self.data.template, self.is_file)))
+                read.append((number, *read_example(record, self.prompts, self.is_file)))
             except InvalidRecord as error:
                 self._skip(number, error.reason)
-        examples = tokenize(self.tokenizer, [text for _, text, _ in read], self.data.template)
+        examples = self.prompts.tokenize([text for _, text, _ in read])
         for (number, _, pictures), example in zip(read, examples, strict=True):
             try:
                 sizes = self._sizes(pictures)

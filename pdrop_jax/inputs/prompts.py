@@ -1,0 +1,108 @@
+"""How a model is asked: a conversation becomes text and token ids by LLaVA's templates, or by the model's own.
+
+``prompt_template`` makes the one or the other from a name and the checkpoint's files; both are used alike.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.chat_template import Turn, render, template_named, token_ids, without_tags
+from pdrop_jax.inputs.messages import Kind, Message
+from pdrop_jax.inputs.model_template import OWN, PLACEHOLDERS, ModelTemplate
+from pdrop_jax.inputs.targets import Example, TrainingText, ends_answers, tokenize, training_text
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaTemplate:
+    """Renders conversations with one of LLaVA's templates.
+
+    Attributes:
+      tokenizer: a transformers tokenizer.
+      name: a name in ``chat_template.TEMPLATES``.
+    """
+
+    tokenizer: Any
+    name: str
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation. If the last message is from the user, it ends where the model continues.
+
+        Raises:
+          UserError: there is a system message, or more turns than the template supports.
+        """
+        return render(self._turns(messages), self.name)
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of ``render``, with IMAGE_PLACEHOLDER for each image or video. Errors are those of ``render``."""
+        return token_ids(self.tokenizer, self.render(messages))
+
+    def without_places(self, text: str) -> str:
+        """``text`` that a model wrote, without anything that stands for an image."""
+        return without_tags(text)
+
+    @functools.cached_property
+    def end_token(self) -> str | None:
+        """The token that ends an answer; None if it is not one token of the tokenizer."""
+        mark = template_named(self.name).end_token
+        return mark if ends_answers(self.tokenizer, self.name) else None
+
+    def check_trainable(self) -> None:
+        """Raises UserError if the end of an answer could not be learned."""
+        if not ends_answers(self.tokenizer, self.name):
+            raise UserError(
+                f"template {self.name!r} ends an answer with {template_named(self.name).end_token}, which is not a "
+                "single token of the tokenizer, so it could not be learned: choose another template"
+            )
+
+    def training_text(self, messages: Sequence[Message]) -> TrainingText:
+        """The text of a conversation and the spans of its answers, see ``targets.training_text``."""
+        return training_text(self._turns(messages), self.name)
+
+    def tokenize(self, texts: Sequence[TrainingText]) -> list[Example]:
+        """Ids and labels of ``texts``, see ``targets.tokenize``."""
+        return tokenize(self.tokenizer, texts, self.name)
+
+    def _turns(self, messages: Sequence[Message]) -> list[Turn]:
+        if messages[0].role == "system":
+            raise UserError(
+                f"template {self.name!r} has a fixed system prompt: leave the system message out, or choose another "
+                "template"
+            )
+        return turns_of_messages(messages)
+
+
+PromptTemplate = LlavaTemplate | ModelTemplate
+
+
+def turns_of_messages(messages: Sequence[Message]) -> list[Turn]:
+    """Questions and answers, without the system message; None is the answer that is still to come."""
+    questions, answers = ([m.text for m in messages if m.role == role] for role in ("user", "assistant"))
+    return list(zip(questions, [*answers, *[None] * (len(questions) - len(answers))], strict=True))
+
+
+def prompt_template(
+    name: str, tokenizer: Any, chat_template: str | None, placeholders: Mapping[Kind, str] = PLACEHOLDERS
+) -> PromptTemplate:
+    """The template of a model.
+
+    Args:
+      name: "own", or a name in ``chat_template.TEMPLATES``.
+      tokenizer: a transformers tokenizer.
+      chat_template: the Jinja source that came with the checkpoint, see ``model_template.find_chat_template``.
+      placeholders: what that template writes for an image and for a video; LLaVA's by default.
+
+    Raises:
+      UserError: the name is unknown, or the model has no chat template of its own.
+    """
+    if name != OWN:
+        template_named(name)
+        return LlavaTemplate(tokenizer, name)
+    if chat_template is None:
+        raise UserError(
+            "template 'own' is the model's own chat template, but its folder holds none: copy chat_template.jinja or "
+            "tokenizer_config.json from the original checkpoint into it, or choose another template"
+        )
+    return ModelTemplate(tokenizer, chat_template, placeholders)
