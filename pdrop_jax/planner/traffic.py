@@ -80,7 +80,7 @@ def hbm_bytes(module: Module, computation: Computation, x: Instruction) -> int:
     if x.opcode != "fusion":
         return _in_hbm(x.shapes) + sum(_in_hbm(operand.shapes) for operand in operands)
     called = module.computations[x.called[0]]
-    total = sum(_read(called, n, operand) for n, operand in enumerate(operands))
+    total = sum(_read(module, called, n, operand) for n, operand in enumerate(operands))
     return total + _written(called, called.root, x.shapes)
 
 
@@ -88,7 +88,7 @@ def _in_hbm(shapes: tuple[Shape, ...]) -> int:
     return sum(shape.bytes for shape in shapes if shape.in_hbm)
 
 
-def _read(called: Computation, number: int, operand: Instruction) -> int:
+def _read(module: Module, called: Computation, number: int, operand: Instruction) -> int:
     """Bytes that a fusion reads of its ``number``-th operand: slices of it, if nothing else uses it."""
     whole = _in_hbm(operand.shapes)
     names = {x.name for x in called if x.opcode == "parameter" and x.arguments == str(number)}
@@ -96,10 +96,14 @@ def _read(called: Computation, number: int, operand: Instruction) -> int:
     for x in called:
         if not names.intersection(x.operands):
             continue
-        if x.opcode == "bitcast":
+        # A fusion that aliases its operand is the same array in other tiles, as int8 weights are given to a product.
+        if x.opcode == "bitcast" or (x.opcode == "fusion" and "output_to_operand_aliasing" in x.attributes):
             names.add(x.name)
         elif x.opcode in ("dynamic-slice", "slice", "gather") and x.operands[0] in names:
             total += x.bytes
+        elif x.opcode == "fusion":
+            inner, used = module.computations[x.called[0]], [n for n, name in enumerate(x.operands) if name in names]
+            total += sum(_read(module, inner, n, called.instructions[x.operands[n]]) for n in used)
         elif not (x.opcode == "dynamic-update-slice" and x.operands[0] in names and x.operands[1] not in names):
             return whole
     return min(total, whole)

@@ -120,6 +120,39 @@ def test_what_the_compiler_keeps_on_the_chip_is_no_traffic():
     assert hbm_bytes(module, layer, layer.instructions["y"]) == (64 * 128 + 128 * 256) * 2
 
 
+def test_a_layer_of_int8_weights_is_read_as_a_layer_of_int8():
+    """The compiler retiles the stack without moving it, and slices and scales it in a fusion of its own."""
+    module = parse("""HloModule decode
+%retile (w: s8[8,128,256]) -> s8[8,128,256] {
+  %w.1 = s8[8,128,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %w.2 = s8[8,128,256]{2,1,0:T(8,128)(4,1)} copy(%w.1)
+}
+%scale (n: s32[], w: s8[8,128,256]) -> bf16[1,128,256] {
+  %n.1 = s32[] parameter(0)
+  %w.3 = s8[8,128,256]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %w.4 = s8[8,128,256]{2,1,0} fusion(%w.3), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retile
+  %w.5 = s8[1,128,256]{2,1,0} dynamic-slice(%w.4, %n.1, %n.1, %n.1), dynamic_slice_sizes={1,128,256}
+  ROOT %w.6 = bf16[1,128,256]{2,1,0} convert(%w.5)
+}
+%product (x: bf16[8,128], n: s32[], w: s8[8,128,256]) -> bf16[8,256] {
+  %x.1 = bf16[8,128]{1,0} parameter(0)
+  %n.2 = s32[] parameter(1)
+  %w.7 = s8[8,128,256]{2,1,0} parameter(2)
+  %w.8 = bf16[1,128,256]{2,1,0} fusion(%n.2, %w.7), kind=kLoop, calls=%scale
+  %w.9 = bf16[128,256]{1,0} bitcast(%w.8)
+  ROOT %y.1 = bf16[8,256]{1,0} convolution(%x.1, %w.9), dim_labels=bf_io->bf
+}
+ENTRY %main (x: bf16[8,128], n: s32[], w: s8[8,128,256]) -> bf16[8,256] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %w = s8[8,128,256]{2,1,0} parameter(2)
+  ROOT %y = bf16[8,256]{1,0} fusion(%x, %n, %w), kind=kOutput, calls=%product
+}
+""")
+    main = module.computations[""]
+    assert hbm_bytes(module, main, main.instructions["y"]) == 8 * 128 * 2 + 4 + 128 * 256 + 8 * 256 * 2
+
+
 @pytest.mark.parametrize(
     ("instruction", "macs"),
     [
