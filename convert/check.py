@@ -50,7 +50,7 @@ def fixed_row(config: LlavaConfig) -> Row:
     If images are tiled it is twice as wide as high, and every tile shows all of it. A model for videos also gets a
     video of two frames near the end.
     """
-    V, size = config.text.vocab_size, config.vision.image_size
+    V, size = config.text.vocab_size, config.crop_tower.image_size
     ids = ((np.arange(TEXT_TOKENS) * 7919) % (V - 2)).tolist()  # never the last two
     if config.bos_token_id is not None:
         ids[0] = config.bos_token_id

@@ -44,7 +44,7 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
     config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
     if data.image_aspect == "anyres":
         if not config.tiling:
-            config = dataclasses.replace(config, tiling=Tiling.next(config.vision.image_size))
+            config = dataclasses.replace(config, tiling=Tiling.next(config.crop_tower.image_size))
             params = params | {"newline": {"embedding": _new_newline(config, params, seed, mesh)}}
     elif data.image_aspect:
         config = dataclasses.replace(config, image_aspect=data.image_aspect, tiling=None)

@@ -29,7 +29,7 @@ class PrefillMacs:
 
 def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     """MACs of a prompt that fills ``bucket``. Attention is counted without the causal mask, as in the paper."""
-    text, vision = config.text, config.vision
+    text, vision = config.text, config.crop_tower
     D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
     plan = config.schedule.plan(text.num_layers, bucket)
     decoder = sum(stage.num_layers * _layer(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan)

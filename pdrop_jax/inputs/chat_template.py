@@ -29,6 +29,8 @@ class Template:
     answered: str
     end_token: str | None = None  # the token with which the model ends its turn
     max_turns: int | None = None
+    image: str = IMAGE_TAG  # what stands for an image
+    after_image: str = "\n"  # between images that come without tags and the question
 
 
 TEMPLATES = {
@@ -95,6 +97,17 @@ TEMPLATES = {
         answered="<|im_end|>\n",
         end_token="<|im_end|>",
     ),
+    # The text of Qwen2-VL's and Qwen2.5-VL's own chat template.
+    "qwen2_vl": Template(
+        first_question="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        question="<|im_start|>user\n",
+        asked="<|im_end|>\n<|im_start|>assistant\n",
+        answer="",
+        answered="<|im_end|>\n",
+        end_token="<|im_end|>",
+        image=f"<|vision_start|>{IMAGE_TAG}<|vision_end|>",
+        after_image="",
+    ),
     # Not part of LLaVA: question and answer without role markers. The demo model was trained with it.
     "bare": Template(first_question="", question="", asked="", answer=" ", answered="</s>", end_token="</s>"),
 }
@@ -133,6 +146,7 @@ def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
     for number, (question, answer) in enumerate(turns, 1):
         if answer is None and number < len(turns):
             raise UserError(f"turn {number} of {len(turns)} has no answer: only the last one may lack it")
+        question = question.replace(IMAGE_TAG, parts.image)
         asked = (parts.first_question if number == 1 else parts.question) + question + parts.asked
         pieces.append((asked, "" if answer is None else parts.answer + answer + parts.answered))
     return pieces
@@ -143,11 +157,14 @@ def count_tags(turns: Sequence[Turn]) -> int:
     return sum((question + (answer or "")).count(IMAGE_TAG) for question, answer in turns)
 
 
-def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
+def place_images(turns: Sequence[Turn], num_images: int, template: str = "vicuna_v1") -> Sequence[Turn]:
     """``turns`` with exactly one ``<image>`` tag per image. If there is no tag, all are put before the first question.
 
+    Args:
+      template: a name in ``TEMPLATES``, for what comes between them.
+
     Raises:
-      UserError: there are tags, but their number is not ``num_images``.
+      UserError: there are tags, but their number is not ``num_images``; or the template is unknown.
     """
     tags = count_tags(turns)
     if tags == num_images or not turns:
@@ -158,7 +175,7 @@ def place_images(turns: Sequence[Turn], num_images: int) -> Sequence[Turn]:
             "give one picture for each tag, or no tag at all"
         )
     (question, answer), *rest = turns
-    return [(f"{IMAGE_TAG}\n" * num_images + question, answer), *rest]
+    return [((IMAGE_TAG + template_named(template).after_image) * num_images + question, answer), *rest]
 
 
 def without_tags(text: str) -> str:

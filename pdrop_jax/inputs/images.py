@@ -13,10 +13,13 @@ from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.io import check_file
@@ -35,7 +38,7 @@ class Video:
 
 
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
-ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler
+ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler | Qwen2VLImageProcessorPil
 
 MAX_ASPECT = 64  # long edge / short edge up to which an image is resized whole before the centre crop
 MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, so time grows with its square
@@ -52,6 +55,8 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
       UserError: the description cannot be read, is neither like CLIP's (resize the short edge, crop the centre) nor
         like SigLIP's (resize both edges), or its crops or tiles do not have the model's sizes.
     """
+    if isinstance(config.vision, QwenVisionConfig):
+        return qwen2_vl.load_processor(folder, config.vision)
     side = config.vision.image_size
     square = {"height": side, "width": side}
     siglip = config.vision.kind == "siglip"
@@ -217,6 +222,8 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     Raises:
       UserError: the image is too narrow to be tiled.
     """
+    if isinstance(processor, Qwen2VLImageProcessorPil):
+        return qwen2_vl.picture_tokens(image, processor, config)
     if config.tiling is None:
         return whole(to_crop(image, processor, config.image_aspect), config)
     if config.tiling.alone and not alone:

@@ -89,7 +89,8 @@ class Processor:
           UserError: the prompt has tags, but not ``num_images`` of them.
         """
         turns = [(prompt, None)] if isinstance(prompt, str) else prompt
-        return token_ids(self.tokenizer, render(place_images(turns, num_images), template or self.config.template))
+        template = template or self.config.template
+        return token_ids(self.tokenizer, render(place_images(turns, num_images, template), template))
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
         """The model's input for an image; ``alone`` says whether its row has no other."""

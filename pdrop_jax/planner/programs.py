@@ -191,7 +191,7 @@ def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, t
     def leaf(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
-    S, T, size = bucket.slots, config.features_per_token, config.vision.image_size
+    S, T, size = bucket.slots, config.features_per_token, config.crop_tower.image_size
     return Batch(
         token_ids=leaf(S),
         feature_index=leaf(S, T),

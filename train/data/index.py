@@ -79,7 +79,7 @@ class Dataset:
         found = [image for image in read if image is not None]
         if len(found) == len(read):
             return Row(ids, found, labels), None
-        size = self.config.vision.image_size
+        size = self.config.crop_tower.image_size
         grey = whole(np.zeros((size, size, 3), np.float32), self.config)
         return Row(ids, [grey if image is None else image for image in read], np.full_like(labels, IGNORE)), CORRUPT
 
