@@ -6,8 +6,11 @@ import pytest
 import tiny_qwen
 import torch
 from tiny_qwen import KINDS, photo, torch_inputs, torch_model
+from torch_drops import drop_run
 
+from pdrop_jax.generation.engine import generate, generate_batch
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.vision import tower_features
 from pdrop_jax.model.vlm import forward
 from pdrop_jax.schedule import DropSchedule
@@ -78,3 +81,47 @@ def test_dense_logits_are_those_of_transformers(kind, dense, batch):
         _, theirs = theirs_of(kind, row)
         assert np.abs(np.asarray(logits)[b, : len(theirs)] - theirs).max() < 1e-4
         assert np.abs(theirs).max() > 0.5
+
+
+def test_greedy_answers_are_those_of_transformers(kind, dense):
+    questions, images = zip(*ROWS, strict=True)
+    ours = generate(dense, questions, images, Sampling(max_new_tokens=16))
+    for b, row in enumerate(ROWS):
+        inputs = torch_inputs(*row)
+        with torch.no_grad():
+            theirs = torch_model(kind).generate(**inputs, max_new_tokens=16, do_sample=False)
+        new = theirs[0, inputs["input_ids"].shape[1] :].tolist()
+        assert ours.token_ids[b] == [i for i in new if i != tiny_qwen.tokenizer().eos_token_id]
+        assert len(new) == 16
+
+
+@pytest.mark.parametrize("positions", ["original", "dense"])
+@pytest.mark.parametrize(("layers", "ratios"), [((1, 3), (0.5, 0.2)), ((0, 2), (0.7, 0.0))])
+def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, folders, layers, ratios, positions):
+    schedule = DropSchedule(layers, ratios, positions)
+    model = load(folders[kind][1], schedule=schedule)
+    questions, images = zip(*ROWS, strict=True)
+    batch = model.processor(list(questions), list(images))
+    logits = jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits
+    answers = generate_batch(model, batch, Sampling(max_new_tokens=16))
+    for b, row in enumerate(ROWS):
+        inputs = torch_inputs(*row)
+        alone = generate(model, questions[b : b + 1], images[b : b + 1], Sampling(max_new_tokens=16))
+        assert alone.token_ids[0] == answers.token_ids[b]
+        with torch.no_grad():
+            theirs, kept = drop_run(torch_model(kind), inputs, layers, ratios, positions=positions)
+            assert np.abs(np.asarray(logits)[b, : len(theirs)] - theirs.numpy()).max() < 1e-4
+            assert answers.kept[b] == kept
+            assert alone.kept[0] == (kept if row[1] else [])
+            new = []
+            for _ in answers.token_ids[b]:
+                new.append(int(theirs[-1].argmax()))
+                theirs, again = drop_run(
+                    torch_model(kind), inputs, layers, ratios, positions=positions, new_ids=new
+                )
+                assert again == kept
+        assert answers.token_ids[b] == new
+
+
+def test_positions_are_original_unless_asked_otherwise(kind, folders):
+    assert load(folders[kind][1], schedule=DropSchedule((1,), (0.5,))).config.schedule.positions == "original"
