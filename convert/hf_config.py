@@ -85,12 +85,10 @@ def llava_from_hf(
 def _supported(kind: Any, known: tuple[str, ...]) -> str:
     """``kind``. Raises a UserError that names the nearest of ``known`` if it is not one of them."""
     near = difflib.get_close_matches(str(kind), known, 1)
-    if kind not in known and near:
-        raise UserError(
-            f"model_type {kind!r} is not supported: the nearest supported family is {near[0]} (all are "
-            f"{', '.join(known)})"
-        )
-    return one_of("model_type", kind, known)
+    try:
+        return one_of("model_type", kind, known)
+    except UserError as error:
+        raise UserError(f"{error}; the nearest supported family is {near[0]}" if near else str(error)) from None
 
 
 def _original(data: dict[str, Any], vision: VisionConfig | None, where: str) -> tuple[TextConfig, Any, dict[str, Any]]:

@@ -65,6 +65,8 @@ def chat_template(name: str) -> str:
 
 def add_chat_template(folder: pathlib.Path, name: str) -> None:
     """Writes chat_template.jinja into an exported checkpoint that has a tokenizer but no chat template yet."""
+    if template_named(name).image != IMAGE_TAG:
+        return  # of a family whose tokenizers come with their chat template
     found = {path.name for pattern in checkpoint.TOKENIZER for path in folder.glob(pattern)}
     if not found or any(file.startswith("chat_template") for file in found):
         return

@@ -39,7 +39,9 @@ def drop_run(model, inputs, layers, ratios, *, positions="original", new_ids=(),
             for m in range(1, len(counts)):
                 slots = torch.nonzero(image == m)[:, 0]
                 first = starts[m]
-                best = sorted(slots.tolist(), key=lambda slot: -score[slot].item())[: int(counts[m].item() * ratios[at])]
+                best = sorted(slots.tolist(), key=lambda slot: -score[slot].item())[
+                    : int(counts[m].item() * ratios[at])
+                ]
                 keep[best] = True
                 chosen.append(sorted((index[best] - first).tolist()))
             kept.append(chosen)
@@ -55,7 +57,9 @@ def attention_from(layer, hidden, rope, row):
     """Attention of one row to every slot of a layer's input, mean over heads."""
     attention = layer.self_attn
     h = layer.input_layernorm(hidden)
-    q, k = (p(h).view(1, h.shape[1], -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    q, k = (
+        p(h).view(1, h.shape[1], -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj)
+    )
     q, k = apply_rotary_pos_emb(q, k, *rope)
     logits = (q[:, :, row : row + 1] @ repeat_kv(k, attention.num_key_value_groups).transpose(2, 3)) * attention.scaling
     logits[..., row + 1 :] = -torch.inf

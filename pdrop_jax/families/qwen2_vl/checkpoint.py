@@ -97,9 +97,7 @@ def parts_from_hf(data: dict[str, Any], where: str) -> tuple[TextConfig, Text, d
     )
 
 
-def _text_from_hf(
-    data: dict[str, Any], kind: Kind, tied: bool, where: str, prefix: str
-) -> tuple[TextConfig, Text]:
+def _text_from_hf(data: dict[str, Any], kind: Kind, tied: bool, where: str, prefix: str) -> tuple[TextConfig, Text]:
     """Qwen2's decoder with M-RoPE."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     sections = validated(MropeRope, rope, where, prefix + "rope_scaling.").mrope_section
@@ -117,7 +115,9 @@ def vision_from_hf(data: dict[str, Any], kind: Kind, width: int, where: str) -> 
     """The tower; ``width`` is that of the decoder, which the merger's output must have."""
     found = validated(Vision, data, where, "vision_config.")
     if found.in_channels != 3:
-        raise UserError(f"{where}: vision_config.in_channels is {found.in_channels}: only pictures in RGB are supported")
+        raise UserError(
+            f"{where}: vision_config.in_channels is {found.in_channels}: only pictures in RGB are supported"
+        )
     windowed = kind == "qwen2_5_vl"
     key, out = ("out_hidden_size", found.out_hidden_size) if windowed else ("hidden_size", found.hidden_size)
     if out != width:
@@ -207,7 +207,11 @@ class QwenNaming(Naming):
     def table(self, config: LlavaConfig) -> Table:
         vision = config.vision
         assert isinstance(vision, QwenVisionConfig)
-        mlp = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"} if vision.gated else {"up": "fc1", "down": "fc2"}
+        mlp = (
+            {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+            if vision.gated
+            else {"up": "fc1", "down": "fc2"}
+        )
         block = f"{self.vision}blocks.{{n}}."
         rows = {
             "vision.embed.patch.kernel": (f"{self.vision}patch_embed.proj.weight", _patches(vision)),
