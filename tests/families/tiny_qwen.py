@@ -55,7 +55,9 @@ def image_processor():
 def torch_model(kind, seed=0):
     """Every parameter is random, or a forgotten norm or bias would not show."""
     ids = tokenizer().convert_tokens_to_ids(MARKS)
-    special = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), ids[1:]))
+    special = dict(
+        zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), ids[1:], strict=True)
+    )
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     text = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope, "bos_token_id": None}
     text["eos_token_id"] = tokenizer().eos_token_id

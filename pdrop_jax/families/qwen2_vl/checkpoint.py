@@ -12,7 +12,7 @@ from pdrop_jax.convert.hf_schema import Section, Text, one_of
 from pdrop_jax.convert.names import DECODER, LINEAR, MERGE, Naming, Table, Transform, dense, norm
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl.config import Kind, QwenVisionConfig
-from pdrop_jax.schema import Heads, Layers, Pixels, Positive, TokenId, Width, validated
+from pdrop_jax.schema import Heads, Layers, Pixels, TokenId, Width, validated
 
 KINDS: dict[Kind, str] = {  # model_type -> class of transformers
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -43,13 +43,13 @@ class Vision(Section):
     out_hidden_size: Width = 3584
     hidden_act: str | None = None
     intermediate_size: Width = 3420
-    mlp_ratio: float = Field(default=4, gt=0, le=1024)
+    mlp_ratio: int = Field(default=4, ge=1, le=1024)
     num_heads: Heads = 16
     in_channels: int = 3
     patch_size: Pixels = 14
     spatial_merge_size: int = Field(default=2, ge=1, le=64)
     temporal_patch_size: int = Field(default=2, ge=1, le=64)
-    tokens_per_second: Positive = 4
+    tokens_per_second: int = Field(default=4, ge=1, le=2**14)
     window_size: Pixels = 112
     fullatt_block_indexes: list[int] = Field(default=[7, 15, 23, 31], max_length=1024)
 
@@ -126,7 +126,7 @@ def vision_from_hf(data: dict[str, Any], kind: Kind, width: int, where: str) -> 
     one_of("vision_config.hidden_act", activation, ("silu",) if windowed else tuple(ACTIVATIONS))
     own: dict[str, Any] = {
         "hidden_size": found.embed_dim,
-        "intermediate_size": int(found.embed_dim * found.mlp_ratio),
+        "intermediate_size": found.embed_dim * found.mlp_ratio,
         "activation": ACTIVATIONS.get(activation),
         "window_size": None,
         "full_layers": (),
@@ -187,8 +187,7 @@ def vision_to_hf(config: QwenVisionConfig, width: int) -> dict[str, Any]:
         "hidden_act": next((name for name, ours in ACTIVATIONS.items() if ours == config.activation), "silu"),
     }
     if not config.gated:
-        ratio = config.intermediate_size / config.hidden_size
-        ratio = int(ratio) if ratio.is_integer() else ratio
+        ratio = config.intermediate_size // config.hidden_size
         return common | {"embed_dim": config.hidden_size, "hidden_size": width, "mlp_ratio": ratio}
     return common | {
         "hidden_size": config.hidden_size,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, Positive, TokenId, Width
+from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, TokenId, Width
 
 Kind = Literal["qwen2_vl", "qwen2_5_vl"]
 
@@ -40,7 +40,7 @@ class QwenVisionConfig:
     activation: Literal["silu", "quick_gelu", "gelu", "gelu_tanh"] = "silu"
     window_size: Pixels | None = 112
     full_layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(max_length=1024)] = (7, 15, 23, 31)
-    tokens_per_second: Positive | None = 4.0
+    tokens_per_second: Annotated[int, Field(ge=1, le=2**14)] | None = 4
     start_token_id: TokenId = 151652
     end_token_id: TokenId = 151653
 
