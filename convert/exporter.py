@@ -171,7 +171,9 @@ def _write_tower(
     prefix = NAMINGS["original"].vision
     tensors |= {tower.vision + name.removeprefix(prefix): x for name, x in unrun.items()}
     write_safetensors(out / "model.safetensors", tensors)
-    data = {"architectures": [TOWER_CLASSES[config.vision.kind]], "torch_dtype": dtype} | vision_to_hf(config.vision)
+    data = {"architectures": [TOWER_CLASSES[config.crop_tower.kind]], "torch_dtype": dtype} | vision_to_hf(
+        config.crop_tower
+    )
     (out / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     checkpoint.copy_files(model, out, ["preprocessor_config.json"])
 

@@ -15,8 +15,8 @@ class Bucket:
     """The static shape of a batch: ``text`` slots, and one full-size slot group for each of ``images``.
 
     ``images[m]`` is the largest number of tokens of the (m+1)-th image of a row, ``crops`` the largest number of crops
-    of all images of a row together; by default one each. A crop is what a vision tower sees as a unit: a square picture,
-    or a window of patches.
+    of all images of a row together; by default one each. A crop is what a vision tower takes as a unit: a square
+    picture, or a window of patches.
     """
 
     text: int
@@ -47,8 +47,8 @@ class Batch:
         (``LlavaConfig.frame_tokens``); and the newline vector if the model has one.
       image_id: (B, S) int32, 0 for text and padding, m for a token of the row's m-th image.
       length: (B,) int32, valid slots.
-      crops: (B, C, h, w, 3) float32, normalised pixels, or windows of patches (B, C, U, F); unused crops are zero. C may
-        be 0.
+      crops: (B, C, h, w, 3) float32, normalised pixels, or windows of patches (B, C, U, F); unused crops are zero. C
+        may be 0.
       query_rows: (B, Q) int32, slots whose attention ranks the image tokens; -1 is unused.
       labels: (B, S) int32, the token id of every slot that is a target, IGNORE elsewhere, also at image slots and
         padding. Not shifted: slot i is predicted from the slots before it, and the loss shifts after the drops. None

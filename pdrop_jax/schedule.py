@@ -40,8 +40,8 @@ class DropSchedule:
     Ratios are cumulative: relative to the original number of tokens, ``int(n * ratio)`` with Python's truncation.
     ``positions="dense"`` renumbers the tokens after each drop, as the official code does; ``"original"`` keeps the
     positions from before the first drop. ``"auto"`` is what suits the model: dense, or original with M-RoPE, where a
-    position says where in the picture a token is; ``LlavaConfig.schedule`` has it resolved. ``score`` names a token-scoring function of ``model.scores``; ``seed`` is for
-    the score "random".
+    position says where in the picture a token is; ``LlavaConfig.schedule`` has it resolved. ``score`` names a
+    token-scoring function of ``model.scores``; ``seed`` is for the score "random".
 
     Raises:
       UserError: lists of different length, layers that are not ascending, ratios that increase or are not in 0..1.

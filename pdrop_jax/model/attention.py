@@ -158,7 +158,7 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Arr
     Returns:
       (B, T, N, H), dtype of v.
     """
-    B, T, N, H = q.shape
+    B, T, _, H = q.shape
     size = math.gcd(T, SEGMENT_BLOCK)
 
     def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:  # (B, size, N, H) and (B, size)

@@ -125,7 +125,7 @@ def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(kind, folders):
     for b in range(3):
         alone = generate(model, questions[b : b + 1], images[b : b + 1], Sampling(max_new_tokens=5))
         assert alone.token_ids[0] == batch.token_ids[b]
-        assert alone.kept[0] == [images for images in ([m for m in at if m] for at in batch.kept[b])]
+        assert alone.kept[0] == [[image for image in at if image] for at in batch.kept[b]]
 
 
 def test_positions_are_original_unless_asked_otherwise(kind, folders):

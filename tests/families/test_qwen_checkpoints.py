@@ -17,7 +17,7 @@ from tiny_qwen import KINDS
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.hf_config import hf_config, llava_from_hf
-from pdrop_jax.convert.importer import convert, read
+from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl.checkpoint import NAMINGS

@@ -78,7 +78,8 @@ def parts_from_hf(data: dict[str, Any], where: str) -> tuple[TextConfig, Text, d
       UserError: a value has the wrong type or is out of range, or something is not supported.
     """
     found = validated(Model, data, where)
-    kind: Kind = one_of("model_type", found.model_type, tuple(KINDS))
+    one_of("model_type", found.model_type, tuple(KINDS))
+    kind: Any = found.model_type
     prefix = "text_config." if found.text_config else ""
     text, special = _text_from_hf(found.text_config or data, kind, bool(found.tie_word_embeddings), where, prefix)
     start, end = found.vision_start_token_id, found.vision_end_token_id
@@ -136,7 +137,7 @@ def vision_from_hf(data: dict[str, Any], kind: Kind, width: int, where: str) -> 
         own = {
             "hidden_size": found.hidden_size,
             "intermediate_size": found.intermediate_size,
-            "activation": "silu",
+            "activation": None,
             "window_size": found.window_size,
             "full_layers": tuple(sorted(found.fullatt_block_indexes)),
             "tokens_per_second": found.tokens_per_second,

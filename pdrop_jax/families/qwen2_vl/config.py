@@ -19,6 +19,7 @@ class QwenVisionConfig:
     become one token. Qwen2-VL has LayerNorm and a plain MLP, Qwen2.5-VL RMSNorm, a gated MLP and windows.
 
     Attributes:
+      activation: of the plain MLP; None is the gated one's SiLU.
       window_size: pixels a side of the windows that patches see in most layers; None is the whole picture in every
         layer (Qwen2-VL).
       full_layers: layers that see the whole picture nevertheless.
@@ -37,7 +38,7 @@ class QwenVisionConfig:
     num_layers: Layers = 32
     num_heads: Heads = 16
     norm_eps: NormEps = 1e-6
-    activation: Literal["silu", "quick_gelu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] | None = None
     window_size: Pixels | None = 112
     full_layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(max_length=1024)] = (7, 15, 23, 31)
     tokens_per_second: Annotated[int, Field(ge=1, le=2**14)] | None = 4

@@ -117,8 +117,8 @@ def grid_of(size: tuple[int, int], processor: Any, config: LlavaConfig) -> tuple
     if tokens > config.text.max_length:
         raise UserError(
             f"a picture of {size[1]}x{size[0]} pixels becomes {tokens} tokens, but the model has "
-            f"{config.text.max_length} positions: lower size.longest_edge (max_pixels) in preprocessor_config.json from "
-            f"{processor.size.longest_edge} pixels"
+            f"{config.text.max_length} positions: lower size.longest_edge (max_pixels, "
+            f"now {processor.size.longest_edge}) in preprocessor_config.json"
         )
     return height // vision.patch_size, width // vision.patch_size
 

@@ -4,6 +4,7 @@ The host lays patches out in windows (``inputs``), so that attention inside wind
 nothing is permuted here. Dims: B rows, C windows, U patches of a window, N heads, H head dim, D model.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -51,23 +52,23 @@ def patch_features(
     layout = layout.reshape(B, P, 3)
     rope, frame = axial_rope(config, layout[..., :2]), layout[..., 2]
     full = np.isin(np.arange(config.num_layers), config.full_layers) | (config.window_size is None)
+    alike = full.all() or not full.any()
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, whole: bool) -> jax.Array:
         if whole:
             return segment_attention(q, k, v, frame)
-        by_window = (z.reshape(B * C, U, *z.shape[2:]) for z in (q, k, v))
-        return segment_attention(*by_window, frame.reshape(B * C, U)).reshape(q.shape)
+        windows = [z.reshape(B * C, U, *z.shape[2:]) for z in (q, k, v)]
+        return segment_attention(windows[0], windows[1], windows[2], frame.reshape(B * C, U)).reshape(q.shape)
 
     def body(x: jax.Array, layer: Params, n: Any) -> tuple[jax.Array, None]:
         h = _norm(config, layer["attention_norm"], x)
         q, k, v = jnp.moveaxis(linear(layer["attention"]["qkv"], h), 2, 0)
         q, k = rotate(q, rope), rotate(k, rope)
-        if full.all() or not full.any() or isinstance(n, int):
-            out = attend(q, k, v, bool(full[0 if full.all() or not full.any() else n]))
+        if alike or isinstance(n, int):
+            out = attend(q, k, v, bool(full[0 if alike else n]))
         else:  # one program for all layers of a stack
-            out = jax.lax.cond(
-                jnp.asarray(full)[n], lambda *z: attend(*z, whole=True), lambda *z: attend(*z, whole=False), q, k, v
-            )
+            whole, windows = functools.partial(attend, whole=True), functools.partial(attend, whole=False)
+            out = jax.lax.cond(jnp.asarray(full)[n], whole, windows, q, k, v)
         x = x + linear(layer["attention"]["o"], out, inputs=2)
         x = x + _mlp(config, layer["mlp"], _norm(config, layer["mlp_norm"], x))
         return constrain(x, "batch", None, None), None
@@ -97,6 +98,6 @@ def _norm(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def _mlp(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
-    if config.gated:
+    if config.activation is None:
         return gated_mlp(params, x)
     return linear(params["down"], activate(config.activation, linear(params["up"], x)))
