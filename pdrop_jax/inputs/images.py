@@ -197,18 +197,22 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
-def measure(picture: Picture, config: LlavaConfig, *, alone: bool) -> ImageSize:
+def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize:
     """The number of crops and tokens that ``as_tokens`` makes of an image. At most the header of a file is read.
 
     Args:
+      processor: from ``load_image_processor``.
       alone: whether its row has no other image.
 
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled.
     """
-    if config.tiling is None or (config.tiling.alone and not alone):
+    grids = isinstance(processor, Qwen2VLImageProcessorPil)
+    if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
         return ImageSize(*levels(config)[0])
     size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+    if grids:
+        return qwen2_vl.measure(size, processor, config)
     return ImageSize(*count(size, config))
 
 
@@ -230,6 +234,14 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
         return whole(to_crop(image, plain(processor), "pad"), config)
     pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, h, w), the whole first
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
+
+
+def blank(config: LlavaConfig) -> ImageTokens:
+    """A grey picture, the smallest that a model takes."""
+    if isinstance(config.vision, QwenVisionConfig):
+        return qwen2_vl.blank(config.vision)
+    size = config.vision.image_size
+    return whole(np.zeros((size, size, 3), np.float32), config)
 
 
 def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:

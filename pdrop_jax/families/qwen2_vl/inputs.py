@@ -167,6 +167,12 @@ def lay_out(
     )
 
 
+def blank(config: QwenVisionConfig) -> ImageTokens:
+    """A grey picture of one token."""
+    patches = np.zeros((config.merge_size**2, config.patch_values), np.float32)
+    return lay_out(patches, (1, config.merge_size, config.merge_size), config)
+
+
 def level_of(crops: int, tokens: int) -> tuple[int, int]:
     """The bucket of an image: tokens are rounded up to 16, 24, 32, 48, 64, 96, …, windows to 1, 2, 3, 4, 6, 8, …."""
     return _rung(crops), _rung(max(tokens, MIN_TOKENS))
