@@ -1,8 +1,10 @@
 """The model config: frozen dataclasses, saved as JSON together with the drop schedule."""
 
 import dataclasses
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -235,6 +237,42 @@ class LlavaConfig:
     def llava_next_13b(cls) -> "LlavaConfig":
         return dataclasses.replace(cls.llava_1_5_13b(), tiling=Tiling.next())
 
+    @classmethod
+    def qwen2_5_vl(cls, size: Literal["3b", "7b", "32b", "72b"]) -> "LlavaConfig":
+        """Qwen2.5-VL as released, dense: PyramidDrop's authors have no schedule for its depths."""
+        D, F, L, N, K = {
+            "3b": (2048, 11008, 36, 16, 2),
+            "7b": (3584, 18944, 28, 28, 4),
+            "32b": (5120, 27648, 64, 40, 8),
+            "72b": (8192, 29568, 80, 64, 8),
+        }[size]
+        text = TextConfig(
+            vocab_size=151936 if size == "3b" else 152064,
+            hidden_size=D,
+            intermediate_size=F,
+            num_layers=L,
+            num_heads=N,
+            num_kv_heads=K,
+            rope_theta=1e6,
+            norm_eps=1e-6,
+            tie_embeddings=size == "3b",
+            qkv_bias=True,
+            max_length=128000,
+            family="qwen2_5_vl",
+            mrope_sections=(16, 24, 24),
+        )
+        return cls(
+            vision=QwenVisionConfig(intermediate_size=3456 if size in ("32b", "72b") else 3420, tokens_per_second=2),
+            text=text,
+            schedule=DropSchedule.none(),
+            select_layer=-1,
+            template="qwen2_vl",
+            image_token_id=151655,
+            video_token_id=151656,
+            bos_token_id=151643,
+            eos_token_ids=(151645, 151643),
+        )
+
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["schedule"] = self.schedule.to_json()
@@ -276,11 +314,15 @@ class LlavaConfig:
         return cls.from_json(read_config(folder), str(folder / "config.json"))
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-1.5-7b": LlavaConfig.llava_1_5_7b,
     "llava-1.5-13b": LlavaConfig.llava_1_5_13b,
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
+    "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
+    "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
+    "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),
+    "qwen2.5-vl-72b": functools.partial(LlavaConfig.qwen2_5_vl, "72b"),
 }
 
 

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 
 NEWLINE = -1  # table entry for the newline vector
 SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tiling.max_tiles allows
@@ -191,9 +192,11 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     """The sizes that an image in a bucket can have, ascending: (crops, tokens).
 
     The overview alone, then with 1, 2, 4, 8, … tiles up to the largest of the model's resolutions, so that few shapes
-    are compiled.
+    are compiled. Pictures of any size have the levels of their tower.
     """
-    tiling, vision = config.tiling, config.crop_tower
+    if isinstance(config.vision, QwenVisionConfig):
+        return config.vision.levels(config.text.max_length)
+    tiling, vision = config.tiling, config.vision
     tile, side = vision.image_size, vision.patches_a_side
     alone = (1, config.image_tokens + (tiling is not None))
     if tiling is None:

@@ -10,8 +10,6 @@ import numpy as np
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import ImageSize, levels
 from pdrop_jax.inputs.assemble import Row
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
@@ -63,8 +61,7 @@ def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaCo
 
 def bucket_of(text: int, images: Sequence[tuple[int, int]], config: LlavaConfig) -> Bucket:
     """The bucket of ``text`` slots and images of (crops, tokens) each; their number is rounded up to 0, 1, 2, 4, …."""
-    smallest = levels(config)[:1] if isinstance(config.vision, VisionConfig) else [(0, 0)]
-    images = [*images, *smallest * (_power_of_two(len(images)) - len(images))]
+    images = [*images, *levels(config)[:1] * (_power_of_two(len(images)) - len(images))]
     return Bucket(text, tuple(tokens for _, tokens in images), sum(crops for crops, _ in images))
 
 
@@ -74,7 +71,7 @@ def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
     Raises:
       UserError: the model has no image of so many tokens.
     """
-    if config.tiling:
+    if config.tiling or not isinstance(config.vision, VisionConfig):
         crops = sum(level_of(1, tokens, config)[0] for tokens in images)
     else:
         crops = -(-sum(images) // config.image_tokens)
@@ -84,14 +81,10 @@ def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
 def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) -> tuple[int, int]:
     """The smallest of ``anyres.levels`` that holds an image; for a video the frames rounded up to a power of two.
 
-    Pictures of any size have the levels of their family.
-
     Raises:
       UserError: the image is larger than any level.
     """
-    if isinstance(config.vision, QwenVisionConfig):
-        return qwen2_vl.level_of(crops, tokens)
-    if video:
+    if video and isinstance(config.vision, VisionConfig):
         frames = 1 << (crops - 1).bit_length()
         return frames, -(-tokens // crops) * frames
     known = levels(config)

@@ -1,6 +1,7 @@
 """The config of the vision tower of Qwen2-VL and Qwen2.5-VL."""
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -91,3 +92,19 @@ class QwenVisionConfig:
     def patch_values(self) -> int:
         """Numbers in a patch: channels, frames and pixels, in this order."""
         return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def levels(self, most: int) -> list[tuple[int, int]]:
+        """The sizes that a picture in a bucket can have, ascending: (windows, tokens).
+
+        Tokens are 16, 24, 32, 48, 64, 96, … up to ``most`` or more. Windows are enough for pictures up to four times as
+        wide as high; a longer one, whose windows are emptier, has a larger level.
+        """
+        tokens = [16]
+        while tokens[-1] < most:
+            tokens.append(tokens[-1] * 3 // 2 if tokens[-1] & (tokens[-1] - 1) == 0 else tokens[-1] * 4 // 3)
+        return [(self._most_windows(n), n) for n in tokens]
+
+    def _most_windows(self, tokens: int) -> int:
+        side, edges = self.window_side, 2.5 * math.sqrt(tokens)  # height and width of a picture four times as wide
+        rest = (side - 1) / side  # of a window may be empty at each edge
+        return math.ceil(tokens / side**2 + rest * edges / side + rest**2) if side > 1 else tokens

@@ -20,7 +20,6 @@ from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
 from pdrop_jax.inputs.image_settings import Deviation, Mean, read_settings
 
-MIN_TOKENS = 16  # of the smallest bucket
 Area = Annotated[int, Field(ge=1, le=2**32)]  # pixels of a picture
 
 
@@ -171,14 +170,3 @@ def blank(config: QwenVisionConfig) -> ImageTokens:
     """A grey picture of one token."""
     patches = np.zeros((config.merge_size**2, config.patch_values), np.float32)
     return lay_out(patches, (1, config.merge_size, config.merge_size), config)
-
-
-def level_of(crops: int, tokens: int) -> tuple[int, int]:
-    """The bucket of an image: tokens are rounded up to 16, 24, 32, 48, 64, 96, …, windows to 1, 2, 3, 4, 6, 8, …."""
-    return _rung(crops), _rung(max(tokens, MIN_TOKENS))
-
-
-def _rung(n: int) -> int:
-    """``n`` rounded up to a power of two or one and a half times one."""
-    whole = 1 << (n - 1).bit_length()
-    return whole * 3 // 4 if n <= whole * 3 // 4 else whole
