@@ -44,8 +44,8 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
     config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
     if data.image_aspect and not isinstance(config.vision, VisionConfig):
         raise UserError(
-            f"data.image_aspect is {data.image_aspect!r}, but a {config.vision.kind} model takes pictures of any aspect: "
-            "remove it"
+            f"data.image_aspect is {data.image_aspect!r}, but a {config.vision.kind} model takes pictures of any "
+            "aspect: remove it"
         )
     if data.image_aspect == "anyres":
         if not config.tiling:

@@ -15,10 +15,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_qwen import KINDS
 
 from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.check import compare
 from pdrop_jax.convert.exporter import export
 from pdrop_jax.convert.hf_config import hf_config, llava_from_hf
-from pdrop_jax.convert.importer import read
+from pdrop_jax.convert.importer import read, write
 from pdrop_jax.convert.names import torch_arrays
+from pdrop_jax.convert.sources import open_source
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl.checkpoint import NAMINGS
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
@@ -161,6 +163,16 @@ def test_what_is_not_supported_is_refused(change, message):
     with pytest.raises(UserError, match=message) as error:
         llava_from_hf(HUB_2_5 | change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_of_a_conversion(kind, dtype, folders, tmp_path):
+    source = open_source(folders[kind][0])
+    write(source, tmp_path / "ours", dtype=dtype)
+    difference, largest = compare(source, tmp_path / "ours")
+    assert difference < (1e-4 if dtype == "float32" else 0.05 * largest)
+    assert largest > 0.5
 
 
 @pytest.mark.parametrize("section", ["vision", "text"])

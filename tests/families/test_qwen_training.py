@@ -129,5 +129,5 @@ def test_a_run_over_pictures_of_any_size(groups, folders, tmp_path):
 def test_an_aspect_is_refused(folders, tmp_path):
     recipe = recipe_in(tmp_path, folders["qwen2_vl"][1], groups=("projector",))
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, image_aspect="pad"))
-    with pytest.raises(UserError, match="data.image_aspect is 'pad', but a qwen2_vl model takes pictures of any"):
+    with pytest.raises(UserError, match=r"data\.image_aspect is 'pad', but a qwen2_vl model takes pictures of any"):
         train(recipe)
