@@ -32,9 +32,13 @@ class Video:
     """Frames of a video that form one image: one ``<image>`` tag, one token count at each drop.
 
     To drop tokens of each frame separately, pass the frames as images, with one tag each.
+
+    Attributes:
+      fps: frames a second, for models whose positions count time (Qwen2.5-VL); they sample two a second themselves.
     """
 
     frames: Sequence[Picture]
+    fps: float = 2.0
 
 
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
@@ -248,10 +252,12 @@ def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfi
     """The model's input for a video: its frames are never tiled, and their features are downsampled.
 
     Raises:
-      UserError: the video has no frame, or a frame cannot be read.
+      UserError: the video has no frame, a frame cannot be read, or what their processor takes only of one size differs.
     """
     if not video.frames:
         raise UserError("a video needs at least one frame, got none")
+    if isinstance(processor, Qwen2VLImageProcessorPil):
+        return qwen2_vl.video_tokens([open_image(frame) for frame in video.frames], video.fps, processor, config)
     aspect = "square" if config.tiling else config.image_aspect
     own = plain(processor)
     return pooled(np.stack([to_crop(open_image(frame), own, aspect) for frame in video.frames]), config)

@@ -84,13 +84,16 @@ def positions_of(
 
 
 def rope_delta_of(buffer: TokenBuffer, past: DecodeState | None = None) -> jax.Array | None:
-    """``DecodeState.rope_delta`` after the tokens of ``buffer``."""
+    """``DecodeState.rope_delta`` after the tokens of ``buffer``: the next position follows that of the last token.
+
+    This is the largest position + 1, unless a clip's time runs ahead of the text behind it. Then transformers' model
+    would continue after the clip, but its ``generate`` and a prefill of prompt and answer continue the text, as here.
+    """
     if buffer.positions is None:
         return None
-    valid = jnp.arange(buffer.slots) < buffer.length[:, None]
-    largest = jnp.where(valid[..., None], buffer.positions, -1).max((1, 2))
+    last = jnp.take_along_axis(buffer.positions, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, 3)
     before = 0 if past is None or past.rope_delta is None else past.rope_delta
-    return before + largest + 1 - buffer.length
+    return before + last.max((1, 2)) + 1 - buffer.length
 
 
 def run_stages(

@@ -89,16 +89,37 @@ def photo(height, width, seed=0):
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
-def torch_inputs(question, images):
-    """What transformers' processor makes of one question with images in front.
+def torch_inputs(question, images, video=(), fps=2.0):
+    """What transformers' processor makes of one question with images and a video's frames in front.
 
-    Its class wants torchvision for videos, so its three steps for pictures are written out here.
+    Its class wants torchvision for videos, so its steps are written out here; a frame is resized as a picture is.
     """
-    found = image_processor()(images, return_tensors="pt") if images else {}
-    grids = found["image_grid_thw"] if images else []
-    pads = ["<|image_pad|>" * int(grid.prod() // 4) for grid in grids]
-    marks = "".join(f"<|vision_start|>{pad}<|vision_end|>" for pad in pads)
+    found = dict(image_processor()(images, return_tensors="pt")) if images else {}
+    grids = [("<|image_pad|>", grid) for grid in found.get("image_grid_thw", ())]
+    if video:
+        pixels, grid = patchify([*video, *video[-1:] * (len(video) % 2)])
+        found |= {"pixel_values_videos": pixels, "video_grid_thw": grid, "second_per_grid_ts": torch.tensor([2 / fps])}
+        grids.append(("<|video_pad|>", grid[0]))
+    marks = "".join(f"<|vision_start|>{pad * int(grid.prod() // 4)}<|vision_end|>" for pad, grid in grids)
     text = f"{SYSTEM}<|im_start|>user\n{marks}{question}<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer()(text, return_tensors="pt")["input_ids"]
-    pad = tokenizer().convert_tokens_to_ids("<|image_pad|>")
-    return {"input_ids": ids, "mm_token_type_ids": (ids == pad).int(), **found}
+    image, clip = tokenizer().convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    return {"input_ids": ids, "mm_token_type_ids": (ids == image).int() + 2 * (ids == clip).int(), **found}
+
+
+def patchify(frames):
+    """Patches and grid of an even number of frames, by the shapes of transformers' video processor."""
+    read = [image_processor()(frame, return_tensors="pt") for frame in frames]
+    _, rows, columns = read[0]["image_grid_thw"][0].tolist()
+    # Undo a picture's patches: (row, column, row in token, column in token, channel, frame, y, x).
+    pixels = [
+        x["pixel_values"]
+        .view(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]
+        .permute(4, 0, 2, 5, 1, 3, 6)
+        .reshape(3, rows * 14, columns * 14)
+        for x in read
+    ]
+    steps = len(frames) // 2
+    video = torch.stack(pixels).view(steps, 2, 3, rows // 2, 2, 14, columns // 2, 2, 14)
+    patches = video.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * rows * columns, -1)
+    return patches, torch.tensor([[steps, rows, columns]])

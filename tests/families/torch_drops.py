@@ -18,15 +18,20 @@ def drop_run(model, inputs, layers, ratios, *, positions="original", new_ids=(),
     query = ids.shape[1] - 1 if query is None else query
     ids = torch.cat([ids, torch.tensor([list(new_ids)], dtype=ids.dtype)], dim=1)
     kinds = torch.cat([kinds, torch.zeros(1, len(new_ids), dtype=kinds.dtype)], dim=1)
-    inner, grids = model.model, inputs.get("image_grid_thw")
+    inner, grids, clips = model.model, inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
     hidden = inner.get_input_embeddings()(ids)
     where = torch.arange(ids.shape[1]).expand(3, 1, -1)
     if grids is not None:
         features = torch.cat(list(inner.get_image_features(inputs["pixel_values"], grids).pooler_output))
-        hidden = hidden.masked_scatter((kinds > 0)[..., None], features)
-        where, _ = inner.get_rope_index(ids, kinds, grids)
+        hidden = hidden.masked_scatter((kinds == 1)[..., None], features)
+    if clips is not None:
+        features = torch.cat(list(inner.get_video_features(inputs["pixel_values_videos"], clips).pooler_output))
+        hidden = hidden.masked_scatter((kinds == 2)[..., None], features)
+    if grids is not None or clips is not None:
+        where, _ = inner.get_rope_index(ids, kinds, grids, clips, second_per_grid_ts=inputs.get("second_per_grid_ts"))
     # Image of each token: runs of image tokens, counted from 1.
-    image = (torch.cumsum(torch.diff(kinds[0], prepend=torch.zeros(1)) > 0, 0) * (kinds[0] > 0)).long()
+    shown = (kinds[0] > 0).long()
+    image = torch.cumsum(torch.diff(shown, prepend=torch.zeros(1)) > 0, 0) * shown
     index, counts = torch.arange(ids.shape[1]), torch.bincount(image)
     starts = {m: int(torch.nonzero(image == m)[0]) for m in range(1, len(counts))}
     language, kept = inner.language_model, []

@@ -7,10 +7,13 @@ token. Patches are stored window by window, in windows of one size whose cells a
                         3 4 5                                 3 4 | 5 .
 """
 
+import math
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -77,7 +80,7 @@ def load_processor(folder: pathlib.Path, config: QwenVisionConfig) -> Qwen2VLIma
     return processor
 
 
-def picture_tokens(image: Any, processor: Qwen2VLImageProcessorPil, config: LlavaConfig) -> ImageTokens:
+def picture_tokens(image: Image.Image, processor: Qwen2VLImageProcessorPil, config: LlavaConfig) -> ImageTokens:
     """The model's input for an RGB image.
 
     Raises:
@@ -88,6 +91,35 @@ def picture_tokens(image: Any, processor: Qwen2VLImageProcessorPil, config: Llav
     grid_of(image.size[::-1], processor, config)
     found = processor(image, return_tensors="np")
     return lay_out(np.asarray(found["pixel_values"], np.float32), tuple(found["image_grid_thw"][0].tolist()), vision)
+
+
+def video_tokens(
+    frames: Sequence[Image.Image], fps: float, processor: Qwen2VLImageProcessorPil, config: LlavaConfig
+) -> ImageTokens:
+    """The model's input for RGB frames: a patch covers ``temporal_patch_size`` of them; the last one fills the rest.
+
+    Frames are resized within the bounds of pictures.
+
+    Raises:
+      UserError: the frames differ in size, ``fps`` is not positive, or a frame does not fit, see ``picture_tokens``.
+    """
+    vision = config.vision
+    assert isinstance(vision, QwenVisionConfig)
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) > 1:
+        shown = " and ".join(f"{width}x{height}" for width, height in sizes[:2])
+        raise UserError(f"the frames of a video have {shown} pixels: resize them to one size")
+    if not 0 < fps < math.inf:
+        raise UserError(f"a video has {fps} frames a second: it must be more than 0")
+    rows, columns = grid_of(sizes[0][::-1], processor, config)
+    depth = vision.temporal_patch_size
+    frames = [*frames, *[frames[-1]] * (-len(frames) % depth)]
+    # The processor repeats a picture along the temporal axis of its patches: a frame's own place is kept of each.
+    read = [np.asarray(processor(frame, return_tensors="np")["pixel_values"], np.float32) for frame in frames]
+    parts = [patches.reshape(rows * columns, 3, depth, -1)[:, :, n % depth] for n, patches in enumerate(read)]
+    steps = [np.stack(parts[n : n + depth], axis=2) for n in range(0, len(parts), depth)]
+    patches = np.concatenate(steps).reshape(len(steps) * rows * columns, -1)
+    return lay_out(patches, (len(steps), rows, columns), vision, seconds=depth / fps)
 
 
 def grid_of(size: tuple[int, int], processor: Any, config: LlavaConfig) -> tuple[int, int]:
@@ -155,13 +187,15 @@ def lay_out(
     layout[index, :, 1] = j[:, None] * merge + inside % merge
     layout[index, :, 2] = t[:, None] + 1
 
-    pace = 1.0 if seconds is None or config.tokens_per_second is None else config.tokens_per_second * seconds
+    pace = np.float32(1)
+    if seconds is not None and config.tokens_per_second is not None:
+        pace = np.float32(config.tokens_per_second) * np.float32(seconds)  # rounded as transformers does
     return ImageTokens(
         crops.reshape(windows, config.window_patches, -1),
         index.astype(np.int32)[:, None],
         video=seconds is not None,
         layout=layout.reshape(windows, config.window_patches, 3),
-        positions=np.stack([(t * pace).astype(np.int32), i, j], axis=-1).astype(np.int32),
+        positions=np.stack([(t.astype(np.float32) * pace).astype(np.int32), i, j], axis=-1).astype(np.int32),
         extent=max(rows, columns),
     )
 
