@@ -16,7 +16,14 @@ from pdrop_jax import checkpoint
 from pdrop_jax.checkpoint import storage
 from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.convert.files import write_safetensors
-from pdrop_jax.convert.hf_config import hf_config, original_config, select_strategy, tower_folder, with_image_token
+from pdrop_jax.convert.hf_config import (
+    hf_config,
+    namings_for,
+    original_config,
+    select_strategy,
+    tower_folder,
+    with_image_token,
+)
 from pdrop_jax.convert.hf_parts import vision_to_hf
 from pdrop_jax.convert.jinja import write_chat_template
 from pdrop_jax.convert.names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
@@ -57,9 +64,9 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
     config = LlavaConfig.load(model)
     dtype = dtype or checkpoint.abstract_arrays(model, config)["embed.embedding"].dtype.name
     linear = format == "original" and config.projector_layers == 1
-    naming = NAMINGS["original-linear" if linear else format]
     theirs = with_image_token(config) if format == "hf" else config
     data = hf_config(theirs, dtype) if format == "hf" else original_config(theirs, dtype)
+    naming = namings_for(config)["original-linear" if linear else format]
     unrun = _unrun_tensors(model, config, naming, dtype)
     nbytes = sum(math.prod(leaf.shape) for leaf in leaves(config, naming)) * np.dtype(DTYPES[dtype]).itemsize
     with checkpoint.new_folder(out, nbytes) as new:
@@ -164,7 +171,9 @@ def _write_tower(
     prefix = NAMINGS["original"].vision
     tensors |= {tower.vision + name.removeprefix(prefix): x for name, x in unrun.items()}
     write_safetensors(out / "model.safetensors", tensors)
-    data = {"architectures": [TOWER_CLASSES[config.vision.kind]], "torch_dtype": dtype} | vision_to_hf(config.vision)
+    data = {"architectures": [TOWER_CLASSES[config.crop_tower.kind]], "torch_dtype": dtype} | vision_to_hf(
+        config.crop_tower
+    )
     (out / "config.json").write_text(json.dumps(data, indent=2) + "\n")
     checkpoint.copy_files(model, out, ["preprocessor_config.json"])
 

@@ -1,14 +1,18 @@
 """The config of a whole LLaVA: from the config.json of the original code or Hugging Face to ours, and back."""
 
 import dataclasses
+import difflib
 import re
 from typing import Any
 
 from pdrop_jax.config import MAX_PROJECTOR_LAYERS, MAX_TILES, LlavaConfig, TextConfig, Tiling, VisionConfig
 from pdrop_jax.convert.hf_parts import ORIGINAL_TYPES, read_text, text_to_hf, vision_from_hf, vision_to_hf
 from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, OriginalLlava, Preprocessor, Resolutions, one_of
+from pdrop_jax.convert.names import NAMINGS, Naming
 from pdrop_jax.convert.projector import projector_type
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl import checkpoint as qwen2_vl
+from pdrop_jax.inputs.model_template import OWN
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
 
@@ -41,7 +45,8 @@ def llava_from_hf(
 
     Args:
       data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
-        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's).
+        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's), ``qwen2_vl`` or
+        ``qwen2_5_vl``.
       vision: the tower of an original model, whose own config only has its name; optional for LLaVA-1.5's tower.
       generation: generation_config.json, whose end tokens take precedence.
       preprocessor: preprocessor_config.json, the only place where a Hugging Face model says whether images are padded.
@@ -52,10 +57,13 @@ def llava_from_hf(
       UserError: a value has the wrong type or is out of range, or something is not supported.
     """
     originals = tuple(ORIGINAL_TYPES.values())
-    kind = one_of("model_type", data.get("model_type"), (*originals, *HF_TYPES))
-    text, special, fields = (
-        _original(data, vision, where) if kind in originals else _hugging_face(data, preprocessor or {}, where)
-    )
+    kind = _supported(data.get("model_type"), (*originals, *HF_TYPES, *qwen2_vl.KINDS))
+    if kind in qwen2_vl.KINDS:
+        text, special, fields = qwen2_vl.parts_from_hf(data, where)
+    elif kind in originals:
+        text, special, fields = _original(data, vision, where)
+    else:
+        text, special, fields = _hugging_face(data, preprocessor or {}, where)
     end = validated(GenerationSettings, generation or {}, "generation_config.json").eos_token_id
     if end is None:
         end = special.eos_token_id
@@ -73,6 +81,15 @@ def llava_from_hf(
         eos_token_ids=ends,
         **fields,
     )
+
+
+def _supported(kind: Any, known: tuple[str, ...]) -> str:
+    """``kind``. Raises a UserError that names the nearest of ``known`` if it is not one of them."""
+    near = difflib.get_close_matches(str(kind), known, 1)
+    try:
+        return one_of("model_type", kind, known)
+    except UserError as error:
+        raise UserError(f"{error}; the nearest supported family is {near[0]}" if near else str(error)) from None
 
 
 def _original(data: dict[str, Any], vision: VisionConfig | None, where: str) -> tuple[TextConfig, Any, dict[str, Any]]:
@@ -192,6 +209,8 @@ def _first(*values: Any) -> Any:
 
 def _template(text: TextConfig) -> str:
     """The chat template that LLaVA was trained with on such a language model; checkpoints do not say."""
+    if text.family in qwen2_vl.KINDS:
+        return OWN
     if text.family == "llama":
         return "llama_3" if text.vocab_size >= LLAMA_3_VOCABULARY else "vicuna_v1"
     return "mistral_instruct" if text.family == "mistral" else "qwen"
@@ -203,6 +222,8 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     Raises:
       UserError: the class cannot express something that the model has.
     """
+    if not isinstance(config.vision, VisionConfig):
+        return qwen2_vl.config_to_hf(config, _special_tokens(config), dtype)
     if config.projector_layers != 2:
         raise UserError(
             f"transformers' LLaVA has a projector of 2 layers, but this model's has {config.projector_layers}: "
@@ -236,6 +257,8 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
 
 def hf_class(config: LlavaConfig) -> tuple[str, str]:
     """The model_type and the class of transformers for ``config``."""
+    if not isinstance(config.vision, VisionConfig):
+        return config.vision.kind, qwen2_vl.KINDS[config.vision.kind]
     if config.frame_stride:
         return "llava_next_video", "LlavaNextVideoForConditionalGeneration"
     if config.tiling is None:
@@ -249,11 +272,12 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """config.json of the original LLaVA code.
 
     Raises:
-      UserError: it is a OneVision or LLaVA-NeXT-Video model, whose names in that code are not known here.
+      UserError: it is a OneVision or LLaVA-NeXT-Video model, whose names in that code are not known here, or of another
+        family.
     """
     tiling = config.tiling
     kind, _ = hf_class(config)
-    if kind in ("llava_onevision", "llava_next_video"):
+    if kind in ("llava_onevision", "llava_next_video") or not isinstance(config.vision, VisionConfig):
         raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
     points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
     return {
@@ -275,6 +299,11 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "unfreeze_mm_vision_tower": True,  # otherwise that code loads the tower by its name
         "use_mm_proj": True,
     }
+
+
+def namings_for(config: LlavaConfig) -> dict[str, Naming]:
+    """The names that a checkpoint of the model may have; "hf" and "original" are those that an export writes."""
+    return NAMINGS if isinstance(config.vision, VisionConfig) else qwen2_vl.NAMINGS
 
 
 def tower_folder(config: LlavaConfig) -> str:

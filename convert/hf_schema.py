@@ -8,9 +8,20 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pdrop_jax.config import MAX_TILES, Heads, Layers, Pixels, Positions, RopeBase, TokenId, Vocabulary, Width
+from pdrop_jax.config import MAX_TILES
 from pdrop_jax.errors import UserError
-from pdrop_jax.schema import NormEps, Positive
+from pdrop_jax.schema import (
+    Heads,
+    Layers,
+    NormEps,
+    Pixels,
+    Positions,
+    Positive,
+    RopeBase,
+    TokenId,
+    Vocabulary,
+    Width,
+)
 
 T = TypeVar("T")
 

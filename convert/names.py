@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.model.params import Params, abstract_params
 
 Shape = tuple[int, ...]
@@ -55,40 +55,40 @@ CONV = Transform(  # (P, P, 3, D) <-> (D, 3, P, P)
 Table = dict[str, tuple[str, Transform]]  # our path -> PyTorch name, transform
 
 
-def _norm(ours: str, theirs: str) -> Table:
+def norm(ours: str, theirs: str) -> Table:
     return {f"{ours}.scale": (f"{theirs}.weight", SAME), f"{ours}.bias": (f"{theirs}.bias", SAME)}
 
 
-def _dense(ours: str, theirs: str, transform: Transform = LINEAR) -> Table:
+def dense(ours: str, theirs: str, transform: Transform = LINEAR) -> Table:
     return {f"{ours}.kernel": (f"{theirs}.weight", transform), f"{ours}.bias": (f"{theirs}.bias", FLAT)}
 
 
 VISION: Table = {
-    **_dense("embed.patch", "embeddings.patch_embedding", CONV),
+    **dense("embed.patch", "embeddings.patch_embedding", CONV),
     "embed.class_token": ("embeddings.class_embedding", SAME),
     "embed.position": ("embeddings.position_embedding.weight", SAME),
-    **_norm("embed.norm", "pre_layrnorm"),
-    **_norm("layers.attention_norm", "encoder.layers.{n}.layer_norm1"),
-    **_dense("layers.attention.q", "encoder.layers.{n}.self_attn.q_proj"),
-    **_dense("layers.attention.k", "encoder.layers.{n}.self_attn.k_proj"),
-    **_dense("layers.attention.v", "encoder.layers.{n}.self_attn.v_proj"),
-    **_dense("layers.attention.o", "encoder.layers.{n}.self_attn.out_proj", MERGE),
-    **_norm("layers.mlp_norm", "encoder.layers.{n}.layer_norm2"),
-    **_dense("layers.mlp.up", "encoder.layers.{n}.mlp.fc1"),
-    **_dense("layers.mlp.down", "encoder.layers.{n}.mlp.fc2"),
+    **norm("embed.norm", "pre_layrnorm"),
+    **norm("layers.attention_norm", "encoder.layers.{n}.layer_norm1"),
+    **dense("layers.attention.q", "encoder.layers.{n}.self_attn.q_proj"),
+    **dense("layers.attention.k", "encoder.layers.{n}.self_attn.k_proj"),
+    **dense("layers.attention.v", "encoder.layers.{n}.self_attn.v_proj"),
+    **dense("layers.attention.o", "encoder.layers.{n}.self_attn.out_proj", MERGE),
+    **norm("layers.mlp_norm", "encoder.layers.{n}.layer_norm2"),
+    **dense("layers.mlp.up", "encoder.layers.{n}.mlp.fc1"),
+    **dense("layers.mlp.down", "encoder.layers.{n}.mlp.fc2"),
 }
 DECODER: Table = {
     "embed.embedding": ("embed_tokens.weight", SAME),
-    **_norm("stages.attention_norm", "layers.{n}.input_layernorm"),
-    **_dense("stages.attention.q", "layers.{n}.self_attn.q_proj"),
-    **_dense("stages.attention.k", "layers.{n}.self_attn.k_proj"),
-    **_dense("stages.attention.v", "layers.{n}.self_attn.v_proj"),
-    **_dense("stages.attention.o", "layers.{n}.self_attn.o_proj", MERGE),
-    **_norm("stages.mlp_norm", "layers.{n}.post_attention_layernorm"),
-    **_dense("stages.mlp.gate", "layers.{n}.mlp.gate_proj"),
-    **_dense("stages.mlp.up", "layers.{n}.mlp.up_proj"),
-    **_dense("stages.mlp.down", "layers.{n}.mlp.down_proj"),
-    **_norm("norm", "norm"),
+    **norm("stages.attention_norm", "layers.{n}.input_layernorm"),
+    **dense("stages.attention.q", "layers.{n}.self_attn.q_proj"),
+    **dense("stages.attention.k", "layers.{n}.self_attn.k_proj"),
+    **dense("stages.attention.v", "layers.{n}.self_attn.v_proj"),
+    **dense("stages.attention.o", "layers.{n}.self_attn.o_proj", MERGE),
+    **norm("stages.mlp_norm", "layers.{n}.post_attention_layernorm"),
+    **dense("stages.mlp.gate", "layers.{n}.mlp.gate_proj"),
+    **dense("stages.mlp.up", "layers.{n}.mlp.up_proj"),
+    **dense("stages.mlp.down", "layers.{n}.mlp.down_proj"),
+    **norm("norm", "norm"),
 }
 
 
@@ -103,13 +103,13 @@ class Naming:
     projector_index: Callable[[int], int] = lambda n: n + 1
     newline: str = ""
 
-    def table(self, projector_layers: int) -> Table:
+    def table(self, config: LlavaConfig) -> Table:
         rows = {f"vision.{ours}": (self.vision + theirs, transform) for ours, (theirs, transform) in VISION.items()}
         if not self.decoder:
             return rows
         rows |= {ours: (self.decoder + theirs, transform) for ours, (theirs, transform) in DECODER.items()}
-        for n in range(projector_layers):
-            rows |= _dense(f"projector.linear_{n}", self.projector.format(i=self.projector_index(n)))
+        for n in range(config.projector_layers):
+            rows |= dense(f"projector.linear_{n}", self.projector.format(i=self.projector_index(n)))
         return rows | {"head.kernel": (self.head, LINEAR), "newline.embedding": (self.newline, SAME)}
 
 
@@ -180,7 +180,7 @@ class Leaf:
 
 def leaves(config: LlavaConfig, naming: Naming) -> list[Leaf]:
     """Every array of a ``config`` model that ``naming`` has a row for."""
-    table = naming.table(config.projector_layers)
+    table = naming.table(config)
     ranges = config.schedule.layer_ranges(config.text.num_layers)
     result = []
     for path, leaf in flatten_dict(abstract_params(config), sep=".").items():
@@ -197,11 +197,11 @@ def leaves(config: LlavaConfig, naming: Naming) -> list[Leaf]:
     return result
 
 
-def torch_arrays(config: LlavaConfig, params: Params) -> dict[str, np.ndarray]:
-    """A parameter tree of ``config``, or a gradient with its structure, under the names of the original LLaVA code."""
+def torch_arrays(config: LlavaConfig, params: Params, naming: Naming = NAMINGS["original"]) -> dict[str, np.ndarray]:
+    """A parameter tree of ``config``, or a gradient with its structure, under PyTorch's names."""
     arrays = flatten_dict(params, sep=".")
     result: dict[str, np.ndarray] = {}
-    for leaf in leaves(config, NAMINGS["original"]):
+    for leaf in leaves(config, naming):
         parts = np.asarray(arrays[leaf.path]) if leaf.stacked else [np.asarray(arrays[leaf.path])]
         result |= {name: leaf.transform.to_torch(part) for name, part in zip(leaf.names, parts, strict=True)}
     return result
@@ -220,6 +220,8 @@ def projector_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
 
 def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
     """Name -> shape of the unused tensors of the tower: layers after the selected one, the last norm, the head."""
+    if not isinstance(config.vision, VisionConfig):
+        return {}  # everything runs
     whole = dataclasses.replace(config, select_layer=-1)
     tower = Naming(naming.vision)
     run = torch_shapes(config, tower)

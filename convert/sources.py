@@ -8,7 +8,7 @@ from typing import Any
 from pdrop_jax import checkpoint
 from pdrop_jax.config import FORMAT, LlavaConfig, read_config
 from pdrop_jax.convert.files import read_folder
-from pdrop_jax.convert.hf_config import llava_from_hf
+from pdrop_jax.convert.hf_config import llava_from_hf, namings_for
 from pdrop_jax.convert.hf_parts import FAMILIES, ORIGINAL_TYPES, vision_from_hf
 from pdrop_jax.convert.names import (
     IGNORED,
@@ -81,7 +81,7 @@ def open_source(
         where=str(folder / "config.json"),
     )
     tensors = read_folder(folder)
-    namings = {key: naming for key, naming in NAMINGS.items() if key.startswith("original") == original}
+    namings = {key: naming for key, naming in namings_for(config).items() if key.startswith("original") == original}
     naming = namings[closest(config, tensors, namings)]
     if original and not any(name.startswith(naming.vision) for name in tensors):
         if tower is None:

@@ -15,7 +15,8 @@ class Bucket:
     """The static shape of a batch: ``text`` slots, and one full-size slot group for each of ``images``.
 
     ``images[m]`` is the largest number of tokens of the (m+1)-th image of a row, ``crops`` the largest number of crops
-    of all images of a row together; by default one each.
+    of all images of a row together; by default one each. A crop is what a vision tower takes as a unit: a square
+    picture, or a window of patches.
     """
 
     text: int
@@ -46,13 +47,16 @@ class Batch:
         (``LlavaConfig.frame_tokens``); and the newline vector if the model has one.
       image_id: (B, S) int32, 0 for text and padding, m for a token of the row's m-th image.
       length: (B,) int32, valid slots.
-      crops: (B, C, h, w, 3) float32, normalised pixels; unused crops are zero. C may be 0.
+      crops: (B, C, h, w, 3) float32, normalised pixels, or windows of patches (B, C, U, F); unused crops are zero. C
+        may be 0.
       query_rows: (B, Q) int32, slots whose attention ranks the image tokens; -1 is unused.
       labels: (B, S) int32, the token id of every slot that is a target, IGNORE elsewhere, also at image slots and
         padding. Not shifted: slot i is predicted from the slots before it, and the loss shifts after the drops. None
         outside training.
       bucket: static; S and the length of every later buffer follow from it.
       feature_weight: (B, S, T) float32, how the features of a token are blended; None if T is 1.
+      patch_layout: (B, C, U, 3) int32, where the patches of a window are (``families.qwen2_vl.tower``); None for crops.
+      positions: (B, S, 3) int32, time, height and width of each token for M-RoPE; None without it.
       scores: (B, S) float32, the caller's scores for the score "given", the larger are kept; None otherwise.
     """
 
@@ -66,3 +70,5 @@ class Batch:
     bucket: Bucket = dataclasses.field(default=Bucket(0), metadata={"static": True})
     feature_weight: Array | None = None
     scores: Array | None = None
+    patch_layout: Array | None = None
+    positions: Array | None = None

@@ -1,21 +1,27 @@
 """The model config: frozen dataclasses, saved as JSON together with the drop schedule."""
 
 import dataclasses
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.schema import NO_OTHER_KEYS, NormEps, Positive, validated
+from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, TokenId, Width, validated
+from pdrop_jax.text_config import Family as Family
+from pdrop_jax.text_config import RopeScaling as RopeScaling
+from pdrop_jax.text_config import TextConfig as TextConfig
 
 FORMAT = "pdrop-jax-1"
 # Required in every config.json: their defaults would be those of another model.
 ALWAYS_THERE = {
-    "vision": ("image_size", "hidden_size", "num_layers"),
+    "vision": ("hidden_size", "num_layers"),
     "text": ("vocab_size", "hidden_size", "num_layers"),
     "schedule": ("layers", "ratios"),
 }
@@ -29,18 +35,7 @@ Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, 
 Group = Literal["vision", "projector", "llm", "lora"]  # parts of the model that are trained together
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
 
-Family = Literal["llama", "mistral", "qwen2"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-
-# Types with the ranges that config files are checked for: far beyond any model, but small enough to compute shapes.
-Width = Annotated[int, Field(ge=1, le=2**20)]
-Heads = Annotated[int, Field(ge=1, le=2**14)]
-Layers = Annotated[int, Field(ge=1, le=1024)]
-Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
-Positions = Annotated[int, Field(ge=1, le=2**27)]
-Pixels = Annotated[int, Field(ge=1, le=2**14)]
-TokenId = Annotated[int, Field(ge=0, lt=2**24)]
-RopeBase = Annotated[float, Field(gt=0, le=1e12)]
 
 MAX_PATCHES_A_SIDE = 256
 
@@ -93,60 +88,6 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of the rotary frequencies, as in transformers: ``linear`` or ``llama3``."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
-
-    kind: Literal["linear", "llama3"]
-    factor: Positive
-    low_freq_factor: Positive = 1.0
-    high_freq_factor: Positive = 4.0
-    original_max_length: Positions = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise UserError(
-                f"low_freq_factor is {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}: the first "
-                "must be less than the second"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """A decoder of the LLaMA, Mistral or Qwen2 family. The defaults are LLaMA-2-7B, LLaVA-1.5-7B's language model."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
-
-    vocab_size: Vocabulary = 32000
-    hidden_size: Width = 4096
-    intermediate_size: Width = 11008
-    num_layers: Layers = 32
-    num_heads: Heads = 32
-    num_kv_heads: Heads = 32
-    head_dim: Width = 128
-    rope_theta: RopeBase = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: NormEps = 1e-5
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False  # bias of the attention's output projection
-    max_length: Positions = 4096
-    family: Family = "llama"  # its class in transformers; the other fields determine what runs
-    sliding_window: Positions | None = None  # keys that a query sees, its own included; None is all up to it
-
-    def __post_init__(self) -> None:
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}: rotary embeddings need an even number")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key-value heads"
-            )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UserError(f"sliding_window is {self.sliding_window}: a token sees at least itself")
-
-
-@dataclasses.dataclass(frozen=True)
 class Tiling:
     """Pictures of any size as tiles, LLaVA-NeXT's anyres; see ``inputs.anyres``.
 
@@ -171,13 +112,29 @@ class Tiling:
         return cls(tuple((h * tile, w * tile) for h, w in ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))))
 
 
+def _tower_class(tower: Any) -> str:
+    """The class of a vision tower, or of the one that a JSON object describes."""
+    if not isinstance(tower, dict):
+        return type(tower).__name__
+    return QwenVisionConfig.__name__ if str(tower.get("kind")).startswith("qwen") else VisionConfig.__name__
+
+
+Tower = Annotated[
+    Annotated[VisionConfig, Tag("VisionConfig")] | Annotated[QwenVisionConfig, Tag("QwenVisionConfig")],
+    Discriminator(_tower_class),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """A LLaVA model with its drop schedule. The defaults are LLaVA-1.5-7B with the paper's schedule."""
+    """A LLaVA model, or one of another family, with its drop schedule.
+
+    The defaults are LLaVA-1.5-7B with the paper's schedule.
+    """
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    vision: VisionConfig = VisionConfig()
+    vision: Tower = VisionConfig()
     text: TextConfig = TextConfig()
     schedule: DropSchedule = DropSchedule()
     projector_layers: Annotated[int, Field(ge=1, le=MAX_PROJECTOR_LAYERS)] = 2  # 1 is ``linear``, n is ``mlp{n}x_gelu``
@@ -200,7 +157,15 @@ class LlavaConfig:
                 f"select_layer {self.select_layer} names no hidden state of a vision tower of "
                 f"{self.vision.num_layers} layers"
             )
-        tile = self.vision.image_size
+        if isinstance(self.vision, VisionConfig):
+            self._check_crops(self.vision)
+        self.schedule.check(self.text.num_layers)
+        if self.schedule.positions == "auto":
+            positions: Literal["dense", "original"] = "original" if self.text.mrope_sections else "dense"
+            object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, positions=positions))
+
+    def _check_crops(self, vision: VisionConfig) -> None:
+        tile = vision.image_size
         if self.tiling and (
             not self.tiling.pinpoints or any(n < tile or n % tile for point in self.tiling.pinpoints for n in point)
         ):
@@ -210,13 +175,25 @@ class LlavaConfig:
             )
         if self.tiling and self.keep_class_token:
             raise UserError("tiles with class tokens are not supported: the feature selection must be patch")
-        if self.keep_class_token and not self.vision.class_tokens:
-            raise UserError(f"a {self.vision.kind} tower has no class token to keep")
-        if self.frame_stride is not None and not 1 <= self.frame_stride <= self.vision.patches_a_side:
+        if self.keep_class_token and not vision.class_tokens:
+            raise UserError(f"a {vision.kind} tower has no class token to keep")
+        if self.frame_stride is not None and not 1 <= self.frame_stride <= vision.patches_a_side:
             raise UserError(
-                f"frames of {self.vision.patches_a_side} features a side cannot be averaged over {self.frame_stride}"
+                f"frames of {vision.patches_a_side} features a side cannot be averaged over {self.frame_stride}"
             )
-        self.schedule.check(self.text.num_layers)
+
+    @property
+    def crop_tower(self) -> VisionConfig:
+        """The vision tower, for what supports only towers that take square crops.
+
+        Raises:
+          UserError: it takes grids of patches.
+        """
+        if not isinstance(self.vision, VisionConfig):
+            raise UserError(
+                f"this is supported for models with a CLIP or SigLIP tower only, but this model's is {self.vision.kind}"
+            )
+        return self.vision
 
     @property
     def vision_layers(self) -> int:
@@ -228,12 +205,12 @@ class LlavaConfig:
     @property
     def image_tokens(self) -> int:
         """Features of one crop, which are its tokens unless images are tiled."""
-        return self.vision.num_patches + self.keep_class_token
+        return self.crop_tower.num_patches + self.keep_class_token
 
     @property
     def frame_tokens(self) -> int:
         """Further features of a crop as a frame of a video, if those are averaged before the projector."""
-        return (self.vision.patches_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
+        return (self.crop_tower.patches_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
 
     @property
     def features_per_token(self) -> int:
@@ -259,6 +236,42 @@ class LlavaConfig:
     @classmethod
     def llava_next_13b(cls) -> "LlavaConfig":
         return dataclasses.replace(cls.llava_1_5_13b(), tiling=Tiling.next())
+
+    @classmethod
+    def qwen2_5_vl(cls, size: Literal["3b", "7b", "32b", "72b"]) -> "LlavaConfig":
+        """Qwen2.5-VL as released, dense: PyramidDrop's authors have no schedule for its depths."""
+        D, F, L, N, K = {
+            "3b": (2048, 11008, 36, 16, 2),
+            "7b": (3584, 18944, 28, 28, 4),
+            "32b": (5120, 27648, 64, 40, 8),
+            "72b": (8192, 29568, 80, 64, 8),
+        }[size]
+        text = TextConfig(
+            vocab_size=151936 if size == "3b" else 152064,
+            hidden_size=D,
+            intermediate_size=F,
+            num_layers=L,
+            num_heads=N,
+            num_kv_heads=K,
+            rope_theta=1e6,
+            norm_eps=1e-6,
+            tie_embeddings=size == "3b",
+            qkv_bias=True,
+            max_length=128000,
+            family="qwen2_5_vl",
+            mrope_sections=(16, 24, 24),
+        )
+        return cls(
+            vision=QwenVisionConfig(intermediate_size=3456 if size in ("32b", "72b") else 3420, tokens_per_second=2),
+            text=text,
+            schedule=DropSchedule.none(),
+            select_layer=-1,
+            template="own",
+            image_token_id=151655,
+            video_token_id=151656,
+            bos_token_id=151643,
+            eos_token_ids=(151645, 151643),
+        )
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -301,11 +314,15 @@ class LlavaConfig:
         return cls.from_json(read_config(folder), str(folder / "config.json"))
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-1.5-7b": LlavaConfig.llava_1_5_7b,
     "llava-1.5-13b": LlavaConfig.llava_1_5_13b,
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
+    "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
+    "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
+    "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),
+    "qwen2.5-vl-72b": functools.partial(LlavaConfig.qwen2_5_vl, "72b"),
 }
 
 

@@ -16,7 +16,7 @@ from pdrop_jax.schema import NO_OTHER_KEYS, validated
 if TYPE_CHECKING:  # batch imports jax, which the command line does not wait for
     from pdrop_jax.batch import Bucket
 
-Positions = Literal["dense", "original"]
+Positions = Literal["auto", "dense", "original"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,9 @@ class DropSchedule:
 
     Ratios are cumulative: relative to the original number of tokens, ``int(n * ratio)`` with Python's truncation.
     ``positions="dense"`` renumbers the tokens after each drop, as the official code does; ``"original"`` keeps the
-    positions from before the first drop. ``score`` names a token-scoring function of ``model.scores``; ``seed`` is for
-    the score "random".
+    positions from before the first drop. ``"auto"`` is what suits the model: dense, or original with M-RoPE, where a
+    position says where in the picture a token is; ``LlavaConfig.schedule`` has it resolved. ``score`` names a
+    token-scoring function of ``model.scores``; ``seed`` is for the score "random".
 
     Raises:
       UserError: lists of different length, layers that are not ascending, ratios that increase or are not in 0..1.
@@ -50,7 +51,7 @@ class DropSchedule:
 
     layers: Annotated[tuple[int, ...], Field(max_length=1024)] = (8, 16, 24)
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
-    positions: Positions = "dense"
+    positions: Positions = "auto"
     score: str = "pyramiddrop"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
@@ -70,8 +71,8 @@ class DropSchedule:
             raise UserError(
                 f"keep ratios are relative to the original tokens and must not increase, got {list(self.ratios)}"
             )
-        if self.positions not in ("dense", "original"):
-            raise UserError(f"positions must be 'dense' or 'original', got {self.positions!r}")
+        if self.positions not in ("auto", "dense", "original"):
+            raise UserError(f"positions must be 'auto', 'dense' or 'original', got {self.positions!r}")
         if self.score == "none" and any(self.ratios):
             raise UserError(f"score 'none' drops all image tokens: its ratios must be 0, got {list(self.ratios)}")
 

@@ -29,6 +29,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NormEps = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
+# Ranges that the configs of models are checked for: far beyond any model, but small enough to compute shapes.
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Heads = Annotated[int, Field(ge=1, le=2**14)]
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
+Positions = Annotated[int, Field(ge=1, le=2**27)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+TokenId = Annotated[int, Field(ge=0, lt=2**24)]
+RopeBase = Annotated[float, Field(gt=0, le=1e12)]
+
 
 def validated(kind: type[T], data: Any, where: str, prefix: str = "") -> T:
     """``data`` from a JSON or TOML file as ``kind``, a dataclass or a pydantic model. Types are not converted.
@@ -84,6 +94,8 @@ def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
     """The parts of ``loc`` that are keys of ``data`` or missing from it; pydantic also adds the members of a union."""
     for part in loc:
         if isinstance(data, dict):
+            if str(part)[:1].isupper() and part not in data:
+                continue
             data = data.get(str(part))
         elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
             data = data[part]
@@ -95,12 +107,16 @@ def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
 def _suggestion(kind: Any, loc: tuple[int | str, ...]) -> str:
     """``: did you mean …?`` with the known key closest to the last part of ``loc``."""
     for part in loc[:-1]:
-        if not isinstance(kind, type):  # a union: it is unknown which member was meant
-            return ""
+        if not isinstance(kind, type):  # a union: the name of the member that was meant comes next, if it is known
+            kind = next((member for member in typing.get_args(kind) if getattr(member, "__name__", "") == part), None)
+            if kind is None:
+                return ""
+            continue
         hints = typing.get_type_hints(kind)
         kind = hints.get(str(part), kind)
     names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.5)
     if not near:
         return f": known are {', '.join(names)}" if names else ""
-    return f": did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?"
+    path = [str(part) for part in loc[:-1] if not str(part)[:1].isupper()]
+    return f": did you mean {'.'.join([*path, near[0]])}?"

@@ -1,10 +1,13 @@
 """DropSchedule and its plan: counts, lengths, and what is refused."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdrop_jax.batch import Bucket
+from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule, Stage, keep_count, keep_table
 
@@ -74,8 +77,14 @@ def test_json_round_trip(positions):
     assert DropSchedule.from_json(schedule.to_json()) == schedule
 
 
-def test_json_without_positions_is_dense():
-    assert DropSchedule.from_json({"layers": [1], "ratios": [0.5]}).positions == "dense"
+def test_json_without_positions_is_what_suits_the_model():
+    schedule = DropSchedule.from_json({"layers": [1], "ratios": [0.5]})
+    mrope = TextConfig(mrope_sections=(16, 24, 24))
+    assert schedule.positions == "auto"
+    assert LlavaConfig(schedule=schedule).schedule.positions == "dense"
+    assert LlavaConfig(text=mrope, schedule=schedule).schedule.positions == "original"
+    renumbered = dataclasses.replace(schedule, positions="dense")
+    assert LlavaConfig(text=mrope, schedule=renumbered).schedule.positions == "dense"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.schedule import DropSchedule
 
 # Built-in scores that compute attention of one query row in the next layer. "all_text" does so for every text token,
@@ -29,7 +30,7 @@ class PrefillMacs:
 
 def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     """MACs of a prompt that fills ``bucket``. Attention is counted without the causal mask, as in the paper."""
-    text, vision = config.text, config.vision
+    text = config.text
     D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
     plan = config.schedule.plan(text.num_layers, bucket)
     decoder = sum(stage.num_layers * _layer(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan)
@@ -39,19 +40,33 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     ranking = sum(stage.slots * D * K * H + rows * (D * N * H + stage.slots * N * H) for stage in plan[:-1])
     if not bucket.images or score not in (*ONE_ROW, "all_text"):
         ranking = 0
-    V, P = vision.hidden_size, vision.patch_size
-    tokens = vision.class_tokens + vision.num_patches
-    VN, VH = vision.num_heads, vision.head_dim
-    tower = config.vision_layers * _layer(tokens, V, VN, VN, VH, 2 * V * vision.intermediate_size)
-    tower += vision.num_patches * 3 * P**2 * V
-    projector = (config.image_tokens + config.frame_tokens) * (V * D + (config.projector_layers - 1) * D**2)
+    vision, projector = tower_macs(config, bucket)
     return PrefillMacs(
-        vision=bucket.crops * tower,
-        projector=bucket.crops * projector,
+        vision=vision,
+        projector=projector,
         decoder=decoder,
         ranking=ranking,
         head=D * text.vocab_size,
     )
+
+
+def tower_macs(config: LlavaConfig, bucket: Bucket) -> tuple[int, int]:
+    """MACs of the vision tower, and of the projector, for the crops of ``bucket``."""
+    vision, D = config.vision, config.text.hidden_size
+    V, F, N, H = vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.head_dim
+    if isinstance(vision, QwenVisionConfig):
+        patches, merged = bucket.crops * vision.window_patches, V * vision.merge_size**2
+        mlp = (3 if vision.activation is None else 2) * V * F
+        full = vision.num_layers if vision.window_size is None else len(vision.full_layers)
+        tower = full * _layer(patches, V, N, N, H, mlp)
+        tower += (vision.num_layers - full) * bucket.crops * _layer(vision.window_patches, V, N, N, H, mlp)
+        merger = bucket.crops * vision.window_tokens * (merged**2 + merged * D)
+        return tower + patches * vision.patch_values * V, merger
+    tokens = vision.class_tokens + vision.num_patches
+    tower = config.vision_layers * _layer(tokens, V, N, N, H, 2 * V * F)
+    tower += vision.num_patches * 3 * vision.patch_size**2 * V
+    projector = (config.image_tokens + config.frame_tokens) * (V * D + (config.projector_layers - 1) * D**2)
+    return bucket.crops * tower, bucket.crops * projector
 
 
 @dataclasses.dataclass(frozen=True)

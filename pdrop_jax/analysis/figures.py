@@ -139,7 +139,7 @@ def _panels(picture: Image.Image, image: ImageTokens, config: LlavaConfig) -> li
     """(first crop, rows, columns) of the parts of an image that are drawn: the whole image, and its tiles."""
     if config.tiling is None or len(image.crops) == 1:
         return [(0, 1, 1)]
-    return [(0, 1, 1), (1, *grid_shape((picture.height, picture.width), config.tiling, config.vision.image_size))]
+    return [(0, 1, 1), (1, *grid_shape((picture.height, picture.width), config.tiling, config.crop_tower.image_size))]
 
 
 Cells = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # see ``_cells``
@@ -151,7 +151,7 @@ def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: Llava
     Returns:
       (cell (n, T) in the grid of patches, whether a feature lies on it at all (n, T), (rows, columns) of patches).
     """
-    side, features = config.vision.patches_a_side, config.image_tokens
+    side, features = config.crop_tower.patches_a_side, config.image_tokens
     patch = index % features - (features - side**2)  # a class token, where it is kept, covers no part of the picture
     crop = index // features - first
     here = (index >= 0) & (patch >= 0) & (crop >= 0) & (crop < rows * columns)

@@ -60,7 +60,9 @@ def plan_batches(
             count = len(question.images)
             try:
                 ids = np.array(processor.prompts().ids(read_conversation(question.text, question.images)[0]), np.int32)
-                sizes = [measure(image, config, alone=count == 1) for image in question.images]
+                sizes = [
+                    measure(image, processor.image_processor, config, alone=count == 1) for image in question.images
+                ]
                 bucket = smallest_bucket([len(ids) - count], [sizes], config, max_new_tokens)
             except UserError as error:
                 raise _of(question, error) from None

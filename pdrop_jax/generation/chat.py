@@ -9,6 +9,7 @@ Caches grow with the bucket of the conversation (``buckets.choose_bucket``). Wit
 array is larger than it would be if the whole conversation was asked at once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -195,7 +196,7 @@ class Session:
             self._past = Past([*ids, *new[: drawn - 1]], len(ids), state.model, None, kept)
         else:
             kept = kept_tokens(whole, jax.device_get(drops))[0]
-            first = DecodeState(state.model.caches[:1], state.model.lengths)  # the other caches are for this turn only
+            first = dataclasses.replace(state.model, caches=state.model.caches[:1])  # the others are for this turn only
             self._past = Past(ids, len(ids), first, hidden, kept)
         text = processor.decode(new)
         # A tag that the model wrote has no image.
@@ -246,7 +247,7 @@ def _start_turn(
     """
     lengths = tuple(n + back for n in model.lengths)
     if whole is None or hidden is None:
-        before = DecodeState(model.caches, lengths)
+        before = dataclasses.replace(model, lengths=lengths)
         logits, after, drops = multi_turn.keep(config, params, chunk, before, slots, implementation=implementation)
     else:
         logits, after, hidden, drops = multi_turn.rerank(

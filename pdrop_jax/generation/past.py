@@ -50,7 +50,7 @@ def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> t
     width = 0 if hidden is None else max(hidden.shape[1], whole.bucket.slots)
     if found != sizes or (hidden is not None and hidden.shape[1] != width):
         caches, hidden = _grown(caches, hidden, sizes, width)
-    return DecodeState(caches, past.model.lengths), hidden
+    return dataclasses.replace(past.model, caches=caches), hidden
 
 
 def empty_past(model: Model, keeps_images: bool) -> Past:
@@ -58,6 +58,7 @@ def empty_past(model: Model, keeps_images: bool) -> Past:
     config, dtype = model.config, model.params["embed"]["embedding"].dtype
     caches = empty_caches(config, 1, dtype)
     lengths = tuple(jnp.zeros(1, jnp.int32) for _ in caches)
+    delta = jnp.zeros(1, jnp.int32) if config.text.mrope_sections else None
     if keeps_images:
-        return Past([], 0, DecodeState(caches, lengths), None, [])
-    return Past([], 0, DecodeState(caches[:1], lengths), jnp.zeros((1, 0, config.text.hidden_size), dtype), [])
+        return Past([], 0, DecodeState(caches, lengths, delta), None, [])
+    return Past([], 0, DecodeState(caches[:1], lengths, delta), jnp.zeros((1, 0, config.text.hidden_size), dtype), [])

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 
 NEWLINE = -1  # table entry for the newline vector
 SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tiling.max_tiles allows
@@ -41,12 +42,19 @@ class ImageTokens:
         model has those (``LlavaConfig.frame_tokens``).
       weight: (n, T) float32, the weights by which features are blended into a token; None if T is 1.
       video: whether the crops are the frames of a video.
+      layout: (P, U, 3) int32, for windows of patches (``families.qwen2_vl.inputs``), whose crops are (P, U, F): row and
+        column of a patch, and its frame from 1 on; 0 for an empty place. None for square crops.
+      positions: (n, 3) int32, time, row and column of each token for M-RoPE, counted from the image's first; else None.
+      extent: positions that the image takes in its row of tokens.
     """
 
     crops: np.ndarray
     index: np.ndarray
     weight: np.ndarray | None = None
     video: bool = False
+    layout: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    extent: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,7 +86,7 @@ def pooled(crops: np.ndarray, config: LlavaConfig) -> ImageTokens:
     """
     if config.frame_tokens:
         return ImageTokens(crops, np.arange(len(crops) * config.frame_tokens, dtype=np.int32)[:, None], video=True)
-    side = config.vision.patches_a_side
+    side = config.crop_tower.patches_a_side
     features = np.arange(side**2, dtype=np.int32) + config.image_tokens - side**2  # without a class token
     index, weight = (x.reshape(-1, 4) for x in bilinear(features.reshape(side, side), -(-side // 2), -(-side // 2)))
     index = (index + np.arange(len(crops), dtype=np.int32)[:, None, None] * config.image_tokens).reshape(-1, 4)
@@ -96,7 +104,8 @@ def tiled(crops: np.ndarray, size: tuple[int, int], config: LlavaConfig) -> Imag
       UserError: the image is so narrow that nothing of it is left once the padding is removed.
     """
     assert config.tiling
-    return ImageTokens(crops, *token_table(size, config.tiling, config.vision.image_size, config.vision.patches_a_side))
+    vision = config.crop_tower
+    return ImageTokens(crops, *token_table(size, config.tiling, vision.image_size, vision.patches_a_side))
 
 
 def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -183,9 +192,12 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     """The sizes that an image in a bucket can have, ascending: (crops, tokens).
 
     The overview alone, then with 1, 2, 4, 8, … tiles up to the largest of the model's resolutions, so that few shapes
-    are compiled.
+    are compiled. Pictures of any size have the levels of their tower.
     """
-    tiling, tile, side = config.tiling, config.vision.image_size, config.vision.patches_a_side
+    if isinstance(config.vision, QwenVisionConfig):
+        return config.vision.levels(config.text.max_length)
+    tiling, vision = config.tiling, config.vision
+    tile, side = vision.image_size, vision.patches_a_side
     alone = (1, config.image_tokens + (tiling is not None))
     if tiling is None:
         return [alone]
@@ -212,6 +224,6 @@ def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
     """
     if config.tiling is None:
         return levels(config)[0]
-    tile = config.vision.image_size
+    tile = config.crop_tower.image_size
     rows, columns = grid_shape(size, config.tiling, tile)
-    return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.vision.patches_a_side)[0])
+    return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.crop_tower.patches_a_side)[0])

@@ -8,6 +8,7 @@ import numpy as np
 from pdrop_jax.batch import IGNORE, Batch, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import NEWLINE, ImageTokens
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 
@@ -41,14 +42,19 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
     """
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
-    B, S, C, size = len(rows), bucket.slots, bucket.crops, config.vision.image_size
+    B, S, C = len(rows), bucket.slots, bucket.crops
     T = 4 if any(image.weight is not None for row in rows for image in row.images) else config.features_per_token
     token_ids = np.zeros((B, S), np.int32)
     feature_index = np.full((B, S, T), -1, np.int32)
     feature_weight = np.zeros((B, S, T), np.float32)
     image_id = np.zeros((B, S), np.int32)
     length = np.zeros(B, np.int32)
-    crops = np.zeros((B, C, size, size, 3), np.float32)
+    crops = np.zeros((B, C, *crop_shape(config)), np.float32)
+    layout = positions = None
+    if isinstance(config.vision, QwenVisionConfig):
+        layout = np.zeros((B, C, config.vision.window_patches, 3), np.int32)
+    if config.text.mrope_sections:
+        positions = np.zeros((B, S, 3), np.int32)
     query_rows = np.full((B, queries), -1, np.int32)
     labels = np.full((B, S), IGNORE, np.int32) if any(row.labels is not None for row in rows) else None
     for b, row in enumerate(rows):
@@ -56,15 +62,22 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         ids, images = expand(row.ids, [len(image) for image in row.images])
         n = length[b] = len(ids)
         token_ids[b, :n], image_id[b, :n] = ids, images
-        used = 0
+        if positions is not None:
+            positions[b, :n] = mrope_positions(row)
+        used = frames = 0
         for m, image in enumerate(row.images, 1):
             index, feature_weight[b, :n][images == m] = image.widened(T)
-            first, features = 0, config.image_tokens
+            first, features = 0, crop_features(config)
             if image.video and config.frame_tokens:
-                first, features = C * config.image_tokens, config.frame_tokens
-            newline = C * (config.image_tokens + config.frame_tokens)
+                first, features = C * features, config.frame_tokens
+            newline = C * (crop_features(config) + config.frame_tokens)
             feature_index[b, :n][images == m] = np.where(index == NEWLINE, newline, first + used * features + index)
             crops[b, used : used + len(image.crops)] = image.crops
+            if layout is not None and image.layout is not None:
+                here = layout[b, used : used + len(image.crops)]
+                here[...] = image.layout
+                here[..., 2] += np.where(image.layout[..., 2] > 0, frames, 0)  # frames count through the row
+                frames += image.layout[..., 2].max()
             used += len(image.crops)
         found = np.array([n - 1])
         if labels is not None:
@@ -86,7 +99,44 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         labels=labels,
         bucket=bucket,
         feature_weight=feature_weight if T > 1 else None,
+        patch_layout=layout,
+        positions=positions,
     )
+
+
+def crop_shape(config: LlavaConfig) -> tuple[int, ...]:
+    """The shape of a crop: a square picture (h, w, 3), or a window of patches (U, F)."""
+    if isinstance(config.vision, QwenVisionConfig):
+        return config.vision.window_patches, config.vision.patch_values
+    return config.vision.image_size, config.vision.image_size, 3
+
+
+def crop_features(config: LlavaConfig) -> int:
+    """The number of features that the tower makes of a crop."""
+    return config.vision.window_tokens if isinstance(config.vision, QwenVisionConfig) else config.image_tokens
+
+
+def mrope_positions(row: Row) -> np.ndarray:
+    """Time, height and width of each token of a row, (n, 3) int32 (Qwen2-VL, section 2.1).
+
+    The three are equal for text. An image starts where the text before it ends, and the text behind it continues after
+    as many positions as the image's longer side has tokens. Example, an image of 2 x 3 tokens between two words::
+
+        time    0   1 1 1 1 1 1   4
+        height  0   1 1 1 2 2 2   4
+        width   0   1 2 3 1 2 3   4
+    """
+    images, found, start = iter(row.images), [], 0
+    for token in np.asarray(row.ids):
+        if token == IMAGE_PLACEHOLDER:
+            image = next(images)
+            assert image.positions is not None
+            found.append(image.positions + start)
+            start += image.extent
+        else:
+            found.append(np.full((1, 3), start, np.int32))
+            start += 1
+    return np.concatenate(found)
 
 
 def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +177,7 @@ def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
 
 
 def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> None:
-    ids, size, vocab_size = np.asarray(row.ids), config.vision.image_size, config.text.vocab_size
+    ids, shape, vocab_size = np.asarray(row.ids), crop_shape(config), config.text.vocab_size
     placeholders = int((ids == IMAGE_PLACEHOLDER).sum())
     text = ids[ids != IMAGE_PLACEHOLDER]
     if not len(ids):
@@ -153,7 +203,7 @@ def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> No
             "the tokenizer belongs to another model"
         )
     for image in row.images:
-        if image.crops.shape[1:] != (size, size, 3):
+        if image.crops.shape[1:] != shape:
             raise UserError(
-                f"prompt {number} has crops of shape {image.crops.shape[1:]}, the vision tower takes {size, size, 3}"
+                f"prompt {number} has crops of shape {image.crops.shape[1:]}, the vision tower takes {shape}"
             )

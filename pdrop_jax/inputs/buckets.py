@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdrop_jax.batch import Bucket
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageSize, levels
 from pdrop_jax.inputs.assemble import Row
@@ -71,7 +71,7 @@ def bucket_for(text: int, images: Sequence[int], config: LlavaConfig) -> Bucket:
     Raises:
       UserError: the model has no image of so many tokens.
     """
-    if config.tiling:
+    if config.tiling or not isinstance(config.vision, VisionConfig):
         crops = sum(level_of(1, tokens, config)[0] for tokens in images)
     else:
         crops = -(-sum(images) // config.image_tokens)
@@ -84,7 +84,7 @@ def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) 
     Raises:
       UserError: the image is larger than any level.
     """
-    if video:
+    if video and isinstance(config.vision, VisionConfig):
         frames = 1 << (crops - 1).bit_length()
         return frames, -(-tokens // crops) * frames
     known = levels(config)

@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pdrop_jax.config import Pixels
 from pdrop_jax.io import read_json
-from pdrop_jax.schema import validated
+from pdrop_jax.schema import Pixels, validated
 
 Side = Annotated[int, Field(ge=1, le=4096)]  # pixels; the whole image is resized to it before cropping
 Mean = Annotated[float, Field(ge=-255, le=255)]  # of a colour channel, after rescaling
@@ -44,8 +43,11 @@ class Settings(BaseModel):
     image_grid_pinpoints: Annotated[list[tuple[Pixels, Pixels]], Field(max_length=1024)] | None = None
 
 
-def read_settings(folder: pathlib.Path) -> dict[str, Any]:
+def read_settings(folder: pathlib.Path, schema: type[BaseModel] = Settings) -> dict[str, Any]:
     """The image processor's settings in ``folder``, without null values; empty if the folder has none.
+
+    Args:
+      schema: the keys that are read.
 
     Raises:
       UserError: a file is malformed, or a value has the wrong type or is out of range.
@@ -57,4 +59,4 @@ def read_settings(folder: pathlib.Path) -> dict[str, Any]:
         # transformers 5 saves a LLaVA processor as one file that contains the image processor.
         path = folder / "processor_config.json"
         found = read_json(path).get("image_processor") if path.exists() else None
-    return {} if found is None else validated(Settings, found, str(path)).model_dump(mode="json", exclude_none=True)
+    return {} if found is None else validated(schema, found, str(path)).model_dump(mode="json", exclude_none=True)

@@ -14,10 +14,13 @@ from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.io import check_file
@@ -30,13 +33,17 @@ class Video:
     """Frames of a video that form one image: one ``<image>`` tag, one token count at each drop.
 
     To drop tokens of each frame separately, pass the frames as images, with one tag each.
+
+    Attributes:
+      fps: frames a second, for models whose positions count time (Qwen2.5-VL); they sample two a second themselves.
     """
 
     frames: Sequence[Picture]
+    fps: float = 2.0
 
 
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
-ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler
+ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler | Qwen2VLImageProcessorPil
 
 MAX_ASPECT = 64  # long edge / short edge up to which an image is resized whole before the centre crop
 MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, so time grows with its square
@@ -53,6 +60,8 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
       UserError: the description cannot be read, is neither like CLIP's (resize the short edge, crop the centre) nor
         like SigLIP's (resize both edges), or its crops or tiles do not have the model's sizes.
     """
+    if isinstance(config.vision, QwenVisionConfig):
+        return qwen2_vl.load_processor(folder, config.vision)
     side = config.vision.image_size
     square = {"height": side, "width": side}
     siglip = config.vision.kind == "siglip"
@@ -205,18 +214,22 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
-def measure(picture: Picture, config: LlavaConfig, *, alone: bool) -> ImageSize:
+def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize:
     """The number of crops and tokens that ``as_tokens`` makes of an image. At most the header of a file is read.
 
     Args:
+      processor: from ``load_image_processor``.
       alone: whether its row has no other image.
 
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled.
     """
-    if config.tiling is None or (config.tiling.alone and not alone):
+    grids = isinstance(processor, Qwen2VLImageProcessorPil)
+    if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
         return ImageSize(*levels(config)[0])
     size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+    if grids:
+        return qwen2_vl.measure(size, processor, config)
     return ImageSize(*count(size, config))
 
 
@@ -230,6 +243,8 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     Raises:
       UserError: the image is too narrow to be tiled.
     """
+    if isinstance(processor, Qwen2VLImageProcessorPil):
+        return qwen2_vl.picture_tokens(image, processor, config)
     if config.tiling is None:
         return whole(to_crop(image, processor, config.image_aspect), config)
     if config.tiling.alone and not alone:
@@ -238,14 +253,24 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 
 
+def blank(config: LlavaConfig) -> ImageTokens:
+    """A grey picture, the smallest that a model takes."""
+    if isinstance(config.vision, QwenVisionConfig):
+        return qwen2_vl.blank(config.vision)
+    size = config.vision.image_size
+    return whole(np.zeros((size, size, 3), np.float32), config)
+
+
 def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:
     """The model's input for a video: its frames are never tiled, and their features are downsampled.
 
     Raises:
-      UserError: the video has no frame, or a frame cannot be read.
+      UserError: the video has no frame, a frame cannot be read, or what their processor takes only of one size differs.
     """
     if not video.frames:
         raise UserError("a video needs at least one frame, got none")
+    if isinstance(processor, Qwen2VLImageProcessorPil):
+        return qwen2_vl.video_tokens([open_image(frame) for frame in video.frames], video.fps, processor, config)
     aspect = "square" if config.tiling else config.image_aspect
     own = plain(processor)
     return pooled(np.stack([to_crop(open_image(frame), own, aspect) for frame in video.frames]), config)

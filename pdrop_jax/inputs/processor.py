@@ -10,13 +10,14 @@ from typing import Any
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import TEMPLATES
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
-from pdrop_jax.inputs.messages import Prompt, read_conversation
-from pdrop_jax.inputs.model_template import OWN, find_chat_template
+from pdrop_jax.inputs.messages import Kind, Prompt, read_conversation
+from pdrop_jax.inputs.model_template import OWN, PLACEHOLDERS, find_chat_template
 from pdrop_jax.inputs.prompts import PromptTemplate, prompt_template
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
@@ -97,11 +98,11 @@ class Processor:
         """The template that renders conversations: the checkpoint's, or another one by its name."""
         if template is None:
             return self._prompts
-        return prompt_template(template, self.tokenizer, self.chat_template)
+        return prompt_template(template, self.tokenizer, self.chat_template, placeholders(self.config))
 
     @functools.cached_property
     def _prompts(self) -> PromptTemplate:
-        return prompt_template(self.config.template, self.tokenizer, self.chat_template)
+        return prompt_template(self.config.template, self.tokenizer, self.chat_template, placeholders(self.config))
 
     def all_tokens(self, images: Sequence[Picture | Video]) -> list[ImageTokens]:
         """``tokens`` of the images of one row."""
@@ -169,6 +170,11 @@ class TextStream:
             return ""
         new, self._shown = text[self._shown :], len(text)
         return new
+
+
+def placeholders(config: LlavaConfig) -> Mapping[Kind, str]:
+    """What the model's own chat template writes for an image and for a video."""
+    return qwen2_vl.PLACEHOLDERS if isinstance(config.vision, qwen2_vl.QwenVisionConfig) else PLACEHOLDERS
 
 
 def as_list(entry: Entry) -> Sequence[Picture | Video]:

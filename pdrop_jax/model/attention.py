@@ -6,6 +6,7 @@ own if it can handle the call and xla otherwise. A forced implementation that ca
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.sharding import partition
 
 BLOCK = 128  # queries of one block of ``blocked``
+SEGMENT_BLOCK = 512  # queries that ``segment_attention`` takes at once
 SPLASH_BLOCK = 128  # the kernel's smallest block of keys: other lengths are padded for it alone
 LONGEST_BLOCK = 1024  # queries that the kernel takes at once; they need no padding
 TILE = 16  # rows of a bfloat16 tile on a TPU
@@ -141,6 +143,35 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
         probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(B, K, -1, C)
         blocks.append(jnp.einsum("BKQC,BKCH->BKQH", probs, v).reshape(block.shape))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+@jax.named_scope("attention")
+def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
+    """Two-way attention among the tokens of a segment, such as the patches of one picture in a buffer of several.
+
+    Queries are taken in blocks one after the other, or the scores of a large picture would fill the memory.
+
+    Args:
+      q, k, v: (B, T, N, H).
+      segment: (B, T) int32; padding is a segment of its own, so that every query sees a key.
+
+    Returns:
+      (B, T, N, H), dtype of v.
+    """
+    B, T, _, H = q.shape
+    size = math.gcd(T, SEGMENT_BLOCK)
+
+    def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:  # (B, size, N, H) and (B, size)
+        rows, own = block
+        logits = jnp.einsum("BTNH,BSNH->BNTS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+        seen = own[:, None, :, None] == segment[:, None, None]
+        probs = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(v.dtype)
+        return jnp.einsum("BNTS,BSNH->BTNH", probs, v)
+
+    if size == T:
+        return of_block((q, segment))
+    blocks = (x.reshape(B, T // size, size, *x.shape[2:]).swapaxes(0, 1) for x in (q, segment))
+    return jax.lax.map(jax.checkpoint(of_block), tuple(blocks)).swapaxes(0, 1).reshape(q.shape)
 
 
 def aligned(implementation: Implementation) -> int:

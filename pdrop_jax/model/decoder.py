@@ -31,10 +31,13 @@ class DecodeState:
     Attributes:
       caches: one for each stage, None for a stage without layers.
       lengths: (B,) int32 for each stage, valid slots of its cache.
+      rope_delta: (B,) int32, with M-RoPE by how much the next position exceeds the tokens of the first stage, since a
+        picture takes fewer positions than tokens; None without it.
     """
 
     caches: tuple[StageCache | None, ...]
     lengths: tuple[jax.Array, ...]
+    rope_delta: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -56,17 +59,41 @@ class DecoderOutput:
 
 
 def positions_of(
-    schedule: DropSchedule, buffer: TokenBuffer, stage_length: jax.Array | int = 0, first_length: jax.Array | int = 0
+    schedule: DropSchedule,
+    buffer: TokenBuffer,
+    stage_length: jax.Array | int = 0,
+    first_length: jax.Array | int = 0,
+    *,
+    dropped: bool = True,
 ) -> jax.Array:
-    """(B, S) int32: renumbered after each drop, or the original slots, see ``DropSchedule.positions``.
+    """Where rope turns the tokens to, (B, S) int32, or (B, S, 3) with M-RoPE; see ``DropSchedule.positions``.
+
+    "original" are the positions before the first drop. "dense" are the slots after each drop; with M-RoPE the slot is
+    all three positions from then on, and before the first drop tokens have their own.
 
     Args:
       stage_length: (B,) int32, tokens of earlier turns in the stage.
-      first_length: (B,) int32, tokens of earlier turns in the first stage.
+      first_length: (B,) int32, positions of earlier turns in the first stage.
+      dropped: static, whether a drop was before these tokens' numbers.
     """
-    if schedule.positions == "original":
+    if schedule.positions == "original" or (buffer.positions is not None and not dropped):
+        if buffer.positions is not None:
+            return buffer.positions + jnp.reshape(first_length, (-1, 1, 1))
         return buffer.index + jnp.reshape(first_length, (-1, 1))
     return jnp.broadcast_to(jnp.arange(buffer.slots) + jnp.reshape(stage_length, (-1, 1)), buffer.index.shape)
+
+
+def rope_delta_of(buffer: TokenBuffer, past: DecodeState | None = None) -> jax.Array | None:
+    """``DecodeState.rope_delta`` after the tokens of ``buffer``: the next position follows that of the last token.
+
+    This is the largest position + 1, unless a clip's time runs ahead of the text behind it. Then transformers' model
+    would continue after the clip, but its ``generate`` and a prefill of prompt and answer continue the text, as here.
+    """
+    if buffer.positions is None:
+        return None
+    last = jnp.take_along_axis(buffer.positions, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, 3)
+    before = 0 if past is None or past.rope_delta is None else past.rope_delta
+    return before + last.max((1, 2)) + 1 - buffer.length
 
 
 def run_stages(
@@ -103,13 +130,18 @@ def run_stages(
     follow = score.last_layer and bool(image_sizes)
     drops, caches, lengths, layer_inputs = [], [], [], []
     last_layer = last_input = None
+    delta = rope_delta_of(buffer, past)
     if max_positions is None and past is None:
         max_positions = buffer.slots
+    if config.text.mrope_sections:
+        max_positions = None  # the positions of a video are not bounded by its tokens
     tables = max_positions and rope_tables(config.text, jnp.arange(max_positions)[None])
 
-    def rope_of(buffer: TokenBuffer, s: int) -> Any:
-        before = (0, 0) if past is None else (past.lengths[s], past.lengths[0])
-        positions = positions_of(config.schedule, buffer, *before)
+    def rope_of(buffer: TokenBuffer, s: int, dropped: bool) -> Any:
+        before: Any = (0, 0)
+        if past is not None:
+            before = (past.lengths[s], past.lengths[0] + (0 if past.rope_delta is None else past.rope_delta))
+        positions = positions_of(config.schedule, buffer, *before, dropped=dropped)
         return rope_at(tables, positions) if tables else rope_tables(config.text, positions)
 
     for s, stage in enumerate(plan[first:], first):
@@ -121,7 +153,7 @@ def run_stages(
                 config=config,
                 number=s - 1,
                 buffer=buffer,
-                rope=rope_of(buffer, s),
+                rope=rope_of(buffer, s, dropped=s > (past is None)),  # among cached tokens, numbered as they are
                 next_layer=layer_of(layers, 0),
                 past=earlier,
                 last_layer=last_layer,
@@ -129,7 +161,7 @@ def run_stages(
             )
             buffer, dropped = drop(stage, at, score.rank, max(image_sizes))
             drops.append(dropped)
-        rope, length = rope_of(buffer, s), buffer.length
+        rope, length = rope_of(buffer, s, dropped=s > 0), buffer.length
 
         def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: Any = length, start: Any = start) -> Any:
             x, cache, _ = carry
@@ -154,7 +186,7 @@ def run_stages(
         caches.append(prompt_cache if past is None else cache)
         lengths.append(length + start)
         layer_inputs.append(inputs)
-    state = DecodeState(tuple(caches), tuple(lengths))
+    state = DecodeState(tuple(caches), tuple(lengths), delta)
     return DecoderOutput(buffer, state, tuple(drops), tuple(layer_inputs))
 
 
@@ -173,7 +205,10 @@ def run_token(
     """
     B = x.shape[0]
     zero, one = jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32)
-    token = TokenBuffer(x, image_id=zero, index=zero, length=one, query_rows=zero, image_count=zero)
+    positions = jnp.zeros((B, 1, 3), jnp.int32) if config.text.mrope_sections else None
+    token = TokenBuffer(
+        x, image_id=zero, index=zero, length=one, query_rows=zero, image_count=zero, positions=positions
+    )
     past = dataclasses.replace(state, lengths=tuple(length + step for length in state.lengths))
     plan = config.schedule.plan(config.text.num_layers, Bucket(text=1))
     output = run_stages(config, stages, plan, token, (), past=past)

@@ -39,6 +39,7 @@ class TokenBuffer:
       labels: (B, S) int32 next-token targets, or None.
       precomputed_scores: (B, S) float32, what a score knows of a token before the decoder (``scores.TokenScore``), or
         None.
+      positions: (B, S, 3) int32, time, height and width of M-RoPE, which stay with a token; None without it.
     """
 
     hidden: jax.Array
@@ -49,6 +50,7 @@ class TokenBuffer:
     image_count: jax.Array
     labels: jax.Array | None = None
     precomputed_scores: jax.Array | None = None
+    positions: jax.Array | None = None
 
     @property
     def slots(self) -> int:
@@ -234,7 +236,7 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
     def gather(x: jax.Array, padding: int) -> jax.Array:
         return jnp.where(valid, jnp.take_along_axis(x, source, axis=1), padding)
 
-    precomputed = buffer.precomputed_scores
+    precomputed, positions = buffer.precomputed_scores, buffer.positions
     query_rows = jnp.take_along_axis(kept_up_to, jnp.maximum(buffer.query_rows, 0), axis=1) - 1
     return dataclasses.replace(
         buffer,
@@ -245,4 +247,5 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
         query_rows=jnp.where(buffer.query_rows < 0, -1, query_rows),
         labels=None if buffer.labels is None else gather(buffer.labels, IGNORE),
         precomputed_scores=None if precomputed is None else gather(precomputed, 0),
+        positions=None if positions is None else jnp.take_along_axis(positions, source[..., None], axis=1),
     )

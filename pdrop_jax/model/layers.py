@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.config import Implementation, Remat, TextConfig, VisionConfig
+from pdrop_jax.config import Activation, Implementation, Remat, TextConfig, VisionConfig
 from pdrop_jax.model.attention import attention
-from pdrop_jax.model.params import Params
 from pdrop_jax.model.quantization import is_quantized, quantized_product
 from pdrop_jax.model.rope import Rope, rotate
+from pdrop_jax.model.specs import Params
 from pdrop_jax.sharding import constrain
 
 HIDDEN = ("batch", "sequence", None)
@@ -102,10 +102,13 @@ def vision_layer(config: VisionConfig, params: Params, x: jax.Array, implementat
 
 
 def vision_mlp(config: VisionConfig, params: Params, x: jax.Array) -> jax.Array:
-    h = linear(params["up"], x)
-    if config.activation == "quick_gelu":
-        return linear(params["down"], h * jax.nn.sigmoid(1.702 * h))
-    return linear(params["down"], jax.nn.gelu(h, approximate=config.activation == "gelu_tanh"))
+    return linear(params["down"], activate(config.activation, linear(params["up"], x)))
+
+
+def activate(activation: Activation, x: jax.Array) -> jax.Array:
+    if activation == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return jax.nn.gelu(x, approximate=activation == "gelu_tanh")
 
 
 def projector(params: Params, x: jax.Array) -> jax.Array:

@@ -73,14 +73,17 @@ def rerank(
       (logits (B, V) float32 after the chunk, state for ``vlm.decode_step``, ``hidden`` with the chunk's tokens, drops
       over the buffers of the whole conversation).
     """
-    stages, num_layers = params["stages"], config.text.num_layers
+    stages, num_layers, delta = params["stages"], config.text.num_layers, None
+    if whole.positions is not None:  # at the chunk's first token, whose own first position is 0
+        at = jnp.minimum(first, whole.bucket.slots - 1)[:, None, None]
+        delta = jnp.take_along_axis(jnp.asarray(whole.positions), at, axis=1)[:, 0, 0] - first
     new = run_stages(
         config,
         stages,
         config.schedule.plan(num_layers, chunk.bucket)[:1],
         embed(config, params, chunk, chunk.bucket.slots, implementation),
         chunk.bucket.images,
-        past=DecodeState((cache,), (first,)),
+        past=DecodeState((cache,), (first,), delta),
         max_positions=hidden.shape[1],
     )
     slots = first[:, None] + jnp.arange(chunk.bucket.slots)  # (B, T)
@@ -97,5 +100,9 @@ def rerank(
         new_slots=new_slots,
         implementation=implementation,
     )
-    state = DecodeState((*new.state.caches, *later.state.caches), (jnp.asarray(whole.length), *later.state.lengths))
+    state = DecodeState(
+        (*new.state.caches, *later.state.caches),
+        (jnp.asarray(whole.length), *later.state.lengths),
+        later.state.rope_delta,
+    )
     return next_logits(config, params, later.buffer), state, hidden, later.drops

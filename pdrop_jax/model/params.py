@@ -14,121 +14,33 @@ table (``convert.names``). The tree::
     head.kernel            (D, V), absent if tied to the embedding
 """
 
-import dataclasses
 import functools
 import math
 import re
 import zlib
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from pdrop_jax.config import Group, LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.sharding import RULES, Logical
-
-Params = dict[str, Any]  # nested dict of arrays
-Specs = dict[str, Any]  # nested dict of ParamSpec
-EMBEDDING_STD = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamSpec:
-    """One array of the model.
-
-    Attributes:
-      shape: with the layers in front if it is a stack.
-      axes: logical axis of each dimension, see ``sharding.RULES``.
-      init: "normal" has standard deviation 1/sqrt(fan-in), "uniform" lies within +-1/sqrt(fan-in), "embedding" is
-        normal with ``EMBEDDING_STD``.
-      group: the part of the model that it is trained with.
-      inputs: dimensions that the matrix product sums over; empty for an array that is not a matrix.
-      decayed: whether weight decay applies.
-      constant: never trained, whatever its group.
-
-    Raises:
-      ValueError: two dimensions would be sharded along the same mesh axis.
-    """
-
-    shape: tuple[int, ...]
-    axes: Logical
-    init: Literal["normal", "uniform", "embedding", "ones", "zeros"]
-    group: Group
-    inputs: tuple[int, ...] = ()
-    decayed: bool = True
-    constant: bool = False
-
-    def __post_init__(self) -> None:
-        used = [mesh_axis for axis in self.axes if axis for mesh_axis in RULES[axis]]
-        if len(self.axes) != len(self.shape) or len(set(used)) < len(used):
-            raise ValueError(f"axes {self.axes} do not fit an array of shape {self.shape}")
-
-    @property
-    def fan_in(self) -> int:
-        return math.prod(self.shape[i] for i in self.inputs)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """Dimensions of a matrix behind its inputs; stacked layers are neither."""
-        return tuple(range(self.inputs[-1] + 1, len(self.shape)))
-
-    def stacked(self, num_layers: int) -> "ParamSpec":
-        return dataclasses.replace(
-            self,
-            shape=(num_layers, *self.shape),
-            axes=(None, *self.axes),
-            inputs=tuple(i + 1 for i in self.inputs),
-        )
-
-    def random(self, key: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        """An initial value; drawn in float32, then cast to ``dtype``."""
-        if self.init in ("ones", "zeros"):
-            return (jnp.ones if self.init == "ones" else jnp.zeros)(self.shape, dtype)
-        bound = EMBEDDING_STD if self.init == "embedding" else 1 / math.sqrt(self.fan_in)
-        if self.init == "uniform":
-            return jax.random.uniform(key, self.shape, jnp.float32, -bound, bound).astype(dtype)
-        return (jax.random.normal(key, self.shape, jnp.float32) * bound).astype(dtype)
-
-
-def _linear(
-    shape: tuple[int, ...], axes: Logical, group: Group, *, inputs: tuple[int, ...] = (0,), bias: bool = False
-) -> Specs:
-    specs = {"kernel": ParamSpec(shape, axes, "normal", group, inputs)}
-    if bias:
-        first = len(inputs)
-        whole = tuple(None if axis == "model" else axis for axis in axes[first:])
-        specs["bias"] = ParamSpec(shape[first:], whole, "zeros", group, decayed=False)
-    return specs
-
-
-def _norm(D: int, group: Group, *, bias: bool = False) -> Specs:
-    specs = {"scale": ParamSpec((D,), (None,), "ones", group, decayed=False)}
-    if bias:
-        specs["bias"] = ParamSpec((D,), (None,), "zeros", group, decayed=False)
-    return specs
-
-
-def _attention(
-    D: int, N: int, K: int, H: int, group: Group, *, qkv_bias: bool, output_bias: bool, heads: str | None = "heads"
-) -> Specs:
-    def project(count: int) -> Specs:
-        return _linear((D, count, H), ("model", heads, None), group, bias=qkv_bias)
-
-    output = _linear((N, H, D), (heads, None, "model"), group, inputs=(0, 1), bias=output_bias)
-    return {"q": project(N), "k": project(K), "v": project(K), "o": output}
+from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.families.qwen2_vl import params as qwen2_vl
+from pdrop_jax.model.specs import Params as Params
+from pdrop_jax.model.specs import ParamSpec as ParamSpec
+from pdrop_jax.model.specs import Specs, attention_specs, linear_specs, norm_specs
 
 
 def decoder_layer_specs(config: TextConfig) -> Specs:
     D, N, K, H, F = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size
     return {
-        "attention_norm": _norm(D, "llm"),
-        "attention": _attention(D, N, K, H, "llm", qkv_bias=config.qkv_bias, output_bias=config.output_bias),
-        "mlp_norm": _norm(D, "llm"),
+        "attention_norm": norm_specs(D, "llm"),
+        "attention": attention_specs(D, N, K, H, "llm", qkv_bias=config.qkv_bias, output_bias=config.output_bias),
+        "mlp_norm": norm_specs(D, "llm"),
         "mlp": {
-            "gate": _linear((D, F), ("model", "mlp"), "llm"),
-            "up": _linear((D, F), ("model", "mlp"), "llm"),
-            "down": _linear((F, D), ("mlp", "model"), "llm"),
+            "gate": linear_specs((D, F), ("model", "mlp"), "llm"),
+            "up": linear_specs((D, F), ("model", "mlp"), "llm"),
+            "down": linear_specs((F, D), ("mlp", "model"), "llm"),
         },
     }
 
@@ -136,12 +48,12 @@ def decoder_layer_specs(config: TextConfig) -> Specs:
 def vision_layer_specs(config: VisionConfig) -> Specs:
     D, N, H, F = config.hidden_size, config.num_heads, config.head_dim, config.intermediate_size
     return {
-        "attention_norm": _norm(D, "vision", bias=True),
-        "attention": _attention(D, N, N, H, "vision", heads=None, qkv_bias=True, output_bias=True),
-        "mlp_norm": _norm(D, "vision", bias=True),
+        "attention_norm": norm_specs(D, "vision", bias=True),
+        "attention": attention_specs(D, N, N, H, "vision", heads=None, qkv_bias=True, output_bias=True),
+        "mlp_norm": norm_specs(D, "vision", bias=True),
         "mlp": {
-            "up": _linear((D, F), ("model", None), "vision", bias=True),
-            "down": _linear((F, D), (None, "model"), "vision", bias=True),
+            "up": linear_specs((D, F), ("model", None), "vision", bias=True),
+            "down": linear_specs((F, D), (None, "model"), "vision", bias=True),
         },
     }
 
@@ -150,12 +62,12 @@ def vision_embedding_specs(config: VisionConfig) -> Specs:
     D, P, clip = config.hidden_size, config.patch_size, config.kind == "clip"
     slots = config.class_tokens + config.num_patches
     specs = {
-        "patch": _linear((P, P, 3, D), (None, None, None, "model"), "vision", inputs=(0, 1, 2), bias=not clip),
+        "patch": linear_specs((P, P, 3, D), (None, None, None, "model"), "vision", inputs=(0, 1, 2), bias=not clip),
         "position": ParamSpec((slots, D), (None, "model"), "embedding", "vision"),
     }
     if clip:
         specs["class_token"] = ParamSpec((D,), (None,), "embedding", "vision")
-        specs["norm"] = _norm(D, "vision", bias=True)
+        specs["norm"] = norm_specs(D, "vision", bias=True)
     return specs
 
 
@@ -164,7 +76,7 @@ def projector_specs(vision_size: int, D: int, num_layers: int) -> Specs:
 
     def layer(n: int) -> Specs:
         axes = ("mlp", "model") if n % 2 else ("model", "mlp")
-        return _linear((D if n else vision_size, D), axes, "projector", bias=True)
+        return linear_specs((D if n else vision_size, D), axes, "projector", bias=True)
 
     return {f"linear_{n}": layer(n) for n in range(num_layers)}
 
@@ -179,20 +91,23 @@ def param_specs(config: LlavaConfig) -> Specs:
 
     ranges = config.schedule.layer_ranges(config.text.num_layers)
     decoder_layer = decoder_layer_specs(config.text)
+    if isinstance(config.vision, VisionConfig):
+        embed, layer = vision_embedding_specs(config.vision), vision_layer_specs(config.vision)
+        projector = projector_specs(config.vision.hidden_size, D, config.projector_layers)
+    else:
+        embed, layer = qwen2_vl.embedding_specs(config.vision), qwen2_vl.layer_specs(config.vision)
+        projector = qwen2_vl.merger_specs(config.vision, D)
     specs: Specs = {
-        "vision": {
-            "embed": vision_embedding_specs(config.vision),
-            "layers": stack(vision_layer_specs(config.vision), config.vision_layers),
-        },
-        "projector": projector_specs(config.vision.hidden_size, D, config.projector_layers),
+        "vision": {"embed": embed, "layers": stack(layer, config.vision_layers)},
+        "projector": projector,
         "embed": {"embedding": ParamSpec((V, D), ("vocab", "model"), "embedding", "llm")},
         "stages": {str(s): stack(decoder_layer, stop - start) for s, (start, stop) in enumerate(ranges)},
-        "norm": _norm(D, "llm"),
+        "norm": norm_specs(D, "llm"),
     }
     if config.tiling:
         specs["newline"] = {"embedding": ParamSpec((D,), (None,), "embedding", "llm")}
     if not config.text.tie_embeddings:
-        specs["head"] = _linear((D, V), ("model", "vocab"), "llm")
+        specs["head"] = linear_specs((D, V), ("model", "vocab"), "llm")
     return specs
 
 

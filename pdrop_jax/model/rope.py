@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pdrop_jax.config import TextConfig
 
@@ -9,8 +10,12 @@ Rope = tuple[jax.Array, jax.Array]  # cos and signed sin: (B, T, H) float32
 
 
 def rope_tables(config: TextConfig, positions: jax.Array) -> Rope:
-    """cos and sin of the rotary angles at ``positions`` (B, T) int32, see ``rotate``; the sin of the first half is
-    negated."""
+    """cos and sin of the rotary angles at ``positions``, see ``rotate``; the sin of the first half is negated.
+
+    Args:
+      positions: (B, T) int32. With M-RoPE (Qwen2-VL, section 2.1) also (B, T, 3): time, height and width, by which
+        ``mrope_sections`` of the pairs turn; three equal numbers are the same as one.
+    """
     H = config.head_dim
     inverse = 1.0 / config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     scaling = config.rope_scaling
@@ -22,7 +27,12 @@ def rope_tables(config: TextConfig, positions: jax.Array) -> Rope:
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         blend = jnp.clip(blend, 0.0, 1.0)
         inverse = blend * inverse + (1 - blend) * inverse / scaling.factor
-    angles = positions[..., None].astype(jnp.float32) * inverse
+    if positions.ndim == 3:
+        assert config.mrope_sections
+        turned_by = np.repeat(np.arange(3), config.mrope_sections)  # (H / 2,)
+        angles = positions[..., turned_by].astype(jnp.float32) * inverse
+    else:
+        angles = positions[..., None].astype(jnp.float32) * inverse
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 

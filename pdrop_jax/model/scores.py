@@ -116,7 +116,7 @@ def noise(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax
 def grid(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
     """1 at tokens on every third line and column of their crop's patches, counted from the first."""
     index = jnp.asarray(batch.feature_index)[..., 0]  # a blended token is where its first feature is
-    side, features = config.vision.patches_a_side, config.image_tokens
+    side, features = config.crop_tower.patches_a_side, config.image_tokens
     patch = index % features - (features - side**2)  # a class token, where it is kept, has no place in the grid
     here = (index >= 0) & (index < batch.bucket.crops * features) & (patch >= 0)
     return (here & (patch // side % GRID == 0) & (patch % side % GRID == 0)).astype(jnp.float32)

@@ -5,7 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pdrop_jax.batch import Batch
 from pdrop_jax.config import Implementation, LlavaConfig, Remat
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
+from pdrop_jax.families.qwen2_vl.tower import patch_features
 from pdrop_jax.model.layers import (
     layer_norm,
     layer_of,
@@ -37,13 +40,13 @@ def vision_features(
         heads; None without it.
     """
     # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
-    x = vision_embedding(config.vision, params["embed"], constrain(pixels, "crops", None, None, None))
+    x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "crops", None, None, None))
     if implementation == "splash":  # is for causal attention only: forcing it means the decoder
         implementation = "xla"
 
     def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
         x = carry[0]
-        out = vision_layer(config.vision, layer, x, implementation)
+        out = vision_layer(config.crop_tower, layer, x, implementation)
         return (constrain(out, "crops", None, None), x if class_attention else None), None
 
     start = (x, x if class_attention else None)
@@ -59,6 +62,25 @@ def class_attention_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax
     q, k = linear(params["attention"]["q"], h[:, :1])[:, 0], linear(params["attention"]["k"], h)
     logits = jnp.einsum("PNH,PTNH->PNT", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
     return jax.nn.softmax(logits, axis=-1).mean(1)
+
+
+def tower_features(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    implementation: Implementation = "auto",
+    remat: Remat = "none",
+    class_attention: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Each row's pool of feature vectors (B, P, D), which ``Batch.feature_index`` counts.
+
+    With ``class_attention`` also as many numbers (B, P, 1), see ``image_features``.
+    """
+    crops = jnp.asarray(batch.crops)
+    if isinstance(config.vision, QwenVisionConfig):
+        assert batch.patch_layout is not None
+        return patch_features(config.vision, params, crops, jnp.asarray(batch.patch_layout), remat), None
+    return image_features(config, params, crops, implementation, remat, class_attention)
 
 
 @jax.named_scope("tower")
@@ -85,7 +107,7 @@ def image_features(
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
     x, attention = vision_features(config, params["vision"], pixels, implementation, remat, class_attention)
     x = constrain(x, "batch", None, None)
-    D, side = config.text.hidden_size, config.vision.patches_a_side
+    D, side = config.text.hidden_size, config.crop_tower.patches_a_side
 
     def pool(x: jax.Array) -> jax.Array:
         """From all tokens (B * C, T, N) of the tower, those that an image has, then those that a video frame has."""

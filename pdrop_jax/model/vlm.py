@@ -13,7 +13,7 @@ from pdrop_jax.model.drop import DropRecord, TokenBuffer
 from pdrop_jax.model.layers import rms_norm
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score
-from pdrop_jax.model.vision import image_features
+from pdrop_jax.model.vision import tower_features
 from pdrop_jax.sharding import constrain
 
 
@@ -49,7 +49,7 @@ def embed(
     hidden, attention = embed_tokens(params, batch.token_ids), None
     if batch.crops.shape[1]:
         needed = find_score(config).class_attention
-        features, seen = image_features(config, params, jnp.asarray(batch.crops), implementation, remat, needed)
+        features, seen = tower_features(config, params, batch, implementation, remat, needed)
         index = jnp.asarray(batch.feature_index)
         hidden = jnp.where(index[..., :1] >= 0, _pick(features, index, batch.feature_weight), hidden)
         if seen is not None:
@@ -83,6 +83,7 @@ def buffer_of(
         image_count=image_count,
         labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), IGNORE),
         precomputed_scores=None if precompute is None else pad(precompute(config, batch, attention)),
+        positions=None if batch.positions is None else pad(jnp.asarray(batch.positions)),
     )
 
 

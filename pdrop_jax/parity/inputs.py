@@ -51,7 +51,7 @@ def image_preprocess(folder: pathlib.Path, info: Any, arrays: Mapping[str, np.nd
 
 def _compare_sizes(config: LlavaConfig, arrays: Mapping[str, np.ndarray]) -> Figures:
     """Compares the grid of tiles, its part without padding and the number of tokens for the recorded image sizes."""
-    tiling, tile, side = config.tiling, config.vision.image_size, config.vision.patches_a_side
+    tiling, tile, side = config.tiling, config.crop_tower.image_size, config.crop_tower.patches_a_side
     assert tiling
     equal = []
     for n, (width, height) in enumerate(arrays["sizes_wh"].tolist()):

@@ -27,7 +27,7 @@ def test_there_and_back(hf, tmp_path, monkeypatch, capfd):
     assert check.startswith("largest difference to PyTorch ")
     assert float(check.split()[4].rstrip(",")) < 1e-4
     assert not err  # progress is for terminals
-    assert LlavaConfig.load(tmp_path / "ours").schedule == DropSchedule((0, 2), (0.5, 0.25))
+    assert LlavaConfig.load(tmp_path / "ours").schedule == DropSchedule((0, 2), (0.5, 0.25), "dense")
 
     assert not pdrop(monkeypatch, "export", tmp_path / "ours", tmp_path / "back", "--format", "hf")
     out, err = capfd.readouterr()

@@ -256,8 +256,8 @@ def test_dtypes(stored, asked, expected, hf, tmp_path):
 
 def test_the_schedule_goes_into_the_checkpoint(hf_folder, tmp_path):
     dense = convert(hf_folder["gqa"], tmp_path / "dense")
-    assert dense.config.schedule == DropSchedule.none()
-    schedule = DropSchedule((0, 2), (0.5, 0.1))
+    assert not dense.config.schedule.layers
+    schedule = DropSchedule((0, 2), (0.5, 0.1), "dense")
     summary = convert(hf_folder["gqa"], tmp_path / "drops", schedule=schedule)
     config, params = checkpoint.load(tmp_path / "drops")
     assert summary.config.schedule == config.schedule == schedule

@@ -108,7 +108,7 @@ def test_every_row_of_a_table_is_of_a_declared_array():
     siglip = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, kind="siglip"))
     tiled = dataclasses.replace(CONFIG, tiling=Tiling.next(28))
     declared = {path for config in (CONFIG, siglip, tiled) for path in flatten_dict(param_specs(config), sep=".")}
-    rows = NAMINGS["original"].table(CONFIG.projector_layers)
+    rows = NAMINGS["original"].table(CONFIG)
     left = {row for row in rows if row not in {re.sub(r"^stages\.\d+", "stages", path) for path in declared}}
     mlps, norms = (f"stages.mlp.{name}.bias" for name in ("gate", "up", "down")), ("attention_norm", "mlp_norm")
     assert left == {*mlps, *(f"stages.{name}.bias" for name in norms), "norm.bias"}

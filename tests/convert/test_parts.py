@@ -188,7 +188,7 @@ def test_companions_come_from_their_part(parts, tmp_path):
     arrays = {"config.json", "params", "sizes.json", "checksums.json", "unused.safetensors"}
     assert found - arrays == {"tokenizer.model", "generation_config.json", "preprocessor_config.json"}
     assert (config.eos_token_ids, config.template) == ((5, 7), "llava_llama_2")
-    assert config.schedule == DropSchedule((1,), (0.5,))
+    assert config.schedule == DropSchedule((1,), (0.5,), "dense")
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

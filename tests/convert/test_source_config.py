@@ -158,10 +158,10 @@ def test_end_tokens_of_the_generation_config_win():
 
 
 def test_the_schedule_is_the_papers_where_it_fits():
-    assert llava_from_hf(HF_7B).schedule == DropSchedule()
-    assert llava_from_hf(HF_7B, schedule=DropSchedule.none()).schedule == DropSchedule.none()
+    assert llava_from_hf(HF_7B).schedule == DropSchedule(positions="dense")
+    assert not llava_from_hf(HF_7B, schedule=DropSchedule.none()).schedule.layers
     short = HF_7B | {"text_config": HF_7B["text_config"] | {"num_hidden_layers": 24}}
-    assert llava_from_hf(short).schedule == DropSchedule.none()
+    assert not llava_from_hf(short).schedule.layers
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])

@@ -38,7 +38,7 @@ def test_sizes_give_the_bucket_of_the_images(name, rows):
         alone = len(images) == 1
         pictures = [Image.new("RGB", size) for size in images]
         texts.append(text)
-        sizes.append([measure(picture, config, alone=alone) for picture in pictures])
+        sizes.append([measure(picture, processor, config, alone=alone) for picture in pictures])
         tokens = [as_tokens(picture, processor, config, alone=alone) for picture in pictures]
         assert [image.size for image in tokens] == sizes[-1]
         read.append(Row([1] * text + [IMAGE_PLACEHOLDER] * len(images), tokens))
@@ -48,14 +48,15 @@ def test_sizes_give_the_bucket_of_the_images(name, rows):
 def test_a_file_is_measured_by_its_header(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 60, 3), np.uint8)).save(path)
-    whole = measure(np.asarray(Image.open(path)), TILED, alone=True)
+    tiler = load_image_processor(pathlib.Path("/nowhere"), TILED)
+    whole = measure(np.asarray(Image.open(path)), tiler, TILED, alone=True)
     path.write_bytes(path.read_bytes()[:700])  # the pixels are gone
     with pytest.raises(UserError, match="truncated"):
         open_image(path)
-    assert measure(path, TILED, alone=True) == whole == ImageSize(3, 4 + 8 + 2)
-    assert measure("/absent.png", CONFIGS["whole"], alone=True) == ImageSize(1, 4)
+    assert measure(path, tiler, TILED, alone=True) == whole == ImageSize(3, 4 + 8 + 2)
+    assert measure("/absent.png", tiler, CONFIGS["whole"], alone=True) == ImageSize(1, 4)
     with pytest.raises(UserError, match=r"/absent\.png cannot be read"):
-        measure("/absent.png", TILED, alone=True)
+        measure("/absent.png", tiler, TILED, alone=True)
 
 
 def test_frames_of_a_video_are_rounded_up_to_a_power_of_two():

@@ -17,9 +17,9 @@ from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs import Processor, Row
-from pdrop_jax.inputs.anyres import ImageTokens, whole
+from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.images import as_tokens, measure, read_image
+from pdrop_jax.inputs.images import as_tokens, blank, measure, read_image
 from pdrop_jax.inputs.prompts import PromptTemplate
 from pdrop_jax.io import inside
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
@@ -79,8 +79,7 @@ class Dataset:
         found = [image for image in read if image is not None]
         if len(found) == len(read):
             return Row(ids, found, labels), None
-        size = self.config.vision.image_size
-        grey = whole(np.zeros((size, size, 3), np.float32), self.config)
+        grey = blank(self.config)
         return Row(ids, [grey if image is None else image for image in read], np.full_like(labels, IGNORE)), CORRUPT
 
     def _image(self, number: int, name: str, alone: bool) -> ImageTokens | None:
@@ -145,7 +144,7 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
     prompts.check_trainable()
     _check(data, config)
     path = pathlib.Path(data.conversations)
-    rows = _Rows(data, config, prompts)
+    rows = _Rows(data, processor, prompts)
     records = enumerate(read_records(path), 1)
     bar = tqdm(desc=f"tokenizing {printable(path.name)}", unit=" rows", disable=None if progress else True)
     with bar:
@@ -163,7 +162,7 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
             f"the first is row {rows.first_invalid}: "
             'fix them, or set data.invalid to "skip"'
         )
-    dataset = rows.build(processor.image_processor)
+    dataset = rows.build()
     if (highest := dataset.ids.values.max()) >= config.text.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} produces token ids up to {highest}, but the vocabulary of the model is "
@@ -188,8 +187,8 @@ def _text_slots(data: DataRecipe) -> tuple[int, ...]:
 class _Rows:
     """Collects rows while the records are read."""
 
-    def __init__(self, data: DataRecipe, config: LlavaConfig, prompts: PromptTemplate) -> None:
-        self.data, self.config, self.prompts = data, config, prompts
+    def __init__(self, data: DataRecipe, processor: Processor, prompts: PromptTemplate) -> None:
+        self.data, self.processor, self.config, self.prompts = data, processor, processor.config, prompts
         self.is_file = file_finder(data.images, data.outside_images)
         self.ids, self.spans, self.images = (RaggedBuilder(np.int32) for _ in range(3))
         self.pictures = RaggedBuilder(np.uint8)
@@ -227,7 +226,8 @@ class _Rows:
         """Crops and tokens of each."""
         alone = len(pictures) == 1
         try:
-            sizes = [measure(os.path.join(self.data.images, name), self.config, alone=alone) for name in pictures]
+            paths = [os.path.join(self.data.images, name) for name in pictures]
+            sizes = [measure(path, self.processor.image_processor, self.config, alone=alone) for path in paths]
         except UserError:
             raise InvalidRecord(CORRUPT) from None
         return [(size.crops, size.tokens) for size in sizes]
@@ -236,12 +236,12 @@ class _Rows:
         self.invalid[reason] += 1
         self.first_invalid = min(self.first_invalid or number, number)
 
-    def build(self, image_processor: Any) -> Dataset:
+    def build(self) -> Dataset:
         text, queries = np.array(self.sizes, np.int32).T
         return Dataset(
             data=self.data,
             config=self.config,
-            image_processor=image_processor,
+            image_processor=self.processor.image_processor,
             ids=self.ids.build(),
             spans=self.spans.build(),
             pictures=self.pictures.build(),

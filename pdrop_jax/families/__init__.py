@@ -1,0 +1,6 @@
+"""Model families beside LLaVA, a folder each; docs/families.md says how one is added.
+
+A folder holds what its family does not share with LLaVA, in files of the same names: ``config`` (the vision
+tower), ``params`` (its arrays), ``tower`` (its functions), ``inputs`` (pictures, grids and positions, on the host) and
+``checkpoint`` (config translation and tensor names, in both directions).
+"""

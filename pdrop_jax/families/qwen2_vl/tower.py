@@ -1,0 +1,103 @@
+"""Qwen's vision tower: windows of patches -> features, one for each merged square of patches.
+
+The host lays patches out in windows (``inputs``), so that attention inside windows is attention over the last axis and
+nothing is permuted here. Dims: B rows, C windows, U patches of a window, N heads, H head dim, D model.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdrop_jax.config import Remat
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
+from pdrop_jax.model.attention import segment_attention
+from pdrop_jax.model.layers import (
+    activate,
+    gated_mlp,
+    layer_norm,
+    linear,
+    rematerialise,
+    rms_norm,
+    scan_layers,
+)
+from pdrop_jax.model.rope import Rope, rotate
+from pdrop_jax.model.specs import Params
+from pdrop_jax.sharding import constrain
+
+ROPE_BASE = 10000.0
+
+
+@jax.named_scope("tower")
+def patch_features(
+    config: QwenVisionConfig, params: Params, patches: jax.Array, layout: jax.Array, remat: Remat = "none"
+) -> jax.Array:
+    """The features of each row's pictures, in the order of its windows.
+
+    Args:
+      params: of the whole model.
+      patches: (B, C, U, F) normalised pixels; a merged square is ``merge_size``**2 neighbours along U.
+      layout: (B, C, U, 3) int32: row and column of a patch in its picture, and its frame, counted from 1 over the
+        row's pictures; 0 for padding.
+
+    Returns:
+      (B, C * U // merge_size**2, D), dtype of the parameters; finite and meaningless where there is only padding.
+    """
+    B, C, U, F = patches.shape
+    vision, P = params["vision"], C * U
+    dtype = vision["embed"]["patch"]["kernel"].dtype
+    x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "batch", None, None))
+    layout = layout.reshape(B, P, 3)
+    rope, frame = axial_rope(config, layout[..., :2]), layout[..., 2]
+    full = np.isin(np.arange(config.num_layers), config.full_layers) | (config.window_size is None)
+    alike = full.all() or not full.any()
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, whole: bool) -> jax.Array:
+        if whole:
+            return segment_attention(q, k, v, frame)
+        windows = [z.reshape(B * C, U, *z.shape[2:]) for z in (q, k, v)]
+        return segment_attention(windows[0], windows[1], windows[2], frame.reshape(B * C, U)).reshape(q.shape)
+
+    def body(x: jax.Array, layer: Params, n: Any) -> tuple[jax.Array, None]:
+        h = _norm(config, layer["attention_norm"], x)
+        q, k, v = jnp.moveaxis(linear(layer["attention"]["qkv"], h), 2, 0)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if alike or isinstance(n, int):
+            out = attend(q, k, v, bool(full[0 if alike else n]))
+        else:  # one program for all layers of a stack
+            whole, windows = functools.partial(attend, whole=True), functools.partial(attend, whole=False)
+            out = jax.lax.cond(jnp.asarray(full)[n], whole, windows, q, k, v)
+        x = x + linear(layer["attention"]["o"], out, inputs=2)
+        x = x + _mlp(config, layer["mlp"], _norm(config, layer["mlp_norm"], x))
+        return constrain(x, "batch", None, None), None
+
+    x, _ = scan_layers(rematerialise(body, remat), x, vision["layers"])
+    return merge(config, params["projector"], x)
+
+
+def merge(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Patches (B, P, D_vision) -> tokens (B, P // merge_size**2, D): neighbours are joined, then projected."""
+    B, P, _ = x.shape
+    x = _norm(config, params["norm"], x).reshape(B, P // config.merge_size**2, -1)
+    return linear(params["linear_1"], jax.nn.gelu(linear(params["linear_0"], x), approximate=False))
+
+
+def axial_rope(config: QwenVisionConfig, positions: jax.Array) -> Rope:
+    """cos and signed sin (B, P, H) at rows and columns (B, P, 2) int32: each turns half of a head's pairs."""
+    H = config.head_dim
+    inverse = 1.0 / ROPE_BASE ** (jnp.arange(0, H // 2, 2, dtype=jnp.float32) / (H // 2))
+    angles = (positions[..., None].astype(jnp.float32) * inverse).reshape(*positions.shape[:2], H // 2)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
+def _norm(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
+    return (rms_norm if config.gated else layer_norm)(params, x, config.norm_eps)
+
+
+def _mlp(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
+    if config.activation is None:
+        return gated_mlp(params, x)
+    return linear(params["down"], activate(config.activation, linear(params["up"], x)))

@@ -1,0 +1,132 @@
+"""Qwen2-VL and Qwen2.5-VL against transformers' own classes."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_qwen
+import torch
+from tiny_qwen import KINDS, photo, torch_inputs, torch_model
+from torch_drops import drop_run
+
+from pdrop_jax.generation.engine import generate, generate_batch
+from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.model.vision import tower_features
+from pdrop_jax.model.vlm import forward
+from pdrop_jax.schedule import DropSchedule
+
+PHOTOS = [photo(40, 50, 1), photo(300, 120, 2), photo(75, 700, 3)]
+ROWS = [("What is this?", PHOTOS[:1]), ("And this?", PHOTOS[1:2]), ("Which?", PHOTOS[2:]), ("Both", PHOTOS[1:])]
+ROWS.append(("No picture.", []))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def dense(folders, kind):
+    return load(folders[kind][1], schedule=DropSchedule.none())
+
+
+@pytest.fixture(scope="module")
+def batch(dense):
+    questions, images = zip(*ROWS, strict=True)
+    return dense.processor(list(questions), list(images))
+
+
+def theirs_of(kind, row):
+    question, images = row
+    inputs = torch_inputs(question, images)
+    with torch.no_grad():
+        return inputs, torch_model(kind)(**inputs).logits[0].numpy()
+
+
+def test_ids_pixels_and_positions_are_those_of_transformers(kind, dense, batch):
+    pad = tiny_qwen.tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    for b, row in enumerate(ROWS):
+        inputs = torch_inputs(*row)
+        n = int(batch.length[b])
+        ids = np.where(batch.image_id[b, :n] > 0, pad, batch.token_ids[b, :n])
+        assert ids.tolist() == inputs["input_ids"][0].tolist()
+        if not row[1]:
+            assert batch.positions[b, :n].tolist() == [[i] * 3 for i in range(n)]
+            continue
+        positions, _ = torch_model(kind).model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+        )
+        assert batch.positions[b, :n].T.tolist() == positions[:, 0].tolist()
+        values = batch.crops.shape[-1]
+        index = batch.feature_index[b, :n, 0]
+        patches = batch.crops[b].reshape(-1, 4, values)[index[index >= 0]].reshape(-1, values)
+        assert np.array_equal(patches, inputs["pixel_values"].numpy())
+
+
+def test_features_are_those_of_transformers(kind, dense, batch):
+    features, _ = jax.jit(tower_features, static_argnums=0)(dense.config, dense.params, batch)
+    for b, row in enumerate(ROWS[:4]):
+        inputs = torch_inputs(*row)
+        with torch.no_grad():
+            found = torch_model(kind).model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        theirs = torch.cat(list(found.pooler_output)).numpy()
+        index = batch.feature_index[b, :, 0]
+        ours = np.asarray(features)[b, index[index >= 0]]
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def test_dense_logits_are_those_of_transformers(kind, dense, batch):
+    logits = jax.jit(forward, static_argnums=0)(dense.config, dense.params, batch).logits
+    for b, row in enumerate(ROWS):
+        _, theirs = theirs_of(kind, row)
+        assert np.abs(np.asarray(logits)[b, : len(theirs)] - theirs).max() < 1e-4
+        assert np.abs(theirs).max() > 0.5
+
+
+def test_greedy_answers_are_those_of_transformers(kind, dense):
+    questions, images = zip(*ROWS, strict=True)
+    ours = generate(dense, questions, images, Sampling(max_new_tokens=16))
+    for b, row in enumerate(ROWS):
+        inputs = torch_inputs(*row)
+        with torch.no_grad():
+            theirs = torch_model(kind).generate(**inputs, max_new_tokens=16, do_sample=False)
+        new = theirs[0, inputs["input_ids"].shape[1] :].tolist()
+        assert ours.token_ids[b] == [i for i in new if i != tiny_qwen.tokenizer().eos_token_id]
+        assert len(new) == 16
+
+
+@pytest.mark.parametrize("positions", ["original", "dense"])
+@pytest.mark.parametrize(("layers", "ratios"), [((1, 3), (0.5, 0.2)), ((0, 2), (0.7, 0.0))])
+def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, folders, layers, ratios, positions):
+    schedule = DropSchedule(layers, ratios, positions)
+    model = load(folders[kind][1], schedule=schedule)
+    questions, images = zip(*ROWS, strict=True)
+    batch = model.processor(list(questions), list(images))
+    logits = jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits
+    answers = generate_batch(model, batch, Sampling(max_new_tokens=5))
+    for b, row in enumerate(ROWS):
+        inputs = torch_inputs(*row)
+        with torch.no_grad():
+            theirs, kept = drop_run(torch_model(kind), inputs, layers, ratios, positions=positions)
+            assert np.abs(np.asarray(logits)[b, : len(theirs)] - theirs.numpy()).max() < 1e-4
+            assert answers.kept[b] == kept
+            new = []
+            for _ in answers.token_ids[b]:
+                new.append(int(theirs[-1].argmax()))
+                theirs, again = drop_run(torch_model(kind), inputs, layers, ratios, positions=positions, new_ids=new)
+                assert again == kept
+        assert answers.token_ids[b] == new
+
+
+def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(kind, folders):
+    model = load(folders[kind][1], schedule=DropSchedule((1, 3), (0.5, 0.2)))
+    questions, images = zip(*ROWS[1:4], strict=True)
+    batch = generate(model, questions, images, Sampling(max_new_tokens=5))
+    for b in range(3):
+        alone = generate(model, questions[b : b + 1], images[b : b + 1], Sampling(max_new_tokens=5))
+        assert alone.token_ids[0] == batch.token_ids[b]
+        assert alone.kept[0] == [[image for image in at if image] for at in batch.kept[b]]
+
+
+def test_positions_are_original_unless_asked_otherwise(kind, folders):
+    assert load(folders[kind][1], schedule=DropSchedule((1,), (0.5,))).config.schedule.positions == "original"

@@ -1,0 +1,60 @@
+"""Conversations about pictures of any size: as if everything was asked at once."""
+
+import pytest
+from tiny_qwen import KINDS, photo
+
+from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.engine import generate_batch
+from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.assemble import assemble
+from pdrop_jax.inputs.buckets import choose_bucket
+from pdrop_jax.schedule import DropSchedule
+
+SAMPLING = Sampling(max_new_tokens=5)
+TURNS = [("What?", photo(60, 200, 1)), ("And it?", None), ("Here?", photo(300, 90, 2)), ("So?", None)]
+
+
+def at_once(model, session, question, pictures):
+    """The answer to the whole conversation in one prefill."""
+    turns = [*session.turns, (question, None)]
+    row = model.processor.row(turns, pictures)
+    batch = assemble([row], model.config, choose_bucket([row], model.config, 5))
+    return generate_batch(model, batch, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mode"),
+    [
+        (DropSchedule((1, 3), (0.5, 0.2)), "rerank"),
+        (DropSchedule((1, 3), (0.5, 0.2), "dense"), "rerank"),
+        (DropSchedule((0,), (0.5,)), "rerank"),
+        (DropSchedule.none(), "keep"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_is_answered_as_if_asked_at_once(kind, schedule, mode, folders):
+    model = load(folders[kind][1], schedule=schedule)
+    session = Session(model, mode)
+    pictures = []
+    for question, picture in TURNS:
+        pictures += [picture] if picture else []
+        shown = f"<image>{question}" if picture else question
+        expected = at_once(model, session, shown, pictures)
+        answer = session.ask(question, picture, SAMPLING)
+        assert answer.token_ids == expected.token_ids[0]
+        assert answer.kept == expected.kept[0]
+        assert answer.stage_lengths == expected.stage_lengths[0]
+    assert answer.cached > 0 or schedule.layers == (0,)
+
+
+def test_tokens_that_were_dropped_stay_dropped(folders):
+    """The first turn is a prefill; afterwards the cache of every stage is only continued."""
+    model = load(folders["qwen2_5_vl"][1], schedule=DropSchedule((1, 3), (0.5, 0.2)))
+    session = Session(model, "keep")
+    first = session.ask(*TURNS[0], SAMPLING)
+    assert first.kept == at_once(model, Session(model), f"<image>{TURNS[0][0]}", [TURNS[0][1]]).kept[0]
+    assert session.ask("And it?", None, SAMPLING).kept == first.kept
+    both = session.ask(*TURNS[2], SAMPLING).kept
+    assert [images[0] for images in both] == [images[0] for images in first.kept]
+    assert [len(images[1]) for images in both] == [16, 6]  # of 11 x 3 tokens

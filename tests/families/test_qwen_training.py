@@ -1,0 +1,131 @@
+"""Losses and gradients of Qwen-VL against torch, and training it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_qwen
+import torch
+from tiny_qwen import KINDS, photo, torch_inputs, torch_model
+from tiny_run import compiled_in, losses
+from torch_drops import drop_run
+
+from pdrop_jax import checkpoint
+from pdrop_jax.batch import IGNORE
+from pdrop_jax.convert.names import torch_arrays
+from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl.checkpoint import NAMINGS
+from pdrop_jax.generation.engine import generate
+from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.assemble import assemble
+from pdrop_jax.inputs.buckets import choose_bucket
+from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.model.loss import compute_loss, count_targets
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.train.loop import train
+from pdrop_jax.train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe
+
+ROWS = [("Which?", [photo(75, 300, 3)], "Yes."), ("Both", [photo(40, 50, 1), photo(120, 90, 2)], "No, none")]
+
+
+@pytest.mark.parametrize(("layers", "ratios"), [((), ()), ((1, 3), (0.5, 0.2))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folders):
+    config, params = checkpoint.load(folders[kind][1], schedule=DropSchedule(layers, ratios))
+    processor = Processor.load(folders[kind][1], config)
+    model = torch_model(kind)
+    model.zero_grad()
+    rows, total, targets = [], 0.0, 0
+    for question, images, answer in ROWS:
+        new = tiny_qwen.tokenizer()(answer)["input_ids"]
+        row = processor.row(question, images)
+        ids = [*row.ids, *new]
+        rows.append(dataclasses.replace(row, ids=ids, labels=[IGNORE] * len(row.ids) + new))
+        logits, _ = drop_run(model, torch_inputs(question, images), list(layers), ratios, new_ids=new)
+        predicted = logits[-len(new) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(predicted, torch.tensor(new), reduction="sum")
+        targets += len(new)
+    (total / targets).backward()
+
+    batch = assemble(rows, config, choose_bucket(rows, config))
+    assert int(count_targets(batch.labels)) == targets
+
+    def loss(params, remat):
+        return compute_loss(config, params, batch, remat=remat)[0] / targets
+
+    for remat in ("none", "full"):
+        value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat)
+        assert abs(float(value) - total.item() / targets) < 1e-4
+        ours = torch_arrays(config, jax.device_get(gradient), NAMINGS["hf-modules"])
+        theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
+        assert ours.keys() == theirs.keys()
+        for name, x in theirs.items():
+            assert np.abs(ours[name] - x).max() <= 1e-4 * max(np.abs(x).max(), 1e-2), name
+            assert np.abs(x).max() > 1e-6, name
+
+
+SIZES = [(30, 40), (60, 50), (90, 30), (200, 60), (33, 180)]
+
+
+def recipe_in(folder, start, **model):
+    """A run over pictures of different sizes, one row in three without and one with two."""
+    (folder / "images").mkdir()
+    records = []
+    for number in range(12):
+        photo(*SIZES[number % 5], number).save(folder / f"images/{number}.png")
+        pictures = [[], [number], [number, (number + 1) % 12]][number % 3]
+        names = [f"{picture}.png" for picture in pictures]
+        image = {"image": names if len(names) > 1 else names[0]} if names else {}
+        turns = [
+            {"from": "human", "value": "<image>" * len(names) + "What?"},
+            {"from": "gpt", "value": f"n{number % 3}"},
+        ]
+        records.append({"id": number, "conversations": turns, **image})
+    (folder / "data.json").write_text(json.dumps(records))
+    data = DataRecipe(str(folder / "data.json"), str(folder / "images"), max_length=400, text_buckets=(128,))
+    return Recipe(
+        ModelRecipe(str(start), layers=(1, 3), ratios=(0.5, 0.25), dtype="float32", **model),
+        data,
+        RunRecipe(str(folder / "run"), batch_size=4, steps=9, save_every=9),
+        OptimizerRecipe(learning_rate=3e-3, warmup=0.0),
+    )
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"groups": ("vision", "projector", "llm")},
+        {"groups": ("lora",), "lora_rank": 2, "lora_alpha": 4.0},
+        {"groups": ("projector",)},
+    ],
+    ids=lambda groups: "-".join(groups["groups"]),
+)
+def test_a_run_over_pictures_of_any_size(groups, folders, tmp_path):
+    start = folders["qwen2_5_vl"][1]
+    train(recipe_in(tmp_path, start, **groups))
+    found = [loss for _, loss in losses(tmp_path / "run")]
+    assert np.mean(found[-3:]) < np.mean(found[:3])
+    assert compiled_in(tmp_path / "run") <= 4
+    config, before = checkpoint.load(start, schedule=DropSchedule((1, 3), (0.5, 0.25)))
+    trained, after = checkpoint.load(tmp_path / "run/model")
+    assert trained == config
+    changed = {
+        name.split(".")[0]
+        for name, x in torch_arrays(config, before, NAMINGS["hf"]).items()
+        if not np.array_equal(x, torch_arrays(config, after, NAMINGS["hf"])[name])
+    }
+    expected = {"vision": "visual", "projector": "visual", "llm": "model", "lora": "model"}
+    assert changed >= {expected[group] for group in groups["groups"]}
+    assert changed <= {expected[group] for group in groups["groups"]} | {"lm_head"}
+    answer = generate(load(tmp_path / "run/model"), ["What?"], [photo(60, 50)], Sampling(max_new_tokens=4))
+    assert answer.image_tokens == [[4]]
+
+
+def test_an_aspect_is_refused(folders, tmp_path):
+    recipe = recipe_in(tmp_path, folders["qwen2_vl"][1], groups=("projector",))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, image_aspect="pad"))
+    with pytest.raises(UserError, match=r"data\.image_aspect is 'pad', but a qwen2_vl model takes pictures of any"):
+        train(recipe)
