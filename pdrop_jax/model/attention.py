@@ -146,19 +146,26 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
 
 
 @jax.named_scope("attention")
-def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
+def segment_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, implementation: Implementation = "auto"
+) -> jax.Array:
     """Two-way attention among the tokens of a segment, such as the patches of one picture in a buffer of several.
 
-    Queries are taken in blocks one after the other, or the scores of a large picture would fill the memory.
+    Few tokens are taken at once. More are taken in blocks one after the other, or their scores would fill the memory,
+    and on a TPU by the flash kernel.
 
     Args:
       q, k, v: (B, T, N, H).
       segment: (B, T) int32; padding is a segment of its own, so that every query sees a key.
+      implementation: "splash", or "auto" on a TPU, takes the flash kernel for more than SEGMENT_BLOCK tokens.
 
     Returns:
       (B, T, N, H), dtype of v.
     """
     B, T, _, H = q.shape
+    kernel = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
+    if kernel and T > SEGMENT_BLOCK:
+        return _splash_segments(q, k, v, segment)
     size = math.gcd(T, SEGMENT_BLOCK)
 
     def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:  # (B, size, N, H) and (B, size)
@@ -217,11 +224,12 @@ def _blocked(
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _splash_kernel(num_heads: int, queries: int, keys: int, window: int | None, interpret: bool) -> Any:
-    # The type that it returns is private.
+def _splash_kernel(num_heads: int, mask: Any, interpret: bool) -> Any:
+    """The kernel for a static ``mask`` (queries, keys). Its type is private."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    queries, keys = mask.shape
     block_kv = max(size for size in (512, 256, 128) if keys % size == 0)
     block_q = queries if queries <= LONGEST_BLOCK else block_kv
     blocks = splash.BlockSizes(
@@ -234,8 +242,6 @@ def _splash_kernel(num_heads: int, queries: int, keys: int, window: int | None, 
         block_q_dq=block_q,
         block_kv_dq=block_kv,
     )
-    shape = (queries, keys)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
     heads = masks.MultiHeadMask([mask] * num_heads)
     return splash.make_splash_mha_single_device(heads, block_sizes=blocks, interpret=interpret)
 
@@ -255,14 +261,42 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None,
 
 
 def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     # From valid queries the causal mask hides all padding, the buffer's and the kernel's.
     S, N, H = q.shape[1:]
     keys = S + -S % SPLASH_BLOCK
     queries = S if S <= LONGEST_BLOCK else keys
-    kernel = _splash_kernel(N, queries, keys, window, interpret)
+    shape = (queries, keys)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
+    kernel = _splash_kernel(N, mask, interpret)
     q = q * H**-0.5  # the kernel does not scale
     q, k, v = (_padded(x, slots).swapaxes(1, 2) for x, slots in ((q, queries), (k, keys), (v, keys)))
     return jax.vmap(kernel)(q, k, v)[:, :, :S].swapaxes(1, 2)
+
+
+def _splash_segments(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, interpret: bool = False
+) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(_splash_segments_local, interpret=interpret)
+    if mesh.empty:
+        return local(q, k, v, segment)
+    rows = partition(("crops", None, None, None), q.shape, mesh)
+    specs = (rows, rows, rows, jax.sharding.PartitionSpec(*rows[:1]))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(q, k, v, segment)
+
+
+def _splash_segments_local(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N, H = q.shape[1:]
+    slots = T + -T % SPLASH_BLOCK
+    kernel = _splash_kernel(N, masks.FullMask((slots, slots)), interpret)
+    q, k, v = (_padded(x, slots).swapaxes(1, 2) for x in (q * H**-0.5, k, v))  # the kernel does not scale
+    segment = jnp.pad(segment, [(0, 0), (0, slots - T)], constant_values=-1)
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment, segment))[:, :, :T].swapaxes(1, 2)
 
 
 def _padded(x: jax.Array, slots: int) -> jax.Array:

@@ -79,7 +79,9 @@ def tower_features(
     crops = jnp.asarray(batch.crops)
     if isinstance(config.vision, QwenVisionConfig):
         assert batch.patch_layout is not None
-        return patch_features(config.vision, params, crops, jnp.asarray(batch.patch_layout), remat), None
+        return patch_features(
+            config.vision, params, crops, jnp.asarray(batch.patch_layout), implementation, remat
+        ), None
     return image_features(config, params, crops, implementation, remat, class_attention)
 
 

@@ -9,6 +9,7 @@ run. Use it to compare two programs and to find what should not be there. What i
 * A collective takes as long as its bytes do on one ring of links in both directions, and nothing runs beside it.
   Those that the compiler has split into permutes, or fused with matrix products, to run beside them take no time.
 * Prefetches from memory run beside other work and take no time of their own.
+* Where the compiler has no cycles to tell, the matrix unit or the memory at its peak, whichever takes longer.
 """
 
 import collections
@@ -29,6 +30,7 @@ FREE = re.compile(
     r"parameter|get-tuple-element|tuple|bitcast|constant|after-all|partition-id|opt-barrier|iota|while|call|conditional"
     r"|.*-done"
 )
+UNKNOWN = 2**62  # from so many cycles on the compiler has none to tell
 PREFETCHES = ("copy-start", "slice-start", "dynamic-slice-start")
 SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
 
@@ -83,7 +85,8 @@ def _time(module: Module, computation: Computation, x: Instruction, chip: Chip) 
     plain, int8 = products(module, computation, x)
     matrix = 2e3 * (plain / chip.flops + int8 / chip.int8_ops)
     memory = 1e3 * hbm_bytes(module, computation, x) / chip.hbm
-    cycles = 1e3 * float(x.attribute(r'"estimated_cycles":"(\d+)"') or 0) / chip.clock
+    count = int(x.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+    cycles = 1e3 * count / chip.clock if count < UNKNOWN else max(matrix, memory)
     if x.opcode == "custom-call":
         kernel = x.attribute(r'custom_call_target="(\w+)"') == "tpu_custom_call"
         return Time(matrix, memory, max(matrix, memory)) if kernel else Time()

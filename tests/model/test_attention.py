@@ -9,7 +9,7 @@ import pytest
 from tiny import assert_close
 
 from pdrop_jax.model import attention as module
-from pdrop_jax.model.attention import BLOCK, TILE, aligned, attend_cache, attention
+from pdrop_jax.model.attention import BLOCK, TILE, aligned, attend_cache, attention, segment_attention
 
 HEADS = pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
 
@@ -201,6 +201,27 @@ def test_the_tpu_kernel_agrees_with_xla_on_a_window(window):
     assert_close(ours[0], expected[0], atol=1e-5)
     assert_close(ours[1, :100], expected[1, :100], atol=1e-5)
     assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("T", [256, 300])
+def test_the_tpu_kernel_of_segments_agrees_with_xla(T):
+    """Pictures of other sizes in each row, and padding behind them."""
+    q, k, v = qkv(2, 2, T=T, S=T, H=80)
+    segment = jnp.array([np.repeat([1, 2, 0], [100, 30, T - 130]), np.repeat([1, 0], [7, T - 7])], jnp.int32)
+
+    def out_and_gradients(of):
+        def loss(inputs):
+            out = of(*inputs, segment)
+            return jnp.sin(out).sum(), out
+
+        gradients, out = jax.jit(jax.grad(loss, has_aux=True))((q, k, v))
+        return out, *gradients
+
+    ours = out_and_gradients(functools.partial(module._splash_segments, interpret=True))
+    expected = out_and_gradients(functools.partial(segment_attention, implementation="xla"))
+    for x, y in zip(ours, expected, strict=True):
+        largest = np.abs(y).max()
+        assert_close(x / largest, y / largest, atol=2e-6)
 
 
 def test_a_window_over_full_attention_is_refused():

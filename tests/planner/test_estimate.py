@@ -113,6 +113,12 @@ def test_time_by_part():
     assert set(parts) == {*expected, "collectives"}
 
 
+def test_where_the_compiler_has_no_cycles_the_memory_or_the_matrix_unit_is_at_its_peak():
+    text = TEXT.replace('"estimated_cycles":"1500000"', f'"estimated_cycles":"{2**63 - 1}"')
+    known, unknown = (estimate(parse(x), "v5e").parts["decoder products"] for x in (TEXT, text))
+    assert unknown.cycles == max(known.matrix, known.memory) > 0
+
+
 def test_what_the_compiler_keeps_on_the_chip_is_no_traffic():
     module = parse(TEXT)
     layer = module.computations["layer"]

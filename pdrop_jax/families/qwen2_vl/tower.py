@@ -1,7 +1,8 @@
 """Qwen's vision tower: windows of patches -> features, one for each merged square of patches.
 
 The host lays patches out in windows (``inputs``), so that attention inside windows is attention over the last axis and
-nothing is permuted here. Dims: B rows, C windows, U patches of a window, N heads, H head dim, D model.
+nothing is permuted here. On a mesh a device has whole rows, as it has
+whole crops. Dims: B rows, C windows, U patches of a window, N heads, H head dim, D model, L layers.
 """
 
 import functools
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdrop_jax.config import Remat
+from pdrop_jax.config import Implementation, Remat
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.model.attention import segment_attention
 from pdrop_jax.model.layers import (
     activate,
     gated_mlp,
     layer_norm,
+    layer_of,
     linear,
     rematerialise,
     rms_norm,
@@ -32,7 +34,12 @@ ROPE_BASE = 10000.0
 
 @jax.named_scope("tower")
 def patch_features(
-    config: QwenVisionConfig, params: Params, patches: jax.Array, layout: jax.Array, remat: Remat = "none"
+    config: QwenVisionConfig,
+    params: Params,
+    patches: jax.Array,
+    layout: jax.Array,
+    implementation: Implementation = "auto",
+    remat: Remat = "none",
 ) -> jax.Array:
     """The features of each row's pictures, in the order of its windows.
 
@@ -48,33 +55,46 @@ def patch_features(
     B, C, U, F = patches.shape
     vision, P = params["vision"], C * U
     dtype = vision["embed"]["patch"]["kernel"].dtype
-    x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "batch", None, None))
+    x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "crops", None, None))
     layout = layout.reshape(B, P, 3)
     rope, frame = axial_rope(config, layout[..., :2]), layout[..., 2]
     full = np.isin(np.arange(config.num_layers), config.full_layers) | (config.window_size is None)
-    alike = full.all() or not full.any()
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, whole: bool) -> jax.Array:
         if whole:
-            return segment_attention(q, k, v, frame)
+            return segment_attention(q, k, v, frame, implementation)
         windows = [z.reshape(B * C, U, *z.shape[2:]) for z in (q, k, v)]
         return segment_attention(windows[0], windows[1], windows[2], frame.reshape(B * C, U)).reshape(q.shape)
 
-    def body(x: jax.Array, layer: Params, n: Any) -> tuple[jax.Array, None]:
+    def run_layer(x: jax.Array, layer: Params, whole: bool) -> jax.Array:
         h = _norm(config, layer["attention_norm"], x)
         q, k, v = jnp.moveaxis(linear(layer["attention"]["qkv"], h), 2, 0)
-        q, k = rotate(q, rope), rotate(k, rope)
-        if alike or isinstance(n, int):
-            out = attend(q, k, v, bool(full[0 if alike else n]))
-        else:  # one program for all layers of a stack
-            whole, windows = functools.partial(attend, whole=True), functools.partial(attend, whole=False)
-            out = jax.lax.cond(jnp.asarray(full)[n], whole, windows, q, k, v)
+        out = attend(rotate(q, rope), rotate(k, rope), v, whole)
         x = x + linear(layer["attention"]["o"], out, inputs=2)
         x = x + _mlp(config, layer["mlp"], _norm(config, layer["mlp_norm"], x))
-        return constrain(x, "batch", None, None), None
+        return constrain(x, "crops", None, None)
 
-    x, _ = scan_layers(rematerialise(body, remat), x, vision["layers"])
-    return merge(config, params["projector"], x)
+    # A stack is scanned by periods, in each of which the same layers see whole pictures.
+    layers, period = vision["layers"], _period(full)
+    if isinstance(layers, list):
+        layers = [layers[n : n + period] for n in range(0, len(layers), period)]
+    else:
+        layers = jax.tree.map(lambda z: z.reshape(-1, period, *z.shape[1:]), layers)
+
+    def body(x: jax.Array, group: Params | list[Params], _: Any) -> tuple[jax.Array, None]:
+        for n in range(period):
+            layer = rematerialise(functools.partial(run_layer, whole=bool(full[n])), remat)
+            x = layer(x, layer_of(group, n))
+        return x, None
+
+    x, _ = scan_layers(body, x, layers)
+    return constrain(merge(config, params["projector"], x), "batch", None, None)
+
+
+def _period(full: np.ndarray) -> int:
+    """The number of layers after which ``full`` (L,) repeats, a divisor of L."""
+    L = len(full)
+    return next(n for n in range(1, L + 1) if L % n == 0 and (full.reshape(-1, n) == full[:n]).all())
 
 
 def merge(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
