@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from pdrop_jax.errors import UserError
 
 IMAGE_TAG = "<image>"
-IMAGE_PLACEHOLDER = -200  # stands for a whole image in a row of token ids
+IMAGE_PLACEHOLDER = -200  # stands for a whole image in a row of token ids, or for a part of one that has captions
 
 Turn = tuple[str, str | None]  # question and answer; None is the answer that the model has to generate
 
@@ -108,6 +108,17 @@ TEMPLATES = {
         image=f"<|vision_start|>{IMAGE_TAG}<|vision_end|>",
         after_image="",
     ),
+    # The text of Qwen3-VL's own chat template, which has no system prompt of its own.
+    "qwen3_vl": Template(
+        first_question="<|im_start|>user\n",
+        question="<|im_start|>user\n",
+        asked="<|im_end|>\n<|im_start|>assistant\n",
+        answer="",
+        answered="<|im_end|>\n",
+        end_token="<|im_end|>",
+        image=f"<|vision_start|>{IMAGE_TAG}<|vision_end|>",
+        after_image="",
+    ),
     # Not part of LLaVA: question and answer without role markers. The demo model was trained with it.
     "bare": Template(first_question="", question="", asked="", answer=" ", answered="</s>", end_token="</s>"),
 }
@@ -176,6 +187,24 @@ def place_images(turns: Sequence[Turn], num_images: int, template: str = "vicuna
         )
     (question, answer), *rest = turns
     return [((IMAGE_TAG + template_named(template).after_image) * num_images + question, answer), *rest]
+
+
+def write_captions(turns: Sequence[Turn], captions: Sequence[Sequence[str]]) -> Sequence[Turn]:
+    """``turns`` with the tag of an image whose parts stand apart written out: each part's caption and its own tag.
+
+    Args:
+      captions: of each image in ``turns``, of each of its parts; empty for an image in one part.
+    """
+    if not any(captions):
+        return turns
+    images = iter(captions)
+
+    def written(text: str) -> str:
+        before, *behind = text.split(IMAGE_TAG)
+        tags = ("".join(caption + IMAGE_TAG for caption in next(images) or ("",)) for _ in behind)
+        return before + "".join(tag + part for tag, part in zip(tags, behind, strict=True))
+
+    return [(written(question), None if answer is None else written(answer)) for question, answer in turns]
 
 
 def without_tags(text: str) -> str:

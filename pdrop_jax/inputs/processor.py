@@ -12,7 +12,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.chat_template import TEMPLATES, Turn, place_images, render, token_ids
+from pdrop_jax.inputs.chat_template import TEMPLATES, Turn, place_images, render, token_ids, write_captions
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
@@ -79,18 +79,20 @@ class Processor:
 
     def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
         """One row; arguments and errors are those of ``__call__``."""
-        ids = self.ids(prompt, len(images), template)
-        return Row(ids, [self.tokens(image, alone=len(images) == 1) for image in images])
+        template = template or self.config.template
+        turns = place_images(as_turns(prompt), len(images), template)
+        found = [self.tokens(image, alone=len(images) == 1) for image in images]
+        text = render(write_captions(turns, [image.captions for image in found]), template)
+        return Row(token_ids(self.tokenizer, text), found)
 
     def ids(self, prompt: Prompt, num_images: int, template: str | None = None) -> list[int]:
-        """Token ids of a row with ``num_images`` images, each an IMAGE_PLACEHOLDER.
+        """Token ids of a row with ``num_images`` pictures, each an IMAGE_PLACEHOLDER.
 
         Raises:
           UserError: the prompt has tags, but not ``num_images`` of them.
         """
-        turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         template = template or self.config.template
-        return token_ids(self.tokenizer, render(place_images(turns, num_images, template), template))
+        return token_ids(self.tokenizer, render(place_images(as_turns(prompt), num_images, template), template))
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
         """The model's input for an image; ``alone`` says whether its row has no other."""
@@ -152,6 +154,10 @@ class TextStream:
             return ""
         new, self._shown = text[self._shown :], len(text)
         return new
+
+
+def as_turns(prompt: Prompt) -> Sequence[Turn]:
+    return [(prompt, None)] if isinstance(prompt, str) else prompt
 
 
 def as_list(entry: Entry) -> Sequence[Picture | Video]:

@@ -44,7 +44,7 @@ def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folder
         row = processor.row(question, images)
         ids = [*row.ids, *new]
         rows.append(dataclasses.replace(row, ids=ids, labels=[IGNORE] * len(row.ids) + new))
-        logits, _ = drop_run(model, torch_inputs(question, images), list(layers), ratios, new_ids=new)
+        logits, _ = drop_run(model, torch_inputs(kind, question, images), list(layers), ratios, new_ids=new)
         predicted = logits[-len(new) - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(predicted, torch.tensor(new), reduction="sum")
         targets += len(new)

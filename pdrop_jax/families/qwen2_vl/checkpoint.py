@@ -18,6 +18,7 @@ KINDS: dict[Kind, str] = {  # model_type -> class of transformers
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
+TEMPLATE = "qwen2_vl"
 # transformers' defaults for missing keys of the language model.
 TEXT_DEFAULTS = {
     "vocab_size": 152064,
@@ -214,7 +215,7 @@ class QwenNaming(Naming):
         )
         block = f"{self.vision}blocks.{{n}}."
         rows = {
-            "vision.embed.patch.kernel": (f"{self.vision}patch_embed.proj.weight", _patches(vision)),
+            "vision.embed.patch.kernel": (f"{self.vision}patch_embed.proj.weight", patches(vision)),
             **norm("vision.layers.attention_norm", f"{block}norm1"),
             **dense("vision.layers.attention.qkv", f"{block}attn.qkv"),
             **dense("vision.layers.attention.o", f"{block}attn.proj", MERGE),
@@ -229,7 +230,7 @@ class QwenNaming(Naming):
         return rows | {ours: (self.decoder + theirs, transform) for ours, (theirs, transform) in DECODER.items()}
 
 
-def _patches(config: QwenVisionConfig) -> Transform:
+def patches(config: QwenVisionConfig) -> Transform:
     """(F, D) <-> the kernel of a convolution (D, 3, frames, rows, columns)."""
     side = config.patch_size
     patch = 3, config.temporal_patch_size, side, side

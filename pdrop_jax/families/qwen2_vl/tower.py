@@ -40,16 +40,19 @@ def patch_features(
       params: of the whole model.
       patches: (B, C, U, F) normalised pixels; a merged square is ``merge_size``**2 neighbours along U.
       layout: (B, C, U, 3) int32: row and column of a patch in its picture, and its frame, counted from 1 over the
-        row's pictures; 0 for padding.
+        row's pictures; 0 for padding. With learned positions (B, C, U, 5), also the picture's rows and columns.
 
     Returns:
-      (B, C * U // merge_size**2, D), dtype of the parameters; finite and meaningless where there is only padding.
+      (B, P, D), P = C * U // merge_size**2, dtype of the parameters; finite and meaningless where there is only
+      padding. With A layers for DeepStack (B, (1 + A) * P, D): the features, then those of each of these layers.
     """
     B, C, U, F = patches.shape
     vision, P = params["vision"], C * U
     dtype = vision["embed"]["patch"]["kernel"].dtype
     x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "batch", None, None))
-    layout = layout.reshape(B, P, 3)
+    layout = layout.reshape(B, P, -1)
+    if config.position_side is not None:
+        x = x + learned_positions(config, vision["embed"]["position"], layout)
     rope, frame = axial_rope(config, layout[..., :2]), layout[..., 2]
     full = np.isin(np.arange(config.num_layers), config.full_layers) | (config.window_size is None)
     alike = full.all() or not full.any()
@@ -60,7 +63,7 @@ def patch_features(
         windows = [z.reshape(B * C, U, *z.shape[2:]) for z in (q, k, v)]
         return segment_attention(windows[0], windows[1], windows[2], frame.reshape(B * C, U)).reshape(q.shape)
 
-    def body(x: jax.Array, layer: Params, n: Any) -> tuple[jax.Array, None]:
+    def run_layer(x: jax.Array, layer: Params, n: Any) -> jax.Array:
         h = _norm(config, layer["attention_norm"], x)
         q, k, v = jnp.moveaxis(linear(layer["attention"]["qkv"], h), 2, 0)
         q, k = rotate(q, rope), rotate(k, rope)
@@ -71,17 +74,58 @@ def patch_features(
             out = jax.lax.cond(jnp.asarray(full)[n], whole, windows, q, k, v)
         x = x + linear(layer["attention"]["o"], out, inputs=2)
         x = x + _mlp(config, layer["mlp"], _norm(config, layer["mlp_norm"], x))
-        return constrain(x, "batch", None, None), None
+        return constrain(x, "batch", None, None)
 
-    x, _ = scan_layers(rematerialise(body, remat), x, vision["layers"])
-    return merge(config, params["projector"], x)
+    run_layer = rematerialise(run_layer, remat)
+
+    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
+        x, taken = carry
+        x = run_layer(x, layer, n)
+        return (x, take(config, taken, x, n)), None
+
+    taken = [jnp.zeros_like(x) for _ in config.deepstack_layers]
+    (x, taken), _ = scan_layers(body, (x, taken), vision["layers"])
+    features = [merge(config, params["projector"], x)]
+    for n, early in enumerate(taken):
+        features.append(merge(config, params["projector"]["deepstack"][str(n)], early, joined=True))
+    return jnp.concatenate(features, axis=1) if taken else features[0]
 
 
-def merge(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Patches (B, P, D_vision) -> tokens (B, P // merge_size**2, D): neighbours are joined, then projected."""
+def take(config: QwenVisionConfig, taken: list[jax.Array], x: jax.Array, n: Any) -> list[jax.Array]:
+    """``taken``, (B, P, D) of each layer for DeepStack, with ``x``, the output of layer ``n``, if it is one of them."""
+    pairs = list(zip(config.deepstack_layers, taken, strict=True))
+    if isinstance(n, int):
+        return [x if n == layer else old for layer, old in pairs]
+    return [jax.lax.cond(n == layer, lambda old, new: new, lambda old, new: old, old, x) for layer, old in pairs]
+
+
+def merge(config: QwenVisionConfig, params: Params, x: jax.Array, joined: bool = False) -> jax.Array:
+    """Patches (B, P, D_vision) -> tokens (B, P // merge_size**2, D): neighbours are joined, then projected.
+
+    Args:
+      joined: the norm is over the joined neighbours, as for DeepStack, instead of each patch.
+    """
     B, P, _ = x.shape
-    x = _norm(config, params["norm"], x).reshape(B, P // config.merge_size**2, -1)
+    squares = B, P // config.merge_size**2, -1
+    x = _norm(config, params["norm"], x.reshape(squares) if joined else x).reshape(squares)
     return linear(params["linear_1"], jax.nn.gelu(linear(params["linear_0"], x), approximate=False))
+
+
+def learned_positions(config: QwenVisionConfig, table: jax.Array, layout: jax.Array) -> jax.Array:
+    """The learned positions (side**2, D), resized to each picture's grid, at its patches (B, P, 5) -> (B, P, D).
+
+    Bilinear between the four nearest; the corners of the square are those of the grid.
+    """
+    assert config.position_side is not None
+    side, table = config.position_side, constrain(table, None, None)
+    at = layout[..., :2].astype(jnp.float32) * (side - 1) / jnp.maximum(layout[..., 3:] - 1, 1)
+    low = jnp.floor(at).astype(jnp.int32)
+    share, high = at - low, jnp.minimum(low + 1, side - 1)
+    found = jnp.zeros((*layout.shape[:2], table.shape[1]), jnp.float32)
+    for row, row_weight in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+        for column, weight in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+            found = found + table[row * side + column] * (row_weight * weight)[..., None]
+    return found.astype(table.dtype)
 
 
 def axial_rope(config: QwenVisionConfig, positions: jax.Array) -> Rope:
