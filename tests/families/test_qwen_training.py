@@ -14,9 +14,9 @@ from torch_drops import drop_run
 
 from pdrop_jax import checkpoint
 from pdrop_jax.batch import IGNORE
+from pdrop_jax.convert.hf_config import namings_for
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.checkpoint import NAMINGS
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
@@ -59,7 +59,7 @@ def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folder
     for remat in ("none", "full"):
         value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat)
         assert abs(float(value) - total.item() / targets) < 1e-4
-        ours = torch_arrays(config, jax.device_get(gradient), NAMINGS["hf-modules"])
+        ours = torch_arrays(config, jax.device_get(gradient), list(namings_for(config).values())[-1])
         theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
         assert ours.keys() == theirs.keys()
         for name, x in theirs.items():
@@ -70,7 +70,7 @@ def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folder
 SIZES = [(30, 40), (60, 50), (90, 30), (200, 60), (33, 180)]
 
 
-def recipe_in(folder, start, **model):
+def recipe_in(folder, start, template="qwen2_vl", **model):
     """A run over pictures of different sizes, one row in three without and one with two."""
     (folder / "images").mkdir()
     records = []
@@ -86,7 +86,7 @@ def recipe_in(folder, start, **model):
         records.append({"id": number, "conversations": turns, **image})
     (folder / "data.json").write_text(json.dumps(records))
     data = DataRecipe(
-        str(folder / "data.json"), str(folder / "images"), max_length=400, text_buckets=(128,), template="qwen2_vl"
+        str(folder / "data.json"), str(folder / "images"), max_length=400, text_buckets=(128,), template=template
     )
     return Recipe(
         ModelRecipe(str(start), layers=(1, 3), ratios=(0.5, 0.25), dtype="float32", **model),
@@ -105,19 +105,22 @@ def recipe_in(folder, start, **model):
     ],
     ids=lambda groups: "-".join(groups["groups"]),
 )
-def test_a_run_over_pictures_of_any_size(groups, folders, tmp_path):
-    start = folders["qwen2_5_vl"][1]
-    train(recipe_in(tmp_path, start, **groups))
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_run_over_pictures_of_any_size(kind, groups, folders, tmp_path):
+    start = folders[kind][1]
+    train(recipe_in(tmp_path, start, checkpoint.load(start)[0].template, **groups))
     found = [loss for _, loss in losses(tmp_path / "run")]
     assert np.mean(found[-3:]) < np.mean(found[:3])
     assert compiled_in(tmp_path / "run") <= 4
     config, before = checkpoint.load(start, schedule=DropSchedule((1, 3), (0.5, 0.25)))
     trained, after = checkpoint.load(tmp_path / "run/model")
     assert trained == config
+    naming = namings_for(config)["hf"]
+    old, new = (torch_arrays(config, params, naming) for params in (before, after))
     changed = {
-        name.split(".")[0]
-        for name, x in torch_arrays(config, before, NAMINGS["hf"]).items()
-        if not np.array_equal(x, torch_arrays(config, after, NAMINGS["hf"])[name])
+        next((part for part in ("visual", "lm_head") if part in name), "model")
+        for name, x in old.items()
+        if not np.array_equal(x, new[name])
     }
     expected = {"vision": "visual", "projector": "visual", "llm": "model", "lora": "model"}
     assert changed >= {expected[group] for group in groups["groups"]}
