@@ -254,7 +254,7 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "vision_feature_select_strategy": select_strategy(config),
         "tie_word_embeddings": config.text.tie_embeddings,
         "text_config": text_to_hf(config.text) | _special_tokens(config) | {"torch_dtype": dtype},
-        "vision_config": vision_to_hf(config.vision) | {"torch_dtype": dtype},
+        "vision_config": vision_to_hf(config.crop_tower) | {"torch_dtype": dtype},
     }
 
 
