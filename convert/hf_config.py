@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from types import ModuleType
 from typing import Any
 
 from pdrop_jax.config import MAX_PROJECTOR_LAYERS, MAX_TILES, LlavaConfig, TextConfig, Tiling, VisionConfig
@@ -12,6 +13,7 @@ from pdrop_jax.convert.names import NAMINGS, Naming
 from pdrop_jax.convert.projector import projector_type
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl import checkpoint as qwen2_vl
+from pdrop_jax.families.qwen3_vl import checkpoint as qwen3_vl
 from pdrop_jax.inputs.model_template import OWN
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
@@ -24,6 +26,8 @@ HF_TYPES: dict[str, tuple[int, int | None]] = {
     "llava_next_video": (32001, 32000),
     "llava_onevision": (151646, 151647),
 }
+# model_type of a family beside LLaVA -> its translation.
+FAMILIES: dict[str, ModuleType] = {kind: family for family in (qwen2_vl, qwen3_vl) for kind in family.KINDS}
 LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000 tokens, plus those that were added
 ORIGINAL_CLASSES = {
     "llama": "LlavaLlamaForCausalLM",
@@ -45,8 +49,7 @@ def llava_from_hf(
 
     Args:
       data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
-        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's), ``qwen2_vl`` or
-        ``qwen2_5_vl``.
+        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's), or one of ``FAMILIES``.
       vision: the tower of an original model, whose own config only has its name; optional for LLaVA-1.5's tower.
       generation: generation_config.json, whose end tokens take precedence.
       preprocessor: preprocessor_config.json, the only place where a Hugging Face model says whether images are padded.
@@ -57,9 +60,9 @@ def llava_from_hf(
       UserError: a value has the wrong type or is out of range, or something is not supported.
     """
     originals = tuple(ORIGINAL_TYPES.values())
-    kind = _supported(data.get("model_type"), (*originals, *HF_TYPES, *qwen2_vl.KINDS))
-    if kind in qwen2_vl.KINDS:
-        text, special, fields = qwen2_vl.parts_from_hf(data, where)
+    kind = _supported(data.get("model_type"), (*originals, *HF_TYPES, *FAMILIES))
+    if kind in FAMILIES:
+        text, special, fields = FAMILIES[kind].parts_from_hf(data, where)
     elif kind in originals:
         text, special, fields = _original(data, vision, where)
     else:
@@ -209,7 +212,7 @@ def _first(*values: Any) -> Any:
 
 def _template(text: TextConfig) -> str:
     """The chat template that LLaVA was trained with on such a language model; checkpoints do not say."""
-    if text.family in qwen2_vl.KINDS:
+    if text.family in FAMILIES:
         return OWN
     if text.family == "llama":
         return "llama_3" if text.vocab_size >= LLAMA_3_VOCABULARY else "vicuna_v1"
@@ -222,8 +225,9 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     Raises:
       UserError: the class cannot express something that the model has.
     """
-    if not isinstance(config.vision, VisionConfig):
-        return qwen2_vl.config_to_hf(config, _special_tokens(config), dtype)
+    if config.text.family in FAMILIES:
+        found: dict[str, Any] = FAMILIES[config.text.family].config_to_hf(config, _special_tokens(config), dtype)
+        return found
     if config.projector_layers != 2:
         raise UserError(
             f"transformers' LLaVA has a projector of 2 layers, but this model's has {config.projector_layers}: "
@@ -251,14 +255,14 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "vision_feature_select_strategy": select_strategy(config),
         "tie_word_embeddings": config.text.tie_embeddings,
         "text_config": text_to_hf(config.text) | _special_tokens(config) | {"torch_dtype": dtype},
-        "vision_config": vision_to_hf(config.vision) | {"torch_dtype": dtype},
+        "vision_config": vision_to_hf(config.crop_tower) | {"torch_dtype": dtype},
     }
 
 
 def hf_class(config: LlavaConfig) -> tuple[str, str]:
     """The model_type and the class of transformers for ``config``."""
-    if not isinstance(config.vision, VisionConfig):
-        return config.vision.kind, qwen2_vl.KINDS[config.vision.kind]
+    if config.text.family in FAMILIES:
+        return config.text.family, FAMILIES[config.text.family].KINDS[config.text.family]
     if config.frame_stride:
         return "llava_next_video", "LlavaNextVideoForConditionalGeneration"
     if config.tiling is None:
@@ -303,7 +307,7 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
 
 def namings_for(config: LlavaConfig) -> dict[str, Naming]:
     """The names that a checkpoint of the model may have; "hf" and "original" are those that an export writes."""
-    return NAMINGS if isinstance(config.vision, VisionConfig) else qwen2_vl.NAMINGS
+    return FAMILIES[config.text.family].NAMINGS if config.text.family in FAMILIES else NAMINGS
 
 
 def tower_folder(config: LlavaConfig) -> str:

@@ -82,6 +82,8 @@ DECODER: Table = {
     **norm("stages.attention_norm", "layers.{n}.input_layernorm"),
     **dense("stages.attention.q", "layers.{n}.self_attn.q_proj"),
     **dense("stages.attention.k", "layers.{n}.self_attn.k_proj"),
+    **norm("stages.attention.q_norm", "layers.{n}.self_attn.q_norm"),
+    **norm("stages.attention.k_norm", "layers.{n}.self_attn.k_norm"),
     **dense("stages.attention.v", "layers.{n}.self_attn.v_proj"),
     **dense("stages.attention.o", "layers.{n}.self_attn.o_proj", MERGE),
     **norm("stages.mlp_norm", "layers.{n}.post_attention_layernorm"),

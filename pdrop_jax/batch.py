@@ -44,7 +44,8 @@ class Batch:
       token_ids: (B, S) int32, text ids; 0 at image slots and padding.
       feature_index: (B, S, T) int32, vectors of the row's feature pool that are used here; -1 for text and padding. The
         pool consists of the features of all crops, one after another; their features as frames of a video
-        (``LlavaConfig.frame_tokens``); and the newline vector if the model has one.
+        (``LlavaConfig.frame_tokens``); and the newline vector if the model has one. With DeepStack as many features of
+        each earlier layer follow, which are not counted here.
       image_id: (B, S) int32, 0 for text and padding, m for a token of the row's m-th image.
       length: (B,) int32, valid slots.
       crops: (B, C, h, w, 3) float32, normalised pixels, or windows of patches (B, C, U, F); unused crops are zero. C
@@ -55,7 +56,8 @@ class Batch:
         outside training.
       bucket: static; S and the length of every later buffer follow from it.
       feature_weight: (B, S, T) float32, how the features of a token are blended; None if T is 1.
-      patch_layout: (B, C, U, 3) int32, where the patches of a window are (``families.qwen2_vl.tower``); None for crops.
+      patch_layout: (B, C, U, 3 or 5) int32, where the patches of a window are (``families.qwen2_vl.tower``); None for
+        crops.
       positions: (B, S, 3) int32, time, height and width of each token for M-RoPE; None without it.
       scores: (B, S) float32, the caller's scores for the score "given", the larger are kept; None otherwise.
     """

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
+from pdrop_jax.families.qwen3_vl import config as qwen3_vl
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, TokenId, Width, validated
@@ -164,6 +166,12 @@ class LlavaConfig:
             positions: Literal["dense", "original"] = "original" if self.text.mrope_sections else "dense"
             object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, positions=positions))
 
+        if self.additions > self.text.num_layers:
+            raise UserError(
+                f"{self.additions} layers of the vision tower are added behind the decoder's first layers, but it has "
+                f"{self.text.num_layers}"
+            )
+
     def _check_crops(self, vision: VisionConfig) -> None:
         tile = vision.image_size
         if self.tiling and (
@@ -203,6 +211,11 @@ class LlavaConfig:
         return self.select_layer
 
     @property
+    def additions(self) -> int:
+        """The first so many decoder layers have features added to the image tokens behind them (DeepStack)."""
+        return len(self.vision.deepstack_layers) if isinstance(self.vision, QwenVisionConfig) else 0
+
+    @property
     def image_tokens(self) -> int:
         """Features of one crop, which are its tokens unless images are tiled."""
         return self.crop_tower.num_patches + self.keep_class_token
@@ -240,29 +253,17 @@ class LlavaConfig:
     @classmethod
     def qwen2_5_vl(cls, size: Literal["3b", "7b", "32b", "72b"]) -> "LlavaConfig":
         """Qwen2.5-VL as released, dense: PyramidDrop's authors have no schedule for its depths."""
-        D, F, L, N, K = {
-            "3b": (2048, 11008, 36, 16, 2),
-            "7b": (3584, 18944, 28, 28, 4),
-            "32b": (5120, 27648, 64, 40, 8),
-            "72b": (8192, 29568, 80, 64, 8),
-        }[size]
-        text = TextConfig(
-            vocab_size=151936 if size == "3b" else 152064,
-            hidden_size=D,
-            intermediate_size=F,
-            num_layers=L,
-            num_heads=N,
-            num_kv_heads=K,
-            rope_theta=1e6,
-            norm_eps=1e-6,
-            tie_embeddings=size == "3b",
-            qkv_bias=True,
-            max_length=128000,
-            family="qwen2_5_vl",
-            mrope_sections=(16, 24, 24),
-        )
+        return cls._qwen(*qwen2_vl.released(size))
+
+    @classmethod
+    def qwen3_vl(cls, size: Literal["2b", "4b", "8b", "32b"]) -> "LlavaConfig":
+        """Qwen3-VL as released, dense."""
+        return cls._qwen(*qwen3_vl.released(size))
+
+    @classmethod
+    def _qwen(cls, text: TextConfig, vision: QwenVisionConfig) -> "LlavaConfig":
         return cls(
-            vision=QwenVisionConfig(intermediate_size=3456 if size in ("32b", "72b") else 3420, tokens_per_second=2),
+            vision=vision,
             text=text,
             schedule=DropSchedule.none(),
             select_layer=-1,
@@ -323,6 +324,10 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
     "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),
     "qwen2.5-vl-72b": functools.partial(LlavaConfig.qwen2_5_vl, "72b"),
+    "qwen3-vl-2b": functools.partial(LlavaConfig.qwen3_vl, "2b"),
+    "qwen3-vl-4b": functools.partial(LlavaConfig.qwen3_vl, "4b"),
+    "qwen3-vl-8b": functools.partial(LlavaConfig.qwen3_vl, "8b"),
+    "qwen3-vl-32b": functools.partial(LlavaConfig.qwen3_vl, "32b"),
 }
 
 

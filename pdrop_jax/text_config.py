@@ -6,7 +6,7 @@ from typing import Literal
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Positions, Positive, RopeBase, Vocabulary, Width
 
-Family = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl"]
+Family = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,13 @@ class TextConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False  # bias of the attention's output projection
+    qk_norm: bool = False  # RMSNorm of each head's query and key before rope
     max_length: Positions = 4096
     family: Family = "llama"  # its class in transformers; the other fields determine what runs
     sliding_window: Positions | None = None  # keys that a query sees, its own included; None is all up to it
     # M-RoPE: a token has three positions (time, height, width), and so many pairs of a head turn by each; None is one.
     mrope_sections: tuple[Width, Width, Width] | None = None
+    mrope_interleaved: bool = False  # pairs turn by time, height, width, time, … (Qwen3-VL) instead of in three runs
 
     def __post_init__(self) -> None:
         if self.mrope_sections and sum(self.mrope_sections) * 2 != self.head_dim:

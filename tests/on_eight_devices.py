@@ -161,11 +161,23 @@ def test_recorded_vectors(case):
     assert row.ok, row
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 4}
+DEEPSTACK = {
+    "kind": "qwen3_vl",
+    "activation": "gelu_tanh",
+    "window_size": None,
+    "position_side": 5,
+    "deepstack_layers": (0, 2),
+}
+
+
+@pytest.mark.parametrize("own", [{"full_layers": (1,)}, DEEPSTACK], ids=["windows", "deepstack"])
 @pytest.mark.parametrize("shape", MESHES)
-def test_windows_of_patches_on_a_mesh(shape):
-    """A tower over pictures of any size, M-RoPE through two drops."""
-    tower = QwenVisionConfig(hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, full_layers=(1,))
-    text = TextConfig(300, 64, 96, 4, 8, 8, 8, qkv_bias=True, max_length=256, mrope_sections=(1, 1, 2))
+def test_pictures_of_any_size_on_a_mesh(shape, own):
+    """A tower over pictures of any size, M-RoPE through two drops, the first before all of DeepStack is added."""
+    tower, deepstack = QwenVisionConfig(**SMALL, **own), own is DEEPSTACK
+    text = TextConfig(300, 64, 96, 4, 8, 8, 8, qkv_bias=not deepstack, max_length=256, mrope_sections=(1, 1, 2))
+    text = dataclasses.replace(text, qk_norm=deepstack, mrope_interleaved=deepstack)
     config = LlavaConfig(tower, text, DropSchedule((1, 3), (0.5, 0.25)), select_layer=-1)
     rng, rows = np.random.default_rng(0), []
     for n in range(8):

@@ -61,7 +61,7 @@ def tower_macs(config: LlavaConfig, bucket: Bucket) -> tuple[int, int]:
         tower = full * _layer(patches, V, N, N, H, mlp)
         tower += (vision.num_layers - full) * bucket.crops * _layer(vision.window_patches, V, N, N, H, mlp)
         merger = bucket.crops * vision.window_tokens * (merged**2 + merged * D)
-        return tower + patches * vision.patch_values * V, merger
+        return tower + patches * vision.patch_values * V, merger * (1 + config.additions)
     tokens = vision.class_tokens + vision.num_patches
     tower = config.vision_layers * _layer(tokens, V, N, N, H, 2 * V * F)
     tower += vision.num_patches * 3 * vision.patch_size**2 * V

@@ -49,6 +49,7 @@ from pdrop_jax.model import multi_turn
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
+from pdrop_jax.model.multi_turn import FirstStage
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score, given
 
@@ -135,8 +136,8 @@ class Session:
         asked, pictures = read_conversation(question, as_list(image))
         messages = [*self._messages, *asked]
         check_order([message.role for message in messages])
-        ids = self._prompts.ids(messages)
         images = [*self._images, *processor.all_tokens(pictures)]
+        ids = self._prompts.ids(messages, [image.captions for image in images])
 
         past = self._past or empty_past(self._model, self._mode == "keep")
         known = _common(past.ids, ids[:-1])
@@ -150,7 +151,7 @@ class Session:
         back = known - past.asked  # ids differ only after the last image, so these are slots of every stage
         cached = int(past.model.lengths[0][0]) + back
         chunk_ids = ids[known:]
-        chunk_row = Row(chunk_ids, images[len(images) - chunk_ids.count(IMAGE_PLACEHOLDER) :])
+        chunk_row = Row(chunk_ids, _last_images(images, chunk_ids.count(IMAGE_PLACEHOLDER)))
         chunk = assemble([chunk_row], config, choose_bucket([chunk_row], config))
         slots = cached + int(chunk.length[0])
         if slots + max_new_tokens > config.text.max_length:
@@ -167,15 +168,15 @@ class Session:
         timer = Timer()
         capacity = capacity_for(max_new_tokens)
         with on_devices(self._model):
-            model, hidden = with_room(past, config, whole, capacity)
-            state, hidden, drops = timer.call(
+            model, first = with_room(past, config, whole, capacity)
+            state, first, drops = timer.call(
                 _start_turn,
                 config,
                 self._model.params,
                 rows_on_devices(self._model, chunk),
                 None if self._mode == "keep" else rows_on_devices(self._model, whole),
                 model,
-                hidden,
+                first,
                 np.int32(back),
                 jax.random.fold_in(jax.random.key(sampling.seed), sum(message.role == "user" for message in messages)),
                 token_sampler(sampling),
@@ -185,7 +186,7 @@ class Session:
                 implementation=self._implementation,
             )
             prefill_seconds = timer.lap()
-            size = cache_bytes(state.model.caches) + (0 if hidden is None else hidden.nbytes)
+            size = cache_bytes(state.model.caches) + sum(x.nbytes for x in jax.tree.leaves(first))
             send = None if stream is None else lambda row, text: stream(text)
             state, (new,) = finish(self._model, state, sampling, timer, send)
         drawn = int(state.step)
@@ -196,8 +197,8 @@ class Session:
             self._past = Past([*ids, *new[: drawn - 1]], len(ids), state.model, None, kept)
         else:
             kept = kept_tokens(whole, jax.device_get(drops))[0]
-            first = dataclasses.replace(state.model, caches=state.model.caches[:1])  # the others are for this turn only
-            self._past = Past(ids, len(ids), first, hidden, kept)
+            cached_model = dataclasses.replace(state.model, caches=state.model.caches[:1])  # the others are this turn's
+            self._past = Past(ids, len(ids), cached_model, first, kept)
         text = processor.decode(new)
         # A tag that the model wrote has no image.
         self._messages = [*messages, Message("assistant", (self._prompts.without_places(text),))]
@@ -218,7 +219,7 @@ class Session:
 @functools.partial(
     jax.jit,
     static_argnames=("config", "slots", "capacity", "implementation"),
-    donate_argnames=("model", "hidden"),
+    donate_argnames=("model", "first"),
     compiler_options=ROUNDED,
 )
 def _start_turn(
@@ -227,7 +228,7 @@ def _start_turn(
     chunk: Batch,
     whole: Batch | None,
     model: DecodeState,
-    hidden: jax.Array | None,
+    first: FirstStage | None,
     back: jax.Array,
     key: jax.Array,
     sampler: TokenSampler,
@@ -236,32 +237,32 @@ def _start_turn(
     slots: int,
     capacity: int,
     implementation: Implementation,
-) -> tuple[State, jax.Array | None, tuple[DropRecord, ...]]:
+) -> tuple[State, FirstStage | None, tuple[DropRecord, ...]]:
     """Runs a turn up to its first new token.
 
     Args:
-      whole, hidden: see ``multi_turn.rerank``; None keeps the image tokens of earlier turns.
+      whole, first: see ``multi_turn.rerank``; None keeps the image tokens of earlier turns.
       model: state after the previous turn, with enough room in its caches.
       slots: slots of the whole conversation.
       back: () int32, number of cached tokens that ``model.lengths`` does not count; negative to discard the last ones.
     """
     lengths = tuple(n + back for n in model.lengths)
-    if whole is None or hidden is None:
+    if whole is None or first is None:
         before = dataclasses.replace(model, lengths=lengths)
         logits, after, drops = multi_turn.keep(config, params, chunk, before, slots, implementation=implementation)
     else:
-        logits, after, hidden, drops = multi_turn.rerank(
+        logits, after, first, drops = multi_turn.rerank(
             config,
             params,
             chunk,
             whole,
             model.caches[0],
             lengths[0],
-            hidden,
+            first,
             capacity,
             implementation=implementation,
         )
-    return first_token(logits, after, capacity, key, sampler, stop_ids), hidden, drops
+    return first_token(logits, after, capacity, key, sampler, stop_ids), first, drops
 
 
 def _joined(before: list[list[list[int]]], new: list[list[list[int]]]) -> list[list[list[int]]]:
@@ -269,6 +270,12 @@ def _joined(before: list[list[list[int]]], new: list[list[list[int]]]) -> list[l
     if not (before and new):
         return before or new
     return [a + b for a, b in zip(before, new, strict=True)]
+
+
+def _last_images(images: Sequence[ImageTokens], placeholders: int) -> list[ImageTokens]:
+    """The images that the last ``placeholders`` stand for."""
+    ends = np.cumsum([image.parts for image in images])
+    return [image for image, end in zip(images, ends, strict=True) if end > ends[-1] - placeholders]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

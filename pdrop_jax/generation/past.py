@@ -12,6 +12,7 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.cache import StageCache, empty_caches, grow
 from pdrop_jax.model.decoder import DecodeState
+from pdrop_jax.model.multi_turn import FirstStage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,35 +23,38 @@ class Past:
       ids: the tokens that are cached; IMAGE_PLACEHOLDER stands for an image.
       asked: number of tokens in the last prompt.
       model: caches of all stages, or of the first one only; lengths of the last prompt.
-      hidden: (1, S, D), output of the first stage, or None.
+      first: output of the first stage, or None.
       kept: see ``Answer``.
     """
 
     ids: list[int]
     asked: int
     model: DecodeState
-    hidden: jax.Array | None
+    first: FirstStage | None
     kept: list[list[list[int]]]
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "width"))
 def _grown(
-    caches: tuple[StageCache | None, ...], hidden: jax.Array | None, sizes: tuple[int, ...], width: int
-) -> tuple[tuple[StageCache | None, ...], jax.Array | None]:
+    caches: tuple[StageCache | None, ...], first: FirstStage | None, sizes: tuple[int, ...], width: int
+) -> tuple[tuple[StageCache | None, ...], FirstStage | None]:
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, width - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
     caches = tuple(cache and grow(cache, size) for cache, size in zip(caches, sizes, strict=False))
-    return caches, None if hidden is None else jnp.pad(hidden, [(0, 0), (0, width - hidden.shape[1]), (0, 0)])
+    return caches, jax.tree.map(pad, first)
 
 
-def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> tuple[DecodeState, jax.Array | None]:
+def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> tuple[DecodeState, FirstStage | None]:
     """Caches with slots for the conversation and ``capacity`` new tokens, hidden states for the conversation."""
-    caches, hidden = past.model.caches, past.hidden
+    caches, first = past.model.caches, past.first
     plan = config.schedule.plan(config.text.num_layers, whole.bucket, aligned("auto"))
     found = tuple(0 if cache is None else cache.k.shape[3] for cache in caches)
     sizes = tuple(max(n, stage.slots + capacity) for n, stage in zip(found, plan, strict=False))
-    width = 0 if hidden is None else max(hidden.shape[1], whole.bucket.slots)
-    if found != sizes or (hidden is not None and hidden.shape[1] != width):
-        caches, hidden = _grown(caches, hidden, sizes, width)
-    return dataclasses.replace(past.model, caches=caches), hidden
+    width = 0 if first is None else max(first.slots, whole.bucket.slots)
+    if found != sizes or (first is not None and first.slots != width):
+        caches, first = _grown(caches, first, sizes, width)
+    return dataclasses.replace(past.model, caches=caches), first
 
 
 def empty_past(model: Model, keeps_images: bool) -> Past:
@@ -61,4 +65,7 @@ def empty_past(model: Model, keeps_images: bool) -> Past:
     delta = jnp.zeros(1, jnp.int32) if config.text.mrope_sections else None
     if keeps_images:
         return Past([], 0, DecodeState(caches, lengths, delta), None, [])
-    return Past([], 0, DecodeState(caches[:1], lengths, delta), jnp.zeros((1, 0, config.text.hidden_size), dtype), [])
+    A, D, drops = config.additions, config.text.hidden_size, config.schedule.layers
+    early = bool(drops) and drops[0] < A  # a drop comes before everything is added
+    first = FirstStage(jnp.zeros((1, 0, D), dtype), jnp.zeros((1, 0, A, D), dtype) if early else None)
+    return Past([], 0, DecodeState(caches[:1], lengths, delta), first, [])

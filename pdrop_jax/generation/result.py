@@ -16,7 +16,8 @@ def kept_tokens(batch: Batch, drops: Sequence[DropRecord]) -> list[list[list[lis
     """[row][stage boundary][image] -> indices of the kept tokens within the image."""
 
     def stayed(row: int, at: DropRecord, image: int, slots: np.ndarray) -> list[int]:
-        return (at.index[row][at.keep[row] & (at.image_id[row] == image)] - slots[0]).tolist()
+        # Text may stand between the tokens of a video.
+        return np.searchsorted(slots, at.index[row][at.keep[row] & (at.image_id[row] == image)]).tolist()
 
     return _by_image(batch, drops, stayed)
 
@@ -26,7 +27,7 @@ def token_scores(batch: Batch, drops: Sequence[DropRecord]) -> list[list[list[np
 
     def scored(row: int, at: DropRecord, image: int, slots: np.ndarray) -> np.ndarray:
         scores, here = np.full(len(slots), np.nan, np.float32), at.image_id[row] == image
-        scores[at.index[row][here] - slots[0]] = at.scores[row][here]
+        scores[np.searchsorted(slots, at.index[row][here])] = at.scores[row][here]
         return scores
 
     return _by_image(batch, drops, scored)

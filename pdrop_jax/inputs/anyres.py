@@ -42,10 +42,13 @@ class ImageTokens:
         model has those (``LlavaConfig.frame_tokens``).
       weight: (n, T) float32, the weights by which features are blended into a token; None if T is 1.
       video: whether the crops are the frames of a video.
-      layout: (P, U, 3) int32, for windows of patches (``families.qwen2_vl.inputs``), whose crops are (P, U, F): row and
-        column of a patch, and its frame from 1 on; 0 for an empty place. None for square crops.
+      layout: (P, U, 3 or 5) int32, for windows of patches (``families.qwen2_vl.inputs``), whose crops are (P, U, F):
+        row and column of a patch, and its frame from 1 on; 0 for an empty place. With learned positions also the
+        picture's rows and columns of patches. None for square crops.
       positions: (n, 3) int32, time, row and column of each token for M-RoPE, counted from the image's first; else None.
-      extent: positions that the image takes in its row of tokens.
+      extent: positions that the image, or each of its parts, takes in its row of tokens.
+      captions: if the image stands in the text in several parts of as many tokens, the text in front of each part: the
+        timestamps of a video (Qwen3-VL). Empty for an image in one part.
     """
 
     crops: np.ndarray
@@ -55,6 +58,7 @@ class ImageTokens:
     layout: np.ndarray | None = None
     positions: np.ndarray | None = None
     extent: int = 0
+    captions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -62,6 +66,11 @@ class ImageTokens:
     @property
     def size(self) -> ImageSize:
         return ImageSize(len(self.crops), len(self.index), self.video)
+
+    @property
+    def parts(self) -> int:
+        """Placeholders that stand for the image."""
+        return max(1, len(self.captions))
 
     def widened(self, taps: int) -> tuple[np.ndarray, np.ndarray]:
         """``index`` and ``weight`` as (n, ``taps``); a token that is not blended has one feature of weight 1."""

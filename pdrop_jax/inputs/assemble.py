@@ -18,8 +18,8 @@ class Row:
     """One row of a batch before it is laid out.
 
     Attributes:
-      ids: token ids; IMAGE_PLACEHOLDER stands for a whole image.
-      images: one for each placeholder, in order.
+      ids: token ids; IMAGE_PLACEHOLDER stands for an image or for a part of it.
+      images: in the order of their placeholders, see ``ImageTokens.parts``.
       labels: for training: the id itself at each target in ``ids``, IGNORE elsewhere.
     """
 
@@ -52,14 +52,14 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
     crops = np.zeros((B, C, *crop_shape(config)), np.float32)
     layout = positions = None
     if isinstance(config.vision, QwenVisionConfig):
-        layout = np.zeros((B, C, config.vision.window_patches, 3), np.int32)
+        layout = np.zeros((B, C, config.vision.window_patches, config.vision.layout_values), np.int32)
     if config.text.mrope_sections:
         positions = np.zeros((B, S, 3), np.int32)
     query_rows = np.full((B, queries), -1, np.int32)
     labels = np.full((B, S), IGNORE, np.int32) if any(row.labels is not None for row in rows) else None
     for b, row in enumerate(rows):
         _check_row(b + 1, row, config, bucket)
-        ids, images = expand(row.ids, [len(image) for image in row.images])
+        ids, images = expand(row.ids, [[len(image) // image.parts] * image.parts for image in row.images])
         n = length[b] = len(ids)
         token_ids[b, :n], image_id[b, :n] = ids, images
         if positions is not None:
@@ -126,21 +126,27 @@ def mrope_positions(row: Row) -> np.ndarray:
         height  0   1 1 1 2 2 2   4
         width   0   1 2 3 1 2 3   4
     """
-    images, found, start = iter(row.images), [], 0
+    parts = (part for image in row.images for part in _positions_of_parts(image))
+    found, start = [], 0
     for token in np.asarray(row.ids):
         if token == IMAGE_PLACEHOLDER:
-            image = next(images)
-            assert image.positions is not None
-            found.append(image.positions + start)
-            start += image.extent
+            positions, extent = next(parts)
+            found.append(positions + start)
+            start += extent
         else:
             found.append(np.full((1, 3), start, np.int32))
             start += 1
     return np.concatenate(found)
 
 
-def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Expands each placeholder to the slots of its image.
+def _positions_of_parts(image: ImageTokens) -> list[tuple[np.ndarray, int]]:
+    """Positions of each part of an image, (n, 3) from its own start, and how many the part takes."""
+    assert image.positions is not None
+    return [(positions, image.extent) for positions in np.split(image.positions, image.parts)]
+
+
+def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Expands each placeholder to the slots of its image, or of its part of the image.
 
     For ``[1, 7, -200, 8]`` and an image of 3 tokens::
 
@@ -148,7 +154,7 @@ def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.nd
       image_id   0  0  1  1  1  0
 
     Args:
-      sizes: number of tokens of each image.
+      sizes: number of tokens of each part of each image.
 
     Returns:
       token_ids and image_id of one row, int32, both of the expanded length.
@@ -156,11 +162,12 @@ def expand(ids: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[np.nd
     row = np.asarray(ids, np.int32)
     is_image = row == IMAGE_PLACEHOLDER
     slots = np.ones(len(row), int)
-    slots[is_image] = sizes
+    slots[is_image] = [size for parts in sizes for size in parts]
+    owner = np.zeros(len(row), int)
+    owner[is_image] = np.repeat(np.arange(1, len(sizes) + 1), [len(parts) for parts in sizes])
     in_image = np.repeat(is_image, slots)
     token_ids = np.where(in_image, 0, np.repeat(row, slots))
-    image_id = np.where(in_image, np.repeat(np.cumsum(is_image), slots), 0)
-    return token_ids.astype(np.int32), image_id.astype(np.int32)
+    return token_ids.astype(np.int32), np.repeat(owner, slots).astype(np.int32)
 
 
 def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
@@ -184,11 +191,11 @@ def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> No
         raise UserError(f"prompt {number} has no tokens")
     if row.labels is not None and len(row.labels) != len(ids):
         raise UserError(f"prompt {number} has {len(ids)} tokens but {len(row.labels)} labels")
-    if placeholders != len(row.images):
+    if placeholders != sum(image.parts for image in row.images):
         raise UserError(f"prompt {number} has {placeholders} image placeholders but {len(row.images)} pictures")
-    if len(text) > bucket.text or placeholders > len(bucket.images):
+    if len(text) > bucket.text or len(row.images) > len(bucket.images):
         raise UserError(
-            f"prompt {number} has {len(text)} text tokens and {placeholders} images, but its bucket holds "
+            f"prompt {number} has {len(text)} text tokens and {len(row.images)} images, but its bucket holds "
             f"{bucket.text} and {len(bucket.images)}"
         )
     tokens, crops = [len(image) for image in row.images], sum(len(image.crops) for image in row.images)

@@ -1,6 +1,7 @@
 """Chat templates: turns of a conversation -> text -> token ids with a placeholder for each image."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from pdrop_jax.errors import UserError
 
 IMAGE_TAG = "<image>"
-IMAGE_PLACEHOLDER = -200  # stands for a whole image in a row of token ids
+IMAGE_PLACEHOLDER = -200  # stands for a whole image in a row of token ids, or for a part of one that has captions
 
 Turn = tuple[str, str | None]  # question and answer; None is the answer that the model has to generate
 
@@ -136,6 +137,19 @@ def render_turns(turns: Sequence[Turn], template: str) -> list[tuple[str, str]]:
         asked = (parts.first_question if number == 1 else parts.question) + question + parts.asked
         pieces.append((asked, "" if answer is None else parts.answer + answer + parts.answered))
     return pieces
+
+
+def write_captions(text: str, captions: Sequence[Sequence[str]], place: str = re.escape(IMAGE_TAG)) -> str:
+    """``text`` in which an image whose parts stand apart is written out: each part's caption, and a place of its own.
+
+    Args:
+      captions: of each image in ``text``, of each of its parts; empty for an image in one part.
+      place: regular expression of what stands for an image.
+    """
+    if not any(captions):
+        return text
+    images = iter(captions)
+    return re.sub(place, lambda found: "".join(caption + found[0] for caption in next(images) or ("",)), text)
 
 
 def without_tags(text: str, tag: str = IMAGE_TAG) -> str:

@@ -21,6 +21,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
+from pdrop_jax.families.qwen3_vl import inputs as qwen3_vl
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.io import check_file
@@ -35,7 +36,8 @@ class Video:
     To drop tokens of each frame separately, pass the frames as images, with one tag each.
 
     Attributes:
-      fps: frames a second, for models whose positions count time (Qwen2.5-VL); they sample two a second themselves.
+      fps: frames a second, for models whose positions (Qwen2.5-VL) or prompts (Qwen3-VL) tell the time; they sample two
+        a second themselves.
     """
 
     frames: Sequence[Picture]
@@ -270,7 +272,8 @@ def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfi
     if not video.frames:
         raise UserError("a video needs at least one frame, got none")
     if isinstance(processor, Qwen2VLImageProcessorPil):
-        return qwen2_vl.video_tokens([open_image(frame) for frame in video.frames], video.fps, processor, config)
+        family = qwen3_vl if config.vision.kind == "qwen3_vl" else qwen2_vl
+        return family.video_tokens([open_image(frame) for frame in video.frames], video.fps, processor, config)
     aspect = "square" if config.tiling else config.image_aspect
     own = plain(processor)
     return pooled(np.stack([to_crop(open_image(frame), own, aspect) for frame in video.frames]), config)

@@ -15,7 +15,14 @@ import numpy as np
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, IMAGE_TAG, check_unicode, token_ids, without_tags
+from pdrop_jax.inputs.chat_template import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TAG,
+    check_unicode,
+    token_ids,
+    without_tags,
+    write_captions,
+)
 from pdrop_jax.inputs.messages import Kind, Medium, Message, Role, plural
 from pdrop_jax.inputs.targets import Example, TrainingText, tokenize_chunks
 from pdrop_jax.io import check_file, read_json
@@ -23,7 +30,23 @@ from pdrop_jax.io import check_file, read_json
 OWN = "own"  # LlavaConfig.template of a model that is asked with its own chat template
 PROBE = "PdropProbe"  # a text that no template contains
 JINJA_BYTES = 2**20
-PLACEHOLDERS: Mapping[Kind, str] = {"image": "<image>", "video": "<video>"}  # of LLaVA's processors
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What a chat template writes where an image stands.
+
+    Attributes:
+      placeholders: for an image and for a video, a token that stands for all of its tokens. A processor of transformers
+        calls them ``image_token`` and ``video_token``.
+      marks: directly before and after a placeholder; each part of an image with captions has its own.
+    """
+
+    placeholders: Mapping[Kind, str]
+    marks: tuple[str, str] = ("", "")
+
+
+LLAVA_PLACES = Places({"image": "<image>", "video": "<video>"})
 
 
 def find_chat_template(folder: pathlib.Path) -> str | None:
@@ -61,13 +84,11 @@ class ModelTemplate:
     Attributes:
       tokenizer: a transformers tokenizer.
       source: the template's Jinja source.
-      placeholders: what the template writes for an image and for a video, a token that stands for all of its tokens.
-        A processor of transformers calls them ``image_token`` and ``video_token``.
     """
 
     tokenizer: Any
     source: str
-    placeholders: Mapping[Kind, str]
+    places: Places
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation. If the last message is from the user, it ends where the model continues.
@@ -77,9 +98,14 @@ class ModelTemplate:
         """
         return self._render(messages, asks=messages[-1].role == "user")
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of ``render``, with IMAGE_PLACEHOLDER for each image or video. Errors are those of ``render``."""
-        text = self.render(messages)
+    def ids(self, messages: Sequence[Message], captions: Sequence[Sequence[str]] = ()) -> list[int]:
+        """Token ids of ``render``, with IMAGE_PLACEHOLDER for each image or video. Errors are those of ``render``.
+
+        Args:
+          captions: see ``chat_template.write_captions``.
+        """
+        before, after = map(re.escape, self.places.marks)
+        text = write_captions(self.render(messages), captions, f"{before}(?:{self._places.pattern}){after}")
         check_unicode(text)
         if not self._are_tokens(text):
             return token_ids(self.tokenizer, self._places.sub(IMAGE_TAG, text))
@@ -88,7 +114,7 @@ class ModelTemplate:
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""
-        for place in {IMAGE_TAG, *self.placeholders.values()}:
+        for place in {IMAGE_TAG, *self.places.placeholders.values()}:
             text = without_tags(text, place)
         return text
 
@@ -160,7 +186,7 @@ class ModelTemplate:
         if media != places:
             raise UserError(
                 f"the conversation has {plural(media, 'image')}, but its text by the model's chat template has places "
-                f"for {places}: leave {' and '.join(self.placeholders.values())} out of questions and answers"
+                f"for {places}: leave {' and '.join(self.places.placeholders.values())} out of questions and answers"
             )
         return text
 
@@ -218,7 +244,7 @@ class ModelTemplate:
     def _kinds(self) -> frozenset[Kind]:
         """The kinds of media that the template writes placeholders for. Others are written into its text as tags."""
         found = set()
-        for kind, placeholder in self.placeholders.items():
+        for kind, placeholder in self.places.placeholders.items():
             content = [{"type": kind}, {"type": "text", "text": PROBE}]
             if self._writes_once([{"role": "user", "content": content}], placeholder):
                 found.add(kind)
@@ -256,11 +282,13 @@ class ModelTemplate:
 
     @functools.cached_property
     def _places(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted({IMAGE_TAG, *self.placeholders.values()}, key=len)[::-1])))
+        return re.compile(
+            "|".join(map(re.escape, sorted({IMAGE_TAG, *self.places.placeholders.values()}, key=len)[::-1]))
+        )
 
     @functools.cached_property
     def _place_ids(self) -> list[int]:
-        return [self._added[place] for place in (IMAGE_TAG, *self.placeholders.values()) if place in self._added]
+        return [self._added[place] for place in (IMAGE_TAG, *self.places.placeholders.values()) if place in self._added]
 
     def _are_tokens(self, text: str) -> bool:
         """Whether everything in ``text`` that stands for an image is a token, so that it need not be split there."""

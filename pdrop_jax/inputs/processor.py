@@ -16,8 +16,8 @@ from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import TEMPLATES
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
-from pdrop_jax.inputs.messages import Kind, Prompt, read_conversation
-from pdrop_jax.inputs.model_template import OWN, PLACEHOLDERS, find_chat_template
+from pdrop_jax.inputs.messages import Prompt, read_conversation
+from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, Places, find_chat_template
 from pdrop_jax.inputs.prompts import PromptTemplate, prompt_template
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
@@ -92,17 +92,23 @@ class Processor:
     def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
         """One row; arguments and errors are those of ``__call__``."""
         messages, shown = read_conversation(prompt, images)
-        return Row(self.prompts(template).ids(messages), self.all_tokens(shown))
+        found = self.all_tokens(shown)
+        return Row(self.prompts(template).ids(messages, [image.captions for image in found]), found)
 
     def prompts(self, template: str | None = None) -> PromptTemplate:
         """The template that renders conversations: the checkpoint's, or another one by its name."""
         if template is None:
             return self._prompts
-        return prompt_template(template, self.tokenizer, self.chat_template, placeholders(self.config))
+        return self._prompts_named(template)
 
     @functools.cached_property
     def _prompts(self) -> PromptTemplate:
-        return prompt_template(self.config.template, self.tokenizer, self.chat_template, placeholders(self.config))
+        return self._prompts_named(self.config.template)
+
+    def _prompts_named(self, template: str) -> PromptTemplate:
+        qwen = isinstance(self.config.vision, qwen2_vl.QwenVisionConfig)
+        places = Places(qwen2_vl.PLACEHOLDERS, qwen2_vl.MARKS) if qwen else LLAVA_PLACES
+        return prompt_template(template, self.tokenizer, self.chat_template, places)
 
     def all_tokens(self, images: Sequence[Picture | Video]) -> list[ImageTokens]:
         """``tokens`` of the images of one row."""
@@ -170,11 +176,6 @@ class TextStream:
             return ""
         new, self._shown = text[self._shown :], len(text)
         return new
-
-
-def placeholders(config: LlavaConfig) -> Mapping[Kind, str]:
-    """What the model's own chat template writes for an image and for a video."""
-    return qwen2_vl.PLACEHOLDERS if isinstance(config.vision, qwen2_vl.QwenVisionConfig) else PLACEHOLDERS
 
 
 def as_list(entry: Entry) -> Sequence[Picture | Video]:

@@ -5,13 +5,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.chat_template import Turn, render, template_named, token_ids, without_tags
-from pdrop_jax.inputs.messages import Kind, Message
-from pdrop_jax.inputs.model_template import OWN, PLACEHOLDERS, ModelTemplate
+from pdrop_jax.inputs.chat_template import (
+    Turn,
+    render,
+    template_named,
+    token_ids,
+    without_tags,
+    write_captions,
+)
+from pdrop_jax.inputs.messages import Message
+from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ModelTemplate, Places
 from pdrop_jax.inputs.targets import Example, TrainingText, ends_answers, tokenize, training_text
 
 
@@ -35,9 +42,13 @@ class LlavaTemplate:
         """
         return render(self._turns(messages), self.name)
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of ``render``, with IMAGE_PLACEHOLDER for each image or video. Errors are those of ``render``."""
-        return token_ids(self.tokenizer, self.render(messages))
+    def ids(self, messages: Sequence[Message], captions: Sequence[Sequence[str]] = ()) -> list[int]:
+        """Token ids of ``render``, with IMAGE_PLACEHOLDER for each image or video. Errors are those of ``render``.
+
+        Args:
+          captions: see ``chat_template.write_captions``.
+        """
+        return token_ids(self.tokenizer, write_captions(self.render(messages), captions))
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""
@@ -84,7 +95,7 @@ def turns_of_messages(messages: Sequence[Message]) -> list[Turn]:
 
 
 def prompt_template(
-    name: str, tokenizer: Any, chat_template: str | None, placeholders: Mapping[Kind, str] = PLACEHOLDERS
+    name: str, tokenizer: Any, chat_template: str | None, places: Places = LLAVA_PLACES
 ) -> PromptTemplate:
     """The template of a model.
 
@@ -92,7 +103,7 @@ def prompt_template(
       name: "own", or a name in ``chat_template.TEMPLATES``.
       tokenizer: a transformers tokenizer.
       chat_template: the Jinja source that came with the checkpoint, see ``model_template.find_chat_template``.
-      placeholders: what that template writes for an image and for a video; LLaVA's by default.
+      places: what that template writes where an image stands; by default as LLaVA's do.
 
     Raises:
       UserError: the name is unknown, or the model has no chat template of its own.
@@ -105,4 +116,4 @@ def prompt_template(
             "template 'own' is the model's own chat template, but its folder holds none: copy chat_template.jinja or "
             "tokenizer_config.json from the original checkpoint into it, or choose another template"
         )
-    return ModelTemplate(tokenizer, chat_template, placeholders)
+    return ModelTemplate(tokenizer, chat_template, places)

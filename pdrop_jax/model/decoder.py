@@ -161,9 +161,17 @@ def run_stages(
             )
             buffer, dropped = drop(stage, at, score.rank, max(image_sizes))
             drops.append(dropped)
-        rope, length = rope_of(buffer, s, dropped=s > 0), buffer.length
+        rope = rope_of(buffer, s, dropped=s > 0)
 
-        def body(carry: Any, params: Params, n: Any, rope: Any = rope, length: Any = length, start: Any = start) -> Any:
+        def body(
+            carry: Any,
+            params: Params,
+            n: Any,
+            buffer: Any = buffer,
+            rope: Any = rope,
+            start: Any = start,
+            first_layer: int = stage.start,
+        ) -> Any:
             x, cache, _ = carry
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
@@ -171,10 +179,14 @@ def run_stages(
                 if cache is not None:
                     written = write_tokens(cache, n, k, v, start)
                     return attend_cache(q, written.k[n], written.v[n], start, window), written
-                out = attention(q, k, v, causal=True, length=length, window=window, implementation=implementation)
+                out = attention(
+                    q, k, v, causal=True, length=buffer.length, window=window, implementation=implementation
+                )
                 return out, None if new_slots is None else cache_prompt(k, v, new_slots)
 
             out, new = decoder_layer(config.text, params, x, rope, attend)
+            if buffer.additions is not None:
+                out = add_behind(out, buffer.additions, first_layer + n)
             carried, stacked = (new, None) if cache is not None else (None, new)
             return (out, carried, x if follow else None), (stacked, x if keep_hidden else None)
 
@@ -182,12 +194,28 @@ def run_stages(
         (x, cache, last_input), outputs = scan_layers(rematerialise(body, remat), begin, layers)
         prompt_cache, inputs = outputs or (None, None)  # a stage may have no layers
         last_layer = layer_of(layers, -1) if follow and stage.num_layers else None
-        buffer = dataclasses.replace(buffer, hidden=x)
+        left = None if stage.stop >= config.additions else buffer.additions
+        buffer = dataclasses.replace(buffer, hidden=x, additions=left)
         caches.append(prompt_cache if past is None else cache)
-        lengths.append(length + start)
+        lengths.append(buffer.length + start)
         layer_inputs.append(inputs)
     state = DecodeState(tuple(caches), tuple(lengths), delta)
     return DecoderOutput(buffer, state, tuple(drops), tuple(layer_inputs))
+
+
+def add_behind(x: jax.Array, additions: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """``x`` (B, S, D), the output of the model's layer number ``layer``, with its additions (B, S, A, D) if it has any.
+
+    One program for the layers of a stack: those behind the first A read nothing.
+    """
+    A = additions.shape[2]
+    at = jnp.minimum(jnp.asarray(layer), A - 1)
+    return jax.lax.cond(
+        jnp.asarray(layer) < A,
+        lambda x: x + jax.lax.dynamic_index_in_dim(additions, at, axis=2, keepdims=False),
+        lambda x: x,
+        x,
+    )
 
 
 def run_token(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.model.attention import attention_mask
-from pdrop_jax.model.layers import linear, rms_norm
+from pdrop_jax.model.layers import queries_or_keys, rms_norm
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.rope import Rope, rotate
 from pdrop_jax.schedule import Stage, keep_table
@@ -40,6 +40,8 @@ class TokenBuffer:
       precomputed_scores: (B, S) float32, what a score knows of a token before the decoder (``scores.TokenScore``), or
         None.
       positions: (B, S, 3) int32, time, height and width of M-RoPE, which stay with a token; None without it.
+      additions: (B, S, A, D), what is added to a token behind each of the first A decoder layers (DeepStack), zero for
+        text; None without it and in stages behind those layers.
     """
 
     hidden: jax.Array
@@ -51,6 +53,7 @@ class TokenBuffer:
     labels: jax.Array | None = None
     precomputed_scores: jax.Array | None = None
     positions: jax.Array | None = None
+    additions: jax.Array | None = None
 
     @property
     def slots(self) -> int:
@@ -157,8 +160,8 @@ def attention_scores(
     """
     h = rms_norm(params["attention_norm"], jax.lax.stop_gradient(hidden), config.norm_eps)
     rows = jnp.maximum(query_rows, 0)  # (B, Q)
-    q = linear(params["attention"]["q"], jnp.take_along_axis(h, rows[..., None], axis=1))
-    k = linear(params["attention"]["k"], h)
+    q = queries_or_keys(config, params["attention"], "q", jnp.take_along_axis(h, rows[..., None], axis=1))
+    k = queries_or_keys(config, params["attention"], "k", h)
     if rope is not None:
         cos, sin = (jnp.take_along_axis(x, rows[..., None], axis=1) for x in rope)
         q, k = rotate(q, (cos, sin)), rotate(k, rope)
@@ -236,7 +239,10 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
     def gather(x: jax.Array, padding: int) -> jax.Array:
         return jnp.where(valid, jnp.take_along_axis(x, source, axis=1), padding)
 
-    precomputed, positions = buffer.precomputed_scores, buffer.positions
+    def carry_along(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jnp.take_along_axis(x, jnp.expand_dims(source, tuple(range(2, x.ndim))), axis=1)
+
+    precomputed = buffer.precomputed_scores
     query_rows = jnp.take_along_axis(kept_up_to, jnp.maximum(buffer.query_rows, 0), axis=1) - 1
     return dataclasses.replace(
         buffer,
@@ -247,5 +253,6 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
         query_rows=jnp.where(buffer.query_rows < 0, -1, query_rows),
         labels=None if buffer.labels is None else gather(buffer.labels, IGNORE),
         precomputed_scores=None if precomputed is None else gather(precomputed, 0),
-        positions=None if positions is None else jnp.take_along_axis(positions, source[..., None], axis=1),
+        positions=carry_along(buffer.positions),
+        additions=carry_along(buffer.additions),
     )

@@ -6,7 +6,7 @@ Dims: B batch, T tokens, N query heads, K key-value heads, H head dim, D model, 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +64,17 @@ def decoder_layer(
       attend: decides what the queries see and what is cached.
     """
     h = rms_norm(params["attention_norm"], x, config.norm_eps)
-    q, k = rotate(linear(params["attention"]["q"], h), rope), rotate(linear(params["attention"]["k"], h), rope)
+    q, k = (rotate(queries_or_keys(config, params["attention"], name, h), rope) for name in ("q", "k"))
     out, cache = attend(q, k, linear(params["attention"]["v"], h))
     x = constrain(x + linear(params["attention"]["o"], out, inputs=2), *HIDDEN)
     x = x + gated_mlp(params["mlp"], rms_norm(params["mlp_norm"], x, config.norm_eps))
     return constrain(x, *HIDDEN), cache
+
+
+def queries_or_keys(config: TextConfig, params: Params, name: Literal["q", "k"], h: jax.Array) -> jax.Array:
+    """The layer's queries (B, T, N, H) or keys (B, T, K, H) before rope, from its normed input (B, T, D)."""
+    x = linear(params[name], h)
+    return rms_norm(params[f"{name}_norm"], x, config.norm_eps) if config.qk_norm else x
 
 
 def gated_mlp(params: Params, x: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 Both take a ``chunk``: the batch of the tokens that are not cached yet, with the images among them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +16,24 @@ from pdrop_jax.model.decoder import DecodeState, run_stages
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import buffer_of, embed, next_logits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FirstStage:
+    """What ``rerank`` keeps of the tokens so far.
+
+    Attributes:
+      hidden: (B, S, D), the first stage's output.
+      additions: (B, S, A, D), see ``TokenBuffer``; None if the first stage has used them up.
+    """
+
+    hidden: jax.Array
+    additions: jax.Array | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.hidden.shape[1]
 
 
 def keep(
@@ -52,11 +72,11 @@ def rerank(
     whole: Batch,
     cache: StageCache | None,
     first: jax.Array,
-    hidden: jax.Array,
+    output: FirstStage,
     new_slots: int,
     *,
     implementation: Implementation = "auto",
-) -> tuple[jax.Array, DecodeState, jax.Array, tuple[DropRecord, ...]]:
+) -> tuple[jax.Array, DecodeState, FirstStage, tuple[DropRecord, ...]]:
     """The question ranks all image tokens anew: the same result as ``vlm.prefill`` of the whole conversation.
 
     The first stage drops nothing, so what it computed holds for any question: the chunk runs through it on its cache.
@@ -66,11 +86,11 @@ def rerank(
       whole: the conversation up to the end of the chunk; its crops are not used.
       cache: of the first stage, with a slot for every token of the conversation; None if it has no layers.
       first: (B,) int32, tokens before the chunk.
-      hidden: (B, S, D), the first stage's output for the tokens before the chunk; S is ``whole.bucket.slots`` or more.
+      output: for the tokens before the chunk; its S is ``whole.bucket.slots`` or more.
       new_slots: slots of the later stages' caches for tokens to come.
 
     Returns:
-      (logits (B, V) float32 after the chunk, state for ``vlm.decode_step``, ``hidden`` with the chunk's tokens, drops
+      (logits (B, V) float32 after the chunk, state for ``vlm.decode_step``, ``output`` with the chunk's tokens, drops
       over the buffers of the whole conversation).
     """
     stages, num_layers, delta = params["stages"], config.text.num_layers, None
@@ -84,17 +104,26 @@ def rerank(
         embed(config, params, chunk, chunk.bucket.slots, implementation),
         chunk.bucket.images,
         past=DecodeState((cache,), (first,), delta),
-        max_positions=hidden.shape[1],
+        max_positions=output.slots,
     )
     slots = first[:, None] + jnp.arange(chunk.bucket.slots)  # (B, T)
-    hidden = hidden.at[jnp.arange(len(slots))[:, None], slots].set(new.buffer.hidden, mode="drop")
+
+    def written(old: jax.Array, new: jax.Array | float) -> jax.Array:
+        return old.at[jnp.arange(len(slots))[:, None], slots].set(new, mode="drop")
+
+    additions = output.additions
+    if additions is not None:  # a chunk without pictures has none
+        additions = written(additions, 0.0 if new.buffer.additions is None else new.buffer.additions)
+    output = FirstStage(written(output.hidden, new.buffer.hidden), additions)
+    S = whole.bucket.slots
+    additions = None if additions is None else additions[:, :S]
 
     plan = config.schedule.plan(num_layers, whole.bucket, aligned(implementation))
     later = run_stages(
         config,
         stages,
         plan,
-        buffer_of(config, whole, hidden[:, : whole.bucket.slots], plan[0].slots),
+        buffer_of(config, whole, output.hidden[:, :S], plan[0].slots, additions=additions),
         whole.bucket.images,
         first=1,
         new_slots=new_slots,
@@ -105,4 +134,4 @@ def rerank(
         (jnp.asarray(whole.length), *later.state.lengths),
         later.state.rope_delta,
     )
-    return next_logits(config, params, later.buffer), state, hidden, later.drops
+    return next_logits(config, params, later.buffer), state, output, later.drops

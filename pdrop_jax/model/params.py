@@ -33,9 +33,12 @@ from pdrop_jax.model.specs import Specs, attention_specs, linear_specs, norm_spe
 
 def decoder_layer_specs(config: TextConfig) -> Specs:
     D, N, K, H, F = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size
+    attention = attention_specs(D, N, K, H, "llm", qkv_bias=config.qkv_bias, output_bias=config.output_bias)
+    if config.qk_norm:
+        attention |= {"q_norm": norm_specs(H, "llm"), "k_norm": norm_specs(H, "llm")}
     return {
         "attention_norm": norm_specs(D, "llm"),
-        "attention": attention_specs(D, N, K, H, "llm", qkv_bias=config.qkv_bias, output_bias=config.output_bias),
+        "attention": attention,
         "mlp_norm": norm_specs(D, "llm"),
         "mlp": {
             "gate": linear_specs((D, F), ("model", "mlp"), "llm"),

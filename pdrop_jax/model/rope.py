@@ -14,7 +14,7 @@ def rope_tables(config: TextConfig, positions: jax.Array) -> Rope:
 
     Args:
       positions: (B, T) int32. With M-RoPE (Qwen2-VL, section 2.1) also (B, T, 3): time, height and width, by which
-        ``mrope_sections`` of the pairs turn; three equal numbers are the same as one.
+        ``mrope_sections`` of the pairs turn, see ``turned_by``; three equal numbers are the same as one.
     """
     H = config.head_dim
     inverse = 1.0 / config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
@@ -28,13 +28,28 @@ def rope_tables(config: TextConfig, positions: jax.Array) -> Rope:
         blend = jnp.clip(blend, 0.0, 1.0)
         inverse = blend * inverse + (1 - blend) * inverse / scaling.factor
     if positions.ndim == 3:
-        assert config.mrope_sections
-        turned_by = np.repeat(np.arange(3), config.mrope_sections)  # (H / 2,)
-        angles = positions[..., turned_by].astype(jnp.float32) * inverse
+        angles = positions[..., turned_by(config)].astype(jnp.float32) * inverse
     else:
         angles = positions[..., None].astype(jnp.float32) * inverse
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
+def turned_by(config: TextConfig) -> np.ndarray:
+    """Which of the three positions of M-RoPE turns each pair of a head, (H / 2,): 0 time, 1 height, 2 width.
+
+    Example, ``mrope_sections`` (4, 2, 2)::
+
+        in runs      0 0 0 0 1 1 2 2
+        interleaved  0 1 2 0 1 2 0 0
+    """
+    assert config.mrope_sections
+    if not config.mrope_interleaved:
+        return np.repeat(np.arange(3), config.mrope_sections)
+    by = np.zeros(config.head_dim // 2, int)
+    for axis in (1, 2):
+        by[axis : 3 * config.mrope_sections[axis] : 3] = axis
+    return by
 
 
 def rope_at(tables: Rope, positions: jax.Array) -> Rope:

@@ -48,6 +48,8 @@ def _replace_kernels(config: LlavaConfig, params: Params, new: Callable[[ParamSp
     for s, stack in params["stages"].items():
         for block in ("attention", "mlp"):
             for name, linear in stack[block].items():
+                if "kernel" not in linear:
+                    continue  # a norm of queries or keys
                 spec = spec_of(config, f"stages.{s}.{block}.{name}.kernel")
                 # A quantized kernel is two arrays. Its scales have size 1 along the inputs.
                 linear["kernel"] = jax.tree.map(functools.partial(new, spec), linear["kernel"])

@@ -46,25 +46,36 @@ def embed(
     remat: Remat = "none",
 ) -> TokenBuffer:
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
-    hidden, attention = embed_tokens(params, batch.token_ids), None
+    hidden, attention, additions = embed_tokens(params, batch.token_ids), None, None
     if batch.crops.shape[1]:
         needed = find_score(config).class_attention
         features, seen = tower_features(config, params, batch, implementation, remat, needed)
         index = jnp.asarray(batch.feature_index)
-        hidden = jnp.where(index[..., :1] >= 0, _pick(features, index, batch.feature_weight), hidden)
+        shown = index[..., :1] >= 0
+        hidden = jnp.where(shown, _pick(features, index, batch.feature_weight), hidden)
+        if config.additions:  # they follow the features themselves in the pool
+            pools = jnp.split(features, 1 + config.additions, axis=1)[1:]
+            picked = [jnp.where(shown, _pick(pool, index, batch.feature_weight), 0) for pool in pools]
+            additions = jnp.stack(picked, axis=2)
         if seen is not None:
             attention = jnp.where(index[..., 0] >= 0, _pick(seen, index, batch.feature_weight)[..., 0], 0.0)
-    return buffer_of(config, batch, hidden, slots, attention)
+    return buffer_of(config, batch, hidden, slots, attention, additions)
 
 
 @jax.named_scope("embed")
 def buffer_of(
-    config: LlavaConfig, batch: Batch, hidden: jax.Array, slots: int, attention: jax.Array | None = None
+    config: LlavaConfig,
+    batch: Batch,
+    hidden: jax.Array,
+    slots: int,
+    attention: jax.Array | None = None,
+    additions: jax.Array | None = None,
 ) -> TokenBuffer:
     """The batch's tokens with ``hidden`` (B, S, D) before any drop, padded to ``slots`` slots.
 
     Args:
       attention: (B, S) float32, that of the class tokens.
+      additions: (B, S, A, D), see ``TokenBuffer``.
     """
     B, S = batch.token_ids.shape
     image_id = jnp.asarray(batch.image_id)
@@ -84,6 +95,7 @@ def buffer_of(
         labels=None if batch.labels is None else pad(jnp.asarray(batch.labels), IGNORE),
         precomputed_scores=None if precompute is None else pad(precompute(config, batch, attention)),
         positions=None if batch.positions is None else pad(jnp.asarray(batch.positions)),
+        additions=None if additions is None else constrain(pad(additions), "batch", None, None, None),
     )
 
 

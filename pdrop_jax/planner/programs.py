@@ -194,7 +194,7 @@ def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, t
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
     S, T = bucket.slots, config.features_per_token
-    patches = isinstance(config.vision, QwenVisionConfig)
+    layout = config.vision.layout_values if isinstance(config.vision, QwenVisionConfig) else None
     return Batch(
         token_ids=leaf(S),
         feature_index=leaf(S, T),
@@ -205,7 +205,7 @@ def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, t
         labels=leaf(S) if training else None,
         bucket=bucket,
         feature_weight=leaf(S, T, dtype=jnp.float32) if T > 1 else None,
-        patch_layout=leaf(bucket.crops, crop_shape(config)[0], 3) if patches else None,
+        patch_layout=leaf(bucket.crops, crop_shape(config)[0], layout) if layout else None,
         positions=leaf(S, 3) if config.text.mrope_sections else None,
     )
 

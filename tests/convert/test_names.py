@@ -107,8 +107,14 @@ def test_every_row_of_a_table_is_of_a_declared_array():
     """What no model has are the biases of LLaMA's norms and mlps, which the table has rows for as it has for CLIP's."""
     siglip = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, kind="siglip"))
     tiled = dataclasses.replace(CONFIG, tiling=Tiling.next(28))
-    declared = {path for config in (CONFIG, siglip, tiled) for path in flatten_dict(param_specs(config), sep=".")}
+    normed = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, qk_norm=True))
+    declared = {
+        path for config in (CONFIG, siglip, tiled, normed) for path in flatten_dict(param_specs(config), sep=".")
+    }
     rows = NAMINGS["original"].table(CONFIG)
     left = {row for row in rows if row not in {re.sub(r"^stages\.\d+", "stages", path) for path in declared}}
-    mlps, norms = (f"stages.mlp.{name}.bias" for name in ("gate", "up", "down")), ("attention_norm", "mlp_norm")
+    mlps, norms = (
+        (f"stages.mlp.{name}.bias" for name in ("gate", "up", "down")),
+        ("attention_norm", "mlp_norm", "attention.q_norm", "attention.k_norm"),
+    )
     assert left == {*mlps, *(f"stages.{name}.bias" for name in norms), "norm.bias"}

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import tiny_qwen
 from mutations import mutations, one_line
+from test_qwen3 import HUB_8B
 from test_qwen_checkpoints import HUB_2_5
 
 from pdrop_jax.config import LlavaConfig
@@ -24,7 +25,7 @@ NESTED = {
 
 
 def test_every_key_of_a_foreign_config():
-    for data in (HUB_2_5, NESTED):
+    for data in (HUB_2_5, NESTED, HUB_8B):
         assert isinstance(llava_from_hf(data), LlavaConfig)
         refused = 0
         for path, value, changed in mutations(data):
@@ -37,11 +38,12 @@ def test_every_key_of_a_foreign_config():
 
 def test_every_key_of_our_own_config():
     refused = 0
-    for path, value, changed in mutations(LlavaConfig.qwen2_5_vl("7b").to_json()):
-        with one_line((path, value)) as said:
-            LlavaConfig.from_json(changed)
-        refused += len(said)
-    assert refused > 400
+    for config in (LlavaConfig.qwen2_5_vl("7b"), LlavaConfig.qwen3_vl("8b")):
+        for path, value, changed in mutations(config.to_json()):
+            with one_line((path, value)) as said:
+                LlavaConfig.from_json(changed)
+            refused += len(said)
+    assert refused > 800
 
 
 def test_every_setting_of_the_image_processor(folders, tmp_path):

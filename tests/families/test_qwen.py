@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL against transformers' own classes."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL against transformers' own classes."""
 
 import jax
 import numpy as np
@@ -37,8 +37,7 @@ def batch(dense):
 
 
 def theirs_of(kind, row):
-    question, images = row
-    inputs = torch_inputs(question, images)
+    inputs = torch_inputs(kind, *row)
     with torch.no_grad():
         return inputs, torch_model(kind)(**inputs).logits[0].numpy()
 
@@ -46,7 +45,7 @@ def theirs_of(kind, row):
 def test_ids_pixels_and_positions_are_those_of_transformers(kind, dense, batch):
     pad = tiny_qwen.tokenizer().convert_tokens_to_ids("<|image_pad|>")
     for b, row in enumerate(ROWS):
-        inputs = torch_inputs(*row)
+        inputs = torch_inputs(kind, *row)
         n = int(batch.length[b])
         ids = np.where(batch.image_id[b, :n] > 0, pad, batch.token_ids[b, :n])
         assert ids.tolist() == inputs["input_ids"][0].tolist()
@@ -66,13 +65,19 @@ def test_ids_pixels_and_positions_are_those_of_transformers(kind, dense, batch):
 def test_features_are_those_of_transformers(kind, dense, batch):
     features, _ = jax.jit(tower_features, static_argnums=0)(dense.config, dense.params, batch)
     for b, row in enumerate(ROWS[:4]):
-        inputs = torch_inputs(*row)
+        inputs = torch_inputs(kind, *row)
         with torch.no_grad():
             found = torch_model(kind).model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
         theirs = torch.cat(list(found.pooler_output)).numpy()
         index = batch.feature_index[b, :, 0]
-        ours = np.asarray(features)[b, index[index >= 0]]
-        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+        pools = np.split(np.asarray(features)[b], 1 + dense.config.additions)
+        assert dense.config.additions == (3 if kind == "qwen3_vl" else 0)
+        expected = [
+            theirs,
+            *(torch.cat(list(early)).numpy() for early in getattr(found, "deepstack_features", None) or ()),
+        ]
+        for pool, x in zip(pools, expected, strict=True):
+            assert np.abs(pool[index[index >= 0]] - x).max() <= 1e-5 * np.abs(x).max()
 
 
 def test_dense_logits_are_those_of_transformers(kind, dense, batch):
@@ -87,7 +92,7 @@ def test_greedy_answers_are_those_of_transformers(kind, dense):
     questions, images = zip(*ROWS, strict=True)
     ours = generate(dense, questions, images, Sampling(max_new_tokens=16))
     for b, row in enumerate(ROWS):
-        inputs = torch_inputs(*row)
+        inputs = torch_inputs(kind, *row)
         with torch.no_grad():
             theirs = torch_model(kind).generate(**inputs, max_new_tokens=16, do_sample=False)
         new = theirs[0, inputs["input_ids"].shape[1] :].tolist()
@@ -105,7 +110,7 @@ def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, folders
     logits = jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits
     answers = generate_batch(model, batch, Sampling(max_new_tokens=3))
     for b, row in enumerate(ROWS):
-        inputs = torch_inputs(*row)
+        inputs = torch_inputs(kind, *row)
         with torch.no_grad():
             theirs, kept = drop_run(torch_model(kind), inputs, layers, ratios, positions=positions)
             assert np.abs(np.asarray(logits)[b, : len(theirs)] - theirs.numpy()).max() < 1e-4

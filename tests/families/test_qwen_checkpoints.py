@@ -17,12 +17,11 @@ from tiny_qwen import KINDS
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.check import compare
 from pdrop_jax.convert.exporter import export
-from pdrop_jax.convert.hf_config import hf_config, llava_from_hf
+from pdrop_jax.convert.hf_config import hf_config, llava_from_hf, namings_for
 from pdrop_jax.convert.importer import read, write
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.convert.sources import open_source
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.checkpoint import NAMINGS
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.model.params import count, init_params
 
@@ -117,7 +116,7 @@ def test_names_of_the_modules_are_read_too(kind, folders, tmp_path):
     state = {name: x.numpy() for name, x in tiny_qwen.torch_model(kind).state_dict().items()}
     save_file(state, tmp_path / "modules" / "model.safetensors")
     config, params = read(tmp_path / "modules")
-    again = torch_arrays(config, params, NAMINGS["hf-modules"])
+    again = torch_arrays(config, params, list(namings_for(config).values())[-1])
     assert again.keys() == state.keys()
     assert all(np.array_equal(again[name], x) for name, x in state.items())
 
@@ -125,7 +124,7 @@ def test_names_of_the_modules_are_read_too(kind, folders, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_array_has_a_name(kind, folders):
     config = LlavaConfig.load(folders[kind][1])
-    named = torch_arrays(config, init_params(config), NAMINGS["hf"])
+    named = torch_arrays(config, init_params(config), namings_for(config)["hf"])
     assert sum(x.size for x in named.values()) == count(init_params(config))
 
 
@@ -147,7 +146,7 @@ def test_the_command_line_converts_and_answers_without_torch(folders, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3_vl_moe"}, "'qwen3_vl_moe' is not supported.* nearest supported family is qwen"),
+        ({"model_type": "qwen3_vl_moe"}, "'qwen3_vl_moe' is not supported.* nearest supported family is qwen3_vl$"),
         ({"model_type": "qwen2_5_omni"}, "'qwen2_5_omni' is not supported.* nearest supported family is qwen2_5_vl"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 16]}}, "add up to half of head_dim 128"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}}, "'yarn' is not supported"),

@@ -12,10 +12,9 @@ import transformers
 from test_qwen_checkpoints import HUB_2_5
 
 from pdrop_jax.analysis.cost import prefill_macs
-from pdrop_jax.config import LlavaConfig
-from pdrop_jax.convert.hf_config import llava_from_hf
+from pdrop_jax.config import MODELS, LlavaConfig
+from pdrop_jax.convert.hf_config import hf_config, llava_from_hf, namings_for
 from pdrop_jax.convert.names import torch_shapes
-from pdrop_jax.families.qwen2_vl.checkpoint import NAMINGS, config_to_hf
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.inputs.buckets import bucket_for
 from pdrop_jax.model import vlm
@@ -24,7 +23,16 @@ from pdrop_jax.planner.programs import abstract_batch
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import make_mesh
 
-SIZES = {"3b": 3.754e9, "7b": 8.292e9, "32b": 33.453e9, "72b": 73.41e9}  # parameters, as the hub says
+SIZES = {  # parameters, as the hub says
+    "qwen2.5-vl-3b": 3.754e9,
+    "qwen2.5-vl-7b": 8.292e9,
+    "qwen2.5-vl-32b": 33.453e9,
+    "qwen2.5-vl-72b": 73.41e9,
+    "qwen3-vl-2b": 2.127e9,
+    "qwen3-vl-4b": 4.438e9,
+    "qwen3-vl-8b": 8.767e9,
+    "qwen3-vl-32b": 33.36e9,
+}
 
 
 def test_seven_billion_is_the_hubs_config():
@@ -35,24 +43,25 @@ def test_seven_billion_is_the_hubs_config():
 @pytest.mark.parametrize("size", SIZES)
 def test_every_tensor_of_the_released_sizes(size):
     """Names and shapes are those of transformers' class, built without memory."""
-    config = LlavaConfig.qwen2_5_vl(size)
+    config = MODELS[size]()
     with torch.device("meta"):
         theirs = transformers.AutoModelForImageTextToText.from_config(
-            transformers.AutoConfig.for_model(**config_to_hf(config, {}, "bfloat16"))
+            transformers.AutoConfig.for_model(**hf_config(config, "bfloat16"))
         )
     tied = {"lm_head.weight"} if config.text.tie_embeddings else set()
     expected = {name: tuple(x.shape) for name, x in theirs.state_dict().items() if name not in tied}
-    assert torch_shapes(config, NAMINGS["hf-modules"]) == expected
+    assert torch_shapes(config, list(namings_for(config).values())[-1]) == expected
     assert count(abstract_params(config)) == pytest.approx(SIZES[size], rel=2e-3)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_forward_and_decode_of_the_released_sizes(size):
-    config = LlavaConfig.qwen2_5_vl(size)
+    config = MODELS[size]()
     L = config.text.num_layers
     config = type(config)(**{**vars(config), "schedule": DropSchedule((L // 4, L // 2), (0.5, 0.25))})
     bucket = bucket_for(64, (1024, 256), config)
-    assert (bucket.images, bucket.crops) == ((1024, 256), 80 + 25)
+    crops = 1024 + 256 if config.additions else 80 + 25
+    assert (bucket.images, bucket.crops) == ((1024, 256), crops)
     batch = abstract_batch(config, make_mesh({}), bucket, 2, training=False)
     params = abstract_params(config, jnp.bfloat16)
     out = jax.eval_shape(functools.partial(vlm.forward, config), params, batch)

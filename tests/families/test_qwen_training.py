@@ -14,9 +14,9 @@ from torch_drops import drop_run
 
 from pdrop_jax import checkpoint
 from pdrop_jax.batch import IGNORE
+from pdrop_jax.convert.hf_config import namings_for
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.checkpoint import NAMINGS
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
@@ -44,7 +44,7 @@ def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folder
         row = processor.row(question, images)
         ids = [*row.ids, *new]
         rows.append(dataclasses.replace(row, ids=ids, labels=[IGNORE] * len(row.ids) + new))
-        logits, _ = drop_run(model, torch_inputs(question, images), list(layers), ratios, new_ids=new)
+        logits, _ = drop_run(model, torch_inputs(kind, question, images), list(layers), ratios, new_ids=new)
         predicted = logits[-len(new) - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(predicted, torch.tensor(new), reduction="sum")
         targets += len(new)
@@ -59,7 +59,7 @@ def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folder
     for remat in ("none", "full"):
         value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat)
         assert abs(float(value) - total.item() / targets) < 1e-4
-        ours = torch_arrays(config, jax.device_get(gradient), NAMINGS["hf-modules"])
+        ours = torch_arrays(config, jax.device_get(gradient), list(namings_for(config).values())[-1])
         theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
         assert ours.keys() == theirs.keys()
         for name, x in theirs.items():
@@ -103,8 +103,9 @@ def recipe_in(folder, start, **model):
     ],
     ids=lambda groups: "-".join(groups["groups"]),
 )
-def test_a_run_over_pictures_of_any_size(groups, folders, tmp_path):
-    start = folders["qwen2_5_vl"][1]
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_run_over_pictures_of_any_size(kind, groups, folders, tmp_path):
+    start = folders[kind][1]
     train(recipe_in(tmp_path, start, **groups))
     found = [loss for _, loss in losses(tmp_path / "run")]
     assert np.mean(found[-3:]) < np.mean(found[:3])
@@ -112,10 +113,12 @@ def test_a_run_over_pictures_of_any_size(groups, folders, tmp_path):
     config, before = checkpoint.load(start, schedule=DropSchedule((1, 3), (0.5, 0.25)))
     trained, after = checkpoint.load(tmp_path / "run/model")
     assert trained == config
+    naming = namings_for(config)["hf"]
+    old, new = (torch_arrays(config, params, naming) for params in (before, after))
     changed = {
-        name.split(".")[0]
-        for name, x in torch_arrays(config, before, NAMINGS["hf"]).items()
-        if not np.array_equal(x, torch_arrays(config, after, NAMINGS["hf"])[name])
+        next((part for part in ("visual", "lm_head") if part in name), "model")
+        for name, x in old.items()
+        if not np.array_equal(x, new[name])
     }
     expected = {"vision": "visual", "projector": "visual", "llm": "model", "lora": "model"}
     assert changed >= {expected[group] for group in groups["groups"]}

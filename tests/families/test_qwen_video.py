@@ -38,8 +38,8 @@ def test_pixels_positions_and_features(kind, folders):
     batch = ours_of(model)
     features = np.asarray(jax.jit(tower_features, static_argnums=0)(model.config, model.params, batch)[0])
     for b, (question, pictures, frames, fps) in enumerate(ROWS):
-        inputs = torch_inputs(question, pictures, frames, fps)
-        own = {} if kind == "qwen2_vl" else {"second_per_grid_ts": inputs["second_per_grid_ts"]}
+        inputs = torch_inputs(kind, question, pictures, frames, fps)
+        own = {"second_per_grid_ts": inputs["second_per_grid_ts"]} if kind == "qwen2_5_vl" else {}
         inner = torch_model(kind).model
         positions, _ = inner.get_rope_index(
             inputs["input_ids"],
@@ -69,9 +69,7 @@ def test_logits_and_answers(kind, layers, ratios, folders):
     logits = jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits
     answers = generate_batch(model, batch, Sampling(max_new_tokens=4))
     for b, (question, pictures, frames, fps) in enumerate(ROWS):
-        inputs = torch_inputs(question, pictures, frames, fps)
-        if kind == "qwen2_vl":
-            del inputs["second_per_grid_ts"]
+        inputs = torch_inputs(kind, question, pictures, frames, fps)
         with torch.no_grad():
             theirs, kept = drop_run(torch_model(kind), inputs, list(layers), ratios)
             assert np.abs(np.asarray(logits)[b, : len(theirs)] - theirs.numpy()).max() < 1e-4
@@ -104,6 +102,6 @@ def test_videos_that_are_refused(video, message, folders):
 def test_ids_of_a_video(folders):
     model = load(folders["qwen2_5_vl"][1])
     ids = model.processor.row("What happens?", [Video(CLIP)]).ids
-    theirs = torch_inputs("What happens?", [], CLIP)["input_ids"][0]
+    theirs = torch_inputs("qwen2_5_vl", "What happens?", [], CLIP)["input_ids"][0]
     pad = tiny_qwen.tokenizer().convert_tokens_to_ids("<|video_pad|>")
     assert [i for i in ids if i >= 0] == [i for i in theirs.tolist() if i != pad]

@@ -20,20 +20,27 @@ def drop_run(model, inputs, layers, ratios, *, positions="original", new_ids=(),
     kinds = torch.cat([kinds, torch.zeros(1, len(new_ids), dtype=kinds.dtype)], dim=1)
     inner, grids, clips = model.model, inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
     hidden = inner.get_input_embeddings()(ids)
-    where = torch.arange(ids.shape[1]).expand(3, 1, -1)
-    if grids is not None:
-        features = torch.cat(list(inner.get_image_features(inputs["pixel_values"], grids).pooler_output))
-        hidden = hidden.masked_scatter((kinds == 1)[..., None], features)
-    if clips is not None:
-        features = torch.cat(list(inner.get_video_features(inputs["pixel_values_videos"], clips).pooler_output))
-        hidden = hidden.masked_scatter((kinds == 2)[..., None], features)
+    where, early = torch.arange(ids.shape[1]).expand(3, 1, -1), []
+    for kind, given, read in ((1, grids, inner.get_image_features), (2, clips, inner.get_video_features)):
+        if given is not None:
+            found = read(inputs["pixel_values" if kind == 1 else "pixel_values_videos"], given)
+            hidden = hidden.masked_scatter((kinds == kind)[..., None], torch.cat(list(found.pooler_output)))
+            deep = getattr(found, "deepstack_features", None) or []
+            early = early or [torch.zeros_like(hidden) for _ in deep]
+            early = [
+                x.masked_scatter((kinds == kind)[..., None], torch.cat(list(own)))
+                for x, own in zip(early, deep, strict=True)
+            ]
     if grids is not None or clips is not None:
         where, _ = inner.get_rope_index(ids, kinds, grids, clips, second_per_grid_ts=inputs.get("second_per_grid_ts"))
-    # Image of each token: runs of image tokens, counted from 1.
+    # Image of each token: runs of image tokens, counted from 1. The steps of a clip are one image, text between or not.
     shown = (kinds[0] > 0).long()
     image = torch.cumsum(torch.diff(shown, prepend=torch.zeros(1)) > 0, 0) * shown
+    if clips is not None:
+        image[kinds[0] == 2] = image[kinds[0] == 2].min()
     index, counts = torch.arange(ids.shape[1]), torch.bincount(image)
-    starts = {m: int(torch.nonzero(image == m)[0]) for m in range(1, len(counts))}
+    within = (torch.cumsum(image == m, 0) - 1 for m in range(1, len(counts)))
+    within = dict(enumerate(within, 1))
     language, kept = inner.language_model, []
     for n, layer in enumerate(language.layers):
         if n in layers:
@@ -43,18 +50,20 @@ def drop_run(model, inputs, layers, ratios, *, positions="original", new_ids=(),
             keep, chosen = image == 0, []
             for m in range(1, len(counts)):
                 slots = torch.nonzero(image == m)[:, 0]
-                first = starts[m]
                 best = sorted(slots.tolist(), key=lambda slot: -score[slot].item())[
                     : int(counts[m].item() * ratios[at])
                 ]
                 keep[best] = True
-                chosen.append(sorted((index[best] - first).tolist()))
+                chosen.append(sorted(within[m][index[best]].tolist()))
             kept.append(chosen)
             hidden, where, image, index = hidden[:, keep], where[..., keep], image[keep], index[keep]
+            early = [x[:, keep] for x in early]
             if positions == "dense":
                 where = torch.arange(hidden.shape[1]).expand(3, 1, -1)
         out = layer(hidden, attention_mask=None, position_embeddings=language.rotary_emb(hidden, where))
         hidden = out[0] if isinstance(out, tuple) else out
+        if n < len(early):
+            hidden = hidden + early[n]
     return model.lm_head(language.norm(hidden))[0], kept
 
 
@@ -62,9 +71,10 @@ def attention_from(layer, hidden, rope, row):
     """Attention of one row to every slot of a layer's input, mean over heads."""
     attention = layer.self_attn
     h = layer.input_layernorm(hidden)
-    q, k = (
-        p(h).view(1, h.shape[1], -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj)
-    )
+    q, k = (p(h).view(1, h.shape[1], -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj))
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
     q, k = apply_rotary_pos_emb(q, k, *rope)
     logits = (q[:, :, row : row + 1] @ repeat_kv(k, attention.num_key_value_groups).transpose(2, 3)) * attention.scaling
     logits[..., row + 1 :] = -torch.inf

@@ -12,7 +12,7 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.messages import read_conversation
-from pdrop_jax.inputs.model_template import PLACEHOLDERS, ModelTemplate, find_chat_template
+from pdrop_jax.inputs.model_template import LLAVA_PLACES, ModelTemplate, Places, find_chat_template
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 # What llava-hf/llava-1.5-7b-hf ships: images first, no system prompt, no end of an answer.
@@ -110,7 +110,7 @@ def processor_of(template):
 
 @functools.cache
 def ours(template):
-    return ModelTemplate(tokenizer_of(template), template, PLACEHOLDERS)
+    return ModelTemplate(tokenizer_of(template), template, LLAVA_PLACES)
 
 
 def text(value):
@@ -191,7 +191,8 @@ def test_a_template_for_text_alone_is_given_tags():
 def test_a_family_says_its_placeholders():
     qwen = CHATML.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>").replace("<video>", "<|video_pad|>")
     special = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-    found = ModelTemplate(tokenizer_of(CHATML, special), qwen, {"image": "<|image_pad|>", "video": "<|video_pad|>"})
+    places = Places({"image": "<|image_pad|>", "video": "<|video_pad|>"}, ("<|vision_start|>", "<|vision_end|>"))
+    found = ModelTemplate(tokenizer_of(CHATML, special), qwen, places)
     messages = [user(IMAGE, {"type": "video"}, text("<image>?"))]
     read, _ = read_conversation(messages, [None] * 3)
     assert "user\n<|vision_start|><|image_pad|><|vision_end|>" in found.render(read)
@@ -220,7 +221,7 @@ def test_a_family_says_its_placeholders():
     ],
 )
 def test_templates_that_refuse(template, messages, message):
-    found = ModelTemplate(tokenizer_of(CHATML), template, PLACEHOLDERS)
+    found = ModelTemplate(tokenizer_of(CHATML), template, LLAVA_PLACES)
     with pytest.raises(UserError, match=message) as error:
         found.ids(read_conversation(messages)[0])
     assert "\n" not in str(error.value)
@@ -238,7 +239,7 @@ GENERATION = CHATML.replace(
 
 def test_targets_are_the_assistants_tokens_of_transformers():
     """Of a template that says which they are, with images and answers at every edge."""
-    found = ModelTemplate(tokenizer_of(CHATML), GENERATION, PLACEHOLDERS)
+    found = ModelTemplate(tokenizer_of(CHATML), GENERATION, LLAVA_PLACES)
     messages = [user(IMAGE, text("What cat?")), assistant("A cat,\n\né."), user(text("Why?")), assistant("cat")]
     turns, _ = read_conversation([("<image>\nWhat cat?", "A cat,\n\né."), ("Why?", "cat")], [None])
     found.check_trainable()
@@ -274,21 +275,21 @@ def test_templates_that_cannot_be_learned():
         ours(LLAVA).check_trainable()
     thinks = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
     with pytest.raises(UserError, match="asks for an answer with a text that its answers do not start with"):
-        ModelTemplate(tokenizer_of(CHATML), thinks, PLACEHOLDERS).check_trainable()
+        ModelTemplate(tokenizer_of(CHATML), thinks, LLAVA_PLACES).check_trainable()
     upper = CHATML.replace("content['text']", "content['text'] | upper")
     with pytest.raises(UserError, match="does not write what the user asks"):
-        ModelTemplate(tokenizer_of(CHATML), upper, PLACEHOLDERS).check_trainable()
+        ModelTemplate(tokenizer_of(CHATML), upper, LLAVA_PLACES).check_trainable()
     for change, why in (("replace('A', 'B')", "changes the answers of"), ("replace('Pdrop', '')", "does not write")):
         other = SMOL.replace("message['content']", f"message['content'] | {change}")
         with pytest.raises(UserError, match=why):
-            ModelTemplate(tokenizer_of(SMOL), other, PLACEHOLDERS).check_trainable()
+            ModelTemplate(tokenizer_of(SMOL), other, LLAVA_PLACES).check_trainable()
     mark = "('<|im_end|>' if loop.last or message['role'] == 'user' else '!')"
     ends_once = SMOL.replace("+ '<|im_end|>\n' }}{% endfor", f"+ {mark} }}}}{{% endfor")
     with pytest.raises(UserError, match="ends an answer differently once other messages follow"):
-        ModelTemplate(tokenizer_of(SMOL), ends_once, PLACEHOLDERS).check_trainable()
+        ModelTemplate(tokenizer_of(SMOL), ends_once, LLAVA_PLACES).check_trainable()
     forgets = SMOL.replace("message['content']", "(message['content'] if loop.last or loop.first else '')")
     with pytest.raises(UserError, match="takes no assistant message"):
-        ModelTemplate(tokenizer_of(SMOL), forgets, PLACEHOLDERS).check_trainable()
+        ModelTemplate(tokenizer_of(SMOL), forgets, LLAVA_PLACES).check_trainable()
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,16 @@ def nothing(config):
 
 def rerank_turns(config, params):
     """(logits, state, drops) of each turn."""
-    state, hidden = nothing(config), jnp.zeros((3, ROOM, config.text.hidden_size))
+    state, first = nothing(config), multi_turn.FirstStage(jnp.zeros((3, ROOM, config.text.hidden_size)))
     for turn in range(3):
-        logits, state, hidden, drops = rerank(
+        logits, state, first, drops = rerank(
             config,
             params,
             chunk_at(turn),
             whole_at(turn),
             state.caches[0] and grow(state.caches[0], ROOM),
             state.lengths[0],
-            hidden,
+            first,
             new_slots=4,
         )
         yield logits, state, drops

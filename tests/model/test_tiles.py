@@ -1,5 +1,7 @@
 """Weights as a TPU reads them: the same numbers, padded with zeros and stored in another order."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,11 @@ from pdrop_jax.model.stacking import restage
 from pdrop_jax.model.tiles import HEADS_FIRST, LANES, tile
 from pdrop_jax.schedule import DropSchedule
 
-CONFIGS = {"mha": llava_config(MHA), "gqa": llava_config(GQA, DropSchedule((0, 2), (0.6, 0.3)))}
+CONFIGS = {
+    "mha": llava_config(MHA),
+    "gqa": llava_config(GQA, DropSchedule((0, 2), (0.6, 0.3))),
+    "qk_norm": llava_config(dataclasses.replace(MHA, qk_norm=True)),
+}
 BATCH = make_batch([[1, -8, 4, -5, 6, 7], [1, 9, -3, 5], [1, 2, 3, 4, 5]], Bucket(6, (8, 5)))
 
 

@@ -214,7 +214,7 @@ class QwenNaming(Naming):
         )
         block = f"{self.vision}blocks.{{n}}."
         rows = {
-            "vision.embed.patch.kernel": (f"{self.vision}patch_embed.proj.weight", _patches(vision)),
+            "vision.embed.patch.kernel": (f"{self.vision}patch_embed.proj.weight", patches(vision)),
             **norm("vision.layers.attention_norm", f"{block}norm1"),
             **dense("vision.layers.attention.qkv", f"{block}attn.qkv"),
             **dense("vision.layers.attention.o", f"{block}attn.proj", MERGE),
@@ -229,7 +229,7 @@ class QwenNaming(Naming):
         return rows | {ours: (self.decoder + theirs, transform) for ours, (theirs, transform) in DECODER.items()}
 
 
-def _patches(config: QwenVisionConfig) -> Transform:
+def patches(config: QwenVisionConfig) -> Transform:
     """(F, D) <-> the kernel of a convolution (D, 3, frames, rows, columns)."""
     side = config.patch_size
     patch = 3, config.temporal_patch_size, side, side

@@ -1,6 +1,7 @@
-"""The config of the vision tower of Qwen2-VL and Qwen2.5-VL."""
+"""The config of the vision tower of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and the released sizes of Qwen2.5-VL."""
 
 import dataclasses
+import itertools
 import math
 from typing import Annotated, Literal
 
@@ -8,12 +9,13 @@ from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, TokenId, Width
+from pdrop_jax.text_config import TextConfig
 
-Kind = Literal["qwen2_vl", "qwen2_5_vl"]
-PLACEHOLDERS: dict[Literal["image", "video"], str] = {  # what the chat template writes for one
-    "image": "<|image_pad|>",
-    "video": "<|video_pad|>",
-}
+Kind = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(max_length=1024)]
+# What the chat template writes for an image and a video, and the marks around it.
+PLACEHOLDERS: dict[Literal["image", "video"], str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+MARKS = "<|vision_start|>", "<|vision_end|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class QwenVisionConfig:
     """A vision transformer over grids of patches of any size. The defaults are Qwen2.5-VL's tower.
 
     A patch is ``patch_size`` pixels a side in ``temporal_patch_size`` frames; squares of ``merge_size`` patches a side
-    become one token. Qwen2-VL has LayerNorm and a plain MLP, Qwen2.5-VL RMSNorm, a gated MLP and windows.
+    become one token. Qwen2-VL has LayerNorm and a plain MLP, Qwen2.5-VL RMSNorm, a gated MLP and windows, Qwen3-VL what
+    Qwen2-VL has, learned positions and DeepStack.
 
     Attributes:
       activation: of the plain MLP; None is the gated one's SiLU.
@@ -30,6 +33,10 @@ class QwenVisionConfig:
       full_layers: layers that see the whole picture nevertheless.
       start_token_id, end_token_id: of the marks around a picture.
       tokens_per_second: temporal positions of a second of video; None is one position for each step (Qwen2-VL).
+      position_side: learned positions a side of the square that is resized to a picture's grid; None has no learned
+        positions, and no bias of the patches' embedding.
+      deepstack_layers: layers, from 0 on, whose outputs are merged too. The first is added to the image tokens behind
+        the decoder's first layer, the next behind its second, and so on.
     """
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -45,10 +52,12 @@ class QwenVisionConfig:
     norm_eps: NormEps = 1e-6
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] | None = None
     window_size: Pixels | None = 112
-    full_layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(max_length=1024)] = (7, 15, 23, 31)
+    full_layers: LayerNumbers = (7, 15, 23, 31)
     tokens_per_second: Annotated[int, Field(ge=1, le=2**14)] | None = 4
     start_token_id: TokenId = 151652
     end_token_id: TokenId = 151653
+    position_side: Annotated[int, Field(ge=1, le=4096)] | None = None
+    deepstack_layers: LayerNumbers = ()
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.num_heads):
@@ -59,6 +68,11 @@ class QwenVisionConfig:
         if self.window_size is not None and self.window_size < self.cell:
             raise UserError(
                 f"windows of {self.window_size} pixels are smaller than a token of {self.cell} pixels a side"
+            )
+        taken = self.deepstack_layers
+        if any(b <= a for a, b in itertools.pairwise(taken)) or any(n >= self.num_layers for n in taken):
+            raise UserError(
+                f"deepstack layers {list(taken)} must be ascending and below the tower's {self.num_layers} layers"
             )
 
     @property
@@ -97,6 +111,11 @@ class QwenVisionConfig:
         """Numbers in a patch: channels, frames and pixels, in this order."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
+    @property
+    def layout_values(self) -> int:
+        """Numbers that say where a patch is: row, column and frame; with learned positions also rows and columns."""
+        return 3 if self.position_side is None else 5
+
     def levels(self, most: int) -> list[tuple[int, int]]:
         """The sizes that a picture in a bucket can have, ascending: (windows, tokens).
 
@@ -112,3 +131,29 @@ class QwenVisionConfig:
         side, edges = self.window_side, 2.5 * math.sqrt(tokens)  # height and width of a picture four times as wide
         rest = (side - 1) / side  # of a window may be empty at each edge
         return math.ceil(tokens / side**2 + rest * edges / side + rest**2) if side > 1 else tokens
+
+
+def released(size: Literal["3b", "7b", "32b", "72b"]) -> tuple[TextConfig, QwenVisionConfig]:
+    """Decoder and tower of Qwen2.5-VL."""
+    D, F, L, N, K = {
+        "3b": (2048, 11008, 36, 16, 2),
+        "7b": (3584, 18944, 28, 28, 4),
+        "32b": (5120, 27648, 64, 40, 8),
+        "72b": (8192, 29568, 80, 64, 8),
+    }[size]
+    text = TextConfig(
+        vocab_size=151936 if size == "3b" else 152064,
+        hidden_size=D,
+        intermediate_size=F,
+        num_layers=L,
+        num_heads=N,
+        num_kv_heads=K,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tie_embeddings=size == "3b",
+        qkv_bias=True,
+        max_length=128000,
+        family="qwen2_5_vl",
+        mrope_sections=(16, 24, 24),
+    )
+    return text, QwenVisionConfig(intermediate_size=3456 if size in ("32b", "72b") else 3420, tokens_per_second=2)

@@ -184,11 +184,12 @@ def lay_out(
     windows, cells = frames * high * wide, config.window_tokens
     crops = np.zeros((windows * cells, merge**2, config.patch_values), np.float32)
     crops[index] = patches.reshape(len(index), merge**2, -1)
-    layout = np.zeros((windows * cells, merge**2, 3), np.int32)
+    layout = np.zeros((windows * cells, merge**2, config.layout_values), np.int32)
     inside = np.arange(merge**2)
     layout[index, :, 0] = i[:, None] * merge + inside // merge
     layout[index, :, 1] = j[:, None] * merge + inside % merge
     layout[index, :, 2] = t[:, None] + 1
+    layout[index, :, 3:] = grid[1:][: config.layout_values - 3]
 
     pace = np.float32(1)
     if seconds is not None and config.tokens_per_second is not None:
@@ -197,7 +198,7 @@ def lay_out(
         crops.reshape(windows, config.window_patches, -1),
         index.astype(np.int32)[:, None],
         video=seconds is not None,
-        layout=layout.reshape(windows, config.window_patches, 3),
+        layout=layout.reshape(windows, config.window_patches, -1),
         positions=np.stack([(t.astype(np.float32) * pace).astype(np.int32), i, j], axis=-1).astype(np.int32),
         extent=max(rows, columns),
     )

@@ -1,11 +1,15 @@
 """The arrays of Qwen's vision tower and of the merger behind it."""
 
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
-from pdrop_jax.model.specs import Specs, linear_specs, norm_specs
+from pdrop_jax.model.specs import ParamSpec, Specs, linear_specs, norm_specs
 
 
 def embedding_specs(config: QwenVisionConfig) -> Specs:
-    return {"patch": linear_specs((config.patch_values, config.hidden_size), (None, "model"), "vision")}
+    D, side = config.hidden_size, config.position_side
+    patch = linear_specs((config.patch_values, D), (None, "model"), "vision", bias=side is not None)
+    if side is None:
+        return {"patch": patch}
+    return {"patch": patch, "position": ParamSpec((side**2, D), (None, "model"), "embedding", "vision")}
 
 
 def layer_specs(config: QwenVisionConfig) -> Specs:
@@ -26,8 +30,15 @@ def layer_specs(config: QwenVisionConfig) -> Specs:
 def merger_specs(config: QwenVisionConfig, D: int) -> Specs:
     """The merger is what connects tower and decoder, so it is trained as the projector."""
     merged = config.hidden_size * config.merge_size**2
-    return {
-        "norm": norm_specs(config.hidden_size, "projector", bias=not config.gated),
-        "linear_0": linear_specs((merged, merged), ("model", "mlp"), "projector", bias=True),
-        "linear_1": linear_specs((merged, D), ("mlp", "model"), "projector", bias=True),
-    }
+
+    def merger(normed: int) -> Specs:
+        return {
+            "norm": norm_specs(normed, "projector", bias=not config.gated),
+            "linear_0": linear_specs((merged, merged), ("model", "mlp"), "projector", bias=True),
+            "linear_1": linear_specs((merged, D), ("mlp", "model"), "projector", bias=True),
+        }
+
+    specs = merger(config.hidden_size)
+    if config.deepstack_layers:
+        specs["deepstack"] = {str(n): merger(merged) for n in range(len(config.deepstack_layers))}
+    return specs

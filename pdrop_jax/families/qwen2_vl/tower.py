@@ -47,16 +47,19 @@ def patch_features(
       params: of the whole model.
       patches: (B, C, U, F) normalised pixels; a merged square is ``merge_size``**2 neighbours along U.
       layout: (B, C, U, 3) int32: row and column of a patch in its picture, and its frame, counted from 1 over the
-        row's pictures; 0 for padding.
+        row's pictures; 0 for padding. With learned positions (B, C, U, 5), also the picture's rows and columns.
 
     Returns:
-      (B, C * U // merge_size**2, D), dtype of the parameters; finite and meaningless where there is only padding.
+      (B, P, D), P = C * U // merge_size**2, dtype of the parameters; finite and meaningless where there is only
+      padding. With A layers for DeepStack (B, (1 + A) * P, D): the features, then those of each of these layers.
     """
     B, C, U, F = patches.shape
     vision, P = params["vision"], C * U
     dtype = vision["embed"]["patch"]["kernel"].dtype
     x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "crops", None, None))
-    layout = layout.reshape(B, P, 3)
+    layout = layout.reshape(B, P, -1)
+    if config.position_side is not None:
+        x = x + learned_positions(config, vision["embed"]["position"], layout)
     rope, frame = axial_rope(config, layout[..., :2]), layout[..., 2]
     full = np.isin(np.arange(config.num_layers), config.full_layers) | (config.window_size is None)
 
@@ -81,14 +84,20 @@ def patch_features(
     else:
         layers = jax.tree.map(lambda z: z.reshape(-1, period, *z.shape[1:]), layers)
 
-    def body(x: jax.Array, group: Params | list[Params], _: Any) -> tuple[jax.Array, None]:
+    def body(carry: Any, group: Params | list[Params], number: Any) -> tuple[Any, None]:
+        x, taken = carry
         for n in range(period):
             layer = rematerialise(functools.partial(run_layer, whole=bool(full[n])), remat)
             x = layer(x, layer_of(group, n))
-        return x, None
+            taken = take(config, taken, x, number * period + n)
+        return (x, taken), None
 
-    x, _ = scan_layers(body, x, layers)
-    return constrain(merge(config, params["projector"], x), "batch", None, None)
+    taken = [jnp.zeros_like(x) for _ in config.deepstack_layers]
+    (x, taken), _ = scan_layers(body, (x, taken), layers)
+    features = [merge(config, params["projector"], x)]
+    for n, early in enumerate(taken):
+        features.append(merge(config, params["projector"]["deepstack"][str(n)], early, joined=True))
+    return constrain(jnp.concatenate(features, axis=1), "batch", None, None)
 
 
 def _period(full: np.ndarray) -> int:
@@ -97,11 +106,41 @@ def _period(full: np.ndarray) -> int:
     return next(n for n in range(1, L + 1) if L % n == 0 and (full.reshape(-1, n) == full[:n]).all())
 
 
-def merge(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Patches (B, P, D_vision) -> tokens (B, P // merge_size**2, D): neighbours are joined, then projected."""
+def take(config: QwenVisionConfig, taken: list[jax.Array], x: jax.Array, n: Any) -> list[jax.Array]:
+    """``taken``, (B, P, D) of each layer for DeepStack, with ``x``, the output of layer ``n``, if it is one of them."""
+    pairs = list(zip(config.deepstack_layers, taken, strict=True))
+    if isinstance(n, int):
+        return [x if n == layer else old for layer, old in pairs]
+    return [jax.lax.cond(n == layer, lambda old, new: new, lambda old, new: old, old, x) for layer, old in pairs]
+
+
+def merge(config: QwenVisionConfig, params: Params, x: jax.Array, joined: bool = False) -> jax.Array:
+    """Patches (B, P, D_vision) -> tokens (B, P // merge_size**2, D): neighbours are joined, then projected.
+
+    Args:
+      joined: the norm is over the joined neighbours, as for DeepStack, instead of each patch.
+    """
     B, P, _ = x.shape
-    x = _norm(config, params["norm"], x).reshape(B, P // config.merge_size**2, -1)
+    squares = B, P // config.merge_size**2, -1
+    x = _norm(config, params["norm"], x.reshape(squares) if joined else x).reshape(squares)
     return linear(params["linear_1"], jax.nn.gelu(linear(params["linear_0"], x), approximate=False))
+
+
+def learned_positions(config: QwenVisionConfig, table: jax.Array, layout: jax.Array) -> jax.Array:
+    """The learned positions (side**2, D), resized to each picture's grid, at its patches (B, P, 5) -> (B, P, D).
+
+    Bilinear between the four nearest; the corners of the square are those of the grid.
+    """
+    assert config.position_side is not None
+    side, table = config.position_side, constrain(table, None, None)
+    at = layout[..., :2].astype(jnp.float32) * (side - 1) / jnp.maximum(layout[..., 3:] - 1, 1)
+    low = jnp.floor(at).astype(jnp.int32)
+    share, high = at - low, jnp.minimum(low + 1, side - 1)
+    found = jnp.zeros((*layout.shape[:2], table.shape[1]), jnp.float32)
+    for row, row_weight in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+        for column, weight in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+            found = found + table[row * side + column] * (row_weight * weight)[..., None]
+    return found.astype(table.dtype)
 
 
 def axial_rope(config: QwenVisionConfig, positions: jax.Array) -> Rope:

@@ -1,0 +1,1 @@
+"""Qwen3-VL: the tower of ``qwen2_vl`` with learned positions and DeepStack, timestamps in front of frames."""
