@@ -11,6 +11,8 @@ from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, OriginalLlava
 from pdrop_jax.convert.names import NAMINGS, Naming
 from pdrop_jax.convert.projector import projector_type
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3 import checkpoint as gemma3
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.families.qwen2_vl import checkpoint as qwen2_vl
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
@@ -44,8 +46,8 @@ def llava_from_hf(
 
     Args:
       data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
-        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's), ``qwen2_vl`` or
-        ``qwen2_5_vl``.
+        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's), ``qwen2_vl``,
+        ``qwen2_5_vl`` or ``gemma3``.
       vision: the tower of an original model, whose own config only has its name; optional for LLaVA-1.5's tower.
       generation: generation_config.json, whose end tokens take precedence.
       preprocessor: preprocessor_config.json, the only place where a Hugging Face model says whether images are padded.
@@ -56,9 +58,12 @@ def llava_from_hf(
       UserError: a value has the wrong type or is out of range, or something is not supported.
     """
     originals = tuple(ORIGINAL_TYPES.values())
-    kind = _supported(data.get("model_type"), (*originals, *HF_TYPES, *qwen2_vl.KINDS))
+    kind = _supported(data.get("model_type"), (*originals, *HF_TYPES, *qwen2_vl.KINDS, *gemma3.KINDS))
+    text: TextConfig
     if kind in qwen2_vl.KINDS:
         text, special, fields = qwen2_vl.parts_from_hf(data, where)
+    elif kind in gemma3.KINDS:
+        text, special, fields = gemma3.parts_from_hf(data, where)
     elif kind in originals:
         text, special, fields = _original(data, vision, where)
     else:
@@ -210,6 +215,8 @@ def _template(text: TextConfig) -> str:
     """The chat template that LLaVA was trained with on such a language model; checkpoints do not say."""
     if text.family in qwen2_vl.KINDS:
         return "qwen2_vl"
+    if text.family == "gemma3":
+        return gemma3.TEMPLATE
     if text.family == "llama":
         return "llama_3" if text.vocab_size >= LLAMA_3_VOCABULARY else "vicuna_v1"
     return "mistral_instruct" if text.family == "mistral" else "qwen"
@@ -223,6 +230,8 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """
     if not isinstance(config.vision, VisionConfig):
         return qwen2_vl.config_to_hf(config, _special_tokens(config), dtype)
+    if isinstance(config.vision, GemmaVisionConfig):
+        return gemma3.config_to_hf(config, _special_tokens(config), dtype)
     if config.projector_layers != 2:
         raise UserError(
             f"transformers' LLaVA has a projector of 2 layers, but this model's has {config.projector_layers}: "
@@ -258,6 +267,8 @@ def hf_class(config: LlavaConfig) -> tuple[str, str]:
     """The model_type and the class of transformers for ``config``."""
     if not isinstance(config.vision, VisionConfig):
         return config.vision.kind, qwen2_vl.KINDS[config.vision.kind]
+    if isinstance(config.vision, GemmaVisionConfig):
+        return "gemma3", gemma3.KINDS["gemma3"]
     if config.frame_stride:
         return "llava_next_video", "LlavaNextVideoForConditionalGeneration"
     if config.tiling is None:
@@ -276,7 +287,7 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """
     tiling = config.tiling
     kind, _ = hf_class(config)
-    if kind in ("llava_onevision", "llava_next_video") or not isinstance(config.vision, VisionConfig):
+    if kind in ("llava_onevision", "llava_next_video", "gemma3") or not isinstance(config.vision, VisionConfig):
         raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
     points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
     return {
@@ -302,6 +313,8 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
 
 def namings_for(config: LlavaConfig) -> dict[str, Naming]:
     """The names that a checkpoint of the model may have; "hf" and "original" are those that an export writes."""
+    if isinstance(config.vision, GemmaVisionConfig):
+        return gemma3.NAMINGS
     return NAMINGS if isinstance(config.vision, VisionConfig) else qwen2_vl.NAMINGS
 
 

@@ -10,13 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, TokenId, Width, validated
+from pdrop_jax.schema import NO_OTHER_KEYS, Pixels, TokenId, validated
 from pdrop_jax.text_config import Family as Family
 from pdrop_jax.text_config import RopeScaling as RopeScaling
 from pdrop_jax.text_config import TextConfig as TextConfig
+from pdrop_jax.vision_config import Activation as Activation
+from pdrop_jax.vision_config import VisionConfig as VisionConfig
 
 FORMAT = "pdrop-jax-1"
 # Required in every config.json: their defaults would be those of another model.
@@ -34,57 +37,6 @@ Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of atte
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
 Group = Literal["vision", "projector", "llm", "lora"]  # parts of the model that are trained together
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
-
-Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-
-MAX_PATCHES_A_SIDE = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP or SigLIP vision transformer. The defaults are CLIP's ViT-L/14 at 336 pixels, LLaVA-1.5's tower."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
-
-    image_size: Pixels = 336
-    patch_size: Pixels = 14
-    hidden_size: Width = 1024
-    intermediate_size: Width = 4096
-    num_layers: Layers = 24
-    num_heads: Heads = 16
-    norm_eps: NormEps = 1e-5
-    activation: Activation = "quick_gelu"
-    kind: Literal["clip", "siglip"] = "clip"
-    pooling_head: bool = False  # SigLIP's: unused in a LLaVA, but a checkpoint may contain it
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.patches_a_side <= MAX_PATCHES_A_SIDE:
-            raise UserError(
-                f"a picture of {self.image_size} pixels a side in patches of {self.patch_size} is "
-                f"{self.patches_a_side} patches a side: 1 to {MAX_PATCHES_A_SIDE} are supported"
-            )
-        if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"the vision tower's hidden size of {self.hidden_size} is not a multiple of its "
-                f"{self.num_heads} attention heads"
-            )
-
-    @property
-    def patches_a_side(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.patches_a_side**2
-
-    @property
-    def class_tokens(self) -> int:
-        """Tokens in front of the patches: CLIP has one, SigLIP none."""
-        return 1 if self.kind == "clip" else 0
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +68,15 @@ def _tower_class(tower: Any) -> str:
     """The class of a vision tower, or of the one that a JSON object describes."""
     if not isinstance(tower, dict):
         return type(tower).__name__
+    if "tokens_a_side" in tower:
+        return GemmaVisionConfig.__name__
     return QwenVisionConfig.__name__ if str(tower.get("kind")).startswith("qwen") else VisionConfig.__name__
 
 
 Tower = Annotated[
-    Annotated[VisionConfig, Tag("VisionConfig")] | Annotated[QwenVisionConfig, Tag("QwenVisionConfig")],
+    Annotated[VisionConfig, Tag("VisionConfig")]
+    | Annotated[GemmaVisionConfig, Tag("GemmaVisionConfig")]
+    | Annotated[QwenVisionConfig, Tag("QwenVisionConfig")],
     Discriminator(_tower_class),
 ]
 
@@ -205,7 +161,7 @@ class LlavaConfig:
     @property
     def image_tokens(self) -> int:
         """Features of one crop, which are its tokens unless images are tiled."""
-        return self.crop_tower.num_patches + self.keep_class_token
+        return self.crop_tower.features_a_side**2 + self.keep_class_token
 
     @property
     def frame_tokens(self) -> int:
@@ -273,6 +229,51 @@ class LlavaConfig:
             eos_token_ids=(151645, 151643),
         )
 
+    @classmethod
+    def gemma3(cls, size: Literal["4b", "12b", "27b"]) -> "LlavaConfig":
+        """Gemma 3 as released, dense: PyramidDrop's authors have no schedule for it."""
+        D, F, L, N, K, H, scalar = {
+            "4b": (2560, 10240, 34, 8, 4, 256, 256),
+            "12b": (3840, 15360, 48, 16, 8, 256, 256),
+            "27b": (5376, 21504, 62, 32, 16, 128, 168),
+        }[size]
+        text = TextConfig(
+            vocab_size=262208,
+            hidden_size=D,
+            intermediate_size=F,
+            num_layers=L,
+            num_heads=N,
+            num_kv_heads=K,
+            head_dim=H,
+            rope_theta=1e6,
+            rope_scaling=RopeScaling("linear", 8.0),
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            max_length=131072,
+            family="gemma3",
+            sliding_window=1024,
+            qk_norm=True,
+            norm_plus_one=True,
+            post_norms=True,
+            activation="gelu_tanh",
+            scaled_embeddings=True,
+            query_scalar=scalar,
+            full_layers=tuple(range(5, L, 6)),
+            local_rope_theta=1e4,
+            two_way_images=True,
+        )
+        return cls(
+            vision=GemmaVisionConfig(),
+            text=text,
+            schedule=DropSchedule.none(),
+            projector_layers=1,
+            select_layer=-1,
+            template="gemma3",
+            image_token_id=262144,
+            bos_token_id=2,
+            eos_token_ids=(1, 106),
+        )
+
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["schedule"] = self.schedule.to_json()
@@ -319,6 +320,7 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-1.5-13b": LlavaConfig.llava_1_5_13b,
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
+    **{f"gemma-3-{size}": functools.partial(LlavaConfig.gemma3, size) for size in ("4b", "12b", "27b")},
     "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
     "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
     "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),

@@ -151,7 +151,7 @@ def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: Llava
     Returns:
       (cell (n, T) in the grid of patches, whether a feature lies on it at all (n, T), (rows, columns) of patches).
     """
-    side, features = config.crop_tower.patches_a_side, config.image_tokens
+    side, features = config.crop_tower.features_a_side, config.image_tokens
     patch = index % features - (features - side**2)  # a class token, where it is kept, covers no part of the picture
     crop = index // features - first
     here = (index >= 0) & (patch >= 0) & (crop >= 0) & (crop < rows * columns)

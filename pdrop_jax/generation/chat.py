@@ -39,7 +39,7 @@ from pdrop_jax.generation.timer import Timer
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, Turn, place_images, render, token_ids, without_tags
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, Turn, render, token_ids, without_tags
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.inputs.processor import as_list
 from pdrop_jax.model import multi_turn
@@ -123,11 +123,10 @@ class Session:
         """
         max_new_tokens = sampling.max_new_tokens
         processor, config = self._model.processor, self._model.config
-        pictures = as_list(image)
-        new_row = processor.row([(question, None)], pictures, self._template)
-        turns = [*self.turns, *place_images([(question, None)], len(pictures), self._template)]
+        asked, pictures = processor.with_crops([(question, None)], as_list(image), self._template)
+        turns = [*self.turns, *asked]
         ids = token_ids(processor.tokenizer, render(turns, self._template))
-        images = [*self._images, *new_row.images]
+        images = [*self._images, *(processor.tokens(picture, alone=len(pictures) == 1) for picture in pictures)]
 
         past = self._past or empty_past(self._model, self._mode == "keep")
         known = _common(past.ids, ids[:-1])
@@ -180,11 +179,12 @@ class Session:
             self._past = Past([*ids, *new[: drawn - 1]], len(ids), state.model, None, kept)
         else:
             kept = kept_tokens(whole, jax.device_get(drops))[0]
-            first = dataclasses.replace(state.model, caches=state.model.caches[:1])  # the others are for this turn only
+            index = state.model.index and state.model.index[:1]
+            first = dataclasses.replace(state.model, caches=state.model.caches[:1], index=index)  # the others: this turn
             self._past = Past(ids, len(ids), first, hidden, kept)
         text = processor.decode(new)
-        (asked, _), self._images = turns[-1], images
-        self.turns.append((asked, without_tags(text)))  # a tag that the model wrote has no image
+        (shown, _), self._images = turns[-1], images
+        self.turns.append((shown, without_tags(text)))  # a tag that the model wrote has no image
         return Answer(
             text=text,
             token_ids=new,

@@ -35,22 +35,27 @@ class Past:
 
 @functools.partial(jax.jit, static_argnames=("sizes", "width"))
 def _grown(
-    caches: tuple[StageCache | None, ...], hidden: jax.Array | None, sizes: tuple[int, ...], width: int
-) -> tuple[tuple[StageCache | None, ...], jax.Array | None]:
-    caches = tuple(cache and grow(cache, size) for cache, size in zip(caches, sizes, strict=False))
-    return caches, None if hidden is None else jnp.pad(hidden, [(0, 0), (0, width - hidden.shape[1]), (0, 0)])
+    state: DecodeState, hidden: jax.Array | None, sizes: tuple[int, ...], width: int
+) -> tuple[DecodeState, jax.Array | None]:
+    caches = tuple(cache and grow(cache, size) for cache, size in zip(state.caches, sizes, strict=False))
+    index = state.index
+    if index is not None:
+        pairs = zip(index, sizes, strict=False)
+        index = tuple(jnp.pad(x, [(0, 0), (0, max(0, size - x.shape[1]))]) for x, size in pairs)
+    state = dataclasses.replace(state, caches=caches, index=index)
+    return state, None if hidden is None else jnp.pad(hidden, [(0, 0), (0, width - hidden.shape[1]), (0, 0)])
 
 
 def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> tuple[DecodeState, jax.Array | None]:
     """Caches with slots for the conversation and ``capacity`` new tokens, hidden states for the conversation."""
-    caches, hidden = past.model.caches, past.hidden
+    state, hidden = past.model, past.hidden
     plan = config.schedule.plan(config.text.num_layers, whole.bucket, aligned("auto"))
-    found = tuple(0 if cache is None else cache.k.shape[3] for cache in caches)
+    found = tuple(0 if cache is None else cache.k.shape[3] for cache in state.caches)
     sizes = tuple(max(n, stage.slots + capacity) for n, stage in zip(found, plan, strict=False))
     width = 0 if hidden is None else max(hidden.shape[1], whole.bucket.slots)
     if found != sizes or (hidden is not None and hidden.shape[1] != width):
-        caches, hidden = _grown(caches, hidden, sizes, width)
-    return dataclasses.replace(past.model, caches=caches), hidden
+        return _grown(state, hidden, sizes, width)
+    return state, hidden
 
 
 def empty_past(model: Model, keeps_images: bool) -> Past:
@@ -59,6 +64,8 @@ def empty_past(model: Model, keeps_images: bool) -> Past:
     caches = empty_caches(config, 1, dtype)
     lengths = tuple(jnp.zeros(1, jnp.int32) for _ in caches)
     delta = jnp.zeros(1, jnp.int32) if config.text.mrope_sections else None
+    index = tuple(jnp.zeros((1, 0), jnp.int32) for _ in caches) if config.text.by_slots else None
     if keeps_images:
-        return Past([], 0, DecodeState(caches, lengths, delta), None, [])
-    return Past([], 0, DecodeState(caches[:1], lengths, delta), jnp.zeros((1, 0, config.text.hidden_size), dtype), [])
+        return Past([], 0, DecodeState(caches, lengths, delta, index), None, [])
+    state = DecodeState(caches[:1], lengths, delta, index and index[:1])
+    return Past([], 0, state, jnp.zeros((1, 0, config.text.hidden_size), dtype), [])

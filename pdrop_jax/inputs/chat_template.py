@@ -108,6 +108,17 @@ TEMPLATES = {
         image=f"<|vision_start|>{IMAGE_TAG}<|vision_end|>",
         after_image="",
     ),
+    # The text of Gemma 3's own chat template and processor.
+    "gemma3": Template(
+        first_question="<start_of_turn>user\n",
+        question="<start_of_turn>user\n",
+        asked="<end_of_turn>\n<start_of_turn>model\n",
+        answer="",
+        answered="<end_of_turn>\n",
+        end_token="<end_of_turn>",
+        image=f"\n\n<start_of_image>{IMAGE_TAG}<end_of_image>\n\n",
+        after_image="",
+    ),
     # Not part of LLaVA: question and answer without role markers. The demo model was trained with it.
     "bare": Template(first_question="", question="", asked="", answer=" ", answered="</s>", end_token="</s>"),
 }

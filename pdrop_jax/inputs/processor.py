@@ -3,17 +3,26 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3.inputs import with_crops
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.chat_template import TEMPLATES, Turn, place_images, render, token_ids
-from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
+from pdrop_jax.inputs.chat_template import IMAGE_TAG, TEMPLATES, Turn, place_images, render, token_ids
+from pdrop_jax.inputs.images import (
+    Picture,
+    Video,
+    as_tokens,
+    frames_as_tokens,
+    load_image_processor,
+    open_image,
+    pan_and_scan,
+)
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[Turn]
@@ -79,8 +88,31 @@ class Processor:
 
     def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
         """One row; arguments and errors are those of ``__call__``."""
-        ids = self.ids(prompt, len(images), template)
+        turns, images = self.with_crops(prompt, images, template)
+        ids = self.ids(turns, len(images), template)
         return Row(ids, [self.tokens(image, alone=len(images) == 1) for image in images])
+
+    def with_crops(
+        self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None
+    ) -> tuple[Sequence[Turn], Sequence[Picture | Video]]:
+        """A prompt with a tag for each image, and its images; crops of pan-and-scan are further tags and images.
+
+        Raises:
+          UserError: the prompt has tags, but not as many as images; an image cannot be read.
+        """
+        turns = place_images(turns_of(prompt), len(images), template or self.config.template)
+        found = [[image] if isinstance(image, Video) else self._crops(image) for image in images]
+        if all(len(crops) == 1 for crops in found):
+            return turns, images
+        tags = iter([with_crops(IMAGE_TAG, len(crops) - 1) for crops in found])
+        return [
+            (fill_tags(question, tags), None if answer is None else fill_tags(answer, tags))
+            for question, answer in turns
+        ], [crop for crops in found for crop in crops]
+
+    def _crops(self, image: Picture) -> list[Picture]:
+        opened = open_image(image) if getattr(self.image_processor, "do_pan_and_scan", None) else None
+        return [image] if opened is None else [opened, *pan_and_scan(opened, self.image_processor)]
 
     def ids(self, prompt: Prompt, num_images: int, template: str | None = None) -> list[int]:
         """Token ids of a row with ``num_images`` images, each an IMAGE_PLACEHOLDER.
@@ -88,9 +120,8 @@ class Processor:
         Raises:
           UserError: the prompt has tags, but not ``num_images`` of them.
         """
-        turns = [(prompt, None)] if isinstance(prompt, str) else prompt
         template = template or self.config.template
-        return token_ids(self.tokenizer, render(place_images(turns, num_images, template), template))
+        return token_ids(self.tokenizer, render(place_images(turns_of(prompt), num_images, template), template))
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
         """The model's input for an image; ``alone`` says whether its row has no other."""
@@ -152,6 +183,16 @@ class TextStream:
             return ""
         new, self._shown = text[self._shown :], len(text)
         return new
+
+
+def turns_of(prompt: Prompt) -> Sequence[Turn]:
+    return [(prompt, None)] if isinstance(prompt, str) else prompt
+
+
+def fill_tags(text: str, tags: Iterator[str]) -> str:
+    """``text`` with the next of ``tags`` for each ``<image>``."""
+    first, *rest = text.split(IMAGE_TAG)
+    return first + "".join(next(tags) + part for part in rest)
 
 
 def as_list(entry: Entry) -> Sequence[Picture | Video]:
