@@ -59,7 +59,7 @@ def llava_from_hf(
     """
     originals = tuple(ORIGINAL_TYPES.values())
     kind = _supported(data.get("model_type"), (*originals, *HF_TYPES, *qwen2_vl.KINDS, *gemma3.KINDS))
-    text: TextConfig
+    special: Any
     if kind in qwen2_vl.KINDS:
         text, special, fields = qwen2_vl.parts_from_hf(data, where)
     elif kind in gemma3.KINDS:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.gemma3.config import GemmaVisionConfig
+from pdrop_jax.families.gemma3.config import GemmaSize, GemmaVisionConfig, gemma3_text
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
@@ -230,41 +230,11 @@ class LlavaConfig:
         )
 
     @classmethod
-    def gemma3(cls, size: Literal["4b", "12b", "27b"]) -> "LlavaConfig":
+    def gemma3(cls, size: GemmaSize) -> "LlavaConfig":
         """Gemma 3 as released, dense: PyramidDrop's authors have no schedule for it."""
-        D, F, L, N, K, H, scalar = {
-            "4b": (2560, 10240, 34, 8, 4, 256, 256),
-            "12b": (3840, 15360, 48, 16, 8, 256, 256),
-            "27b": (5376, 21504, 62, 32, 16, 128, 168),
-        }[size]
-        text = TextConfig(
-            vocab_size=262208,
-            hidden_size=D,
-            intermediate_size=F,
-            num_layers=L,
-            num_heads=N,
-            num_kv_heads=K,
-            head_dim=H,
-            rope_theta=1e6,
-            rope_scaling=RopeScaling("linear", 8.0),
-            norm_eps=1e-6,
-            tie_embeddings=True,
-            max_length=131072,
-            family="gemma3",
-            sliding_window=1024,
-            qk_norm=True,
-            norm_plus_one=True,
-            post_norms=True,
-            activation="gelu_tanh",
-            scaled_embeddings=True,
-            query_scalar=scalar,
-            full_layers=tuple(range(5, L, 6)),
-            local_rope_theta=1e4,
-            two_way_images=True,
-        )
         return cls(
             vision=GemmaVisionConfig(),
-            text=text,
+            text=gemma3_text(size),
             schedule=DropSchedule.none(),
             projector_layers=1,
             select_layer=-1,

@@ -180,7 +180,9 @@ class Session:
         else:
             kept = kept_tokens(whole, jax.device_get(drops))[0]
             index = state.model.index and state.model.index[:1]
-            first = dataclasses.replace(state.model, caches=state.model.caches[:1], index=index)  # the others: this turn
+            first = dataclasses.replace(
+                state.model, caches=state.model.caches[:1], index=index
+            )  # the others: this turn
             self._past = Past(ids, len(ids), first, hidden, kept)
         text = processor.decode(new)
         (shown, _), self._images = turns[-1], images

@@ -10,7 +10,7 @@ from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.model.attention import aligned
-from pdrop_jax.model.cache import StageCache, empty_caches, grow
+from pdrop_jax.model.cache import empty_caches, grow
 from pdrop_jax.model.decoder import DecodeState
 
 

@@ -218,11 +218,7 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
-    if isinstance(processor, Gemma3ImageProcessorPil) and processor.do_pan_and_scan:
-        raise UserError(
-            "pan-and-scan is for prompts only, but a data set takes each picture as one: set do_pan_and_scan to false "
-            "in preprocessor_config.json"
-        )
+    gemma3.check_no_crops(processor)
     grids = isinstance(processor, Qwen2VLImageProcessorPil)
     if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
         return ImageSize(*levels(config)[0])
@@ -252,11 +248,6 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
         return whole(to_crop(image, plain(processor), "pad"), config)
     pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, h, w), the whole first
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
-
-
-def pan_and_scan(image: Image.Image, processor: ImageProcessor) -> list[Image.Image]:
-    """Crops of an RGB image that are shown after it as further pictures (Gemma 3); mostly none."""
-    return gemma3.crops(image, processor) if isinstance(processor, Gemma3ImageProcessorPil) else []
 
 
 def blank(config: LlavaConfig) -> ImageTokens:

@@ -9,20 +9,12 @@ from typing import Any
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.gemma3.inputs import with_crops
+from pdrop_jax.families.gemma3.inputs import crops, cuts, with_crops
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, TEMPLATES, Turn, place_images, render, token_ids
-from pdrop_jax.inputs.images import (
-    Picture,
-    Video,
-    as_tokens,
-    frames_as_tokens,
-    load_image_processor,
-    open_image,
-    pan_and_scan,
-)
+from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[Turn]
@@ -111,8 +103,10 @@ class Processor:
         ], [crop for crops in found for crop in crops]
 
     def _crops(self, image: Picture) -> list[Picture]:
-        opened = open_image(image) if getattr(self.image_processor, "do_pan_and_scan", None) else None
-        return [image] if opened is None else [opened, *pan_and_scan(opened, self.image_processor)]
+        if not cuts(self.image_processor):
+            return [image]
+        opened = open_image(image)
+        return [opened, *crops(opened, self.image_processor)]
 
     def ids(self, prompt: Prompt, num_images: int, template: str | None = None) -> list[int]:
         """Token ids of a row with ``num_images`` images, each an IMAGE_PLACEHOLDER.

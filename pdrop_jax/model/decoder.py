@@ -145,6 +145,8 @@ def run_stages(
       keep_hidden: also returns the input of each layer.
     """
     score, text = find_score(config), config.text
+    if text.by_slots and past is None:
+        check_masks(implementation)
     follow = score.last_layer and bool(image_sizes)
     drops, caches, lengths, layer_inputs = [], [], [], []
     index: list[jax.Array] = []
@@ -213,7 +215,6 @@ def run_stages(
                         return attend_places(q, k, v, query, key, windows[n]), written
                     return attend_cache(q, k, v, start, window), written
                 if text.by_slots:
-                    check_masks(implementation)
                     out = attend_places(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, windows[n])
                 else:
                     out = attention(q, k, v, causal=True, length=length, window=window, implementation=implementation)

@@ -65,7 +65,8 @@ def test_loss_and_every_gradient_are_those_of_torch(layers, ratios, gemma):
         assert ours.keys() == theirs.keys()
         for name, x in theirs.items():
             assert np.abs(ours[name] - x).max() <= 1e-4 * max(np.abs(x).max(), 1e-2), name
-            assert np.abs(x).max() > 1e-7, name
+            # All logits of a query move alike with a bias of the keys, unless rope turns them apart.
+            assert np.abs(x).max() > 1e-7 or ("vision_tower" in name and "k_proj.bias" in name), name
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_loss_and_every_gradient_are_those_of_torch(layers, ratios, gemma):
 def test_a_run(groups, gemma, tmp_path):
     recipe = recipe_in(tmp_path, gemma[1], **groups)
     train(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, template="gemma3")))
-    found = losses(tmp_path / "run")
+    found = [loss for _, loss in losses(tmp_path / "run")]
     assert len(found) == 9
     assert np.mean(found[-3:]) < np.mean(found[:3])
 

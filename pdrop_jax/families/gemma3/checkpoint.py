@@ -12,7 +12,18 @@ from pdrop_jax.convert.hf_schema import Rope, Section, one_of
 from pdrop_jax.convert.names import DECODER, LINEAR, SAME, VISION, Naming, Table, norm
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.gemma3.config import GemmaVisionConfig
-from pdrop_jax.schema import Heads, Layers, NormEps, Positions, Positive, RopeBase, TokenId, Vocabulary, Width, validated
+from pdrop_jax.schema import (
+    Heads,
+    Layers,
+    NormEps,
+    Positions,
+    Positive,
+    RopeBase,
+    TokenId,
+    Vocabulary,
+    Width,
+    validated,
+)
 
 KINDS = {"gemma3": "Gemma3ForConditionalGeneration"}  # model_type -> class of transformers
 TEMPLATE = "gemma3"

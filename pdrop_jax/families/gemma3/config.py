@@ -1,4 +1,4 @@
-"""The config of Gemma 3's vision tower."""
+"""The config of Gemma 3's vision tower, and its released language models."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -7,7 +7,10 @@ from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import Heads, Layers, NormEps, Pixels, TokenId, Width
+from pdrop_jax.text_config import RopeScaling, TextConfig
 from pdrop_jax.vision_config import Activation, VisionConfig
+
+GemmaSize = Literal["4b", "12b", "27b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +46,36 @@ class GemmaVisionConfig(VisionConfig):
     @property
     def features_a_side(self) -> int:
         return self.tokens_a_side
+
+
+def gemma3_text(size: GemmaSize) -> TextConfig:
+    D, F, L, N, K, H, scalar = {
+        "4b": (2560, 10240, 34, 8, 4, 256, 256),
+        "12b": (3840, 15360, 48, 16, 8, 256, 256),
+        "27b": (5376, 21504, 62, 32, 16, 128, 168),
+    }[size]
+    return TextConfig(
+        vocab_size=262208,
+        hidden_size=D,
+        intermediate_size=F,
+        num_layers=L,
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=H,
+        rope_theta=1e6,
+        rope_scaling=RopeScaling("linear", 8.0),
+        norm_eps=1e-6,
+        tie_embeddings=True,
+        max_length=131072,
+        family="gemma3",
+        sliding_window=1024,
+        qk_norm=True,
+        norm_plus_one=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        scaled_embeddings=True,
+        query_scalar=scalar,
+        full_layers=tuple(range(5, L, 6)),
+        local_rope_theta=1e4,
+        two_way_images=True,
+    )

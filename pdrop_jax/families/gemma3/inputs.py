@@ -1,8 +1,8 @@
 """Pictures for Gemma 3, on the host: squares of one size, and with pan-and-scan further squares of long pictures.
 
-A crop of pan-and-scan is a picture of its own: it has its own marks in the prompt, its tokens see each other and none of
-another crop, and a drop counts its tokens alone. So crops are cut before anything else: a prompt with one tag and one
-long picture becomes a prompt with several tags and pictures.
+A crop of pan-and-scan is a picture of its own: it has its own marks in the prompt, its tokens see each other both ways
+and a drop counts them alone. So crops are cut before anything else: a prompt with one tag and one long picture becomes
+a prompt with several tags and pictures.
 """
 
 import pathlib
@@ -70,12 +70,28 @@ def pixels(image: Image.Image, processor: Any) -> np.ndarray:
 
 
 def crops(image: Image.Image, processor: Any) -> list[Image.Image]:
-    """The further crops of an RGB image; none unless pan-and-scan is on and the image is long."""
-    if not processor.do_pan_and_scan:
+    """The further crops of an RGB image; none unless ``processor`` has pan-and-scan on and the image is long."""
+    if not cuts(processor):
         return []
     whole = np.asarray(image).transpose(2, 0, 1)
-    found: Sequence[np.ndarray] = processor.pan_and_scan(whole, **{key: getattr(processor, key) for key in PAN_AND_SCAN})
+    found: Sequence[np.ndarray] = processor.pan_and_scan(
+        whole, **{key: getattr(processor, key) for key in PAN_AND_SCAN}
+    )
     return [Image.fromarray(np.ascontiguousarray(crop.transpose(1, 2, 0))) for crop in found]
+
+
+def check_no_crops(processor: Any) -> None:
+    """Raises UserError if a picture may become several, which data sets and questions in files cannot have."""
+    if cuts(processor):
+        raise UserError(
+            "pan-and-scan is for prompts only, but a data set takes each picture as one: set do_pan_and_scan to false "
+            "in preprocessor_config.json"
+        )
+
+
+def cuts(processor: Any) -> bool:
+    """Whether pan-and-scan is on."""
+    return isinstance(processor, Gemma3ImageProcessorPil) and bool(processor.do_pan_and_scan)
 
 
 def with_crops(tag: str, count: int) -> str:
