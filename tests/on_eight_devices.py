@@ -17,18 +17,25 @@ from tiny_run import CONFIG as RUN_CONFIG
 from tiny_run import TOKENIZER, arrays_of, compiled_in, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint, sharding
+from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
+from pdrop_jax.families.qwen2_vl.inputs import lay_out
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import decode, start
 from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.assemble import Row, assemble
+from pdrop_jax.inputs.buckets import choose_bucket
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import _splash, attention
 from pdrop_jax.model.decoder import positions_of
 from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
+from pdrop_jax.model.params import init_params
 from pdrop_jax.model.placement import shardings
 from pdrop_jax.model.quantization import quantize_decoder
 from pdrop_jax.model.rope import rope_tables
@@ -152,6 +159,31 @@ def test_recorded_vectors(case):
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     (row,) = check(GOLDEN, Reference(read, torch_arrays), [case], mesh)
     assert row.ok, row
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_windows_of_patches_on_a_mesh(shape):
+    """A tower over pictures of any size, M-RoPE through two drops."""
+    tower = QwenVisionConfig(hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, full_layers=(1,))
+    text = TextConfig(300, 64, 96, 4, 8, 8, 8, qkv_bias=True, max_length=256, mrope_sections=(1, 1, 2))
+    config = LlavaConfig(tower, text, DropSchedule((1, 3), (0.5, 0.25)), select_layer=-1)
+    rng, rows = np.random.default_rng(0), []
+    for n in range(8):
+        grids = [(1, 2 * (n + 1), 4), (1, 4, 6)][: n % 3]
+        images = [lay_out(rng.normal(size=(math.prod(g), tower.patch_values)), g, tower) for g in grids]
+        rows.append(Row([*[IMAGE_PLACEHOLDER] * len(images), *range(5 + n)], images))
+    batch, params = assemble(rows, config, choose_bucket(rows, config)), init_params(config)
+    run = jax.jit(forward, static_argnums=0)
+    alone = run(config, params, batch)
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        found = run(
+            config,
+            jax.device_put(params, shardings(config, params, mesh)),
+            jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), batch),
+        )
+    close(found.logits, alone.logits)
+    close(found.buffer.index, alone.buffer.index)
 
 
 def test_parameters_are_cut():

@@ -137,7 +137,7 @@ def run_study(
     """
     check_batch_size(batch_size + 1)  # one kind of noise has larger batches
     config = model.config
-    schedule = schedule or config.schedule
+    schedule = dataclasses.replace(config, schedule=schedule or config.schedule).schedule
     if not schedule.layers:
         raise UserError("the schedule drops nothing, so there is nothing to study: give one that does")
     if not questions:
@@ -152,7 +152,7 @@ def run_study(
     names = possible_scores(model, schedule) if scores is None else scores
     settings += [Setting("scores", name, dataclasses.replace(schedule, score=name)) for name in names]
     other = Setting("controls", "another question's tokens", dataclasses.replace(schedule, score="given"))
-    settings += [other, Setting("controls", "no image", DropSchedule((0,), (0.0,), score="none"))]
+    settings += [other, Setting("controls", "no image", DropSchedule((0,), (0.0,), schedule.positions, "none"))]
     for setting in settings:  # fail before the first answer
         find_score(dataclasses.replace(config, schedule=setting.schedule))
 
@@ -172,7 +172,7 @@ def run_study(
                 given = stays_for_another(asking(reschedule(model, schedule)), clusters)
             answers = asking(reschedule(model, setting.schedule), given=given)
             rows.append((setting, effect_of(reference, answers, expected)))
-    rows += [(Setting("noise", name, DropSchedule.none()), effect) for name, effect in effects.items()]
+    rows += [(Setting("noise", name, whole.config.schedule), effect) for name, effect in effects.items()]
     sizes = [sum(images) for images in reference.image_tokens if images]
     n = round(sum(sizes) / max(len(sizes), 1))
 

@@ -82,8 +82,8 @@ def run(
         schedule = dataclasses.replace(schedule, score=score)
         find_score(dataclasses.replace(config, schedule=schedule))
     bucket = bucket_for(text_tokens, (tokens,), config)
-    schedules = dict.fromkeys((DropSchedule.none(), schedule))
-    costs = [cost_of(dataclasses.replace(config, schedule=each), bucket) for each in schedules]
+    configs = dict.fromkeys(dataclasses.replace(config, schedule=each) for each in (DropSchedule.none(), schedule))
+    costs = [cost_of(each, bucket) for each in configs]
     if plot:
         from pdrop_jax.analysis.plots import cost_plot, save_plot
 

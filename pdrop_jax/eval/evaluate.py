@@ -153,8 +153,7 @@ def describe(
       UserError: ``folder`` is not a checkpoint, or the schedule does not fit it.
     """
     config = LlavaConfig.load(folder)
-    schedule = schedule or config.schedule
-    schedule.check(config.text.num_layers)
+    schedule = dataclasses.replace(config, schedule=schedule or config.schedule).schedule
     samples = {**dataclasses.asdict(sampling), "batch_size": batch_size}
     del samples["max_new_tokens"]  # it has a key of its own
     return {

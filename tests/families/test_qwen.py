@@ -103,7 +103,7 @@ def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, folders
     questions, images = zip(*ROWS, strict=True)
     batch = model.processor(list(questions), list(images))
     logits = jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits
-    answers = generate_batch(model, batch, Sampling(max_new_tokens=5))
+    answers = generate_batch(model, batch, Sampling(max_new_tokens=3))
     for b, row in enumerate(ROWS):
         inputs = torch_inputs(*row)
         with torch.no_grad():
@@ -126,6 +126,10 @@ def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(kind, folders):
         alone = generate(model, questions[b : b + 1], images[b : b + 1], Sampling(max_new_tokens=5))
         assert alone.token_ids[0] == batch.token_ids[b]
         assert alone.kept[0] == [[image for image in at if image] for at in batch.kept[b]]
+
+
+def test_a_model_says_what_it_is(kind, dense):
+    assert repr(dense).startswith(f"Model({kind}, ")
 
 
 def test_positions_are_original_unless_asked_otherwise(kind, folders):

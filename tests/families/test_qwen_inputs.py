@@ -121,8 +121,8 @@ def test_an_image_processor_that_contradicts_the_model(changes, message, folders
         ((14, 14), {"do_resize": False}, "14x14 pixels is not made of tokens of 28 pixels a side"),
         (
             (2100, 2100),
-            {"size": {"shortest_edge": 3136, "longest_edge": 10**8}},
-            r"becomes 5625 tokens, but the model has 4096 positions: lower size\.longest_edge \(max_pixels, now 1000",
+            {"size": {"shortest_edge": 3136, "longest_edge": 5 * 10**7}},
+            r"becomes 5625 tokens, but the model has 4096 positions: lower size\.longest_edge \(max_pixels, now 5000",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
 from pdrop_jax.inputs.image_settings import Deviation, Mean, read_settings
 
-Area = Annotated[int, Field(ge=1, le=2**32)]  # pixels of a picture
+Area = Annotated[int, Field(ge=1, le=2**26)]  # pixels of a picture
 
 
 class Size(BaseModel):
@@ -70,7 +70,10 @@ def load_processor(folder: pathlib.Path, config: QwenVisionConfig) -> Qwen2VLIma
                 f"the image processor in {folder} has {key} {settings[key]}, but the vision tower has {expected}: copy "
                 "the preprocessor_config.json of this model"
             )
-    processor = Qwen2VLImageProcessorPil(**settings)
+    try:
+        processor = Qwen2VLImageProcessorPil(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the image processor in {folder} cannot be read: {' '.join(str(error).split())}") from None
     low, high = processor.size.shortest_edge, processor.size.longest_edge
     if not low or not high or low > high:
         raise UserError(
