@@ -287,7 +287,7 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """
     tiling = config.tiling
     kind, _ = hf_class(config)
-    if kind in ("llava_onevision", "llava_next_video", "gemma3") or not isinstance(config.vision, VisionConfig):
+    if kind in ("llava_onevision", "llava_next_video") or config.family != "LLaVA":
         raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
     points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
     return {

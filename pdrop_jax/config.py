@@ -139,6 +139,13 @@ class LlavaConfig:
             )
 
     @property
+    def family(self) -> str:
+        """The family beside LLaVA that the model belongs to, or "LLaVA"."""
+        if isinstance(self.vision, GemmaVisionConfig):
+            return "gemma3"
+        return "LLaVA" if isinstance(self.vision, VisionConfig) else self.vision.kind
+
+    @property
     def crop_tower(self) -> VisionConfig:
         """The vision tower, for what supports only towers that take square crops.
 

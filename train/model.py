@@ -10,9 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
+from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.placement import place
@@ -43,10 +42,9 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
     checkpoint.files_to_copy(pathlib.Path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
     config = dataclasses.replace(config, template=config.template if data.template == "plain" else data.template)
-    square = isinstance(config.vision, VisionConfig) and not isinstance(config.vision, GemmaVisionConfig)
-    if data.image_aspect and not square:
+    if data.image_aspect and config.family != "LLaVA":
         raise UserError(
-            f"data.image_aspect is {data.image_aspect!r}, but a {config.text.family} model takes pictures of any "
+            f"data.image_aspect is {data.image_aspect!r}, but a {config.family} model takes pictures of any "
             "aspect: remove it"
         )
     if data.image_aspect == "anyres":

@@ -186,7 +186,6 @@ def run_stages(
             at = Boundary(
                 config=config,
                 number=s - 1,
-                layer=stage.start,
                 buffer=buffer,
                 rope=rope_in(text.window_of(stage.start) or EVERYTHING, ropes),
                 next_layer=layer_of(layers, 0),

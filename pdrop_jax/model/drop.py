@@ -94,7 +94,6 @@ class Boundary:
       buffer: tokens before the drop; ``hidden`` is the next layer's input.
       rope: (B, S, H) each, at the positions of the buffer's tokens, as the next layer turns them.
       next_layer: parameters of the layer after the boundary.
-      layer: static, its number.
       places: of the buffer's tokens, where windows go by the slots before the drops; otherwise None.
       past: keys of earlier turns in the next layer's cache, or None.
       last_layer: parameters of the layer before the boundary; None before the first layer.
@@ -104,7 +103,6 @@ class Boundary:
 
     config: LlavaConfig = dataclasses.field(metadata={"static": True})
     number: int = dataclasses.field(metadata={"static": True})
-    layer: int = dataclasses.field(metadata={"static": True})
     buffer: TokenBuffer
     rope: Rope
     next_layer: Params
@@ -113,6 +111,11 @@ class Boundary:
     last_layer: Params | None = None
     last_rope: Rope | None = None
     last_input: jax.Array | None = None
+
+    @property
+    def layer(self) -> int:
+        """The number of the layer after the boundary."""
+        return self.config.schedule.layers[self.number]
 
 
 @jax.named_scope("drop")
