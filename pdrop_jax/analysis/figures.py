@@ -119,6 +119,7 @@ def _rows(
     if not pictures:
         raise UserError("there is no picture to draw the tokens of: give one, --image FILE")
     bands = []
+    _, pictures = processor.with_crops([("", None)], pictures)
     for number, picture in enumerate(pictures):
         image = processor.tokens(picture, alone=len(pictures) == 1)
         for first, rows, columns in _panels(open_image(picture), image, processor.config):

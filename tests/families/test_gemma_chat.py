@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
-from tiny_gemma import photo
+import tiny_gemma
+import torch
+from tiny_gemma import photo, torch_inputs, torch_model
+from torch_gemma_drops import drop_run
 
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate_batch
@@ -65,7 +68,18 @@ def test_tokens_that_were_dropped_stay_dropped(positions, gemma):
         assert index[stage][: lengths[stage]].tolist() == sorted(text + [picture + n for n in kept[0]])
         new = index[stage][lengths[stage] : lengths[stage] + 4].tolist()
         assert new == list(range(lengths[0], lengths[0] + 4))
-    assert session.ask("And it?", None, SAMPLING).kept == first.kept
+    second = session.ask("And it?", None, SAMPLING)
+    assert second.kept == first.kept
+    # The whole conversation behind the first prompt as new tokens of a torch model whose tokens are deleted.
+    inputs, ids = torch_inputs("What?", [TURNS[0][1]]), session._past.ids
+    new = ids[len(model.processor.ids("What?", 1)) : session._past.asked]
+    assert len(new) > tiny_gemma.WINDOW
+    for token in second.token_ids:
+        with torch.no_grad():
+            logits, kept = drop_run(torch_model(), inputs, (2, 4), (0.5, 0.2), positions=positions, new_ids=new)
+        assert kept == first.kept
+        assert token == int(logits[-1].argmax())
+        new = [*new, token]
     both = session.ask(*TURNS[2], SAMPLING).kept
     assert [images[0] for images in both] == [images[0] for images in first.kept]
     assert [len(images[1]) for images in both] == [8, 3]

@@ -1,5 +1,6 @@
 """Masks and scores by the slots before the drops, image processors, and what Gemma 3 refuses."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_gemma
 import torch
 from tiny_gemma import WINDOW, photo, torch_inputs, torch_model
 from torch_gemma_drops import attention_from, mask_of
 
+from pdrop_jax import checkpoint
+from pdrop_jax.analysis.figures import answer_picture
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import generate
@@ -19,7 +23,7 @@ from pdrop_jax.generation.pretrained import load
 from pdrop_jax.inputs.images import Video, blank, measure
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.slot_attention import EVERYTHING, Places, sees
-from pdrop_jax.model.vlm import forward
+from pdrop_jax.model.vlm import embed_tokens, forward
 from pdrop_jax.schedule import DropSchedule
 
 PHOTO = photo(60, 200, 1)
@@ -81,6 +85,23 @@ def test_other_scores_keep_their_count(score, gemma):
     model = load(gemma[1], schedule=DropSchedule((2, 4), tuple(n / 16 for n in counts), score=score))
     answer = generate(model, ["What?"], [[PHOTO, PHOTO]])
     assert [[len(image) for image in at] for at in answer.kept[0]] == [[n, n] for n in counts]
+
+
+def test_the_factor_of_the_embeddings_is_rounded_as_by_torch(gemma):
+    """The square root of 72 is 8.485, but 8.5 in bfloat16."""
+    config, params = checkpoint.load(gemma[1])
+    table = jnp.asarray(params["embed"]["embedding"], jnp.bfloat16)
+    ours = embed_tokens(config, {"embed": {"embedding": table}}, jnp.arange(20)[None])
+    theirs = copy.deepcopy(torch_model().get_input_embeddings()).to(torch.bfloat16)(torch.arange(20)[None])
+    assert np.array_equal(np.asarray(ours, np.float32), theirs.detach().float().numpy())
+
+
+def test_figures_show_the_crops_of_a_picture(gemma_crops):
+    model = load(gemma_crops, schedule=DropSchedule((2,), (0.5,)))
+    kept = generate(model, ["What?"], [[PHOTO, photo(50, 50, 2)]]).kept[0]
+    drawn = answer_picture([PHOTO, photo(50, 50, 2)], kept, model.processor)
+    assert [len(images) for images in kept] == [1 + 3 + 1]
+    assert drawn.height > 5 * tiny_gemma.SIDE
 
 
 @pytest.mark.parametrize("implementation", ["splash", "cudnn"])

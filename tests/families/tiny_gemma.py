@@ -14,7 +14,7 @@ __all__ = ["image_processor", "photo", "save", "tokenizer", "torch_inputs", "tor
 MARKS = ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
 SIDE, TOKENS, WINDOW = 112, 16, 12  # the window is smaller than a picture
 TEXT = {
-    "hidden_size": 64,
+    "hidden_size": 72,
     "intermediate_size": 96,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
