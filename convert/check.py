@@ -14,6 +14,7 @@ from pdrop_jax.convert.names import leaves, unrun_shapes
 from pdrop_jax.convert.sources import Source
 from pdrop_jax.convert.tensors import DTYPES
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen2_vl.inputs import lay_out
 from pdrop_jax.inputs.anyres import count, pooled, tiled, whole
@@ -121,6 +122,8 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
             inputs["pixel_values_videos"] = pixels[None]
         else:
             inputs["pixel_values"] = pixels[None] if config.tiling else pixels
+    if isinstance(config.vision, GemmaVisionConfig):
+        inputs["token_type_ids"] = (inputs["input_ids"] == placeholders[0]).int()
     if config.tiling:
         inputs["image_sizes"] = torch.tensor([SIZE])
     with torch.no_grad():

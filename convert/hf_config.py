@@ -12,6 +12,7 @@ from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, OriginalLlava
 from pdrop_jax.convert.names import NAMINGS, Naming
 from pdrop_jax.convert.projector import projector_type
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3 import checkpoint as gemma3
 from pdrop_jax.families.qwen2_vl import checkpoint as qwen2_vl
 from pdrop_jax.families.qwen3_vl import checkpoint as qwen3_vl
 from pdrop_jax.inputs.model_template import OWN
@@ -27,7 +28,7 @@ HF_TYPES: dict[str, tuple[int, int | None]] = {
     "llava_onevision": (151646, 151647),
 }
 # model_type of a family beside LLaVA -> its translation.
-FAMILIES: dict[str, ModuleType] = {kind: family for family in (qwen2_vl, qwen3_vl) for kind in family.KINDS}
+FAMILIES: dict[str, ModuleType] = {kind: family for family in (qwen2_vl, qwen3_vl, gemma3) for kind in family.KINDS}
 LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000 tokens, plus those that were added
 ORIGINAL_CLASSES = {
     "llama": "LlavaLlamaForCausalLM",
@@ -281,7 +282,7 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """
     tiling = config.tiling
     kind, _ = hf_class(config)
-    if kind in ("llava_onevision", "llava_next_video") or not isinstance(config.vision, VisionConfig):
+    if kind in ("llava_onevision", "llava_next_video") or config.family != "LLaVA":
         raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
     points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
     return {

@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pdrop_jax.config import LlavaConfig, VisionConfig
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.model.params import Params, abstract_params
 
 Shape = tuple[int, ...]
@@ -222,7 +223,7 @@ def projector_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
 
 def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
     """Name -> shape of the unused tensors of the tower: layers after the selected one, the last norm, the head."""
-    if not isinstance(config.vision, VisionConfig):
+    if not isinstance(config.vision, VisionConfig) or isinstance(config.vision, GemmaVisionConfig):
         return {}  # everything runs
     whole = dataclasses.replace(config, select_layer=-1)
     tower = Naming(naming.vision)

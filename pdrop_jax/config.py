@@ -10,15 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3.config import GemmaSize, GemmaVisionConfig, gemma3_text
 from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import config as qwen3_vl
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, TokenId, Width, validated
+from pdrop_jax.schema import NO_OTHER_KEYS, Pixels, TokenId, validated
 from pdrop_jax.text_config import Family as Family
 from pdrop_jax.text_config import RopeScaling as RopeScaling
 from pdrop_jax.text_config import TextConfig as TextConfig
+from pdrop_jax.vision_config import Activation as Activation
+from pdrop_jax.vision_config import VisionConfig as VisionConfig
 
 FORMAT = "pdrop-jax-1"
 # Required in every config.json: their defaults would be those of another model.
@@ -36,57 +39,6 @@ Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of atte
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
 Group = Literal["vision", "projector", "llm", "lora"]  # parts of the model that are trained together
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
-
-Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-
-MAX_PATCHES_A_SIDE = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP or SigLIP vision transformer. The defaults are CLIP's ViT-L/14 at 336 pixels, LLaVA-1.5's tower."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
-
-    image_size: Pixels = 336
-    patch_size: Pixels = 14
-    hidden_size: Width = 1024
-    intermediate_size: Width = 4096
-    num_layers: Layers = 24
-    num_heads: Heads = 16
-    norm_eps: NormEps = 1e-5
-    activation: Activation = "quick_gelu"
-    kind: Literal["clip", "siglip"] = "clip"
-    pooling_head: bool = False  # SigLIP's: unused in a LLaVA, but a checkpoint may contain it
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.patches_a_side <= MAX_PATCHES_A_SIDE:
-            raise UserError(
-                f"a picture of {self.image_size} pixels a side in patches of {self.patch_size} is "
-                f"{self.patches_a_side} patches a side: 1 to {MAX_PATCHES_A_SIDE} are supported"
-            )
-        if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"the vision tower's hidden size of {self.hidden_size} is not a multiple of its "
-                f"{self.num_heads} attention heads"
-            )
-
-    @property
-    def patches_a_side(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.patches_a_side**2
-
-    @property
-    def class_tokens(self) -> int:
-        """Tokens in front of the patches: CLIP has one, SigLIP none."""
-        return 1 if self.kind == "clip" else 0
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +70,15 @@ def _tower_class(tower: Any) -> str:
     """The class of a vision tower, or of the one that a JSON object describes."""
     if not isinstance(tower, dict):
         return type(tower).__name__
+    if "tokens_a_side" in tower:
+        return GemmaVisionConfig.__name__
     return QwenVisionConfig.__name__ if str(tower.get("kind")).startswith("qwen") else VisionConfig.__name__
 
 
 Tower = Annotated[
-    Annotated[VisionConfig, Tag("VisionConfig")] | Annotated[QwenVisionConfig, Tag("QwenVisionConfig")],
+    Annotated[VisionConfig, Tag("VisionConfig")]
+    | Annotated[GemmaVisionConfig, Tag("GemmaVisionConfig")]
+    | Annotated[QwenVisionConfig, Tag("QwenVisionConfig")],
     Discriminator(_tower_class),
 ]
 
@@ -191,6 +147,13 @@ class LlavaConfig:
             )
 
     @property
+    def family(self) -> str:
+        """The family beside LLaVA that the model belongs to, or "LLaVA"."""
+        if isinstance(self.vision, GemmaVisionConfig):
+            return "gemma3"
+        return "LLaVA" if isinstance(self.vision, VisionConfig) else self.vision.kind
+
+    @property
     def crop_tower(self) -> VisionConfig:
         """The vision tower, for what supports only towers that take square crops.
 
@@ -218,7 +181,7 @@ class LlavaConfig:
     @property
     def image_tokens(self) -> int:
         """Features of one crop, which are its tokens unless images are tiled."""
-        return self.crop_tower.num_patches + self.keep_class_token
+        return self.crop_tower.features_a_side**2 + self.keep_class_token
 
     @property
     def frame_tokens(self) -> int:
@@ -274,6 +237,21 @@ class LlavaConfig:
             eos_token_ids=(151645, 151643),
         )
 
+    @classmethod
+    def gemma3(cls, size: GemmaSize) -> "LlavaConfig":
+        """Gemma 3 as released, dense: PyramidDrop's authors have no schedule for it."""
+        return cls(
+            vision=GemmaVisionConfig(),
+            text=gemma3_text(size),
+            schedule=DropSchedule.none(),
+            projector_layers=1,
+            select_layer=-1,
+            template="own",
+            image_token_id=262144,
+            bos_token_id=2,
+            eos_token_ids=(1, 106),
+        )
+
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["schedule"] = self.schedule.to_json()
@@ -320,6 +298,7 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-1.5-13b": LlavaConfig.llava_1_5_13b,
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
+    **{f"gemma-3-{size}": functools.partial(LlavaConfig.gemma3, size) for size in ("4b", "12b", "27b")},
     "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
     "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
     "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),

@@ -1,12 +1,14 @@
 """The config of a decoder: what differs between language models is a field here, not a copy of the decoder."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Positions, Positive, RopeBase, Vocabulary, Width
 
-Family = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+Family = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,16 @@ class TextConfig:
     # M-RoPE: a token has three positions (time, height, width), and so many pairs of a head turn by each; None is one.
     mrope_sections: tuple[Width, Width, Width] | None = None
     mrope_interleaved: bool = False  # pairs turn by time, height, width, time, … (Qwen3-VL) instead of in three runs
+    norm_plus_one: bool = False  # RMS norms scale by 1 + their weight
+    post_norms: bool = False  # norms behind attention and mlp too, before the residual additions
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the gated mlp
+    scaled_embeddings: bool = False  # embeddings of text times sqrt(hidden_size)
+    query_scalar: Width | None = None  # attention logits are divided by its square root; None is head_dim
+    # Layers that see everything although there is a sliding window. With them windows go by slots before the drops.
+    full_layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(max_length=1024)] = ()
+    local_rope_theta: RopeBase | None = None  # of the layers with a window, never scaled; None is that of all layers
+    # Tokens of a picture see each other in both directions, in layers with a window within it.
+    two_way_images: bool = False
 
     def __post_init__(self) -> None:
         if self.mrope_sections and sum(self.mrope_sections) * 2 != self.head_dim:
@@ -69,3 +81,17 @@ class TextConfig:
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"sliding_window is {self.sliding_window}: a token sees at least itself")
+        if self.full_layers and (self.sliding_window is None or max(self.full_layers) >= self.num_layers):
+            raise UserError(
+                f"full_layers {list(self.full_layers)} are of a decoder of {self.num_layers} layers with sliding "
+                f"window {self.sliding_window}"
+            )
+
+    @property
+    def by_slots(self) -> bool:
+        """Whether what a token sees goes by the slots before the drops and by pictures: ``model.slot_attention``."""
+        return self.two_way_images or bool(self.full_layers) or self.local_rope_theta is not None
+
+    def window_of(self, layer: int) -> int | None:
+        """``sliding_window`` of one layer; None is everything."""
+        return None if layer in self.full_layers else self.sliding_window

@@ -21,6 +21,7 @@ from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig, gemma3_text
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen2_vl.inputs import lay_out
 from pdrop_jax.generation.chat import Session
@@ -28,6 +29,7 @@ from pdrop_jax.generation.engine import decode, start
 from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.anyres import whole
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
@@ -183,6 +185,41 @@ def test_pictures_of_any_size_on_a_mesh(shape, own):
     for n in range(8):
         grids = [(1, 2 * (n + 1), 4), (1, 4, 6)][: n % 3]
         images = [lay_out(rng.normal(size=(math.prod(g), tower.patch_values)), g, tower) for g in grids]
+        rows.append(Row([*[IMAGE_PLACEHOLDER] * len(images), *range(5 + n)], images))
+    batch, params = assemble(rows, config, choose_bucket(rows, config)), init_params(config)
+    run = jax.jit(forward, static_argnums=0)
+    alone = run(config, params, batch)
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        found = run(
+            config,
+            jax.device_put(params, shardings(config, params, mesh)),
+            jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), batch),
+        )
+    close(found.logits, alone.logits)
+    close(found.buffer.index, alone.buffer.index)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_windows_by_the_slots_before_the_drops_on_a_mesh(shape):
+    """Gemma 3: both kinds of layers, pictures that see themselves both ways, norms of heads."""
+    tower = GemmaVisionConfig(56, 14, 32, 48, 2, 4, tokens_a_side=2)
+    text = dataclasses.replace(
+        gemma3_text("4b"),
+        vocab_size=304,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=6,
+        num_kv_heads=8,
+        head_dim=8,
+        max_length=256,
+        sliding_window=6,
+        full_layers=(2, 5),
+    )
+    config = LlavaConfig(tower, text, DropSchedule((2, 4), (0.5, 0.25)), projector_layers=1, select_layer=-1)
+    rng, rows = np.random.default_rng(0), []
+    for n in range(8):
+        images = [whole(rng.normal(size=(56, 56, 3)).astype(np.float32), config) for _ in range(n % 3)]
         rows.append(Row([*[IMAGE_PLACEHOLDER] * len(images), *range(5 + n)], images))
     batch, params = assemble(rows, config, choose_bucket(rows, config)), init_params(config)
     run = jax.jit(forward, static_argnums=0)

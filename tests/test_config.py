@@ -19,9 +19,22 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+PLAIN_ROPE = TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, 77, "qwen2", 5)
 UNUSUAL = LlavaConfig(
     vision=VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu"),
-    text=TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, 77, "qwen2", 5, (2, 3, 3)),
+    text=dataclasses.replace(
+        PLAIN_ROPE,
+        mrope_sections=(2, 3, 3),
+        qk_norm=True,
+        norm_plus_one=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        scaled_embeddings=True,
+        query_scalar=9,
+        full_layers=(2, 5),
+        local_rope_theta=7.0,
+        two_way_images=True,
+    ),
     schedule=DropSchedule((1, 4), (0.3, 0.1), "original"),
     projector_layers=1,
     select_layer=-1,
@@ -37,7 +50,6 @@ UNUSUAL = LlavaConfig(
 SIGLIP = VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu_tanh", "siglip", True)
 NO_BOS = LlavaConfig(SIGLIP, TextConfig(sliding_window=7, family="mistral"), bos_token_id=None, eos_token_ids=())
 TILED = LlavaConfig(SIGLIP, tiling=Tiling(((28, 56), (84, 28)), max_tiles=3, rounded=True, alone=True))
-PLAIN_ROPE = dataclasses.replace(UNUSUAL.text, mrope_sections=None)
 LLAMA = dataclasses.replace(PLAIN_ROPE, family="llama", sliding_window=None)
 MISTRAL = dataclasses.replace(PLAIN_ROPE, family="mistral", qkv_bias=False, output_bias=False)
 QWEN2 = dataclasses.replace(PLAIN_ROPE, output_bias=False)

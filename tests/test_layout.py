@@ -14,7 +14,7 @@ FOLDERS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdr
 
 # What each package may import besides itself. A module belongs to the longest listed prefix of its name.
 READING = {"pdrop_jax.errors", "pdrop_jax.io", "pdrop_jax.schema"}
-CONFIG = {"pdrop_jax.config", "pdrop_jax.text_config", "pdrop_jax.families.*.config"}
+CONFIG = {"pdrop_jax.config", "pdrop_jax.text_config", "pdrop_jax.vision_config", "pdrop_jax.families.*.config"}
 BASE = READING | CONFIG | {"pdrop_jax.schedule", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
 LIBRARY = MODEL | {"pdrop_jax.checkpoint", "pdrop_jax.inputs", "pdrop_jax.generation"}
@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "pdrop_jax.batch": set(),
     "pdrop_jax.schedule": READING | {"pdrop_jax.batch"},
     "pdrop_jax.text_config": READING,
-    "pdrop_jax.config": READING | {"pdrop_jax.schedule", "pdrop_jax.text_config", "pdrop_jax.families.*.config"},
+    "pdrop_jax.vision_config": READING,
+    "pdrop_jax.config": READING | CONFIG | {"pdrop_jax.schedule"},
     "pdrop_jax.sharding": BASE,
     "pdrop_jax.model": MODEL | {"pdrop_jax.families.*.params", "pdrop_jax.families.*.tower"},
     "pdrop_jax.inputs": BASE | {"pdrop_jax.families.*.inputs"},
@@ -36,11 +37,11 @@ MAY_IMPORT = {
     "pdrop_jax.eval": LIBRARY,
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,
-    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis"},
+    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.families.*.inputs"},
     "pdrop_jax.convert": LIBRARY | {"pdrop_jax.families.*.checkpoint", "pdrop_jax.families.*.inputs"},
     # A family stands together in one folder, but each of its files belongs to one part of the project: * is its name.
     "pdrop_jax.families": set(),
-    "pdrop_jax.families.*.config": READING | {"pdrop_jax.text_config"},
+    "pdrop_jax.families.*.config": READING | {"pdrop_jax.text_config", "pdrop_jax.vision_config"},
     "pdrop_jax.families.*.params": MODEL,
     "pdrop_jax.families.*.tower": MODEL,
     "pdrop_jax.families.*.inputs": BASE | {"pdrop_jax.inputs"},

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
+from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import Params
@@ -43,9 +43,9 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
     checkpoint.files_to_copy(pathlib.Path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
     if data.template not in (None, "plain"):  # pretraining leaves no way to ask
         config = dataclasses.replace(config, template=data.template)
-    if data.image_aspect and not isinstance(config.vision, VisionConfig):
+    if data.image_aspect and config.family != "LLaVA":
         raise UserError(
-            f"data.image_aspect is {data.image_aspect!r}, but a {config.vision.kind} model takes pictures of any "
+            f"data.image_aspect is {data.image_aspect!r}, but a {config.family} model takes pictures of any "
             "aspect: remove it"
         )
     if data.image_aspect == "anyres":

@@ -119,6 +119,7 @@ def _rows(
     if not pictures:
         raise UserError("there is no picture to draw the tokens of: give one, --image FILE")
     bands = []
+    pictures = [crop for picture in pictures for crop in processor.with_crops(picture)]
     for number, picture in enumerate(pictures):
         image = processor.tokens(picture, alone=len(pictures) == 1)
         for first, rows, columns in _panels(open_image(picture), image, processor.config):
@@ -151,7 +152,7 @@ def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: Llava
     Returns:
       (cell (n, T) in the grid of patches, whether a feature lies on it at all (n, T), (rows, columns) of patches).
     """
-    side, features = config.crop_tower.patches_a_side, config.image_tokens
+    side, features = config.crop_tower.features_a_side, config.image_tokens
     patch = index % features - (features - side**2)  # a class token, where it is kept, covers no part of the picture
     crop = index // features - first
     here = (index >= 0) & (patch >= 0) & (crop >= 0) & (crop < rows * columns)

@@ -58,8 +58,8 @@ Model = Annotated[
 ConfigModel = Annotated[
     str,
     _option(
-        "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, qwen2.5-vl-3b to -72b, qwen3-vl-2b to -32b, or a "
-        "checkpoint folder, of which only the config is read.",
+        "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, qwen2.5-vl-3b to -72b, qwen3-vl-2b to -32b, "
+        "gemma-3-4b to -27b, or a checkpoint folder, of which only the config is read.",
         "NAME|DIR",
         "llava-1.5-7b",
     ),

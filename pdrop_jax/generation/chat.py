@@ -37,7 +37,7 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Answer, kept_tokens
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.timer import Timer
-from pdrop_jax.inputs.anyres import ImageTokens
+from pdrop_jax.inputs.anyres import ImageTokens, captions_of
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, Turn
@@ -137,7 +137,7 @@ class Session:
         messages = [*self._messages, *asked]
         check_order([message.role for message in messages])
         images = [*self._images, *processor.all_tokens(pictures)]
-        ids = self._prompts.ids(messages, [image.captions for image in images])
+        ids = self._prompts.ids(messages, captions_of(images))
 
         past = self._past or empty_past(self._model, self._mode == "keep")
         known = _common(past.ids, ids[:-1])
@@ -197,7 +197,9 @@ class Session:
             self._past = Past([*ids, *new[: drawn - 1]], len(ids), state.model, None, kept)
         else:
             kept = kept_tokens(whole, jax.device_get(drops))[0]
-            cached_model = dataclasses.replace(state.model, caches=state.model.caches[:1])  # the others are this turn's
+            # The other stages are this turn's.
+            index = state.model.index and state.model.index[:1]
+            cached_model = dataclasses.replace(state.model, caches=state.model.caches[:1], index=index)
             self._past = Past(ids, len(ids), cached_model, first, kept)
         text = processor.decode(new)
         # A tag that the model wrote has no image.

@@ -10,7 +10,7 @@ from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.model.attention import aligned
-from pdrop_jax.model.cache import StageCache, empty_caches, grow
+from pdrop_jax.model.cache import empty_caches, grow
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.multi_turn import FirstStage
 
@@ -36,25 +36,29 @@ class Past:
 
 @functools.partial(jax.jit, static_argnames=("sizes", "width"))
 def _grown(
-    caches: tuple[StageCache | None, ...], first: FirstStage | None, sizes: tuple[int, ...], width: int
-) -> tuple[tuple[StageCache | None, ...], FirstStage | None]:
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, width - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    state: DecodeState, first: FirstStage | None, sizes: tuple[int, ...], width: int
+) -> tuple[DecodeState, FirstStage | None]:
+    def pad(x: jax.Array, size: int) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, max(0, size - x.shape[1]))] + [(0, 0)] * (x.ndim - 2))
 
-    caches = tuple(cache and grow(cache, size) for cache, size in zip(caches, sizes, strict=False))
-    return caches, jax.tree.map(pad, first)
+    caches = tuple(cache and grow(cache, size) for cache, size in zip(state.caches, sizes, strict=False))
+    index = state.index
+    if index is not None:
+        index = tuple(pad(x, size) for x, size in zip(index, sizes, strict=False))
+    state = dataclasses.replace(state, caches=caches, index=index)
+    return state, jax.tree.map(lambda x: pad(x, width), first)
 
 
 def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> tuple[DecodeState, FirstStage | None]:
     """Caches with slots for the conversation and ``capacity`` new tokens, hidden states for the conversation."""
-    caches, first = past.model.caches, past.first
+    state, first = past.model, past.first
     plan = config.schedule.plan(config.text.num_layers, whole.bucket, aligned("auto"))
-    found = tuple(0 if cache is None else cache.k.shape[3] for cache in caches)
+    found = tuple(0 if cache is None else cache.k.shape[3] for cache in state.caches)
     sizes = tuple(max(n, stage.slots + capacity) for n, stage in zip(found, plan, strict=False))
     width = 0 if first is None else max(first.slots, whole.bucket.slots)
     if found != sizes or (first is not None and first.slots != width):
-        caches, first = _grown(caches, first, sizes, width)
-    return dataclasses.replace(past.model, caches=caches), first
+        return _grown(state, first, sizes, width)
+    return state, first
 
 
 def empty_past(model: Model, keeps_images: bool) -> Past:
@@ -63,9 +67,10 @@ def empty_past(model: Model, keeps_images: bool) -> Past:
     caches = empty_caches(config, 1, dtype)
     lengths = tuple(jnp.zeros(1, jnp.int32) for _ in caches)
     delta = jnp.zeros(1, jnp.int32) if config.text.mrope_sections else None
+    index = tuple(jnp.zeros((1, 0), jnp.int32) for _ in caches) if config.text.by_slots else None
     if keeps_images:
-        return Past([], 0, DecodeState(caches, lengths, delta), None, [])
+        return Past([], 0, DecodeState(caches, lengths, delta, index), None, [])
     A, D, drops = config.additions, config.text.hidden_size, config.schedule.layers
     early = bool(drops) and drops[0] < A  # a drop comes before everything is added
     first = FirstStage(jnp.zeros((1, 0, D), dtype), jnp.zeros((1, 0, A, D), dtype) if early else None)
-    return Past([], 0, DecodeState(caches[:1], lengths, delta), first, [])
+    return Past([], 0, DecodeState(caches[:1], lengths, delta, index and index[:1]), first, [])

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from pdrop_jax.checkpoint import load as load_checkpoint
-from pdrop_jax.config import LlavaConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import Params, count
@@ -34,8 +34,7 @@ class Model:
         sizes = f"{short_count(count(self.params))} parameters, {self.params['embed']['embedding'].dtype}"
         layers = ", ".join(map(str, self.config.schedule.layers))
         where = "" if self.mesh is None else f", mesh {dict(self.mesh.shape)}"
-        family = "LLaVA" if isinstance(self.config.vision, VisionConfig) else self.config.vision.kind
-        return f"Model({family}, {sizes}, {f'drops after layers {layers}' if layers else 'dense'}{where})"
+        return f"Model({self.config.family}, {sizes}, {f'drops after layers {layers}' if layers else 'dense'}{where})"
 
 
 def load(

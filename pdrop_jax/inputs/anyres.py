@@ -9,6 +9,7 @@ computed here with numpy, describes all of that.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,9 @@ class ImageTokens:
       positions: (n, 3) int32, time, row and column of each token for M-RoPE, counted from the image's first; else None.
       extent: positions that the image, or each of its parts, takes in its row of tokens.
       captions: if the image stands in the text in several parts of as many tokens, the text in front of each part: the
-        timestamps of a video (Qwen3-VL). Empty for an image in one part.
+        timestamps of a video (Qwen3-VL), and what precedes a picture with crops, or one of them (Gemma 3). Otherwise
+        empty.
+      is_crop: whether the image is cut from one before it in its row, in whose place in the messages it stands too.
     """
 
     crops: np.ndarray
@@ -59,6 +62,7 @@ class ImageTokens:
     positions: np.ndarray | None = None
     extent: int = 0
     captions: tuple[str, ...] = ()
+    is_crop: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -79,6 +83,17 @@ class ImageTokens:
         weight = np.zeros((len(self), taps), np.float32)
         weight[:, 0] = 1
         return np.repeat(self.index, taps, axis=1), weight
+
+
+def captions_of(images: Iterable[ImageTokens]) -> list[tuple[str, ...]]:
+    """The captions at each place that an image has in the messages: its own, and those of its crops."""
+    found: list[tuple[str, ...]] = []
+    for image in images:
+        if image.is_crop:
+            found[-1] += image.captions
+        else:
+            found.append(image.captions)
+    return found
 
 
 def whole(crop: np.ndarray, config: LlavaConfig) -> ImageTokens:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -19,6 +20,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3 import inputs as gemma3
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import inputs as qwen3_vl
@@ -45,7 +48,9 @@ class Video:
 
 
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
-ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler | Qwen2VLImageProcessorPil
+ImageProcessor: TypeAlias = (
+    CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler | Qwen2VLImageProcessorPil | Gemma3ImageProcessorPil
+)
 
 MAX_ASPECT = 64  # long edge / short edge up to which an image is resized whole before the centre crop
 MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, so time grows with its square
@@ -64,6 +69,8 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
     """
     if isinstance(config.vision, QwenVisionConfig):
         return qwen2_vl.load_processor(folder, config.vision)
+    if isinstance(config.vision, GemmaVisionConfig):
+        return gemma3.load_processor(folder, config.vision)
     side = config.vision.image_size
     square = {"height": side, "width": side}
     siglip = config.vision.kind == "siglip"
@@ -224,8 +231,9 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
       alone: whether its row has no other image.
 
     Raises:
-      UserError: the image cannot be read or is too narrow to be tiled.
+      UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
+    gemma3.check_no_crops(processor)
     grids = isinstance(processor, Qwen2VLImageProcessorPil)
     if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
         return ImageSize(*levels(config)[0])
@@ -247,6 +255,8 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     """
     if isinstance(processor, Qwen2VLImageProcessorPil):
         return qwen2_vl.picture_tokens(image, processor, config)
+    if isinstance(processor, Gemma3ImageProcessorPil):
+        return whole(gemma3.pixels(image, processor), config)
     if config.tiling is None:
         return whole(to_crop(image, processor, config.image_aspect), config)
     if config.tiling.alone and not alone:
@@ -274,6 +284,8 @@ def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfi
     if isinstance(processor, Qwen2VLImageProcessorPil):
         family = qwen3_vl if config.vision.kind == "qwen3_vl" else qwen2_vl
         return family.video_tokens([open_image(frame) for frame in video.frames], video.fps, processor, config)
+    if isinstance(processor, Gemma3ImageProcessorPil):
+        raise UserError("a gemma3 model takes no videos: pass the frames as pictures")
     aspect = "square" if config.tiling else config.image_aspect
     own = plain(processor)
     return pooled(np.stack([to_crop(open_image(frame), own, aspect) for frame in video.frames]), config)

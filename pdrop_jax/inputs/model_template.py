@@ -40,10 +40,13 @@ class Places:
       placeholders: for an image and for a video, a token that stands for all of its tokens. A processor of transformers
         calls them ``image_token`` and ``video_token``.
       marks: directly before and after a placeholder; each part of an image with captions has its own.
+      writes_marks: whether the template writes them. Otherwise it writes the placeholder alone, in whose place the
+        processor puts the marks with the image's tokens between them.
     """
 
     placeholders: Mapping[Kind, str]
     marks: tuple[str, str] = ("", "")
+    writes_marks: bool = True
 
 
 LLAVA_PLACES = Places({"image": "<image>", "video": "<video>"})
@@ -93,6 +96,8 @@ class ModelTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation. If the last message is from the user, it ends where the model continues.
 
+        An image is its placeholder, or an ``<image>`` tag between marks that the template does not write.
+
         Raises:
           UserError: the template refuses the conversation, or does not write a placeholder for each image.
         """
@@ -105,10 +110,10 @@ class ModelTemplate:
           captions: see ``chat_template.write_captions``.
         """
         before, after = map(re.escape, self.places.marks)
-        text = write_captions(self.render(messages), captions, f"{before}(?:{self._places.pattern}){after}")
+        text = write_captions(self.render(messages), captions, f"{before}(?:{self._rendered.pattern}){after}")
         check_unicode(text)
         if not self._are_tokens(text):
-            return token_ids(self.tokenizer, self._places.sub(IMAGE_TAG, text))
+            return token_ids(self.tokenizer, self._rendered.sub(IMAGE_TAG, text))
         ids = self.tokenizer(text, verbose=False, **self._special(text))["input_ids"]
         return [IMAGE_PLACEHOLDER if i in self._place_ids else i for i in ids]
 
@@ -188,6 +193,9 @@ class ModelTemplate:
                 f"the conversation has {plural(media, 'image')}, but its text by the model's chat template has places "
                 f"for {places}: leave {' and '.join(self.places.placeholders.values())} out of questions and answers"
             )
+        if not self.places.writes_marks:
+            before, after = self.places.marks
+            text = self._places.sub(f"{before}{IMAGE_TAG}{after}", text)
         return text
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
@@ -286,13 +294,19 @@ class ModelTemplate:
             "|".join(map(re.escape, sorted({IMAGE_TAG, *self.places.placeholders.values()}, key=len)[::-1]))
         )
 
+    @property
+    def _rendered(self) -> re.Pattern[str]:
+        """What stands for an image once ``_render`` has written marks around it; these may hold placeholders."""
+        return self._places if self.places.writes_marks else re.compile(re.escape(IMAGE_TAG))
+
     @functools.cached_property
     def _place_ids(self) -> list[int]:
-        return [self._added[place] for place in (IMAGE_TAG, *self.places.placeholders.values()) if place in self._added]
+        placeholders = self.places.placeholders.values() if self.places.writes_marks else ()
+        return [self._added[place] for place in (IMAGE_TAG, *placeholders) if place in self._added]
 
     def _are_tokens(self, text: str) -> bool:
         """Whether everything in ``text`` that stands for an image is a token, so that it need not be split there."""
-        return set(self._places.findall(text)) <= self._added.keys()
+        return set(self._rendered.findall(text)) <= self._added.keys()
 
     def _special(self, text: str) -> dict[str, bool]:
         """Options of the tokenizer: BOS is added unless the template writes it, as in transformers' processors."""

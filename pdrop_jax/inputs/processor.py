@@ -10,8 +10,10 @@ from typing import Any
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
+from pdrop_jax.families.gemma3 import config as gemma3
+from pdrop_jax.families.gemma3.inputs import crops, cuts, with_captions
 from pdrop_jax.families.qwen2_vl import config as qwen2_vl
-from pdrop_jax.inputs.anyres import ImageTokens
+from pdrop_jax.inputs.anyres import ImageTokens, captions_of
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import TEMPLATES
@@ -93,7 +95,7 @@ class Processor:
         """One row; arguments and errors are those of ``__call__``."""
         messages, shown = read_conversation(prompt, images)
         found = self.all_tokens(shown)
-        return Row(self.prompts(template).ids(messages, [image.captions for image in found]), found)
+        return Row(self.prompts(template).ids(messages, captions_of(found)), found)
 
     def prompts(self, template: str | None = None) -> PromptTemplate:
         """The template that renders conversations: the checkpoint's, or another one by its name."""
@@ -106,13 +108,22 @@ class Processor:
         return self._prompts_named(self.config.template)
 
     def _prompts_named(self, template: str) -> PromptTemplate:
-        qwen = isinstance(self.config.vision, qwen2_vl.QwenVisionConfig)
-        places = Places(qwen2_vl.PLACEHOLDERS, qwen2_vl.MARKS) if qwen else LLAVA_PLACES
-        return prompt_template(template, self.tokenizer, self.chat_template, places)
+        return prompt_template(template, self.tokenizer, self.chat_template, _places(self.config))
 
     def all_tokens(self, images: Sequence[Picture | Video]) -> list[ImageTokens]:
-        """``tokens`` of the images of one row."""
-        return [self.tokens(image, alone=len(images) == 1) for image in images]
+        """``tokens`` of the images of one row; with pan-and-scan each image is followed by its crops."""
+        alone, found = len(images) == 1, list[ImageTokens]()
+        for image in images:
+            shown = [image] if isinstance(image, Video) else self.with_crops(image)
+            found += with_captions([self.tokens(picture, alone) for picture in shown])
+        return found
+
+    def with_crops(self, image: Picture) -> list[Picture]:
+        """An image, followed by its crops if the image processor has pan-and-scan on."""
+        if not cuts(self.image_processor):
+            return [image]
+        whole = open_image(image)
+        return [whole, *crops(whole, self.image_processor)]
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
         """The model's input for an image; ``alone`` says whether its row has no other."""
@@ -182,3 +193,11 @@ def as_list(entry: Entry) -> Sequence[Picture | Video]:
     if entry is None:
         return []
     return [entry] if isinstance(entry, Picture | Video) else entry
+
+
+def _places(config: LlavaConfig) -> Places:
+    if isinstance(config.vision, qwen2_vl.QwenVisionConfig):
+        return Places(qwen2_vl.PLACEHOLDERS, qwen2_vl.MARKS)
+    if isinstance(config.vision, gemma3.GemmaVisionConfig):
+        return Places(gemma3.PLACEHOLDERS, gemma3.MARKS, writes_marks=False)
+    return LLAVA_PLACES

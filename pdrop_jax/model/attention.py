@@ -7,6 +7,7 @@ own if it can handle the call and xla otherwise. A forced implementation that ca
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -127,9 +128,19 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
     Returns:
       (B, T, N, H), dtype of q.
     """
+    C = k.shape[2]
+    window = None if window is None or window >= C else window
+
+    def seen(start: int, stop: int) -> jax.Array:
+        return attention_mask(first[:, None] + jnp.arange(start, stop), jnp.arange(C), window=window)
+
+    return attend_masked(q, k, v, seen)
+
+
+def attend_masked(q: jax.Array, k: jax.Array, v: jax.Array, seen: Callable[[int, int], jax.Array]) -> jax.Array:
+    """``attend_cache`` with any mask: ``seen(start, stop)`` is that of these queries, (B, stop - start, C) bool."""
     B, T, N, H = q.shape
     K, C = k.shape[1:3]
-    window = None if window is None or window >= C else window
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2)  # (B, K, T, G, H)
     blocks = []
     for start in range(0, T, BLOCK):
@@ -137,9 +148,8 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
         # T and G are one axis: with two axes of size 1 XLA for CPUs takes a slower product (a decode step by a third).
         rows = block.reshape(B, K, -1, H)
         logits = jnp.einsum("BKQH,BKCH->BKQC", rows, k, preferred_element_type=jnp.float32) * H**-0.5
-        query = first[:, None] + jnp.arange(start, start + block.shape[2])  # (B, T)
-        seen = attention_mask(query, jnp.arange(C), window=window)
-        logits = jnp.where(seen[:, None, :, None], logits.reshape(*block.shape[:-1], -1), -jnp.inf)
+        mask = seen(start, start + block.shape[2])[:, None, :, None]
+        logits = jnp.where(mask, logits.reshape(*block.shape[:-1], -1), -jnp.inf)
         probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(B, K, -1, C)
         blocks.append(jnp.einsum("BKQC,BKCH->BKQH", probs, v).reshape(block.shape))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2).reshape(B, T, N, H)

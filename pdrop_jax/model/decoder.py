@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from pdrop_jax.batch import Bucket
-from pdrop_jax.config import Implementation, LlavaConfig, Remat
+from pdrop_jax.config import Implementation, LlavaConfig, Remat, TextConfig
 from pdrop_jax.model.attention import attend_cache, attention
 from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
-from pdrop_jax.model.drop import Boundary, DropRecord, TokenBuffer, drop
+from pdrop_jax.model.drop import Boundary, DropRecord, Past, TokenBuffer, drop
 from pdrop_jax.model.layers import decoder_layer, layer_of, rematerialise, scan_layers
 from pdrop_jax.model.params import Params
-from pdrop_jax.model.rope import rope_at, rope_tables
+from pdrop_jax.model.rope import Rope, rope_at, rope_tables
 from pdrop_jax.model.scores import find_score
+from pdrop_jax.model.slot_attention import EVERYTHING, Places, attend_places, check_masks, stage_places
 from pdrop_jax.schedule import DropSchedule, Stage
 
 
@@ -33,11 +34,14 @@ class DecodeState:
       lengths: (B,) int32 for each stage, valid slots of its cache.
       rope_delta: (B,) int32, with M-RoPE by how much the next position exceeds the tokens of the first stage, since a
         picture takes fewer positions than tokens; None without it.
+      index: (B, C) int32 for each stage, the slots that the cached tokens had before any drop, where windows go by
+        them; otherwise None.
     """
 
     caches: tuple[StageCache | None, ...]
     lengths: tuple[jax.Array, ...]
     rope_delta: jax.Array | None = None
+    index: tuple[jax.Array, ...] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -96,6 +100,20 @@ def rope_delta_of(buffer: TokenBuffer, past: DecodeState | None = None) -> jax.A
     return before + last.max((1, 2)) + 1 - buffer.length
 
 
+def layer_windows(config: TextConfig, stage: Stage) -> jax.Array:
+    """The window of each layer of a stage, (L_s,) int32, ``EVERYTHING`` without one."""
+    windows = (config.window_of(layer) for layer in range(stage.start, stage.stop))
+    return jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
+
+
+def rope_in(window: jax.Array | int, ropes: Sequence[Rope]) -> Rope:
+    """The rope of a layer with ``window`` (): the last of ``ropes``, or the first where it sees everything."""
+    if isinstance(window, int):
+        return ropes[0] if window == EVERYTHING else ropes[-1]
+    cos, sin = (jnp.where(window == EVERYTHING, full, local) for full, local in zip(*ropes, strict=True))
+    return cos, sin
+
+
 def run_stages(
     config: LlavaConfig,
     stages: Params,
@@ -126,65 +144,92 @@ def run_stages(
       remat: what a layer keeps for its gradient.
       keep_hidden: also returns the input of each layer.
     """
-    score = find_score(config)
+    score, text = find_score(config), config.text
+    if text.by_slots and past is None:
+        check_masks(implementation)
     follow = score.last_layer and bool(image_sizes)
     drops, caches, lengths, layer_inputs = [], [], [], []
+    index: list[jax.Array] = []
     last_layer = last_input = None
     delta = rope_delta_of(buffer, past)
     if max_positions is None and past is None:
         max_positions = buffer.slots
-    if config.text.mrope_sections:
+    if text.mrope_sections:
         max_positions = None  # the positions of a video are not bounded by its tokens
-    tables = max_positions and rope_tables(config.text, jnp.arange(max_positions)[None])
+    bases = (False, True) if text.local_rope_theta else (False,)  # of all layers, or without and with a window
+    tables = max_positions and [rope_tables(text, jnp.arange(max_positions)[None], local) for local in bases]
 
-    def rope_of(buffer: TokenBuffer, s: int, dropped: bool) -> Any:
+    def ropes_of(buffer: TokenBuffer, s: int, dropped: bool) -> list[Rope]:
         before: Any = (0, 0)
         if past is not None:
             before = (past.lengths[s], past.lengths[0] + (0 if past.rope_delta is None else past.rope_delta))
         positions = positions_of(config.schedule, buffer, *before, dropped=dropped)
-        return rope_at(tables, positions) if tables else rope_tables(config.text, positions)
+        if tables:
+            return [rope_at(table, positions) for table in tables]
+        return [rope_tables(text, positions, local) for local in bases]
+
+    def places_of(buffer: TokenBuffer, s: int) -> tuple[Places, Places] | tuple[None, None]:
+        if not text.by_slots:
+            return None, None
+        group = buffer.image_id if text.two_way_images else jnp.zeros_like(buffer.image_id)
+        if past is None:
+            return stage_places(buffer.index, group, jnp.int32(0), jnp.int32(0), None)
+        assert past.index is not None
+        return stage_places(buffer.index, group, past.lengths[s], past.lengths[0], past.index[s])
 
     for s, stage in enumerate(plan[first:], first):
         layers, cache = stages[str(s)], None if past is None else past.caches[s]
         start = jnp.int32(0) if past is None else past.lengths[s]
         if s and image_sizes:
-            earlier = None if cache is None else (cache.k[0], start)
+            ropes = ropes_of(buffer, s, dropped=s > (past is None))  # among cached tokens, numbered as they are
+            query, key = places_of(buffer, s)
             at = Boundary(
                 config=config,
                 number=s - 1,
                 buffer=buffer,
-                rope=rope_of(buffer, s, dropped=s > (past is None)),  # among cached tokens, numbered as they are
+                rope=rope_in(text.window_of(stage.start) or EVERYTHING, ropes),
                 next_layer=layer_of(layers, 0),
-                past=earlier,
+                places=query,
+                past=None if cache is None else Past(cache.k[0], start, key),
                 last_layer=last_layer,
+                last_rope=rope_in(text.window_of(stage.start - 1) or EVERYTHING, ropes),
                 last_input=last_input,
             )
             buffer, dropped = drop(stage, at, score.rank, max(image_sizes))
             drops.append(dropped)
-        rope = rope_of(buffer, s, dropped=s > 0)
+        ropes = ropes_of(buffer, s, dropped=s > 0)
+        query, key = places_of(buffer, s)
+        of_stage = ropes, query, key, layer_windows(text, stage), start
 
         def body(
             carry: Any,
             params: Params,
             n: Any,
-            buffer: Any = buffer,
-            rope: Any = rope,
-            start: Any = start,
+            buffer: TokenBuffer = buffer,
+            of_stage: Any = of_stage,
             first_layer: int = stage.start,
         ) -> Any:
             x, cache, _ = carry
+            ropes, query, key, windows, start = of_stage
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
-                window = config.text.sliding_window
+                window = text.sliding_window
                 if cache is not None:
                     written = write_tokens(cache, n, k, v, start)
-                    return attend_cache(q, written.k[n], written.v[n], start, window), written
-                out = attention(
-                    q, k, v, causal=True, length=buffer.length, window=window, implementation=implementation
-                )
+                    k, v = written.k[n], written.v[n]
+                    if text.by_slots:
+                        return attend_places(q, k, v, query, key, windows[n]), written
+                    return attend_cache(q, k, v, start, window), written
+                if text.by_slots:
+                    out = attend_places(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, windows[n])
+                else:
+                    out = attention(
+                        q, k, v, causal=True, length=buffer.length, window=window, implementation=implementation
+                    )
                 return out, None if new_slots is None else cache_prompt(k, v, new_slots)
 
-            out, new = decoder_layer(config.text, params, x, rope, attend)
+            rope = ropes[0] if len(ropes) == 1 else rope_in(windows[n], ropes)
+            out, new = decoder_layer(text, params, x, rope, attend)
             if buffer.additions is not None:
                 out = add_behind(out, buffer.additions, first_layer + n)
             carried, stacked = (new, None) if cache is not None else (None, new)
@@ -198,8 +243,10 @@ def run_stages(
         buffer = dataclasses.replace(buffer, hidden=x, additions=left)
         caches.append(prompt_cache if past is None else cache)
         lengths.append(buffer.length + start)
+        if key is not None and (past is not None or new_slots is not None):
+            index.append(jnp.pad(key.index, [(0, 0), (0, new_slots or 0)]))
         layer_inputs.append(inputs)
-    state = DecodeState(tuple(caches), tuple(lengths), delta)
+    state = DecodeState(tuple(caches), tuple(lengths), delta, tuple(index) if index else None)
     return DecoderOutput(buffer, state, tuple(drops), tuple(layer_inputs))
 
 
@@ -240,4 +287,4 @@ def run_token(
     past = dataclasses.replace(state, lengths=tuple(length + step for length in state.lengths))
     plan = config.schedule.plan(config.text.num_layers, Bucket(text=1))
     output = run_stages(config, stages, plan, token, (), past=past)
-    return output.buffer.hidden, dataclasses.replace(state, caches=output.state.caches)
+    return output.buffer.hidden, dataclasses.replace(state, caches=output.state.caches, index=output.state.index)

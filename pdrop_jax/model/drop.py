@@ -6,6 +6,7 @@ shorter buffer. ``drop`` is the whole method: a score, from here or from ``score
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,20 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.model.attention import attention_mask
-from pdrop_jax.model.layers import queries_or_keys, rms_norm
+from pdrop_jax.model.layers import project_key, project_query, text_norm
 from pdrop_jax.model.params import Params
-from pdrop_jax.model.rope import Rope, rotate
+from pdrop_jax.model.rope import Rope
+from pdrop_jax.model.slot_attention import EVERYTHING, Places, sees
 from pdrop_jax.schedule import Stage, keep_table
 from pdrop_jax.sharding import constrain
 
-Past = tuple[jax.Array, jax.Array]  # keys (B, K, C, H) of tokens before the buffer's, and how many of them, (B,)
+
+class Past(NamedTuple):
+    """Tokens before the buffer's: their cached keys (B, K, C, H), their number (B,), and where they stand."""
+
+    keys: jax.Array
+    length: jax.Array
+    places: Places | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -87,10 +95,12 @@ class Boundary:
       config: static.
       number: static, 0 at the first drop.
       buffer: tokens before the drop; ``hidden`` is the next layer's input.
-      rope: (B, S, H) each, at the positions of the buffer's tokens.
+      rope: (B, S, H) each, at the positions of the buffer's tokens, as the next layer turns them.
       next_layer: parameters of the layer after the boundary.
+      places: of the buffer's tokens, where windows go by the slots before the drops; otherwise None.
       past: keys of earlier turns in the next layer's cache, or None.
       last_layer: parameters of the layer before the boundary; None before the first layer.
+      last_rope: as ``rope``, for that layer.
       last_input: (B, S, D), the input of that layer; None unless the score needs it.
     """
 
@@ -99,9 +109,16 @@ class Boundary:
     buffer: TokenBuffer
     rope: Rope
     next_layer: Params
+    places: Places | None = None
     past: Past | None = None
     last_layer: Params | None = None
+    last_rope: Rope | None = None
     last_input: jax.Array | None = None
+
+    @property
+    def layer(self) -> int:
+        """The number of the layer after the boundary."""
+        return self.config.schedule.layers[self.number]
 
 
 @jax.named_scope("drop")
@@ -129,7 +146,24 @@ def pyramiddrop_score(at: Boundary) -> jax.Array:
 
     The official code scores with that layer too.
     """
-    return attention_scores(at.config.text, at.next_layer, at.buffer.hidden, at.buffer.query_rows, at.rope, at.past)
+    return next_attention(at, at.buffer.query_rows)
+
+
+def next_attention(
+    at: Boundary, rows: jax.Array, *, rotated: bool = True, past: bool = True, among: jax.Array | None = None
+) -> jax.Array:
+    """``attention_scores`` of ``rows`` in the layer after the boundary, without rope unless ``rotated``."""
+    return attention_scores(
+        at.config.text,
+        at.next_layer,
+        at.buffer.hidden,
+        rows,
+        at.rope if rotated else None,
+        at.past if past else None,
+        among,
+        layer=at.layer,
+        places=at.places,
+    )
 
 
 def attention_scores(
@@ -140,6 +174,9 @@ def attention_scores(
     rope: Rope | None,
     past: Past | None = None,
     among: jax.Array | None = None,
+    *,
+    layer: int = 0,
+    places: Places | None = None,
 ) -> jax.Array:
     """Attention from some rows to every slot in one layer: mean over heads, then over the rows.
 
@@ -154,30 +191,38 @@ def attention_scores(
       rope: (B, S, H) each; None rotates nothing.
       past: cached keys of the layer, which take part in the softmax.
       among: (B, S) bool, slots that the softmax runs over; None is all.
+      layer: its number, which says whether it has a window; what lies outside has a score of 0.
+      places: of the slots, where windows go by the slots before the drops.
 
     Returns:
       (B, S) float32.
     """
-    h = rms_norm(params["attention_norm"], jax.lax.stop_gradient(hidden), config.norm_eps)
+    h = text_norm(config, params["attention_norm"], jax.lax.stop_gradient(hidden))
     rows = jnp.maximum(query_rows, 0)  # (B, Q)
-    q = queries_or_keys(config, params["attention"], "q", jnp.take_along_axis(h, rows[..., None], axis=1))
-    k = queries_or_keys(config, params["attention"], "k", h)
+    row_rope = None
     if rope is not None:
         cos, sin = (jnp.take_along_axis(x, rows[..., None], axis=1) for x in rope)
-        q, k = rotate(q, (cos, sin)), rotate(k, rope)
+        row_rope = cos, sin
+    q = project_query(config, params, jnp.take_along_axis(h, rows[..., None], axis=1), row_rope)
+    k = project_key(config, params, h, rope)
     B, Q, _, H = q.shape
-    S, window = hidden.shape[1], config.sliding_window
+    S, window = hidden.shape[1], config.window_of(layer)
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
     logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32) / H**0.5
-    seen = attention_mask(rows, jnp.arange(S), window=window)
+    if places is None:
+        seen = attention_mask(rows, jnp.arange(S), window=window)
+    else:
+        seen = sees(places.at(rows), places, window or EVERYTHING)
     if among is not None:
         seen &= among[:, None]
     if past is not None:
-        keys, length = past
-        before = jnp.einsum("BQKGH,BKCH->BKGQC", q, keys, preferred_element_type=jnp.float32) / H**0.5
-        slots = jnp.arange(keys.shape[2])
+        before = jnp.einsum("BQKGH,BKCH->BKGQC", q, past.keys, preferred_element_type=jnp.float32) / H**0.5
+        slots = jnp.arange(past.keys.shape[2])
         logits = jnp.concatenate([logits, before], axis=-1)
-        cached = attention_mask(length[:, None] + rows, slots, window=window, length=length)
+        if places is None or past.places is None:
+            cached = attention_mask(past.length[:, None] + rows, slots, window=window, length=past.length)
+        else:
+            cached = sees(places.at(rows), past.places, window or EVERYTHING) & (slots < past.length[:, None, None])
         seen = jnp.concatenate([seen, cached], axis=-1)
     masked = jnp.finfo(jnp.float32).min  # finite: among ``among`` a row may see nothing
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, masked), axis=-1)[..., :S]

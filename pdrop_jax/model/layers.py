@@ -40,11 +40,22 @@ def linear(params: Params, x: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 @jax.named_scope("norm")
-def rms_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
-    """Statistics and scaling in float32, rounded once to the dtype of ``x``."""
-    wide = x.astype(jnp.float32)
+def rms_norm(params: Params, x: jax.Array, eps: float, plus_one: bool = False) -> jax.Array:
+    """Statistics and scaling in float32, rounded once to the dtype of ``x``.
+
+    Args:
+      plus_one: scales by 1 + the weight (Gemma).
+    """
+    wide, scale = x.astype(jnp.float32), params["scale"]
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * (jax.lax.rsqrt(variance + eps) * params["scale"])).astype(x.dtype)
+    if plus_one:
+        scale = 1 + scale.astype(jnp.float32)
+    return (wide * (jax.lax.rsqrt(variance + eps) * scale)).astype(x.dtype)
+
+
+def text_norm(config: TextConfig, params: Params, x: jax.Array) -> jax.Array:
+    """A norm of the decoder."""
+    return rms_norm(params, x, config.norm_eps, config.norm_plus_one)
 
 
 def layer_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
@@ -58,28 +69,52 @@ def layer_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
 def decoder_layer(
     config: TextConfig, params: Params, x: jax.Array, rope: Rope, attend: Attend
 ) -> tuple[jax.Array, Any]:
-    """A LLaMA decoder layer. (B, T, D) -> (B, T, D) and whatever cache ``attend`` returns.
+    """A decoder layer of LLaMA's kind. (B, T, D) -> (B, T, D) and whatever cache ``attend`` returns.
 
     Args:
       attend: decides what the queries see and what is cached.
     """
-    h = rms_norm(params["attention_norm"], x, config.norm_eps)
-    q, k = (rotate(queries_or_keys(config, params["attention"], name, h), rope) for name in ("q", "k"))
+    h = text_norm(config, params["attention_norm"], x)
+    q, k = project_query(config, params, h, rope), project_key(config, params, h, rope)
     out, cache = attend(q, k, linear(params["attention"]["v"], h))
-    x = constrain(x + linear(params["attention"]["o"], out, inputs=2), *HIDDEN)
-    x = x + gated_mlp(params["mlp"], rms_norm(params["mlp_norm"], x, config.norm_eps))
-    return constrain(x, *HIDDEN), cache
+    out = linear(params["attention"]["o"], out, inputs=2)
+    if config.post_norms:
+        out = text_norm(config, params["attention_post_norm"], out)
+    x = constrain(x + out, *HIDDEN)
+    out = gated_mlp(params["mlp"], text_norm(config, params["mlp_norm"], x), config.activation)
+    if config.post_norms:
+        out = text_norm(config, params["mlp_post_norm"], out)
+    return constrain(x + out, *HIDDEN), cache
 
 
-def queries_or_keys(config: TextConfig, params: Params, name: Literal["q", "k"], h: jax.Array) -> jax.Array:
-    """The layer's queries (B, T, N, H) or keys (B, T, K, H) before rope, from its normed input (B, T, D)."""
-    x = linear(params[name], h)
-    return rms_norm(params[f"{name}_norm"], x, config.norm_eps) if config.qk_norm else x
+def project_query(config: TextConfig, params: Params, h: jax.Array, rope: Rope | None) -> jax.Array:
+    """Queries (B, T, N, H) of a layer's normed input (B, T, D), rotated unless ``rope`` is None.
+
+    Attention divides by the square root of the head dim: what a config wants instead is made up for here.
+    """
+    q = _head_norm_and_rope(config, params, "q", h, rope)
+    if config.query_scalar in (None, config.head_dim):
+        return q
+    return (q.astype(jnp.float32) * (config.head_dim / config.query_scalar) ** 0.5).astype(q.dtype)
 
 
-def gated_mlp(params: Params, x: jax.Array) -> jax.Array:
-    """LLaMA's SwiGLU."""
-    return linear(params["down"], jax.nn.silu(linear(params["gate"], x)) * linear(params["up"], x))
+def project_key(config: TextConfig, params: Params, h: jax.Array, rope: Rope | None) -> jax.Array:
+    """Keys (B, T, K, H), as ``project_query``."""
+    return _head_norm_and_rope(config, params, "k", h, rope)
+
+
+def _head_norm_and_rope(config: TextConfig, params: Params, name: str, h: jax.Array, rope: Rope | None) -> jax.Array:
+    x = linear(params["attention"][name], h)
+    if config.qk_norm:
+        x = text_norm(config, params["attention"][f"{name}_norm"], x)
+    return x if rope is None else rotate(x, rope)
+
+
+def gated_mlp(params: Params, x: jax.Array, activation: Literal["silu", "gelu_tanh"] = "silu") -> jax.Array:
+    """LLaMA's SwiGLU, or with GELU Gemma's."""
+    gate = linear(params["gate"], x)
+    gate = jax.nn.silu(gate) if activation == "silu" else activate(activation, gate)
+    return linear(params["down"], gate * linear(params["up"], x))
 
 
 def vision_embedding(config: VisionConfig, params: Params, pixels: jax.Array) -> jax.Array:

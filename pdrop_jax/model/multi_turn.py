@@ -97,13 +97,17 @@ def rerank(
     if whole.positions is not None:  # at the chunk's first token, whose own first position is 0
         at = jnp.minimum(first, whole.bucket.slots - 1)[:, None, None]
         delta = jnp.take_along_axis(jnp.asarray(whole.positions), at, axis=1)[:, 0, 0] - first
+    index = None
+    if config.text.by_slots:  # the first stage drops nothing: its slots are those before any drop
+        room = output.slots if cache is None else cache.k.shape[3]
+        index = (jnp.broadcast_to(jnp.arange(room), (len(first), room)),)
     new = run_stages(
         config,
         stages,
         config.schedule.plan(num_layers, chunk.bucket)[:1],
         embed(config, params, chunk, chunk.bucket.slots, implementation),
         chunk.bucket.images,
-        past=DecodeState((cache,), (first,), delta),
+        past=DecodeState((cache,), (first,), delta, index),
         max_positions=output.slots,
     )
     slots = first[:, None] + jnp.arange(chunk.bucket.slots)  # (B, T)
@@ -133,5 +137,6 @@ def rerank(
         (*new.state.caches, *later.state.caches),
         (jnp.asarray(whole.length), *later.state.lengths),
         later.state.rope_delta,
+        None if index is None else (*(new.state.index or ()), *(later.state.index or ())),
     )
     return next_logits(config, params, later.buffer), state, output, later.drops

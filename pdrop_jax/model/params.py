@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.families.gemma3 import params as gemma3
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.families.qwen2_vl import params as qwen2_vl
 from pdrop_jax.model.specs import Params as Params
 from pdrop_jax.model.specs import ParamSpec as ParamSpec
@@ -33,13 +35,14 @@ from pdrop_jax.model.specs import Specs, attention_specs, linear_specs, norm_spe
 
 def decoder_layer_specs(config: TextConfig) -> Specs:
     D, N, K, H, F = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size
+    plus_one = config.norm_plus_one
+    norms = ["attention_norm", "mlp_norm", *(["attention_post_norm", "mlp_post_norm"] if config.post_norms else [])]
     attention = attention_specs(D, N, K, H, "llm", qkv_bias=config.qkv_bias, output_bias=config.output_bias)
     if config.qk_norm:
-        attention |= {"q_norm": norm_specs(H, "llm"), "k_norm": norm_specs(H, "llm")}
+        attention |= {name: norm_specs(H, "llm", plus_one=plus_one) for name in ("q_norm", "k_norm")}
     return {
-        "attention_norm": norm_specs(D, "llm"),
+        **{name: norm_specs(D, "llm", plus_one=plus_one) for name in norms},
         "attention": attention,
-        "mlp_norm": norm_specs(D, "llm"),
         "mlp": {
             "gate": linear_specs((D, F), ("model", "mlp"), "llm"),
             "up": linear_specs((D, F), ("model", "mlp"), "llm"),
@@ -100,13 +103,17 @@ def param_specs(config: LlavaConfig) -> Specs:
     else:
         embed, layer = qwen2_vl.embedding_specs(config.vision), qwen2_vl.layer_specs(config.vision)
         projector = qwen2_vl.merger_specs(config.vision, D)
+    if isinstance(config.vision, GemmaVisionConfig):
+        projector = gemma3.projector_specs(config.vision, D)
     specs: Specs = {
         "vision": {"embed": embed, "layers": stack(layer, config.vision_layers)},
         "projector": projector,
         "embed": {"embedding": ParamSpec((V, D), ("vocab", "model"), "embedding", "llm")},
         "stages": {str(s): stack(decoder_layer, stop - start) for s, (start, stop) in enumerate(ranges)},
-        "norm": norm_specs(D, "llm"),
+        "norm": norm_specs(D, "llm", plus_one=config.text.norm_plus_one),
     }
+    if isinstance(config.vision, GemmaVisionConfig):
+        specs["vision"]["norm"] = gemma3.last_norm_specs(config.vision)
     if config.tiling:
         specs["newline"] = {"embedding": ParamSpec((D,), (None,), "embedding", "llm")}
     if not config.text.tie_embeddings:

@@ -9,16 +9,20 @@ from pdrop_jax.config import TextConfig
 Rope = tuple[jax.Array, jax.Array]  # cos and signed sin: (B, T, H) float32
 
 
-def rope_tables(config: TextConfig, positions: jax.Array) -> Rope:
+def rope_tables(config: TextConfig, positions: jax.Array, local: bool = False) -> Rope:
     """cos and sin of the rotary angles at ``positions``, see ``rotate``; the sin of the first half is negated.
 
     Args:
+      local: of the layers with a window, where these have a base of their own (``local_rope_theta``).
       positions: (B, T) int32. With M-RoPE (Qwen2-VL, section 2.1) also (B, T, 3): time, height and width, by which
         ``mrope_sections`` of the pairs turn, see ``turned_by``; three equal numbers are the same as one.
     """
     H = config.head_dim
-    inverse = 1.0 / config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    scaling = config.rope_scaling
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if local:
+        assert config.local_rope_theta
+        theta, scaling = config.local_rope_theta, None
+    inverse = 1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     if scaling is not None and scaling.kind == "linear":
         inverse = inverse / scaling.factor
     elif scaling is not None:

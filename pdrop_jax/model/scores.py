@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.model.drop import Boundary, attention_scores, pyramiddrop_score
+from pdrop_jax.model.drop import Boundary, attention_scores, next_attention, pyramiddrop_score
 
 GRID = 3  # FEATHER's stride
 
@@ -59,12 +59,20 @@ class TokenScore:
 def fastv(at: Boundary) -> jax.Array:
     assert at.last_layer is not None
     assert at.last_input is not None
-    return attention_scores(at.config.text, at.last_layer, at.last_input, at.buffer.query_rows, at.rope)
+    return attention_scores(
+        at.config.text,
+        at.last_layer,
+        at.last_input,
+        at.buffer.query_rows,
+        at.last_rope,
+        layer=at.layer - 1,
+        places=at.places,
+    )
 
 
 def feather(at: Boundary) -> jax.Array:
     buffer, among = at.buffer, at.buffer.image_id > 0
-    scores = attention_scores(at.config.text, at.next_layer, buffer.hidden, buffer.query_rows, None, among=among)
+    scores = next_attention(at, buffer.query_rows, rotated=False, past=False, among=among)
     return scores if at.number else scores + precomputed(at)  # attention is never above 1
 
 
@@ -80,7 +88,7 @@ def last_text(at: Boundary) -> jax.Array:
     last = jax.lax.cummax(text, axis=1)  # the last text slot up to each slot
     rows = at.buffer.query_rows
     rows = jnp.where(rows < 0, -1, jnp.take_along_axis(last, jnp.maximum(rows, 0), axis=1))
-    return _asked_by(at, rows)
+    return next_attention(at, rows)
 
 
 def all_text(at: Boundary) -> jax.Array:
@@ -89,7 +97,7 @@ def all_text(at: Boundary) -> jax.Array:
     asks = (buffer.image_id == 0) & (slot < buffer.length[:, None])
     if buffer.labels is not None:
         asks &= buffer.labels == IGNORE
-    return _asked_by(at, jnp.where(asks, slot, -1))
+    return next_attention(at, jnp.where(asks, slot, -1))
 
 
 def norm(at: Boundary) -> jax.Array:
@@ -116,7 +124,7 @@ def noise(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax
 def grid(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
     """1 at tokens on every third line and column of their crop's patches, counted from the first."""
     index = jnp.asarray(batch.feature_index)[..., 0]  # a blended token is where its first feature is
-    side, features = config.crop_tower.patches_a_side, config.image_tokens
+    side, features = config.crop_tower.features_a_side, config.image_tokens
     patch = index % features - (features - side**2)  # a class token, where it is kept, has no place in the grid
     here = (index >= 0) & (index < batch.bucket.crops * features) & (patch >= 0)
     return (here & (patch // side % GRID == 0) & (patch % side % GRID == 0)).astype(jnp.float32)
@@ -131,10 +139,6 @@ def given(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax
     if batch.scores is None:
         raise UserError("score 'given' needs Batch.scores, which this batch does not have")
     return jnp.asarray(batch.scores, jnp.float32)
-
-
-def _asked_by(at: Boundary, rows: jax.Array) -> jax.Array:
-    return attention_scores(at.config.text, at.next_layer, at.buffer.hidden, rows, at.rope, at.past)
 
 
 SCORES: dict[str, TokenScore] = {

@@ -84,8 +84,9 @@ def linear_specs(
     return specs
 
 
-def norm_specs(D: int, group: Group, *, bias: bool = False) -> Specs:
-    specs = {"scale": ParamSpec((D,), (None,), "ones", group, decayed=False)}
+def norm_specs(D: int, group: Group, *, bias: bool = False, plus_one: bool = False) -> Specs:
+    """``plus_one``: see ``layers.rms_norm``."""
+    specs = {"scale": ParamSpec((D,), (None,), "zeros" if plus_one else "ones", group, decayed=False)}
     if bias:
         specs["bias"] = ParamSpec((D,), (None,), "zeros", group, decayed=False)
     return specs

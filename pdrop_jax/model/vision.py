@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import Implementation, LlavaConfig, Remat
+from pdrop_jax.families.gemma3.config import GemmaVisionConfig
+from pdrop_jax.families.gemma3.tower import soft_tokens
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen2_vl.tower import patch_features
 from pdrop_jax.model.layers import (
@@ -120,6 +122,8 @@ def image_features(
         parts = jnp.split(x, [config.image_tokens], axis=1)
         return jnp.concatenate([part.reshape(B, C * part.shape[1], part.shape[2]) for part in parts], axis=1)
 
+    if isinstance(config.vision, GemmaVisionConfig):
+        return constrain(by_row(soft_tokens(config.vision, params, x)), "batch", None, None), None
     x = by_row(projector(params["projector"], pool(x)))
     attention = None if attention is None else by_row(pool(attention[..., None]))
     if config.tiling:

@@ -10,7 +10,7 @@ from pdrop_jax.config import Implementation, LlavaConfig, Remat
 from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.decoder import DecodeState, run_stages, run_token
 from pdrop_jax.model.drop import DropRecord, TokenBuffer
-from pdrop_jax.model.layers import rms_norm
+from pdrop_jax.model.layers import text_norm
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.vision import tower_features
@@ -46,7 +46,7 @@ def embed(
     remat: Remat = "none",
 ) -> TokenBuffer:
     """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
-    hidden, attention, additions = embed_tokens(params, batch.token_ids), None, None
+    hidden, attention, additions = embed_tokens(config, params, batch.token_ids), None, None
     if batch.crops.shape[1]:
         needed = find_score(config).class_attention
         features, seen = tower_features(config, params, batch, implementation, remat, needed)
@@ -111,10 +111,12 @@ def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | 
 
 
 @jax.named_scope("embed")
-def embed_tokens(params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
+def embed_tokens(config: LlavaConfig, params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
     """Token ids (B, T) -> (B, T, D)."""
     table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
-    return constrain(jnp.asarray(table)[jnp.asarray(ids)], "batch", None, None)
+    x = constrain(jnp.asarray(table)[jnp.asarray(ids)], "batch", None, None)
+    # The factor is rounded to the dtype, as in transformers: 55.5 in bfloat16 for a width of 3072.
+    return x * jnp.asarray(config.text.hidden_size**0.5, x.dtype) if config.text.scaled_embeddings else x
 
 
 @jax.named_scope("head")
@@ -128,7 +130,7 @@ def unembed(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def final_norm(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
-    return rms_norm(params["norm"], x, config.text.norm_eps)
+    return text_norm(config.text, params["norm"], x)
 
 
 def forward_hidden(
@@ -209,5 +211,5 @@ def decode_step(
     config: LlavaConfig, params: Params, tokens: jax.Array, state: DecodeState, step: jax.Array
 ) -> tuple[jax.Array, DecodeState]:
     """Logits (B, V) float32 after ``tokens`` (B,) int32, the (step + 1)-th new token of each row."""
-    x, state = run_token(config, params["stages"], embed_tokens(params, tokens[:, None]), state, step)
+    x, state = run_token(config, params["stages"], embed_tokens(config, params, tokens[:, None]), state, step)
     return unembed(config, params, final_norm(config, params, x))[:, 0], state

@@ -40,7 +40,7 @@ TENSOR = (1, 2, 4, 8)  # tensor axis sizes that ``suggest`` tries
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program to compile, in bfloat16 with splash attention.
+    """A program to compile, in bfloat16 with the attention of a TPU.
 
     Attributes:
       mode: "train" is one step of full fine-tuning with float32 master weights and moments.
@@ -162,13 +162,14 @@ def lower(job: Program, mesh: Mesh) -> Any:
     program: Any
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
+    attention = "xla" if config.text.by_slots else "splash"  # as "auto" takes on a TPU
     if job.mode == "train":
         optimizer = make_optimizer(config, OptimizerRecipe(), STEPS)
         init = functools.partial(init_state, config, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
         train_state = abstract(config, jax.eval_shape(init, abstract_params(config)), mesh)
         rows = job.rows // (devices_along("batch", mesh) * job.grad_accum_steps)
         program, arguments = train_step_for("tpu", rows), (config, optimizer, train_state, batch)
-        settings = {"grad_accum_steps": job.grad_accum_steps, "implementation": "splash"}
+        settings = {"grad_accum_steps": job.grad_accum_steps, "implementation": attention}
     else:
         params = abstract_params(config, jnp.bfloat16)
         if job.quantize:
@@ -177,7 +178,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
         greedy, stop = token_sampler(Sampling()), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)
-        settings = {"capacity": CAPACITY, "implementation": "splash"}
+        settings = {"capacity": CAPACITY, "implementation": attention}
         if job.mode == "decode":
             state, *_ = start.eval_shape(*arguments, **settings)
             program, settings = decode, {}

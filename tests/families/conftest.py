@@ -1,6 +1,7 @@
 """Converted tiny models of each family."""
 
 import pytest
+import tiny_gemma
 import tiny_qwen
 
 from pdrop_jax.convert.importer import convert
@@ -16,3 +17,20 @@ def folders(tmp_path_factory):
         convert(theirs, root / f"{kind}-ours")
         found[kind] = theirs, root / f"{kind}-ours"
     return found
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory):
+    """(the folder of transformers, the converted one)."""
+    root = tmp_path_factory.mktemp("gemma")
+    theirs = tiny_gemma.save(root / "theirs")
+    convert(theirs, root / "ours")
+    return theirs, root / "ours"
+
+
+@pytest.fixture(scope="session")
+def gemma_crops(tmp_path_factory):
+    """As ``gemma``, converted, with pan-and-scan."""
+    root = tmp_path_factory.mktemp("gemma-crops")
+    convert(tiny_gemma.save(root / "theirs", **tiny_gemma.PAN_AND_SCAN), root / "ours")
+    return root / "ours"

@@ -1,0 +1,63 @@
+"""The config of a vision tower that takes square crops."""
+
+import dataclasses
+from typing import Literal
+
+from pdrop_jax.errors import UserError
+from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, Width
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+MAX_PATCHES_A_SIDE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP or SigLIP vision transformer. The defaults are CLIP's ViT-L/14 at 336 pixels, LLaVA-1.5's tower."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    image_size: Pixels = 336
+    patch_size: Pixels = 14
+    hidden_size: Width = 1024
+    intermediate_size: Width = 4096
+    num_layers: Layers = 24
+    num_heads: Heads = 16
+    norm_eps: NormEps = 1e-5
+    activation: Activation = "quick_gelu"
+    kind: Literal["clip", "siglip"] = "clip"
+    pooling_head: bool = False  # SigLIP's: unused in a LLaVA, but a checkpoint may contain it
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.patches_a_side <= MAX_PATCHES_A_SIDE:
+            raise UserError(
+                f"a picture of {self.image_size} pixels a side in patches of {self.patch_size} is "
+                f"{self.patches_a_side} patches a side: 1 to {MAX_PATCHES_A_SIDE} are supported"
+            )
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"the vision tower's hidden size of {self.hidden_size} is not a multiple of its "
+                f"{self.num_heads} attention heads"
+            )
+
+    @property
+    def patches_a_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def features_a_side(self) -> int:
+        """Features a side of a crop: its tokens are made of these."""
+        return self.patches_a_side
+
+    @property
+    def num_patches(self) -> int:
+        return self.patches_a_side**2
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens in front of the patches: CLIP has one, SigLIP none."""
+        return 1 if self.kind == "clip" else 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads

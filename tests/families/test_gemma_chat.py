@@ -1,0 +1,96 @@
+"""Conversations with Gemma 3: windows go by the slots before the drops, in the caches too."""
+
+import numpy as np
+import pytest
+import tiny_gemma
+import torch
+from tiny_gemma import photo, torch_inputs, torch_model
+from torch_gemma_drops import drop_run
+
+from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.engine import generate_batch
+from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.assemble import assemble
+from pdrop_jax.inputs.buckets import choose_bucket
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.schedule import DropSchedule
+
+SAMPLING = Sampling(max_new_tokens=5)
+TURNS = [("What?", photo(60, 200, 1)), ("And it?", None), ("Here?", photo(300, 90, 2)), ("So?", None)]
+
+
+def at_once(model, session, question, pictures):
+    """The answer to the whole conversation in one prefill."""
+    turns = [*session.turns, (question, None)]
+    row = model.processor.row(turns, pictures)
+    batch = assemble([row], model.config, choose_bucket([row], model.config, 5))
+    return generate_batch(model, batch, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mode"),
+    [
+        (DropSchedule((2, 4), (0.5, 0.2)), "rerank"),
+        (DropSchedule((2, 4), (0.5, 0.2), "original"), "rerank"),
+        (DropSchedule((0,), (0.5,)), "rerank"),
+        (DropSchedule.none(), "keep"),
+    ],
+)
+def test_a_conversation_is_answered_as_if_asked_at_once(schedule, mode, gemma):
+    model = load(gemma[1], schedule=schedule)
+    session = Session(model, mode)
+    pictures = []
+    for question, picture in TURNS:
+        pictures += [picture] if picture else []
+        shown = f"<image>{question}" if picture else question
+        expected = at_once(model, session, shown, pictures)
+        answer = session.ask(question, picture, SAMPLING)
+        assert answer.token_ids == expected.token_ids[0]
+        assert answer.kept == expected.kept[0]
+        assert answer.stage_lengths == expected.stage_lengths[0]
+    assert answer.cached > 0 or schedule.layers == (0,)
+
+
+@pytest.mark.parametrize("positions", ["dense", "original"])
+def test_tokens_that_were_dropped_stay_dropped(positions, gemma):
+    """The first turn is a prefill; afterwards the cache of every stage, and where its tokens stood, is continued."""
+    model = load(gemma[1], schedule=DropSchedule((2, 4), (0.5, 0.2), positions))
+    session = Session(model, "keep")
+    first = session.ask(*TURNS[0], SAMPLING)
+    assert first.kept == at_once(model, Session(model), f"<image>{TURNS[0][0]}", [TURNS[0][1]]).kept[0]
+    index = [np.asarray(x[0]) for x in session._past.model.index]
+    lengths = [int(n[0]) for n in session._past.model.lengths]
+    # A stage's cached tokens stand where they stood before any drop: text, the kept tokens of the picture, text.
+    picture = model.processor.row("What?", [TURNS[0][1]]).ids.index(IMAGE_PLACEHOLDER)
+    for stage, kept in enumerate(first.kept, 1):
+        text = [n for n in range(lengths[0]) if not picture <= n < picture + 16]
+        assert index[stage][: lengths[stage]].tolist() == sorted(text + [picture + n for n in kept[0]])
+        new = index[stage][lengths[stage] : lengths[stage] + 4].tolist()
+        assert new == list(range(lengths[0], lengths[0] + 4))
+    second = session.ask("And it?", None, SAMPLING)
+    assert second.kept == first.kept
+    # The whole conversation behind the first prompt as new tokens of a torch model whose tokens are deleted.
+    inputs, ids = torch_inputs("What?", [TURNS[0][1]]), session._past.ids
+    new = ids[len(model.processor.row("What?", [TURNS[0][1]]).ids) : session._past.asked]
+    assert len(new) > tiny_gemma.WINDOW
+    for token in second.token_ids:
+        with torch.no_grad():
+            logits, kept = drop_run(torch_model(), inputs, (2, 4), (0.5, 0.2), positions=positions, new_ids=new)
+        assert kept == first.kept
+        assert token == int(logits[-1].argmax())
+        new = [*new, token]
+    both = session.ask(*TURNS[2], SAMPLING).kept
+    assert [images[0] for images in both] == [images[0] for images in first.kept]
+    assert [len(images[1]) for images in both] == [8, 3]
+
+
+def test_crops_are_pictures_of_a_conversation(gemma_crops):
+    model = load(gemma_crops, schedule=DropSchedule((2,), (0.5,)))
+    session = Session(model)
+    session.ask("Hm?", photo(60, 50, 3), SAMPLING)
+    answer = session.ask(*TURNS[0], SAMPLING)
+    expected = model.processor.row([*session.turns[:1], ("<image>What?", None)], [photo(60, 50, 3), TURNS[0][1]])
+    assert [len(image) for image in answer.kept[0]] == [8] * (1 + 4)
+    assert answer.stage_lengths[0] == len(expected.ids) + 15 * 5
+    assert session.turns[1][0] == "<image>\nWhat?"
