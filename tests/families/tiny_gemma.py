@@ -65,8 +65,8 @@ def image_processor(**settings):
 
 
 @functools.cache
-def torch_model(seed=0):
-    """Every parameter is random, or a forgotten norm or bias would not show."""
+def torch_model(seed=7):
+    """Every parameter is random, or a forgotten norm or bias would not show. Answers of this seed vary."""
     start, end, image = tokenizer().convert_tokens_to_ids(MARKS[2:])
     text = {**TEXT, "vocab_size": len(tokenizer()), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
     config = transformers.AutoConfig.for_model(
