@@ -1,12 +1,15 @@
 """Conversations with Gemma 3: windows go by the slots before the drops, in the caches too."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny_gemma
 import torch
-from tiny_gemma import photo, torch_inputs, torch_model
+from tiny_gemma import PAN_AND_SCAN, photo, torch_inputs, torch_inputs_of, torch_model
 from torch_gemma_drops import drop_run
 
+from pdrop_jax.errors import UserError
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate_batch
 from pdrop_jax.generation.pretrained import load
@@ -14,6 +17,7 @@ from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.assemble import assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.messages import Message, read_conversation
 from pdrop_jax.schedule import DropSchedule
 
 SAMPLING = Sampling(max_new_tokens=5)
@@ -94,3 +98,47 @@ def test_crops_are_pictures_of_a_conversation(gemma_crops):
     assert [len(image) for image in answer.kept[0]] == [8] * (1 + 4)
     assert answer.stage_lengths[0] == len(expected.ids) + 15 * 5
     assert session.turns[1][0] == "<image>\nWhat?"
+
+
+PICTURES = [photo(60, 200, 1), photo(50, 50, 2), photo(300, 90, 3)]
+MESSAGES = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    {"role": "user", "content": [{"type": "text", "text": "First "}, {"type": "image"}, {"type": "text", "text": "?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "And these?"}]},
+]
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_messages_are_those_of_transformers(crops, gemma, gemma_crops):
+    """A system message, pictures within the text and several of them, with and without crops of the long ones."""
+    model = load(gemma_crops if crops else gemma[1])
+    batch = model.processor([MESSAGES], [PICTURES])
+    inputs = torch_inputs_of(MESSAGES, PICTURES, **(PAN_AND_SCAN if crops else {}))
+    image = tiny_gemma.tokenizer().convert_tokens_to_ids("<image_soft_token>")
+    ids = np.where(batch.image_id[0] > 0, image, batch.token_ids[0])[: batch.length[0]]
+    assert ids.tolist() == inputs["input_ids"][0].tolist()
+    theirs = inputs["pixel_values"].permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(batch.crops[0, : len(theirs)], theirs)
+    assert batch.image_id.max() == len(theirs) == (3 + 3 + 3 if crops else 3)
+
+
+def test_training_examples_are_prompts_with_their_answers(gemma):
+    """The ids of an example are those of the conversation; its labels are the answers up to their end token."""
+    processor = load(gemma[1]).processor
+    prompts, tokenizer = processor.prompts(), tiny_gemma.tokenizer()
+    prompts.check_trainable()
+    messages, _ = read_conversation(MESSAGES, PICTURES)
+    messages.append(Message("assistant", ("Two more cats.",)))
+    (example,) = prompts.tokenize([prompts.training_text(messages)])
+    assert example.ids.tolist() == prompts.ids(messages)
+    assert (example.ids == IMAGE_PLACEHOLDER).sum() == 3
+    targets = [int(i) for i in example.labels if i >= 0]
+    assert tokenizer.decode(targets) == "A cat.<end_of_turn>Two more cats.<end_of_turn>"
+
+
+def test_a_question_that_writes_the_mark_of_a_picture_is_refused(gemma):
+    processor = load(gemma[1]).processor
+    message = "the conversation has 1 image, but its text by the model's chat template has places for 2: leave"
+    with pytest.raises(UserError, match=re.escape(f"{message} <start_of_image> out")):
+        processor(["What is <start_of_image>?"], [PICTURES[1]])

@@ -134,7 +134,7 @@ def test_an_image_processor_that_contradicts_the_model(changes, message, gemma, 
 
 
 def test_a_model_without_an_image_processor_has_gemmas(gemma, tmp_path):
-    for path in pathlib.Path(gemma[1]).glob("tokenizer*"):
+    for path in (*pathlib.Path(gemma[1]).glob("tokenizer*"), pathlib.Path(gemma[1]) / "chat_template.jinja"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = LlavaConfig.load(gemma[1])
     ours, theirs = (Processor.load(folder, config)(["?"], [PHOTO]) for folder in (tmp_path, gemma[1]))

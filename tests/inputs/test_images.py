@@ -16,7 +16,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.images import MAX_ASPECT, load_image_processor, open_image, to_crop
+from pdrop_jax.inputs.images import load_image_processor, open_image, to_crop
+from pdrop_jax.inputs.resize import MAX_ASPECT
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RECORDED = json.loads((GOLDEN / "image_preprocess.json").read_text())
