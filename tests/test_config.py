@@ -19,13 +19,14 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-PLAIN_ROPE = TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, 77, "qwen2", 5)
+PLAIN_ROPE = TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, False, 77, "qwen2", 5)
 UNUSUAL = LlavaConfig(
     vision=VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu"),
     text=dataclasses.replace(
         PLAIN_ROPE,
-        mrope_sections=(2, 3, 3),
         qk_norm=True,
+        mrope_sections=(2, 3, 3),
+        mrope_interleaved=True,
         norm_plus_one=True,
         post_norms=True,
         activation="gelu_tanh",
