@@ -32,7 +32,7 @@ ROWS = [("Which?", [photo(75, 300, 3)], "Yes."), ("Both", [photo(40, 50, 1), pho
 
 
 @pytest.mark.parametrize(("layers", "ratios"), [((), ()), ((1, 3), (0.5, 0.2))])
-@pytest.mark.parametrize("kind", KINDS[1:])  # qwen2_vl's parts are a subset of theirs
+@pytest.mark.parametrize("kind", KINDS[1:])  # Qwen2-VL's layers are LLaVA's and Qwen3-VL's
 def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folders):
     config, params = checkpoint.load(folders[kind][1], schedule=DropSchedule(layers, ratios))
     processor = Processor.load(folders[kind][1], config)
