@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. The recorded vectors
 # are replayed by programs as shipped (tests/analysis/test_check.py).
@@ -15,6 +17,12 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
     ]
 )
+
+# Tests compile the same programs again and again, also in the processes that they start. Each worker has a cache of its
+# own, because one process could read what another is still writing.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pdrop-jax-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
@@ -30,6 +38,10 @@ MOST_MAPS = 30_000  # of 65,530 that Linux gives a process
 
 hypothesis.settings.register_profile("pdrop", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("pdrop")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -100,8 +100,9 @@ def test_greedy_answers_are_those_of_transformers(kind, dense):
         assert len(new) == 16
 
 
-@pytest.mark.parametrize("positions", ["original", "dense"])
-@pytest.mark.parametrize(("layers", "ratios"), [((1, 3), (0.5, 0.2)), ((0, 2), (0.7, 0.0))])
+@pytest.mark.parametrize(
+    ("layers", "ratios", "positions"), [((1, 3), (0.5, 0.2), "original"), ((0, 2), (0.7, 0.0), "dense")]
+)
 def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, folders, layers, ratios, positions):
     schedule = DropSchedule(layers, ratios, positions)
     model = load(folders[kind][1], schedule=schedule)

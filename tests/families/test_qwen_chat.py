@@ -1,7 +1,7 @@
 """Conversations about pictures of any size: as if everything was asked at once."""
 
 import pytest
-from tiny_qwen import KINDS, photo
+from tiny_qwen import photo
 
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate_batch
@@ -24,15 +24,16 @@ def at_once(model, session, question, pictures):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "mode"),
+    ("kind", "schedule", "mode"),
     [
-        (DropSchedule((1, 3), (0.5, 0.2)), "rerank"),
-        (DropSchedule((1, 3), (0.5, 0.2), "dense"), "rerank"),
-        (DropSchedule((0,), (0.5,)), "rerank"),
-        (DropSchedule.none(), "keep"),
+        ("qwen2_vl", DropSchedule((1, 3), (0.5, 0.2)), "rerank"),
+        ("qwen2_5_vl", DropSchedule((1, 3), (0.5, 0.2), "dense"), "rerank"),
+        ("qwen2_5_vl", DropSchedule.none(), "keep"),
+        ("qwen3_vl", DropSchedule((1, 3), (0.5, 0.2)), "rerank"),
+        ("qwen3_vl", DropSchedule((0,), (0.5,)), "rerank"),
+        ("qwen3_vl", DropSchedule.none(), "keep"),
     ],
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_is_answered_as_if_asked_at_once(kind, schedule, mode, folders):
     model = load(folders[kind][1], schedule=schedule)
     session = Session(model, mode)
