@@ -50,13 +50,13 @@ class TextConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False  # bias of the attention's output projection
-    qk_norm: bool = False  # RMSNorm of each head's query and key before rope
     max_length: Positions = 4096
     family: Family = "llama"  # its class in transformers; the other fields determine what runs
     sliding_window: Positions | None = None  # keys that a query sees, its own included; None is all up to it
     # M-RoPE: a token has three positions (time, height, width), and so many pairs of a head turn by each; None is one.
     mrope_sections: tuple[Width, Width, Width] | None = None
     mrope_interleaved: bool = False  # pairs turn by time, height, width, time, … (Qwen3-VL) instead of in three runs
+    qk_norm: bool = False  # RMSNorm of each head's query and key before rope
     norm_plus_one: bool = False  # RMS norms scale by 1 + their weight
     post_norms: bool = False  # norms behind attention and mlp too, before the residual additions
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of the gated mlp

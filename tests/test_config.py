@@ -19,7 +19,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-PLAIN_ROPE = TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, False, 77, "qwen2", 5)
+PLAIN_ROPE = TextConfig(99, 32, 48, 6, 4, 2, 16, 5e5, LLAMA3, 1e-4, True, True, True, 77, "qwen2", 5)
 UNUSUAL = LlavaConfig(
     vision=VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu"),
     text=dataclasses.replace(
