@@ -6,6 +6,7 @@ import itertools
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -147,3 +148,14 @@ def test_the_library_imports_where_torch_is_not_installed(module):
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_outgrows_its_package_of(name):
     assert len(MODULES[name].read_text().splitlines()) <= 350
+
+
+def test_every_package_is_installed():
+    """setuptools does not find the folders outside of pdrop_jax/ by itself, so pyproject.toml names all of them."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = [
+        ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
+        for folder, package in FOLDERS.items()
+        for path in (ROOT / folder).rglob("__init__.py")
+    ]
+    assert sorted(named) == sorted(found)
