@@ -55,7 +55,4 @@ def test_the_compiler_counts_the_same():
     program = jax.jit(prefill, static_argnums=(0, 3), static_argnames="implementation")
     arguments = config, unstack(init_params(config)), assemble([row], config, bucket), 8
     flops = program.lower(*arguments, implementation="xla").compile().cost_analysis()["flops"]
-    # Rope swaps the halves of each head of q and k by a product with an H x H matrix; so does the ranking, of k alone.
-    first, second = config.schedule.plan(3, bucket)
-    slots = 2 * second.slots * (4 + 2) + first.slots * (4 + 2) + first.slots * 2
-    assert prefill_macs(config, bucket).total + slots * 128**2 == pytest.approx(flops / 2, rel=0.03)
+    assert prefill_macs(config, bucket).total == pytest.approx(flops / 2, rel=0.03)

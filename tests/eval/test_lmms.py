@@ -42,7 +42,7 @@ def lmms():
 def test_requests_are_answered_in_their_order(lmms, tmp_path, monkeypatch):
     monkeypatch.setattr(lmms, "WINDOW", 1)  # a batch at a time
     model = lmms.PdropJax(str(write_start(tmp_path / "model")), layers="1/2", ratios="0.5/0.25", batch_size="2")
-    assert model.model.config.schedule == DropSchedule((1, 2), (0.5, 0.25))
+    assert model.model.config.schedule == DropSchedule((1, 2), (0.5, 0.25), "dense")
     pictures = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (30, 30, 3), np.uint8)) for n in range(5)]
     model.task_dict = {"task": {"test": [[picture] for picture in pictures]}}
     short, long = {"max_new_tokens": 3, "until": ["\n"], "temperature": 0, "top_p": None}, {"max_new_tokens": 6}

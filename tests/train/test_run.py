@@ -221,7 +221,7 @@ def test_a_run_that_chooses_by_another_score(folder):
     recipe = recipe_in(folder, model_layers=(1, 2), model_ratios=(0.5, 0.25), model_score="v2drop", run_steps=4)
     train(recipe)
     assert all(np.isfinite(loss) for _, loss in losses(folder / "run"))
-    assert checkpoint.load(folder / "run/model")[0].schedule == DropSchedule((1, 2), (0.5, 0.25), score="v2drop")
+    assert checkpoint.load(folder / "run/model")[0].schedule == DropSchedule((1, 2), (0.5, 0.25), "dense", "v2drop")
 
 
 def test_a_model_that_knows_no_tiles_learns_them(folder):
