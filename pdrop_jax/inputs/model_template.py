@@ -33,7 +33,7 @@ JINJA_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class ImagePlaces:
     """What a chat template writes where an image stands.
 
     Attributes:
@@ -49,7 +49,7 @@ class Places:
     writes_marks: bool = True
 
 
-LLAVA_PLACES = Places({"image": "<image>", "video": "<video>"})
+LLAVA_PLACES = ImagePlaces({"image": "<image>", "video": "<video>"})
 
 
 def find_chat_template(folder: pathlib.Path) -> str | None:
@@ -91,7 +91,7 @@ class ModelTemplate:
 
     tokenizer: Any
     source: str
-    places: Places
+    places: ImagePlaces
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation. If the last message is from the user, it ends where the model continues.

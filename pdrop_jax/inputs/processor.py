@@ -19,7 +19,7 @@ from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import TEMPLATES
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
 from pdrop_jax.inputs.messages import Prompt, read_conversation
-from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, Places, find_chat_template
+from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ImagePlaces, find_chat_template
 from pdrop_jax.inputs.prompts import PromptTemplate, prompt_template
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
@@ -195,9 +195,9 @@ def as_list(entry: Entry) -> Sequence[Picture | Video]:
     return [entry] if isinstance(entry, Picture | Video) else entry
 
 
-def _places(config: LlavaConfig) -> Places:
+def _places(config: LlavaConfig) -> ImagePlaces:
     if isinstance(config.vision, qwen2_vl.QwenVisionConfig):
-        return Places(qwen2_vl.PLACEHOLDERS, qwen2_vl.MARKS)
+        return ImagePlaces(qwen2_vl.PLACEHOLDERS, qwen2_vl.MARKS)
     if isinstance(config.vision, gemma3.GemmaVisionConfig):
-        return Places(gemma3.PLACEHOLDERS, gemma3.MARKS, writes_marks=False)
+        return ImagePlaces(gemma3.PLACEHOLDERS, gemma3.MARKS, writes_marks=False)
     return LLAVA_PLACES

@@ -18,7 +18,7 @@ from pdrop_jax.inputs.chat_template import (
     write_captions,
 )
 from pdrop_jax.inputs.messages import Message
-from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ModelTemplate, Places
+from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ImagePlaces, ModelTemplate
 from pdrop_jax.inputs.targets import Example, TrainingText, ends_answers, tokenize, training_text
 
 
@@ -95,7 +95,7 @@ def turns_of_messages(messages: Sequence[Message]) -> list[Turn]:
 
 
 def prompt_template(
-    name: str, tokenizer: Any, chat_template: str | None, places: Places = LLAVA_PLACES
+    name: str, tokenizer: Any, chat_template: str | None, places: ImagePlaces = LLAVA_PLACES
 ) -> PromptTemplate:
     """The template of a model.
 

@@ -173,8 +173,7 @@ def segment_attention(
       (B, T, N, H), dtype of v.
     """
     B, T, _, H = q.shape
-    kernel = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
-    if kernel and T > SEGMENT_BLOCK:
+    if _is_splash(implementation) and T > SEGMENT_BLOCK:
         return _splash_segments(q, k, v, segment)
     size = math.gcd(T, SEGMENT_BLOCK)
 
@@ -193,8 +192,11 @@ def segment_attention(
 
 def aligned(implementation: Implementation) -> int:
     """Buffer lengths are rounded up to a multiple of this: on a TPU to whole tiles, elsewhere not at all."""
-    splash = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
-    return TILE if splash else 1
+    return TILE if _is_splash(implementation) else 1
+
+
+def _is_splash(implementation: Implementation) -> bool:
+    return implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
 
 
 def _choose(q: jax.Array, causal: bool) -> Literal["xla", "blocked", "cudnn", "splash"]:
@@ -274,15 +276,11 @@ def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, 
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     # From valid queries the causal mask hides all padding, the buffer's and the kernel's.
-    S, N, H = q.shape[1:]
+    S = q.shape[1]
     keys = S + -S % SPLASH_BLOCK
-    queries = S if S <= LONGEST_BLOCK else keys
-    shape = (queries, keys)
+    shape = (S if S <= LONGEST_BLOCK else keys, keys)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
-    kernel = _splash_kernel(N, mask, interpret)
-    q = q * H**-0.5  # the kernel does not scale
-    q, k, v = (_padded(x, slots).swapaxes(1, 2) for x, slots in ((q, queries), (k, keys), (v, keys)))
-    return jax.vmap(kernel)(q, k, v)[:, :, :S].swapaxes(1, 2)
+    return _run_kernel(mask, q, k, v, interpret)
 
 
 def _splash_segments(
@@ -301,12 +299,19 @@ def _splash_segments_local(q: jax.Array, k: jax.Array, v: jax.Array, segment: ja
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    padding = -q.shape[1] % SPLASH_BLOCK
+    segment = jnp.pad(segment, [(0, 0), (0, padding)], constant_values=-1)
+    mask = masks.FullMask((segment.shape[1],) * 2)
+    return _run_kernel(mask, q, k, v, interpret, splash.SegmentIds(segment, segment))
+
+
+def _run_kernel(mask: Any, q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool, *segments: Any) -> jax.Array:
+    """The kernel of ``mask`` on operands that are padded to its shape."""
     T, N, H = q.shape[1:]
-    slots = T + -T % SPLASH_BLOCK
-    kernel = _splash_kernel(N, masks.FullMask((slots, slots)), interpret)
-    q, k, v = (_padded(x, slots).swapaxes(1, 2) for x in (q * H**-0.5, k, v))  # the kernel does not scale
-    segment = jnp.pad(segment, [(0, 0), (0, slots - T)], constant_values=-1)
-    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment, segment))[:, :, :T].swapaxes(1, 2)
+    queries, keys = mask.shape
+    q = q * H**-0.5  # the kernel does not scale
+    q, k, v = (_padded(x, slots).swapaxes(1, 2) for x, slots in ((q, queries), (k, keys), (v, keys)))
+    return jax.vmap(_splash_kernel(N, mask, interpret))(q, k, v, *segments)[:, :, :T].swapaxes(1, 2)
 
 
 def _padded(x: jax.Array, slots: int) -> jax.Array:

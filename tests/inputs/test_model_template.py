@@ -12,7 +12,7 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.messages import read_conversation
-from pdrop_jax.inputs.model_template import LLAVA_PLACES, ModelTemplate, Places, find_chat_template
+from pdrop_jax.inputs.model_template import LLAVA_PLACES, ImagePlaces, ModelTemplate, find_chat_template
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 # What llava-hf/llava-1.5-7b-hf ships: images first, no system prompt, no end of an answer.
@@ -191,7 +191,7 @@ def test_a_template_for_text_alone_is_given_tags():
 def test_a_family_says_its_placeholders():
     qwen = CHATML.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>").replace("<video>", "<|video_pad|>")
     special = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-    places = Places({"image": "<|image_pad|>", "video": "<|video_pad|>"}, ("<|vision_start|>", "<|vision_end|>"))
+    places = ImagePlaces({"image": "<|image_pad|>", "video": "<|video_pad|>"}, ("<|vision_start|>", "<|vision_end|>"))
     found = ModelTemplate(tokenizer_of(CHATML, special), qwen, places)
     messages = [user(IMAGE, {"type": "video"}, text("<image>?"))]
     read, _ = read_conversation(messages, [None] * 3)

@@ -82,20 +82,18 @@ def parts_from_hf(data: dict[str, Any], where: str) -> tuple[TextConfig, Text, d
     kind: Any = found.model_type
     prefix = "text_config." if found.text_config else ""
     text, special = _text_from_hf(found.text_config or data, kind, bool(found.tie_word_embeddings), where, prefix)
+    return text, special, fields_of(found, vision_from_hf(found.vision_config, kind, text.hidden_size, where))
+
+
+def fields_of(found: Model, vision: QwenVisionConfig) -> dict[str, Any]:
+    """The fields of a ``LlavaConfig`` beside its decoder."""
     start, end = found.vision_start_token_id, found.vision_end_token_id
-    vision = dataclasses.replace(
-        vision_from_hf(found.vision_config, kind, text.hidden_size, where), start_token_id=start, end_token_id=end
-    )
-    return (
-        text,
-        special,
-        {
-            "vision": vision,
-            "select_layer": -1,
-            "image_token_id": found.image_token_id,
-            "video_token_id": found.video_token_id,
-        },
-    )
+    return {
+        "vision": dataclasses.replace(vision, start_token_id=start, end_token_id=end),
+        "select_layer": -1,
+        "image_token_id": found.image_token_id,
+        "video_token_id": found.video_token_id,
+    }
 
 
 def _text_from_hf(data: dict[str, Any], kind: Kind, tied: bool, where: str, prefix: str) -> tuple[TextConfig, Text]:
@@ -115,10 +113,7 @@ def _text_from_hf(data: dict[str, Any], kind: Kind, tied: bool, where: str, pref
 def vision_from_hf(data: dict[str, Any], kind: Kind, width: int, where: str) -> QwenVisionConfig:
     """The tower; ``width`` is that of the decoder, which the merger's output must have."""
     found = validated(Vision, data, where, "vision_config.")
-    if found.in_channels != 3:
-        raise UserError(
-            f"{where}: vision_config.in_channels is {found.in_channels}: only pictures in RGB are supported"
-        )
+    check_channels(found.in_channels, where)
     windowed = kind == "qwen2_5_vl"
     key, out = ("out_hidden_size", found.out_hidden_size) if windowed else ("hidden_size", found.hidden_size)
     if out != width:
@@ -153,6 +148,11 @@ def vision_from_hf(data: dict[str, Any], kind: Kind, width: int, where: str) -> 
     )
 
 
+def check_channels(channels: int, where: str) -> None:
+    if channels != 3:
+        raise UserError(f"{where}: vision_config.in_channels is {channels}: only pictures in RGB are supported")
+
+
 def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> dict[str, Any]:
     """config.json for transformers; ``special`` are the ids of BOS and EOS."""
     vision = config.vision
@@ -160,8 +160,19 @@ def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> di
     text = text_to_hf(dataclasses.replace(config.text, family="qwen2", mrope_sections=None))
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": list(config.text.mrope_sections or ())}
     text = {key: value for key, value in text.items() if key not in ("head_dim", "attention_bias")}
+    tables = {
+        "text_config": text | special | {"rope_scaling": rope},
+        "vision_config": vision_to_hf(vision, config.text.hidden_size),
+    }
+    return model_to_hf(config, KINDS[vision.kind], tables, dtype)
+
+
+def model_to_hf(config: LlavaConfig, architecture: str, tables: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json around the ``tables`` of the language model and the tower."""
+    vision = config.vision
+    assert isinstance(vision, QwenVisionConfig)
     return {
-        "architectures": [KINDS[vision.kind]],
+        "architectures": [architecture],
         "model_type": vision.kind,
         "torch_dtype": dtype,
         "image_token_id": config.image_token_id,
@@ -169,10 +180,8 @@ def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> di
         "vision_start_token_id": vision.start_token_id,
         "vision_end_token_id": vision.end_token_id,
         "tie_word_embeddings": config.text.tie_embeddings,
-        "text_config": text
-        | special
-        | {"model_type": f"{vision.kind}_text", "rope_scaling": rope, "torch_dtype": dtype},
-        "vision_config": vision_to_hf(vision, config.text.hidden_size) | {"torch_dtype": dtype},
+        "text_config": tables["text_config"] | {"model_type": f"{vision.kind}_text", "torch_dtype": dtype},
+        "vision_config": tables["vision_config"] | {"torch_dtype": dtype},
     }
 
 
@@ -200,6 +209,18 @@ def vision_to_hf(config: QwenVisionConfig, width: int) -> dict[str, Any]:
     }
 
 
+def tower_rows(tower: str, config: QwenVisionConfig) -> Table:
+    """Names of the arrays that all of Qwen's towers have, behind the prefix ``tower``."""
+    block = f"{tower}blocks.{{n}}."
+    return {
+        "vision.embed.patch.kernel": (f"{tower}patch_embed.proj.weight", patches(config)),
+        **norm("vision.layers.attention_norm", f"{block}norm1"),
+        **dense("vision.layers.attention.qkv", f"{block}attn.qkv"),
+        **dense("vision.layers.attention.o", f"{block}attn.proj", MERGE),
+        **norm("vision.layers.mlp_norm", f"{block}norm2"),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class QwenNaming(Naming):
     """Names of a whole model; ``projector`` is the merger."""
@@ -214,11 +235,7 @@ class QwenNaming(Naming):
         )
         block = f"{self.vision}blocks.{{n}}."
         rows = {
-            "vision.embed.patch.kernel": (f"{self.vision}patch_embed.proj.weight", patches(vision)),
-            **norm("vision.layers.attention_norm", f"{block}norm1"),
-            **dense("vision.layers.attention.qkv", f"{block}attn.qkv"),
-            **dense("vision.layers.attention.o", f"{block}attn.proj", MERGE),
-            **norm("vision.layers.mlp_norm", f"{block}norm2"),
+            **tower_rows(self.vision, vision),
             **norm("projector.norm", f"{self.projector}ln_q"),
             **dense("projector.linear_0", f"{self.projector}mlp.0"),
             **dense("projector.linear_1", f"{self.projector}mlp.2"),

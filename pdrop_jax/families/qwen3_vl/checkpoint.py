@@ -8,11 +8,11 @@ from pydantic import Field
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.convert.hf_parts import ACTIVATIONS, read_text, text_to_hf
 from pdrop_jax.convert.hf_schema import Section, Text, one_of
-from pdrop_jax.convert.names import DECODER, LINEAR, MERGE, SAME, Naming, Table, dense, norm
+from pdrop_jax.convert.names import DECODER, LINEAR, SAME, Naming, Table, dense, norm
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.checkpoint import patches
+from pdrop_jax.families.qwen2_vl import checkpoint as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import LayerNumbers, QwenVisionConfig
-from pdrop_jax.schema import Heads, Layers, Pixels, TokenId, Width, validated
+from pdrop_jax.schema import Heads, Layers, Pixels, Width, validated
 
 KINDS = {"qwen3_vl": "Qwen3VLForConditionalGeneration"}  # model_type -> class of transformers
 # transformers' defaults for missing keys of the language model.
@@ -47,15 +47,10 @@ class Vision(Section):
     deepstack_visual_indexes: LayerNumbers = (8, 16, 24)
 
 
-class Model(Section):
-    model_type: str
+class Model(qwen2_vl.Model):
+    """config.json; the language model is always a table of its own."""
+
     text_config: dict[str, Any] = Field(default_factory=dict)
-    vision_config: dict[str, Any] = Field(default_factory=dict)
-    image_token_id: TokenId = 151655
-    video_token_id: TokenId = 151656
-    vision_start_token_id: TokenId = 151652
-    vision_end_token_id: TokenId = 151653
-    tie_word_embeddings: bool | None = False
 
 
 class MropeRope(Section):
@@ -71,13 +66,7 @@ def parts_from_hf(data: dict[str, Any], where: str) -> tuple[TextConfig, Text, d
     found = validated(Model, data, where)
     one_of("model_type", found.model_type, tuple(KINDS))
     text, special = _text_from_hf(found.text_config, bool(found.tie_word_embeddings), where)
-    vision = dataclasses.replace(
-        vision_from_hf(found.vision_config, text.hidden_size, where),
-        start_token_id=found.vision_start_token_id,
-        end_token_id=found.vision_end_token_id,
-    )
-    ids = {"image_token_id": found.image_token_id, "video_token_id": found.video_token_id}
-    return text, special, {"vision": vision, "select_layer": -1, **ids}
+    return text, special, qwen2_vl.fields_of(found, vision_from_hf(found.vision_config, text.hidden_size, where))
 
 
 def _text_from_hf(data: dict[str, Any], tied: bool, where: str) -> tuple[TextConfig, Text]:
@@ -96,10 +85,7 @@ def _text_from_hf(data: dict[str, Any], tied: bool, where: str) -> tuple[TextCon
 def vision_from_hf(data: dict[str, Any], width: int, where: str) -> QwenVisionConfig:
     """The tower; ``width`` is that of the decoder, which the mergers' outputs must have."""
     found = validated(Vision, data, where, "vision_config.")
-    if found.in_channels != 3:
-        raise UserError(
-            f"{where}: vision_config.in_channels is {found.in_channels}: only pictures in RGB are supported"
-        )
+    qwen2_vl.check_channels(found.in_channels, where)
     if found.out_hidden_size != width:
         raise UserError(
             f"{where}: vision_config.out_hidden_size is {found.out_hidden_size} but the language model has hidden_size "
@@ -135,20 +121,9 @@ def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> di
     text = text_to_hf(dataclasses.replace(config.text, family="llama"))
     sections = list(config.text.mrope_sections or ())
     rope = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True}
-    return {
-        "architectures": [KINDS[vision.kind]],
-        "model_type": vision.kind,
-        "torch_dtype": dtype,
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "vision_start_token_id": vision.start_token_id,
-        "vision_end_token_id": vision.end_token_id,
-        "tie_word_embeddings": config.text.tie_embeddings,
-        "text_config": text
-        | special
-        | {"model_type": f"{vision.kind}_text", "rope_scaling": rope, "torch_dtype": dtype},
-        "vision_config": vision_to_hf(vision, config.text.hidden_size) | {"torch_dtype": dtype},
-    }
+    tower = vision_to_hf(vision, config.text.hidden_size)
+    tables = {"text_config": text | special | {"rope_scaling": rope}, "vision_config": tower}
+    return qwen2_vl.model_to_hf(config, KINDS[vision.kind], tables, dtype)
 
 
 def vision_to_hf(config: QwenVisionConfig, width: int) -> dict[str, Any]:
@@ -180,12 +155,8 @@ class Qwen3Naming(Naming):
         block = f"{self.vision}blocks.{{n}}."
         rows = {
             **dense("vision.embed.patch", f"{self.vision}patch_embed.proj"),
-            "vision.embed.patch.kernel": (f"{self.vision}patch_embed.proj.weight", patches(vision)),
+            **qwen2_vl.tower_rows(self.vision, vision),
             "vision.embed.position": (f"{self.vision}pos_embed.weight", SAME),
-            **norm("vision.layers.attention_norm", f"{block}norm1"),
-            **dense("vision.layers.attention.qkv", f"{block}attn.qkv"),
-            **dense("vision.layers.attention.o", f"{block}attn.proj", MERGE),
-            **norm("vision.layers.mlp_norm", f"{block}norm2"),
             **dense("vision.layers.mlp.up", f"{block}mlp.linear_fc1"),
             **dense("vision.layers.mlp.down", f"{block}mlp.linear_fc2"),
             "head.kernel": (self.head, LINEAR),
