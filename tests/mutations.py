@@ -2,11 +2,17 @@
 
 import contextlib
 import copy
+import json
 import os
 import signal
 import socket
 
+import numpy as np
+
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.hf_config import llava_from_hf
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.images import as_tokens, load_image_processor
 
 DEEP = []
 for _ in range(300):
@@ -78,3 +84,34 @@ def make_special(kind, path, device="/dev/zero"):
 
 def _too_slow(*_):
     raise TimeoutError(f"not over after {SECONDS} s")
+
+
+def refusals(data, call):
+    """How many of ``mutations(data)`` the function ``call`` (document, what it is) refuses, each by ``one_line``."""
+    refused = 0
+    for path, value, changed in mutations(data):
+        with one_line((path, value)) as said:
+            call(changed, (path, value))
+        refused += len(said)
+    return refused
+
+
+def check_config(changed, what):
+    """A foreign config is refused, or becomes one that survives its own file."""
+    config = llava_from_hf(changed)
+    assert LlavaConfig.from_json(json.loads(json.dumps(config.to_json()))) == config, what
+
+
+def check_own_config(changed, what):
+    LlavaConfig.from_json(changed)
+
+
+def image_processor_refusals(settings, folder, config, picture):
+    """``refusals`` of preprocessor_config.json; what is accepted makes finite pixels of ``picture``."""
+
+    def check(changed, what):
+        (folder / "preprocessor_config.json").write_text(json.dumps(changed))
+        found = as_tokens(picture, load_image_processor(folder, config), config)
+        assert np.isfinite(found.crops).all(), what
+
+    return refusals(settings, check)

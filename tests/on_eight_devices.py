@@ -173,6 +173,22 @@ DEEPSTACK = {
 }
 
 
+def check_on_a_mesh(config, rows, shape):
+    """A random model gives the logits and keeps the tokens that it does on one device."""
+    batch, params = assemble(rows, config, choose_bucket(rows, config)), init_params(config)
+    run = jax.jit(forward, static_argnums=0)
+    alone = run(config, params, batch)
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        found = run(
+            config,
+            jax.device_put(params, shardings(config, params, mesh)),
+            jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), batch),
+        )
+    close(found.logits, alone.logits)
+    close(found.buffer.index, alone.buffer.index)
+
+
 @pytest.mark.parametrize("own", [{"full_layers": (1,)}, DEEPSTACK], ids=["windows", "deepstack"])
 @pytest.mark.parametrize("shape", MESHES)
 def test_pictures_of_any_size_on_a_mesh(shape, own):
@@ -186,18 +202,7 @@ def test_pictures_of_any_size_on_a_mesh(shape, own):
         grids = [(1, 2 * (n + 1), 4), (1, 4, 6)][: n % 3]
         images = [lay_out(rng.normal(size=(math.prod(g), tower.patch_values)), g, tower) for g in grids]
         rows.append(Row([*[IMAGE_PLACEHOLDER] * len(images), *range(5 + n)], images))
-    batch, params = assemble(rows, config, choose_bucket(rows, config)), init_params(config)
-    run = jax.jit(forward, static_argnums=0)
-    alone = run(config, params, batch)
-    mesh = mesh_of(shape)
-    with jax.set_mesh(mesh):
-        found = run(
-            config,
-            jax.device_put(params, shardings(config, params, mesh)),
-            jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), batch),
-        )
-    close(found.logits, alone.logits)
-    close(found.buffer.index, alone.buffer.index)
+    check_on_a_mesh(config, rows, shape)
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -221,18 +226,7 @@ def test_windows_by_the_slots_before_the_drops_on_a_mesh(shape):
     for n in range(8):
         images = [whole(rng.normal(size=(56, 56, 3)).astype(np.float32), config) for _ in range(n % 3)]
         rows.append(Row([*[IMAGE_PLACEHOLDER] * len(images), *range(5 + n)], images))
-    batch, params = assemble(rows, config, choose_bucket(rows, config)), init_params(config)
-    run = jax.jit(forward, static_argnums=0)
-    alone = run(config, params, batch)
-    mesh = mesh_of(shape)
-    with jax.set_mesh(mesh):
-        found = run(
-            config,
-            jax.device_put(params, shardings(config, params, mesh)),
-            jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), batch),
-        )
-    close(found.logits, alone.logits)
-    close(found.buffer.index, alone.buffer.index)
+    check_on_a_mesh(config, rows, shape)
 
 
 def test_parameters_are_cut():

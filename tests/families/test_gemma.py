@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import tiny_gemma
 import torch
+from checks import check_drops, check_rows_alone
 from tiny_gemma import PAN_AND_SCAN, photo, torch_inputs, torch_model
 from torch_gemma_drops import drop_run
 
-from pdrop_jax.generation.engine import generate, generate_batch
+from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.vision import tower_features
@@ -93,29 +94,13 @@ def test_greedy_answers_are_those_of_transformers(dense, settings):
 def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(folder, settings, layers, ratios, positions):
     """The layers after the drops are one of each kind: 2 sees everything, 0, 3 and 4 have a window."""
     model = load(folder, schedule=DropSchedule(layers, ratios, positions))
-    questions, images = zip(*ROWS, strict=True)
-    batch = model.processor(list(questions), list(images))
-    logits = jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits
-    answers = generate_batch(model, batch, Sampling(max_new_tokens=5))
-    for b, row in enumerate(ROWS):
-        inputs = torch_inputs(*row, **settings)
-        with torch.no_grad():
-            theirs, kept = drop_run(torch_model(), inputs, layers, ratios, positions=positions)
-            assert np.abs(np.asarray(logits)[b, : len(theirs)] - theirs.numpy()).max() < 1e-4
-            assert answers.kept[b] == kept
-            new = []
-            for _ in answers.token_ids[b]:
-                new.append(int(theirs[-1].argmax()))
-                theirs, again = drop_run(torch_model(), inputs, layers, ratios, positions=positions, new_ids=new)
-                assert again == kept
-        assert answers.token_ids[b] == new
+
+    def run(row, new):
+        return drop_run(torch_model(), torch_inputs(*row, **settings), layers, ratios, positions=positions, new_ids=new)
+
+    check_drops(model, ROWS, run, 5)
 
 
 def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(folder):
     model = load(folder, schedule=DropSchedule((2, 4), (0.5, 0.2)))
-    questions, images = zip(*ROWS[1:4], strict=True)
-    batch = generate(model, questions, images, Sampling(max_new_tokens=5))
-    for b in range(3):
-        alone = generate(model, questions[b : b + 1], images[b : b + 1], Sampling(max_new_tokens=5))
-        assert alone.token_ids[0] == batch.token_ids[b]
-        assert alone.kept[0] == [[image for image in at if image] for at in batch.kept[b]]
+    check_rows_alone(model, ROWS[1:4])

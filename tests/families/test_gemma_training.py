@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import tiny_gemma
 import torch
+from checks import check_gradients
 from test_qwen_training import recipe_in
 from tiny_gemma import photo, torch_inputs, torch_model
 from tiny_run import losses
@@ -14,13 +14,9 @@ from torch_gemma_drops import drop_run
 
 from pdrop_jax import checkpoint
 from pdrop_jax.batch import IGNORE
-from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.gemma3.checkpoint import NAMINGS
-from pdrop_jax.inputs.assemble import assemble
-from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.loop import train
 
@@ -33,12 +29,11 @@ def test_loss_and_every_gradient_are_those_of_torch(layers, ratios, gemma):
     processor = Processor.load(gemma[1], config)
     model = torch_model()
     model.zero_grad()
-    rows, total, targets = [], 0.0, 0
+    rows, answers, predictions = [], [], []
     for question, images, answer in ROWS:
         new = tiny_gemma.tokenizer()(answer, add_special_tokens=False)["input_ids"]
         row = processor.row(question, images)
-        ids = [*row.ids, *new]
-        rows.append(dataclasses.replace(row, ids=ids, labels=[IGNORE] * len(row.ids) + new))
+        rows.append(dataclasses.replace(row, ids=[*row.ids, *new], labels=[IGNORE] * len(row.ids) + new))
         inputs = torch_inputs(question, images)
         if layers:
             logits, _ = drop_run(model, inputs, list(layers), ratios, new_ids=new)
@@ -46,27 +41,12 @@ def test_loss_and_every_gradient_are_those_of_torch(layers, ratios, gemma):
             inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([new])], 1)
             inputs["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, len(new)))
             logits = model(**{key: x for key, x in inputs.items() if key != "attention_mask"}).logits[0]
-        predicted = logits[-len(new) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(predicted, torch.tensor(new), reduction="sum")
-        targets += len(new)
-    (total / targets).backward()
-
-    batch = assemble(rows, config, choose_bucket(rows, config))
-    assert int(count_targets(batch.labels)) == targets
-
-    def loss(params, remat):
-        return compute_loss(config, params, batch, remat=remat)[0] / targets
-
-    for remat in ("none", "full"):
-        value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat)
-        assert abs(float(value) - total.item() / targets) < 1e-4
-        ours = torch_arrays(config, jax.device_get(gradient), NAMINGS["hf-5-modules"])
-        theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
-        assert ours.keys() == theirs.keys()
-        for name, x in theirs.items():
-            assert np.abs(ours[name] - x).max() <= 1e-4 * max(np.abs(x).max(), 1e-2), name
-            # All logits of a query move alike with a bias of the keys, unless rope turns them apart.
-            assert np.abs(x).max() > 1e-7 or ("vision_tower" in name and "k_proj.bias" in name), name
+        answers.append(new)
+        predictions.append(logits[-len(new) - 1 : -1])
+    naming = NAMINGS["hf-5-modules"]
+    for name, x in check_gradients(config, params, rows, answers, predictions, model, naming).items():
+        # All logits of a query move alike with a bias of the keys, unless rope turns them apart.
+        assert np.abs(x).max() > 1e-7 or ("vision_tower" in name and "k_proj.bias" in name), name
 
 
 @pytest.mark.parametrize(
@@ -79,7 +59,7 @@ def test_loss_and_every_gradient_are_those_of_torch(layers, ratios, gemma):
 )
 def test_a_run(groups, gemma, tmp_path):
     recipe = recipe_in(tmp_path, gemma[1], **groups)
-    train(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, template="own")))
+    train(recipe)
     found = [loss for _, loss in losses(tmp_path / "run")]
     assert len(found) == 9
     assert np.mean(found[-3:]) < np.mean(found[:3])
@@ -87,7 +67,7 @@ def test_a_run(groups, gemma, tmp_path):
 
 def test_what_a_data_set_cannot_have(gemma, gemma_crops, tmp_path):
     recipe = recipe_in(tmp_path, gemma[1], groups=("projector",))
-    data = dataclasses.replace(recipe.data, template="own")
+    data = recipe.data
     with pytest.raises(UserError, match=r"data\.image_aspect is 'pad', but a gemma3 model takes pictures of any"):
         train(dataclasses.replace(recipe, data=dataclasses.replace(data, image_aspect="pad")))
     model = dataclasses.replace(recipe.model, start=str(gemma_crops))

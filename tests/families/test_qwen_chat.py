@@ -1,26 +1,14 @@
 """Conversations about pictures of any size: as if everything was asked at once."""
 
 import pytest
+from checks import SAMPLING, at_once, check_conversation
 from tiny_qwen import photo
 
 from pdrop_jax.generation.chat import Session
-from pdrop_jax.generation.engine import generate_batch
 from pdrop_jax.generation.pretrained import load
-from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.assemble import assemble
-from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.schedule import DropSchedule
 
-SAMPLING = Sampling(max_new_tokens=5)
 TURNS = [("What?", photo(60, 200, 1)), ("And it?", None), ("Here?", photo(300, 90, 2)), ("So?", None)]
-
-
-def at_once(model, session, question, pictures):
-    """The answer to the whole conversation in one prefill."""
-    turns = [*session.turns, (question, None)]
-    row = model.processor.row(turns, pictures)
-    batch = assemble([row], model.config, choose_bucket([row], model.config, 5))
-    return generate_batch(model, batch, SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -36,17 +24,7 @@ def at_once(model, session, question, pictures):
 )
 def test_a_conversation_is_answered_as_if_asked_at_once(kind, schedule, mode, folders):
     model = load(folders[kind][1], schedule=schedule)
-    session = Session(model, mode)
-    pictures = []
-    for question, picture in TURNS:
-        pictures += [picture] if picture else []
-        shown = f"<image>{question}" if picture else question
-        expected = at_once(model, session, shown, pictures)
-        answer = session.ask(question, picture, SAMPLING)
-        assert answer.token_ids == expected.token_ids[0]
-        assert answer.kept == expected.kept[0]
-        assert answer.stage_lengths == expected.stage_lengths[0]
-    assert answer.cached > 0 or schedule.layers == (0,)
+    check_conversation(model, mode, TURNS)
 
 
 def test_tokens_that_were_dropped_stay_dropped(folders):

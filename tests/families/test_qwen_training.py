@@ -3,11 +3,10 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import tiny_qwen
-import torch
+from checks import check_gradients
 from tiny_qwen import KINDS, photo, torch_inputs, torch_model
 from tiny_run import compiled_in, losses
 from torch_drops import drop_run
@@ -20,10 +19,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.assemble import assemble
-from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe
@@ -38,33 +34,17 @@ def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, folder
     processor = Processor.load(folders[kind][1], config)
     model = torch_model(kind)
     model.zero_grad()
-    rows, total, targets = [], 0.0, 0
+    rows, answers, predictions = [], [], []
     for question, images, answer in ROWS:
         new = tiny_qwen.tokenizer()(answer)["input_ids"]
         row = processor.row(question, images)
-        ids = [*row.ids, *new]
-        rows.append(dataclasses.replace(row, ids=ids, labels=[IGNORE] * len(row.ids) + new))
+        rows.append(dataclasses.replace(row, ids=[*row.ids, *new], labels=[IGNORE] * len(row.ids) + new))
         logits, _ = drop_run(model, torch_inputs(kind, question, images), list(layers), ratios, new_ids=new)
-        predicted = logits[-len(new) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(predicted, torch.tensor(new), reduction="sum")
-        targets += len(new)
-    (total / targets).backward()
-
-    batch = assemble(rows, config, choose_bucket(rows, config))
-    assert int(count_targets(batch.labels)) == targets
-
-    def loss(params, remat):
-        return compute_loss(config, params, batch, remat=remat)[0] / targets
-
-    for remat in ("none", "full"):
-        value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat)
-        assert abs(float(value) - total.item() / targets) < 1e-4
-        ours = torch_arrays(config, jax.device_get(gradient), list(namings_for(config).values())[-1])
-        theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
-        assert ours.keys() == theirs.keys()
-        for name, x in theirs.items():
-            assert np.abs(ours[name] - x).max() <= 1e-4 * max(np.abs(x).max(), 1e-2), name
-            assert np.abs(x).max() > 1e-6, name
+        answers.append(new)
+        predictions.append(logits[-len(new) - 1 : -1])
+    naming = list(namings_for(config).values())[-1]
+    for name, x in check_gradients(config, params, rows, answers, predictions, model, naming).items():
+        assert np.abs(x).max() > 1e-6, name
 
 
 SIZES = [(30, 40), (60, 50), (90, 30), (200, 60), (33, 180)]
