@@ -8,8 +8,9 @@ import transformers
 from tiny_torch import GOLDEN
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.convert.hf_config import KNOWN_TOWER, hf_config, llava_from_hf, original_config, with_image_token
+from pdrop_jax.convert.hf_config import hf_config, llava_from_hf, with_image_token
 from pdrop_jax.convert.hf_parts import vision_from_hf
+from pdrop_jax.convert.original_config import KNOWN_TOWER, original_config
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
