@@ -193,7 +193,7 @@ def test_a_llava_next_video_averages_its_frames_before_the_projector():
     assert llava_from_hf(data | {"spatial_pool_stride": 5}).frame_tokens == 16
     theirs = transformers.LlavaNextVideoConfig.from_dict(hf_config(config, "float32"))
     assert llava_from_hf(theirs.to_dict()) == config
-    with pytest.raises(UserError, match=r"a llava_next_video model can be exported .* --format hf"):
+    with pytest.raises(UserError, match=r"a LLaVA-NeXT-Video model can be exported .* --format hf"):
         original_config(config, "float32")
 
 
