@@ -189,7 +189,7 @@ class Session:
             size = cache_bytes(state.model.caches) + sum(x.nbytes for x in jax.tree.leaves(first))
             send = None if stream is None else lambda row, text: stream(text)
             state, (new,) = finish(self._model, state, sampling, timer, send)
-        drawn = int(state.step)
+        drawn = int(state.step[0])
 
         if self._mode == "keep":
             kept = _joined(past.kept, kept_tokens(chunk, jax.device_get(drops))[0])

@@ -47,7 +47,7 @@ def smallest_bucket(
                 f"{len(sizes)} pictures + {max_new_tokens} new tokens), but the model has {config.text.max_length}: "
                 "shorten the prompt, give fewer pictures or ask for fewer new tokens"
             )
-    slots = min(max(_power_of_two(max(texts, default=0)), MIN_TEXT_SLOTS), config.text.max_length)
+    slots = min(max(power_of_two(max(texts, default=0)), MIN_TEXT_SLOTS), config.text.max_length)
     return image_bucket(slots, images, config)
 
 
@@ -61,7 +61,7 @@ def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaCo
 
 def bucket_of(text: int, images: Sequence[tuple[int, int]], config: LlavaConfig) -> Bucket:
     """The bucket of ``text`` slots and images of (crops, tokens) each; their number is rounded up to 0, 1, 2, 4, …."""
-    images = [*images, *levels(config)[:1] * (_power_of_two(len(images)) - len(images))]
+    images = [*images, *levels(config)[:1] * (power_of_two(len(images)) - len(images))]
     return Bucket(text, tuple(tokens for _, tokens in images), sum(crops for crops, _ in images))
 
 
@@ -97,5 +97,6 @@ def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) 
     )
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """``n`` rounded up to 1, 2, 4, 8, …; 0 stays 0."""
     return 1 << (n - 1).bit_length() if n else 0
