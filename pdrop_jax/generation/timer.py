@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded at the end of a compilation, in the thread that asked
+COMPILED = (
+    "/jax/core/compile/backend_compile_duration"  # recorded at the end of a compilation, in the thread that asked
+)
 
 
 class _Compilations(threading.local):
@@ -18,7 +20,7 @@ class _Compilations(threading.local):
 _compilations = _Compilations()
 
 
-def _note(event: str, _seconds: float, **_: Any) -> None:
+def _note(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == COMPILED:
         _compilations.ended = time.perf_counter()
 

@@ -51,6 +51,55 @@ def smallest_bucket(
     return image_bucket(slots, images, config)
 
 
+def prompt_buckets(config: LlavaConfig, most: int) -> list[Bucket]:
+    """A few buckets for all prompts of up to ``most`` tokens, without an image or with one.
+
+    Text slots are 64, 256, 1024, … and what remains of ``most``. Of the levels that an image can have, those are taken
+    that are at least twice as large as the one before, and the largest that leaves 32 slots to the text.
+    """
+    known = [level for level in levels(config) if level[1] + MIN_TEXT_SLOTS <= most]
+    taken = list[tuple[int, int]]()
+    for level in known:
+        if not taken or level[1] >= 2 * taken[-1][1] or level == known[-1]:
+            taken.append(level)
+    found = []
+    for images in ([], *([level] for level in taken)):
+        rest = most - sum(tokens for _, tokens in images)
+        texts = [4**n for n in range(3, 16) if 4**n < rest]
+        found += [bucket_of(text, images, config) for text in (*texts, rest)]
+    return found
+
+
+def bucket_among(buckets: Sequence[Bucket], row: Row) -> Bucket:
+    """The smallest of ``buckets`` that holds a row.
+
+    Raises:
+      UserError: none does.
+    """
+    text = int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum())
+    tokens, crops = [len(image) for image in row.images], sum(len(image.crops) for image in row.images)
+
+    def holds(bucket: Bucket) -> bool:
+        fit = all(n <= most for n, most in zip(tokens, bucket.images, strict=False))
+        return text <= bucket.text and len(tokens) <= len(bucket.images) and fit and crops <= bucket.crops
+
+    found = [bucket for bucket in buckets if holds(bucket)]
+    if found:
+        return min(found, key=lambda bucket: (bucket.slots, bucket.crops))
+    most_text, most_images = max(b.text for b in buckets), max(len(b.images) for b in buckets)
+    if text > most_text:
+        problem = f"{text} text tokens, but the buckets hold at most {most_text}"
+    elif len(tokens) > most_images:
+        problem = f"{len(tokens)} pictures, but the buckets hold at most {most_images}"
+    else:
+        known = ", ".join(f"{b.text} + {list(b.images)} in {b.crops}" for b in buckets)
+        problem = (
+            f"{text} text tokens and pictures of {tokens} tokens in {crops} crops, which no bucket holds together "
+            f"(text + pictures in crops: {known})"
+        )
+    raise UserError(f"the prompt has {problem}: shorten it, or allow larger buckets")
+
+
 def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaConfig) -> Bucket:
     """The bucket of ``text`` slots for rows with images of these sizes."""
     found = [[level_of(size.crops, size.tokens, config, size.video) for size in row] for row in rows]
