@@ -150,14 +150,15 @@ def _names_its_picture(question: Question) -> bool:
 
 
 def _check_pictures(questions: list[Question]) -> None:
-    there: dict[Any, bool] = {}
+    there: dict[str, bool] = {}
     missing = []
     for question in questions:
         for image in question.images:
-            if image not in there:
-                there[image] = os.path.isfile(str(image))
-            if not there[image]:
-                missing.append(f"{image} of question {question.id!r}, {question.where}")
+            name = str(image)
+            if name not in there:
+                there[name] = os.path.isfile(name)
+            if not there[name]:
+                missing.append(f"{name} of question {question.id!r}, {question.where}")
     if missing:
         more = f", and {len(missing) - MOST_NAMES} more" if len(missing) > MOST_NAMES else ""
         raise UserError(

@@ -70,7 +70,8 @@ class Handle:
         at = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda at=at: len(self._pieces) > at or self.done)
+                while len(self._pieces) == at and not self.done:
+                    self._changed.wait()
                 new = self._pieces[at:]
             yield from new
             at += len(new)

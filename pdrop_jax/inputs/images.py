@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
@@ -26,11 +27,13 @@ from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import inputs as qwen3_vl
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
+from pdrop_jax.inputs.encoded import is_data_url, read_data_url
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.io import check_file
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Picture = str | os.PathLike | bytes | io.IOBase | Image.Image | np.ndarray
+_WARNINGS = threading.Lock()  # warning filters are global to the process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +119,14 @@ def open_image(picture: Picture) -> Image.Image:
     The alpha channel is dropped as in LLaVA's code, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
 
     Args:
-      picture: a path, a Pillow image, or a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
+      picture: a path, a ``data:`` URL, the bytes of an image file, a binary file object, a Pillow image, or a uint8
+        array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
 
     Raises:
       UserError: the file does not exist, is not an image or is truncated; the image exceeds Pillow's limit for
         untrusted images or ``MAX_EDGE``; or an array has another shape or dtype.
     """
-    with warnings.catch_warnings():
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not affect the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return read_image(picture)
@@ -130,9 +134,13 @@ def open_image(picture: Picture) -> Image.Image:
 
 def read_image(picture: Picture) -> Image.Image:
     """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process."""
+    if isinstance(picture, str) and is_data_url(picture):
+        picture = read_data_url(picture, "the picture")
     if isinstance(picture, str | os.PathLike):
         with _opened(picture) as image:
             return _to_rgb(image)
+    if isinstance(picture, bytes | io.IOBase):
+        return decode_image(picture, "the picture")
     with _one_line_errors("the picture"):
         return _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
 
@@ -148,9 +156,13 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         return image.size if turned else image.size[::-1]
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """The RGB image in the bytes of a file. UserError, which starts with ``name``, as ``read_image`` raises it."""
-    with _decoded(io.BytesIO(content), name) as image:
+def decode_image(content: bytes | io.IOBase, name: str) -> Image.Image:
+    """The RGB image in the bytes of a file, or in an open one, which is read from its start if that is possible.
+
+    Raises:
+      UserError: as ``read_image``; it starts with ``name``.
+    """
+    with _decoded(io.BytesIO(content) if isinstance(content, bytes) else content, name) as image:
         return _to_rgb(image)
 
 
@@ -163,7 +175,7 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def _decoded(file: str | os.PathLike | io.BytesIO, name: str) -> Iterator[Image.Image]:
+def _decoded(file: Any, name: str) -> Iterator[Image.Image]:
     with _one_line_errors(name), Image.open(file) as image:
         if image.format == "EPS":  # a program, which Pillow would execute
             raise UserError("is PostScript: save it as a picture")
@@ -236,7 +248,10 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     grids = isinstance(processor, Qwen2VLImageProcessorPil)
     if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
         return ImageSize(*levels(config)[0])
-    size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+    if isinstance(picture, str | os.PathLike) and not is_data_url(picture):
+        size = image_size(picture)
+    else:
+        size = open_image(picture).size[::-1]
     if grids:
         return qwen2_vl.measure(size, processor, config)
     return ImageSize(*count(size, config))

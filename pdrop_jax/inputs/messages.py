@@ -4,8 +4,6 @@ All three become a list of ``Message`` and the images in the order in which they
 conversation sees one form.
 """
 
-import base64
-import binascii
 import dataclasses
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, Turn
+from pdrop_jax.inputs.encoded import read_base64, read_data_url
 from pdrop_jax.inputs.images import Picture, Video, decode_image
 
 Role = Literal["system", "user", "assistant"]
@@ -195,7 +194,7 @@ def _read_item(item: Any, where: str) -> list[str | Medium | _Source]:
         return [Medium()]
     source = item[given[0]]
     if given == ["base64"]:
-        return [_Source("image", _decoded(source, where))]
+        return [_Source("image", decode_image(read_base64(source, where), f"the image in {where}"))]
     return [_Source("image", _image(source, where))]
 
 
@@ -205,13 +204,10 @@ def _image(source: Any, where: str) -> Picture:
         raise UserError(f"{where} has a {type(source).__name__} for an image: expected a path, a URL or an image")
     if not isinstance(source, str):
         return source
-    scheme, _, rest = source.partition(":")
+    scheme = source.partition(":")[0]
     match scheme.lower():
         case "data":
-            head, comma, data = rest.partition(",")
-            if not comma or not head.lower().endswith(";base64"):
-                raise UserError(f"{where} has a data: URL that is not of the form data:image/png;base64,…")
-            return _decoded(data, where)
+            return decode_image(read_data_url(source, where), f"the image in {where}")
         case "http" | "https":
             raise UserError(
                 f"{where} is at {source[:60]!r}, but nothing is downloaded: save the image and give its path"
@@ -219,14 +215,6 @@ def _image(source: Any, where: str) -> Picture:
         case "file":
             return urllib.parse.unquote(urllib.parse.urlsplit(source).path)
     return source
-
-
-def _decoded(data: Any, where: str) -> Picture:
-    try:
-        content = base64.b64decode(data, validate=True)
-    except (binascii.Error, TypeError, ValueError):
-        raise UserError(f"{where} has an image that is not valid base64") from None
-    return decode_image(content, f"the image in {where}")
 
 
 def _split(text: str) -> list[str | Medium | _Source]:
