@@ -186,8 +186,10 @@ class Engine:
         with self._changed:
             self._closing, self._cancelling = True, self._cancelling or cancel
             self._changed.notify_all()
-        if self._thread and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is not threading.current_thread():
+            if self._thread:
+                self._thread.join()
+            self._batch.release()
         atexit.unregister(self.close)
 
     def _check_open(self) -> None:

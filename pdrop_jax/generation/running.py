@@ -79,6 +79,10 @@ class RunningBatch:
                 self._prefill([new[slot] for slot in part], part)
         self._deliver()
 
+    def release(self) -> None:
+        """Gives the slots' memory back."""
+        self._state = None
+
     def step(self) -> None:
         """Decodes a few tokens of all requests and passes them on."""
         self._decode()

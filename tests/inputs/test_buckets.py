@@ -77,7 +77,7 @@ def test_buckets_of_a_token_budget():
     found = prompt_buckets(LlavaConfig.llava_1_5_7b(), 1024)
     assert found == [*map(Bucket, (64, 256, 1024)), *(Bucket(text, (576,)) for text in (64, 256, 448))]
     tiled = prompt_buckets(LlavaConfig.llava_next_7b(), 3000)
-    assert {bucket.images for bucket in tiled} == {(), (577,), (1176,), (2928,)}
+    assert {bucket.images for bucket in tiled} == {(), (577,), (1776,), (2928,)}
     assert all(bucket.slots <= 3000 for bucket in tiled)
     assert {bucket.slots for bucket in tiled if bucket.text not in (64, 256, 1024)} == {3000}
 
