@@ -54,7 +54,8 @@ def llava_from_hf(
       vision: the tower of an original model, whose own config only has its name; optional for LLaVA-1.5's tower.
       generation: generation_config.json, whose end tokens take precedence.
       preprocessor: preprocessor_config.json, the only place where a Hugging Face model says whether images are padded.
-      schedule: None is the paper's if the decoder has enough layers, otherwise dense.
+      schedule: None is the paper's for LLaVA, ``DropSchedule.quarters`` for other families, and dense if the decoder is
+        too shallow for it.
       where: how error messages refer to the file of ``data``.
 
     Raises:
@@ -76,7 +77,7 @@ def llava_from_hf(
     if beyond:
         raise UserError(f"{where}: token id {beyond[0]} is outside the vocabulary of {text.vocab_size} tokens")
     if schedule is None:
-        schedule = DropSchedule() if text.num_layers > DropSchedule().layers[-1] else DropSchedule.none()
+        schedule = _default_schedule(text, kind)
     return LlavaConfig(
         text=text,
         schedule=schedule,
@@ -85,6 +86,14 @@ def llava_from_hf(
         eos_token_ids=ends,
         **fields,
     )
+
+
+def _default_schedule(text: TextConfig, kind: str) -> DropSchedule:
+    if kind in FAMILIES and text.num_layers >= 16:
+        return DropSchedule.quarters(text.num_layers, text.full_layers)
+    # The official code drops after these layers of a LLaVA of any depth.
+    deep = kind not in FAMILIES and text.num_layers > DropSchedule().layers[-1]
+    return DropSchedule() if deep else DropSchedule.none()
 
 
 def _supported(kind: Any, known: tuple[str, ...]) -> str:
