@@ -75,7 +75,9 @@ def _parts(folder: pathlib.Path, name: str) -> Iterable[pathlib.Path]:
     names = part_names(folder, name)
     missing = [part for part in names if not (folder / part).is_file()]
     if missing:
-        raise UserError(f"{folder} is incomplete: {index_of(name)} lists {len(names)} files, missing {' '.join(missing)}")
+        raise UserError(
+            f"{folder} is incomplete: {index_of(name)} lists {len(names)} files, missing {' '.join(missing)}"
+        )
     return [folder / part for part in names]
 
 

@@ -85,7 +85,7 @@ def write(
         storage.write(new, _stacks(arrays, tensors, dtype))
         _write_unrun(source, new / checkpoint.UNUSED, dtype)
         config.save(new)
-        write_provenance(source, new)
+        write_provenance(new, source.location, source.tower)
         return ImportSummary(
             config,
             dtype,

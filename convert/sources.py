@@ -55,7 +55,7 @@ class Source:
 
 
 def open_source(
-    name: str | os.PathLike,
+    name: str | os.PathLike | Location,
     vision: str | os.PathLike | None = None,
     schedule: DropSchedule | None = None,
     *,
@@ -64,7 +64,7 @@ def open_source(
     """Opens a PyTorch checkpoint and compares the names and shapes of its tensors with its config.
 
     Args:
-      name: its folder, or its id on the Hub, from where its files are downloaded.
+      name: its folder, or its id on the Hub, from where its files are downloaded; or where ``locate`` found it.
       vision: folder or id of the vision tower, for an original checkpoint without one; None is the tower that the
         checkpoint's config names.
       projector: file of a projector that replaces the checkpoint's.
@@ -73,7 +73,7 @@ def open_source(
       UserError: ``name`` is not a checkpoint, is damaged, or something in it is not supported. All tensors that are
         missing, unexpected or of another shape are listed.
     """
-    location = locate(name)
+    location = name if isinstance(name, Location) else locate(name)
     with named_as_typed(location):
         data, config, tower = _open_config(location, vision, schedule)
         original = data["model_type"] in ORIGINAL_TYPES.values()
@@ -110,7 +110,7 @@ def _open_config(
             f"{folder} already contains its vision tower: --vision is for original LLaVA checkpoints without one"
         )
     named = data.get("mm_vision_tower")
-    tower = _open_tower(vision) if vision else _find_tower(folder, named)
+    tower = _open_tower(vision) if vision else find_tower(folder, named)
     if tower is None and isinstance(named, str) and not _is_known(named) and hub_id(named):
         tower = _named_tower(folder, named)
     config = llava_from_hf(
@@ -216,7 +216,8 @@ def _tower_config(tower: Location) -> VisionConfig:
         return vision_from_hf(read_config(tower.folder), str(tower.folder / "config.json"))
 
 
-def _find_tower(folder: pathlib.Path, name: Any) -> Location | None:
+def find_tower(folder: pathlib.Path, name: Any) -> Location | None:
+    """The vision tower that a config names, if it lies in or beside ``folder``."""
     places = [folder / name, folder.absolute().parent / name] if name and isinstance(name, str) else []
     found = next((place for place in places if os.path.isfile(place / "config.json")), None)
     return Location(str(found), found) if found else None

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "convert": "convert a PyTorch checkpoint, or assemble one for training",
     "export": "write a checkpoint for transformers or the original LLaVA",
+    "cache": "list or remove the models that were converted when they were first used",
     "check": "replay recorded reference vectors",
     "study": "measure what dropping does to a model's answers",
     "cost": "compute the cost of a schedule, or a schedule for a budget",
