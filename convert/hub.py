@@ -93,8 +93,8 @@ def locate(name: str | os.PathLike) -> Location:
     return Location(os.fspath(name), folder, repo, revision)
 
 
-def fetch_settings(location: Location, patterns: Iterable[str] = checkpoint.COMPANIONS) -> pathlib.Path:
-    """The folder with config.json and the files that match ``patterns``, besides weights. UserError as ``locate``."""
+def fetch_files(location: Location, patterns: Iterable[str] = checkpoint.COMPANIONS) -> pathlib.Path:
+    """The folder with config.json and the files that match ``patterns``. UserError as ``locate``."""
     return _fetch(location, [CONFIG, *patterns])
 
 
@@ -179,16 +179,27 @@ def ask(name: str, request: Callable[[], Result], doing: str = "downloaded") -> 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the client from logging what ``ask`` reports in one line; on a terminal it may say that it is waiting."""
-    from huggingface_hub.utils import logging
+    """Without a terminal, keeps the client from drawing progress bars and from logging what ``ask`` reports in a line.
 
-    before = logging.get_verbosity()
-    if not sys.stderr.isatty():
-        logging.set_verbosity_error()
+    On a terminal it may also say that it waits before it tries again.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    if sys.stderr.isatty():
+        yield
+        return
+    level, bars = logging.get_verbosity(), constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    bars = bars and not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if bars:
+        disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()
 
 
 def _cause_of(error: Exception) -> Exception:

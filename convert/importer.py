@@ -14,7 +14,7 @@ from pdrop_jax import checkpoint
 from pdrop_jax.checkpoint import storage
 from pdrop_jax.checkpoint.storage import write_safetensors
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.convert.hub import fetch_settings, locate
+from pdrop_jax.convert.hub import fetch_files, locate
 from pdrop_jax.convert.names import Leaf, leaves, unrun_shapes
 from pdrop_jax.convert.provenance import write_provenance
 from pdrop_jax.convert.sources import Source, open_source
@@ -141,7 +141,7 @@ def _copy_companions(source: Source, tokenizer: str | os.PathLike | None, new: p
     folder = source.folder
     if tokenizer is not None:
         location = locate(tokenizer)
-        folder = fetch_settings(location, checkpoint.TOKENIZER)
+        folder = fetch_files(location, checkpoint.TOKENIZER)
         if not any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):
             raise UserError(f"{location.name} contains no tokenizer files")
     checkpoint.copy_files(folder, new, checkpoint.TOKENIZER)

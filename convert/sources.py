@@ -12,7 +12,7 @@ from pdrop_jax.config import LlavaConfig, VisionConfig, read_config
 from pdrop_jax.convert.files import read_folder
 from pdrop_jax.convert.hf_config import KNOWN_TOWER, llava_from_hf, namings_for
 from pdrop_jax.convert.hf_parts import FAMILIES, ORIGINAL_TYPES, vision_from_hf
-from pdrop_jax.convert.hub import Location, fetch_settings, fetch_weights, hub_id, locate
+from pdrop_jax.convert.hub import Location, fetch_files, fetch_weights, hub_id, locate
 from pdrop_jax.convert.names import (
     IGNORED,
     NAMINGS,
@@ -77,13 +77,16 @@ def open_source(
     with named_as_typed(location):
         data, config, tower = _open_config(location, vision, schedule)
         original = data["model_type"] in ORIGINAL_TYPES.values()
-        folder = fetch_weights(location)  # after the config: an unsupported model is not downloaded
+        fetch_files(location)  # the rest after the config: an unsupported model is not downloaded
+        folder = fetch_weights(location)
         tensors = read_folder(folder)
         namings = {key: naming for key, naming in namings_for(config).items() if key.startswith("original") == original}
         naming = namings[closest(config, tensors, namings)]
         if original and not any(name.startswith(naming.vision) for name in tensors):
-            tower = tower or _named_tower(folder, data.get("mm_vision_tower"))
+            named = data.get("mm_vision_tower")
+            tower = tower or _named_tower(folder, named)
             fetch_weights(tower)
+            fetch_files(location, [f"{named}/*"])
             tensors |= _tower_tensors(config, tower.folder, naming)
         if projector is not None:
             tensors |= read_projector(projector, config, naming)
@@ -102,14 +105,14 @@ def _open_config(
 ) -> tuple[dict[str, Any], LlavaConfig, Location | None]:
     """The contents of config.json, the config, and the vision tower if the config needs one or it lies here."""
     data = _read_config(location)
-    folder = fetch_settings(location)
+    named = data.get("mm_vision_tower")
+    folder = fetch_files(location, [*checkpoint.PROCESSOR, f"{named}/*.json"])  # it may be a folder of the checkpoint
     if data.get("model_type") in tuple(FAMILIES):
         raise UserError(f"{folder} is a language model: to build a LLaVA from it, use --llm {folder} --vision DIR OUT")
     if vision and data.get("model_type") not in ORIGINAL_TYPES.values():
         raise UserError(
             f"{folder} already contains its vision tower: --vision is for original LLaVA checkpoints without one"
         )
-    named = data.get("mm_vision_tower")
     tower = _open_tower(vision) if vision else find_tower(folder, named)
     if tower is None and isinstance(named, str) and not _is_known(named) and hub_id(named):
         tower = _named_tower(folder, named)
@@ -161,7 +164,7 @@ def _open_parts(
     seed: int,
 ) -> Source:
     data = _read_config(location)
-    llm = fetch_settings(location)
+    llm = fetch_files(location, checkpoint.PROCESSOR)
     if data.get("model_type") not in tuple(FAMILIES):
         known = " or ".join(FAMILIES)
         raise UserError(f"--llm takes a {known} language model, {llm} has model_type {data.get('model_type')!r}")
@@ -181,6 +184,7 @@ def _open_parts(
         data | llava, vision=tower_config, generation=generation, schedule=schedule, where=str(llm / "config.json")
     )
     naming = NAMINGS["original-linear" if layers == 1 else "original"]
+    fetch_files(location)
     tensors = read_folder(fetch_weights(location))
     if tensors.keys() & projector_shapes(config, naming):
         raise UserError(f"{llm} already contains a projector: move it elsewhere and pass its file, --projector FILE")
@@ -207,7 +211,7 @@ def _read_config(location: Location) -> dict[str, Any]:
 
 def _open_tower(name: str | os.PathLike) -> Location:
     tower = locate(name)
-    fetch_settings(tower, checkpoint.PROCESSOR)
+    fetch_files(tower, checkpoint.PROCESSOR)
     return tower
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import http.server
 import json
-import pathlib
 import re
 import threading
 import urllib.parse
@@ -195,7 +194,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked["organization"] == "others":
             raise Refused(403, message="You don't have the rights to create a model under this namespace")
         if name in self.hub.repos:
-            raise Refused(409, message="You already created this model repo")
+            self.answer(json.dumps({"error": "You already created it", "url": f"{self.hub.url}/{name}"}), 409)
+            return
         self.hub.repo(name, private=asked.get("visibility") == "private").commit({".gitattributes": b""})
         self.answer(json.dumps({"url": f"{self.hub.url}/{name}"}))
 
@@ -254,13 +254,13 @@ ROUTES = [
 ]
 
 
-def serve(reserved):
-    """Starts the server on ``reserved``, a bound socket. Returns its state and the server, to be shut down."""
-    hub = Hub(reserved.getsockname()[1])
-    handler = type("BoundHandler", (Handler,), {"hub": hub})
-    server = http.server.ThreadingHTTPServer(reserved.getsockname(), handler, bind_and_activate=False)
-    server.socket.close()
-    server.socket = reserved.dup()
-    server.socket.listen(64)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+class Server(http.server.ThreadingHTTPServer):
+    allow_reuse_port = True  # tests/conftest.py keeps the port
+
+
+def serve(port):
+    """Starts the server. Returns its state, and the server, which is to be shut down and closed."""
+    hub = Hub(port)
+    server = Server(("127.0.0.1", port), type("BoundHandler", (Handler,), {"hub": hub}))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return hub, server
