@@ -22,6 +22,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
 
 CONFIG = "config.json"
+DOWNLOADED = "downloaded"
 ATTEMPTS = 4  # of a request that failed for a passing reason; the client itself repeats some kinds of them
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP status
 PASSING_ERRORS = ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError", "WriteTimeout")  # of httpx
@@ -152,7 +153,7 @@ def _list_files(location: Location) -> list[str]:
     return ask(location.name, listed)
 
 
-def ask(name: str, request: Callable[[], Result], doing: str = "downloaded") -> Result:
+def ask(name: str, request: Callable[[], Result], doing: str = DOWNLOADED) -> Result:
     """The result of ``request``, a call of huggingface_hub, repeated if it fails for a passing reason.
 
     Args:
@@ -226,11 +227,10 @@ def _reason(name: str, error: Exception, doing: str) -> str:
     """One line for the user."""
     from huggingface_hub import constants, errors
 
-    hub, offline = constants.ENDPOINT, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
-    repo, _, revision = name.partition("@")
+    hub, repo, status = constants.ENDPOINT, name.partition("@")[0], _status(error)
+    failed = f"{name} is not a folder here, and cannot be" if doing == DOWNLOADED else f"{name} cannot be"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    status = _status(error)
-    if isinstance(error, offline):
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         return (
             f"{name} is neither a folder here nor complete in the Hub's cache, {constants.HF_HUB_CACHE}, and downloads "
             "are switched off: unset HF_HUB_OFFLINE"
@@ -238,16 +238,16 @@ def _reason(name: str, error: Exception, doing: str) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated: accept its terms at {hub}/{repo}, then {log_in} of that account"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}: name a branch, a tag or a whole commit hash of {hub}/{repo}"
+        return f"{name}: {repo} has no such revision; name a branch, a tag or a whole commit hash of {hub}/{repo}"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return f"{name} is neither a folder here nor a model that {hub} shows you: if it is private, {log_in}"
     if status == 403:
-        return f"{name} cannot be {doing}: {hub} denies access, so {log_in} with the permission for it"
+        return f"{failed} {doing}: {hub} denies access; {log_in} of an account that may do this"
     if status is not None:
-        return f"{name} cannot be {doing}: {hub} answers with status {status}; try again later"
+        return f"{failed} {doing}: {hub} answers with status {status}; try again later"
     if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError"):
-        return f"{name} cannot be {doing}: {hub} cannot be reached ({_line(error)}); check the network and HF_ENDPOINT"
-    return f"{name} cannot be {doing}: {_line(error)}; run the command again to continue"
+        return f"{failed} {doing}: {hub} cannot be reached ({_line(error)}); check the network and HF_ENDPOINT"
+    return f"{failed} {doing}: {_line(error)}; run the command again to continue"
 
 
 def _line(error: Any) -> str:

@@ -22,13 +22,16 @@ def make_repository(repo: str, private: bool) -> None:
     """Makes the repository unless it exists: before the export, so that it fails before any work if it has to.
 
     Raises:
-      UserError: ``repo`` is not "owner/name", or the user may not write there.
+      UserError: ``repo`` is not "owner/name", the user may not write there, or it exists and is public although
+        ``private`` is asked for.
     """
     from huggingface_hub import HfApi
 
     if not _REPO.fullmatch(repo):
         raise UserError(f"--push-to-hub takes OWNER/NAME, got {repo!r}")
     ask(repo, lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True), "created")
+    if private and not ask(repo, lambda: HfApi().model_info(repo), "created").private:
+        raise UserError(f"{repo} exists and is public: leave out --private, or make it private in its settings")
 
 
 def upload(folder: pathlib.Path, repo: str) -> str:

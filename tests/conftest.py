@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import tempfile
 
 # Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. The recorded vectors
@@ -21,23 +20,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 # Tests compile the same programs again and again, also in the processes that they start. Each worker has a cache of its
 # own, because one process could read what another is still writing.
-SCRATCH = tempfile.mkdtemp(prefix="pdrop-jax-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{SCRATCH}/programs"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pdrop-jax-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# huggingface_hub reads its settings when it is imported. Its Hub is a port of ours, on which nothing answers unless a
-# test starts a server there (the fixture ``hub``): no test can reach the public one.
-HUB_PORT = socket.socket()
-HUB_PORT.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-HUB_PORT.bind(("127.0.0.1", 0))
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT.getsockname()[1]}"
-os.environ["HF_HOME"] = f"{SCRATCH}/hf"
-os.environ["HF_HUB_DISABLE_XET"] = "1"  # the server keeps files as the Hub's older storage does
-os.environ["PDROP_CACHE"] = f"{SCRATCH}/pdrop"
-for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
-    os.environ.pop(name, None)
-
+import hub_server  # noqa: F401  before transformers, because it decides where the Hub is
 import hypothesis
 import jax
 import pytest
@@ -55,7 +42,7 @@ hypothesis.settings.load_profile("pdrop")
 
 
 def pytest_unconfigure():
-    shutil.rmtree(SCRATCH, ignore_errors=True)
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,10 @@
 """A Hugging Face Hub on loopback: the routes that huggingface_hub's client uses, with faults on request.
 
-Files of at least ``LFS_BYTES`` are what the Hub calls LFS: ``resolve`` redirects to another origin, where the token must
-not be sent. Tests put repositories into ``Hub.repos`` and faults into ``Hub.fault``.
+Files of at least ``LFS_BYTES`` are what the Hub calls LFS: ``resolve`` redirects to another origin, where the token
+must not be sent. Tests put repositories into ``Hub.repos`` and faults into ``Hub.fault``.
+
+The client reads its settings when it is imported, so this module, imported first, sets them: its Hub is a port of ours,
+on which nothing answers unless a test starts the server (fixture ``hub``). No test reaches the public Hub.
 """
 
 import base64
@@ -9,12 +12,29 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import os
 import re
+import socket
+import tempfile
 import threading
 import urllib.parse
 
 TOKEN = "hf_of_the_tests"
 LFS_BYTES = 4096
+
+HOME = tempfile.TemporaryDirectory(prefix="pdrop-jax-hub-")
+_kept = socket.socket()
+_kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+_kept.bind(("127.0.0.1", 0))
+PORT = _kept.getsockname()[1]
+os.environ |= {
+    "HF_ENDPOINT": f"http://127.0.0.1:{PORT}",
+    "HF_HOME": f"{HOME.name}/hf",
+    "HF_HUB_DISABLE_XET": "1",  # the server stores files as the Hub did before
+    "PDROP_CACHE": f"{HOME.name}/pdrop",
+}
+for _name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
+    os.environ.pop(_name, None)
 
 
 @dataclasses.dataclass
@@ -54,10 +74,10 @@ class Hub:
         of the body), "short" (fewer bytes than announced at first) or "drop" (no answer at all).
     """
 
-    def __init__(self, port):
+    def __init__(self):
         self.repos, self.requests, self.blobs, self.stray_tokens = {}, [], {}, 0
         self.fault = lambda method, path: None
-        self.url, self.cdn = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+        self.url, self.cdn = f"http://127.0.0.1:{PORT}", f"http://localhost:{PORT}"
 
     def repo(self, name, **kind):
         return self.repos.setdefault(name, Repo(**kind))
@@ -147,7 +167,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def info(self, name, revision="main"):
         repo, commit = self.found(name, revision)
         files = [{"rfilename": path} for path in sorted(repo.commits[commit])]
-        self.answer(json.dumps({"_id": "0", "id": name, "modelId": name, "sha": commit, "siblings": files, "tags": []}))
+        about = {"_id": "0", "id": name, "modelId": name, "private": repo.private, "gated": repo.gated, "tags": []}
+        self.answer(json.dumps(about | {"sha": commit, "siblings": files}))
 
     def tree(self, name, revision):
         repo, commit = self.found(name, revision)
@@ -255,12 +276,12 @@ ROUTES = [
 
 
 class Server(http.server.ThreadingHTTPServer):
-    allow_reuse_port = True  # tests/conftest.py keeps the port
+    allow_reuse_port = True
 
 
-def serve(port):
+def serve():
     """Starts the server. Returns its state, and the server, which is to be shut down and closed."""
-    hub = Hub(port)
-    server = Server(("127.0.0.1", port), type("BoundHandler", (Handler,), {"hub": hub}))
+    hub = Hub()
+    server = Server(("127.0.0.1", PORT), type("BoundHandler", (Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return hub, server

@@ -129,8 +129,8 @@ def refusals(hub):
         "lab/none": f"neither a folder here nor a model that {hub.url} shows you: if it is private, {log_in}",
         "lab/private": f"neither a folder here nor a model that {hub.url} shows you: if it is private, {log_in}",
         "lab/gated": f"lab/gated is gated: accept its terms at {hub.url}/lab/gated, then {log_in} of that account",
-        "lab/open@v9": "lab/open has no revision 'v9': name a branch, a tag or a whole commit hash of",
-        f"lab/open@{'0' * 40}": f"lab/open has no revision '{'0' * 40}'",
+        "lab/open@v9": "lab/open has no such revision; name a branch, a tag or a whole commit hash of",
+        f"lab/open@{'0' * 40}": "lab/open has no such revision",
         "https://huggingface.co/lab/open": "is the address of a web page: name the model itself, lab/open",
         "https://huggingface.co/lab/open/tree/v1": "name the model itself, lab/open@v1",
         "hf://lab/open": "name the model itself, lab/open",
@@ -179,7 +179,7 @@ def test_without_a_network(hub, tiny, copy, pdrop, fails, tmp_path, monkeypatch)
 
 def test_a_server_that_cannot_be_reached(fails, tmp_path):
     line = fails("convert", "lab/tiny", tmp_path / "model")
-    assert "lab/tiny cannot be downloaded: http://127.0.0.1" in line
+    assert "lab/tiny is not a folder here, and cannot be downloaded: http://127.0.0.1" in line
     assert line.endswith("check the network and HF_ENDPOINT")
 
 
@@ -222,7 +222,7 @@ def test_a_fault_that_stays_is_one_line(fault, part, hub, tiny, fails, tmp_path,
     hub.fault = lambda method, path: fault if "model.safetensors" in path and method == "GET" else None
     for command in (("convert", "lab/tiny", tmp_path / "model"), ("generate", "--model", "lab/tiny", *NEVER)):
         line = fails(*command)
-        assert "lab/tiny cannot be downloaded: " in line
+        assert "lab/tiny is not a folder here, and cannot be downloaded: " in line
         assert part in line
     assert not list(tmp_path.glob("model*"))
     assert not list(root().glob("*-*"))

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import yaml
 from hub_server import LFS_BYTES, TOKEN
@@ -78,6 +79,10 @@ def test_a_repository_that_exists_gets_a_commit(hub, model, signed_in, pdrop, tm
     loaded = AutoModelForImageTextToText.from_pretrained("me/model")
     assert loaded.config.text_config.num_key_value_heads == 2
     assert 'AutoModelForImageTextToText.from_pretrained("me/model")' in text
+    ours, before = pdrop_jax.load("me/model", SCHEDULE), pdrop_jax.load(model)
+    assert ours.config.schedule == before.config.schedule
+    embedding = before.params["embed"]["embedding"]
+    np.testing.assert_array_equal(ours.params["embed"]["embedding"][: len(embedding)], embedding)
 
 
 def test_our_own_format_keeps_the_schedule(hub, model, signed_in, pdrop, tmp_path):
@@ -95,6 +100,8 @@ def test_an_upload_that_may_not_be_fails_before_the_export(hub, model, fails, tm
     assert f"others/model cannot be created: {hub.url} denies access" in denied
     for name in ("model", "me/model@v1", "me/../model", f"{hub.url}/me/model"):
         assert f"--push-to-hub takes OWNER/NAME, got {name!r}" in fails(*export, "--push-to-hub", name)
+    hub.repo("me/public").commit({})
+    assert "me/public exists and is public" in fails(*export, "--push-to-hub", "me/public", "--private")
     assert "--private requires --push-to-hub" in fails(*export, "--private")
     hub.fault = lambda method, path: 503
     assert "cannot be created" in fails(*export, "--push-to-hub", "me/model")
