@@ -4,34 +4,26 @@ huggingface_hub does the work, so its cache, progress bars and environment varia
 HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import pathlib
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import FORMAT
 from pdrop_jax.convert.files import PROJECTOR, find_weights, index_of, part_names
+from pdrop_jax.convert.hub_requests import ask
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
 
 CONFIG = "config.json"
-DOWNLOADED = "downloaded"
-ATTEMPTS = 4  # of a request that failed for a passing reason; the client itself repeats some kinds of them
-PASSING = (408, 429, 500, 502, 503, 504)  # HTTP status
-PASSING_ERRORS = ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError", "WriteTimeout")  # of httpx
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.A)
 _WEB_PAGE = re.compile(
     r"(?:hf:/+|(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/+)(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:/(?:tree|blob|resolve|commit)/(?P<revision>[^/?#]+))?.*"
 )
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,155 +93,46 @@ def fetch_files(location: Location, patterns: Iterable[str] = checkpoint.COMPANI
 
 def fetch_weights(location: Location) -> pathlib.Path:
     """The folder with the weights in one format, preferably safetensors. UserError as ``locate``."""
-    if location.repo is None:
+    if (repo := location.repo) is None:
         return location.folder
-    names = _list_files(location)
+    from huggingface_hub import HfApi
+
+    try:
+        names = ask(location.name, lambda: HfApi().list_repo_files(repo, revision=location.commit))
+    except UserError:  # without a network, what is in the cache may be enough
+        names = [path.name for path in location.folder.iterdir()]
+        if find_weights(names.__contains__) is None:
+            raise
     weights = find_weights(names.__contains__)
     wanted = [PROJECTOR] if PROJECTOR in names else []
     if weights and index_of(weights) in names:
-        folder = _fetch(location, [index_of(weights)])
-        wanted += part_names(folder, weights)
+        wanted += part_names(_fetch(location, [index_of(weights)]), weights)
     elif weights:
         wanted.append(weights)
-    return _fetch(location, wanted) if wanted else location.folder
+    return _fetch(location, wanted, bars=True) if wanted else location.folder
 
 
 def fetch_all(location: Location) -> pathlib.Path:
     """The folder with all files. UserError as ``locate``."""
-    return _fetch(location, None)
+    return _fetch(location, None, bars=True)
 
 
-def _fetch(location: Location, patterns: list[str] | None) -> pathlib.Path:
+def _fetch(location: Location, patterns: list[str] | None, bars: bool = False) -> pathlib.Path:
     if location.repo is None:
         return location.folder
-    return _download(location.name, location.repo, location.commit, patterns)
+    return _download(location.name, location.repo, location.commit, patterns, bars)
 
 
-def _download(name: str, repo: str, revision: str | None, patterns: list[str] | None) -> pathlib.Path:
+def _download(
+    name: str, repo: str, revision: str | None, patterns: list[str] | None, bars: bool = False
+) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     version = importlib.metadata.version("pdrop-jax")
-    return pathlib.Path(
-        ask(
-            name,
-            lambda: snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, library_name="pdrop-jax", library_version=version
-            ),
+
+    def request() -> str:
+        return snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, library_name="pdrop-jax", library_version=version
         )
-    )
 
-
-def _list_files(location: Location) -> list[str]:
-    """Names of all files of the repository, or without a network of those that are in the cache."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def listed() -> list[str]:
-        try:
-            return HfApi().list_repo_files(str(location.repo), revision=location.commit)
-        except OfflineModeIsEnabled:
-            return [path.name for path in location.folder.iterdir()]
-
-    return ask(location.name, listed)
-
-
-def ask(name: str, request: Callable[[], Result], doing: str = DOWNLOADED) -> Result:
-    """The result of ``request``, a call of huggingface_hub, repeated if it fails for a passing reason.
-
-    Args:
-      name: the model, for messages.
-      doing: what could not be done to it, likewise.
-
-    Raises:
-      UserError: whatever went wrong, in one line with what to do.
-      OSError: the disk is full or not writable.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            with _quiet():
-                return request()
-        except Exception as error:  # the client raises exceptions of many libraries
-            if isinstance(error, OSError) and error.errno:
-                raise
-            cause = _cause_of(error)
-            if attempt == ATTEMPTS - 1 or not _passes(cause):
-                raise UserError(_reason(name, cause, doing)) from error
-            time.sleep(2**attempt)
-    raise AssertionError("unreachable")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a terminal, keeps the client from drawing progress bars and from logging what ``ask`` reports in a line.
-
-    On a terminal it may also say that it waits before it tries again.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    if sys.stderr.isatty():
-        yield
-        return
-    level, bars = logging.get_verbosity(), constants.HF_HUB_DISABLE_PROGRESS_BARS is None
-    bars = bars and not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if bars:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            enable_progress_bars()
-
-
-def _cause_of(error: Exception) -> Exception:
-    """The error that the client's "not found locally" or "upload failed" stands for."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    while isinstance(error, LocalEntryNotFoundError | RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
-
-
-def _status(error: Exception) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _passes(error: Exception) -> bool:
-    """Whether it may work a moment later."""
-    if (status := _status(error)) is not None:
-        return status in PASSING
-    return type(error).__name__ in PASSING_ERRORS or "Consistency check failed" in str(error)
-
-
-def _reason(name: str, error: Exception, doing: str) -> str:
-    """One line for the user."""
-    from huggingface_hub import constants, errors
-
-    hub, repo, status = constants.ENDPOINT, name.partition("@")[0], _status(error)
-    failed = f"{name} is not a folder here, and cannot be" if doing == DOWNLOADED else f"{name} cannot be"
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
-        return (
-            f"{name} is neither a folder here nor complete in the Hub's cache, {constants.HF_HUB_CACHE}, and downloads "
-            "are switched off: unset HF_HUB_OFFLINE"
-        )
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} is gated: accept its terms at {hub}/{repo}, then {log_in} of that account"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name}: {repo} has no such revision; name a branch, a tag or a whole commit hash of {hub}/{repo}"
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
-        return f"{name} is neither a folder here nor a model that {hub} shows you: if it is private, {log_in}"
-    if status == 403:
-        return f"{failed} {doing}: {hub} denies access; {log_in} of an account that may do this"
-    if status is not None:
-        return f"{failed} {doing}: {hub} answers with status {status}; try again later"
-    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError"):
-        return f"{failed} {doing}: {hub} cannot be reached ({_line(error)}); check the network and HF_ENDPOINT"
-    return f"{failed} {doing}: {_line(error)}; run the command again to continue"
-
-
-def _line(error: Any) -> str:
-    text = str(error).strip().partition("\n")[0].rstrip(".")
-    return text or type(error).__name__
+    return pathlib.Path(ask(name, request, bars=bars))

@@ -6,7 +6,7 @@ import re
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.convert.hub import ask
+from pdrop_jax.convert.hub_requests import ask
 from pdrop_jax.convert.provenance import Provenance, read_provenance
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
@@ -48,7 +48,7 @@ def upload(folder: pathlib.Path, repo: str) -> str:
         )
 
     try:
-        ask(repo, request, "uploaded")
+        ask(repo, request, "uploaded", bars=True)
     except UserError as error:
         raise UserError(f"{error}. The export is in {folder}: hf upload {repo} {folder}") from None
     return f"{constants.ENDPOINT}/{repo}"
