@@ -26,7 +26,6 @@ def unset(metavar: str | None = None, default: str = "", name: str | None = None
 
 
 File = Annotated[pathlib.Path | None, unset("FILE")]
-Folder = Annotated[pathlib.Path | None, unset("DIR")]
 Source = Annotated[str | None, unset("DIR|ID")]  # a folder or a Hub id
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, unset()]
 
