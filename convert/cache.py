@@ -28,8 +28,9 @@ import numpy as np
 
 from pdrop_jax.convert.hub import Location, fetch_all, hub_id, locate
 from pdrop_jax.convert.importer import default_dtype, write
-from pdrop_jax.convert.sources import find_tower, open_source
+from pdrop_jax.convert.sources import open_source
 from pdrop_jax.convert.tensors import DTYPES, DType
+from pdrop_jax.convert.towers import find_tower
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import read_json, write_file
 from pdrop_jax.schema import validated

@@ -4,12 +4,13 @@ huggingface_hub does the work, so its cache, progress bars and environment varia
 HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import FORMAT
@@ -84,6 +85,15 @@ def locate(name: str | os.PathLike) -> Location:
     repo, revision = found
     folder = _download(os.fspath(name), repo, revision, [CONFIG])
     return Location(os.fspath(name), folder, repo, revision)
+
+
+@contextlib.contextmanager
+def named_as_typed(location: Location) -> Iterator[None]:
+    """Errors name the model as the user does, not by its folder in the Hub's cache."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(str(line).replace(str(location.folder), location.name) for line in error.args)) from None
 
 
 def fetch_files(location: Location, patterns: Iterable[str] = checkpoint.COMPANIONS) -> pathlib.Path:

@@ -1,18 +1,16 @@
 """What a conversion reads: a PyTorch LLaVA checkpoint, or the parts for a new one, here or on the Hugging Face Hub."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 from pdrop_jax import checkpoint
-from pdrop_jax.config import LlavaConfig, VisionConfig, read_config
+from pdrop_jax.config import LlavaConfig, read_config
 from pdrop_jax.convert.files import read_folder
-from pdrop_jax.convert.hf_config import KNOWN_TOWER, llava_from_hf, namings_for
-from pdrop_jax.convert.hf_parts import FAMILIES, ORIGINAL_TYPES, vision_from_hf
-from pdrop_jax.convert.hub import Location, fetch_files, fetch_weights, hub_id, locate
+from pdrop_jax.convert.hf_config import llava_from_hf, namings_for
+from pdrop_jax.convert.hf_parts import FAMILIES, ORIGINAL_TYPES
+from pdrop_jax.convert.hub import Location, fetch_files, fetch_weights, locate, named_as_typed
 from pdrop_jax.convert.names import (
     IGNORED,
     NAMINGS,
@@ -23,8 +21,10 @@ from pdrop_jax.convert.names import (
     torch_shapes,
     unrun_shapes,
 )
+from pdrop_jax.convert.original_config import original_type, without_last_layer
 from pdrop_jax.convert.projector import fresh_projector, num_layers, open_projector, projector_type, read_projector
 from pdrop_jax.convert.tensors import FLOATS, Tensors
+from pdrop_jax.convert.towers import find_tower, has_known_config, named_tower, on_hub, open_tower, tower_config
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
@@ -76,7 +76,7 @@ def open_source(
     location = name if isinstance(name, Location) else locate(name)
     with named_as_typed(location):
         data, config, tower = _open_config(location, vision, schedule)
-        original = data["model_type"] in ORIGINAL_TYPES.values()
+        original = original_type(data) is not None
         fetch_files(location)  # the rest after the config: an unsupported model is not downloaded
         folder = fetch_weights(location)
         tensors = read_folder(folder)
@@ -84,10 +84,12 @@ def open_source(
         naming = namings[closest(config, tensors, namings)]
         if original and not any(name.startswith(naming.vision) for name in tensors):
             named = data.get("mm_vision_tower")
-            tower = tower or _named_tower(folder, named)
+            tower = tower or named_tower(folder, named)
             fetch_weights(tower)
             fetch_files(location, [f"{named}/*"])
             tensors |= _tower_tensors(config, tower.folder, naming)
+        if original and config.vision.kind == "siglip":
+            config = _as_saved(config, naming, tensors)
         if projector is not None:
             tensors |= read_projector(projector, config, naming)
         what = f"{folder} does not contain the model that its config.json describes"
@@ -109,16 +111,16 @@ def _open_config(
     folder = fetch_files(location, [*checkpoint.PROCESSOR, f"{named}/*.json"])  # it may be a folder of the checkpoint
     if data.get("model_type") in tuple(FAMILIES):
         raise UserError(f"{folder} is a language model: to build a LLaVA from it, use --llm {folder} --vision DIR OUT")
-    if vision and data.get("model_type") not in ORIGINAL_TYPES.values():
+    if vision and original_type(data) is None:
         raise UserError(
             f"{folder} already contains its vision tower: --vision is for original LLaVA checkpoints without one"
         )
-    tower = _open_tower(vision) if vision else find_tower(folder, named)
-    if tower is None and isinstance(named, str) and not _is_known(named) and hub_id(named):
-        tower = _named_tower(folder, named)
+    tower = open_tower(vision) if vision else find_tower(folder, named)
+    if tower is None and not has_known_config(named) and on_hub(named):
+        tower = named_tower(folder, named)
     config = llava_from_hf(
         data,
-        vision=_tower_config(tower) if tower else None,
+        vision=tower_config(tower) if tower else None,
         generation=_optional_json(folder / "generation_config.json"),
         preprocessor=_image_processor(folder),
         schedule=schedule,
@@ -168,20 +170,20 @@ def _open_parts(
     if data.get("model_type") not in tuple(FAMILIES):
         known = " or ".join(FAMILIES)
         raise UserError(f"--llm takes a {known} language model, {llm} has model_type {data.get('model_type')!r}")
-    tower = _open_tower(vision)
-    tower_config = _tower_config(tower)
+    tower = open_tower(vision)
+    vision_config = tower_config(tower)
     layers = projector_layers or (num_layers(open_projector(projector)) if projector else 2)
     llava = {
         "model_type": ORIGINAL_TYPES[data["model_type"]],
         "image_aspect_ratio": "pad",
-        "mm_hidden_size": tower_config.hidden_size,
+        "mm_hidden_size": vision_config.hidden_size,
         "mm_projector_type": projector_type(layers),
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
     }
     generation = _optional_json(llm / "generation_config.json")
     config = llava_from_hf(
-        data | llava, vision=tower_config, generation=generation, schedule=schedule, where=str(llm / "config.json")
+        data | llava, vision=vision_config, generation=generation, schedule=schedule, where=str(llm / "config.json")
     )
     naming = NAMINGS["original-linear" if layers == 1 else "original"]
     fetch_files(location)
@@ -194,53 +196,10 @@ def _open_parts(
     return Source(location, config, naming, _check_tensors(config, naming, tensors, what), tower)
 
 
-@contextlib.contextmanager
-def named_as_typed(location: Location) -> Iterator[None]:
-    """Errors name the model as the user does, not by its folder in the Hub's cache."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(*(str(line).replace(str(location.folder), location.name) for line in error.args)) from None
-
-
 def _read_config(location: Location) -> dict[str, Any]:
     if location.converted:
         raise UserError(f"{location.folder} is already converted")
     return read_config(location.folder)
-
-
-def _open_tower(name: str | os.PathLike) -> Location:
-    tower = locate(name)
-    fetch_files(tower, checkpoint.PROCESSOR)
-    return tower
-
-
-def _tower_config(tower: Location) -> VisionConfig:
-    with named_as_typed(tower):
-        return vision_from_hf(read_config(tower.folder), str(tower.folder / "config.json"))
-
-
-def find_tower(folder: pathlib.Path, name: Any) -> Location | None:
-    """The vision tower that a config names, if it lies in or beside ``folder``."""
-    places = [folder / name, folder.absolute().parent / name] if name and isinstance(name, str) else []
-    found = next((place for place in places if os.path.isfile(place / "config.json")), None)
-    return Location(str(found), found) if found else None
-
-
-def _is_known(tower: str) -> bool:
-    """Whether it is LLaVA-1.5's tower, possibly in a folder of the checkpoint's author."""
-    return tower.endswith(KNOWN_TOWER.rpartition("/")[2])
-
-
-def _named_tower(folder: pathlib.Path, name: Any) -> Location:
-    """The tower on the Hub that an original checkpoint without one names. UserError if it is not there."""
-    reason = f"{name} was not found"
-    try:
-        if isinstance(name, str) and (_is_known(name) or hub_id(name)):
-            return _open_tower(KNOWN_TOWER if _is_known(name) else name)
-    except UserError as error:
-        reason = str(error)
-    raise UserError(f"{folder} needs a separate vision tower, and {reason}; or pass its folder, --vision DIR")
 
 
 def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -250,6 +209,15 @@ def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def _optional_json(path: pathlib.Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
+
+
+def _as_saved(config: LlavaConfig, naming: Naming, tensors: Tensors) -> LlavaConfig:
+    """``config`` with the tower that the original code saves of SigLIP's: no last layer, no head, all of it run."""
+    tower = Naming(naming.vision)
+    whole = dataclasses.replace(config, select_layer=-1)
+    saved = dataclasses.replace(whole, vision=without_last_layer(config.crop_tower))
+    last = torch_shapes(whole, tower).keys() - torch_shapes(saved, tower).keys()
+    return config if last & tensors.keys() else saved
 
 
 def _tower_tensors(config: LlavaConfig, folder: pathlib.Path, naming: Naming) -> Tensors:
