@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.cache import root
+from pdrop_jax.convert.hub import fetch_weights, locate
+from pdrop_jax.convert.towers import on_hub
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 COST = ("--image-tokens", 16)
@@ -60,6 +62,26 @@ def test_convert_downloads_the_files_that_it_reads(hub, tiny, copy, pdrop, tmp_p
     assert not [path for path in sent if path.endswith((".md", ".bin", "consolidated.safetensors"))]
     assert any(path.endswith("model-00002-of-00002.safetensors") for path in sent)
     assert hub.stray_tokens == 0
+
+
+def test_pickles_are_downloaded_where_there_is_nothing_better(hub):
+    part = "pytorch_model-00001-of-00001.bin"
+    index = json.dumps({"weight_map": {"x": part}}).encode()
+    pickles = {part: b"", "pytorch_model.bin.index.json": index, "mm_projector.bin": b"", "model.ckpt": b""}
+    repo = hub.repo("lab/old")
+    repo.commit({"config.json": b"{}"} | pickles)
+    fetched = {path.name for path in fetch_weights(locate("lab/old")).iterdir()}
+    assert fetched == {"config.json", *pickles} - {"model.ckpt"}
+    repo.commit({"model.safetensors": b""})
+    fetched = {path.name for path in fetch_weights(locate("lab/old")).iterdir()}
+    assert fetched == {"config.json", "model.safetensors", "mm_projector.bin"}
+
+
+def test_the_tower_of_a_config_on_the_hub(hub):
+    clip = "openai/clip-vit-large-patch14-336"
+    assert on_hub(clip) == on_hub("/home/author/clip-vit-large-patch14-336") == clip
+    assert on_hub("lab/tower") == "lab/tower"
+    assert on_hub("/home/author/tower") is on_hub("tower") is on_hub(None) is None
 
 
 def test_a_folder_of_that_name_wins(hub, tiny, copy, pdrop, tmp_path, monkeypatch):

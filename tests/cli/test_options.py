@@ -41,6 +41,7 @@ BASE = {
     "train": {"recipe": ["nowhere.toml"]},
     "convert": {"source": ["folder"], "out": ["new"]},
     "export": {"model": ["folder"], "out": ["new"], "format": ["hf"]},
+    "cache": {"action": ["list"]},
     "check": {"folder": ["folder"]},
     "study": {"model": [DEMO], "questions": ["long.jsonl"], "images": [GRIDS]},
     "cost": {},
