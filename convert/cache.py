@@ -91,7 +91,6 @@ def model_folder(name: str | os.PathLike, dtype: Any = None) -> str | os.PathLik
         raise
     if location.converted:
         return fetch_all(location)
-    _sweep()
     key = location.commit or _fingerprint(location.folder)
     if kept := _find(key, wanted):
         return kept
@@ -105,7 +104,7 @@ def model_folder(name: str | os.PathLike, dtype: Any = None) -> str | os.PathLik
 
 
 def entries() -> list[tuple[Entry, pathlib.Path]]:
-    """All converted models with their folders, the last used first."""
+    """All converted models with their folders, the last used first. Removes what killed conversions have left."""
     _sweep()
     found = [(entry, folder) for folder in root().glob("*-*") if (entry := _read(folder))]
     return sorted(found, key=lambda pair: -last_use(pair[1]))
