@@ -128,22 +128,25 @@ def open_image(picture: Picture) -> Image.Image:
         return read_image(picture)
 
 
-def read_image(picture: Picture) -> Image.Image:
-    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process."""
-    if isinstance(picture, str | os.PathLike):
+def read_image(picture: Picture | bytes) -> Image.Image:
+    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process.
+
+    Bytes are the contents of a file.
+    """
+    if isinstance(picture, str | os.PathLike | bytes):
         with _opened(picture) as image:
             return _to_rgb(image)
     with _one_line_errors("the picture"):
         return _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) in pixels of the upright image in a file. Only the header is read.
+def image_size(file: str | os.PathLike | bytes) -> tuple[int, int]:
+    """(height, width) in pixels of the upright image in a file, or in its bytes. Only the header is read.
 
     Raises:
       UserError: the image cannot be read or is too large.
     """
-    with _opened(path) as image:
+    with _opened(file) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size if turned else image.size[::-1]
 
@@ -155,10 +158,14 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def _opened(file: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
-    check_file(path)
-    with _decoded(path, str(path)) as image:
+    if isinstance(file, bytes):
+        opened = _decoded(io.BytesIO(file), "the picture")
+    else:
+        check_file(file)
+        opened = _decoded(file, str(file))
+    with opened as image:
         yield image
 
 
@@ -222,7 +229,18 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
-def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize:
+def fixed_size(processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize | None:
+    """The number of crops and tokens of every image, if it is the same for all; arguments are those of ``measure``.
+
+    Raises:
+      UserError: pan-and-scan is on, which needs the pixels.
+    """
+    gemma3.check_no_crops(processor)
+    same = config.tiling is None or (config.tiling.alone and not alone)
+    return ImageSize(*levels(config)[0]) if same and not isinstance(processor, Qwen2VLImageProcessorPil) else None
+
+
+def measure(picture: Picture | bytes, processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize:
     """The number of crops and tokens that ``as_tokens`` makes of an image. At most the header of a file is read.
 
     Args:
@@ -232,12 +250,10 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
-    gemma3.check_no_crops(processor)
-    grids = isinstance(processor, Qwen2VLImageProcessorPil)
-    if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
-        return ImageSize(*levels(config)[0])
-    size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
-    if grids:
+    if fixed := fixed_size(processor, config, alone=alone):
+        return fixed
+    size = open_image(picture).size[::-1] if isinstance(picture, Image.Image | np.ndarray) else image_size(picture)
+    if isinstance(processor, Qwen2VLImageProcessorPil):
         return qwen2_vl.measure(size, processor, config)
     return ImageSize(*count(size, config))
 

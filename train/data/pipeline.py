@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 
@@ -18,8 +17,9 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import assemble
 from pdrop_jax.train.data.batches import Planned
 from pdrop_jax.train.data.index import Dataset, open_dataset
+from pdrop_jax.train.data.sources.packed_source import import_grain
 
-__all__ = ["Dataset", "Step", "check_batches", "open_dataset", "pipeline"]
+__all__ = ["Dataset", "Step", "check_batches", "import_grain", "open_dataset", "pipeline"]
 
 THREADS = 4  # batches that are loaded in parallel without worker processes
 
@@ -80,15 +80,6 @@ def pipeline(
     return source.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=_end_with_parent)
 
 
-def import_grain() -> Any:
-    """The module grain, imported only when training reads data. Raises UserError if it is not installed."""
-    try:
-        import grain
-    except ImportError:
-        raise UserError("training needs grain, which is not installed: pip install 'pdrop-jax[train]'") from None
-    return grain
-
-
 def _end_with_parent(_worker: int, _workers: int) -> None:
     """Runs at the start of a worker process and makes it exit when the main process ends, even if that is killed.
 
@@ -113,7 +104,7 @@ def check_batches(dataset: Dataset, batch_size: int, parts: int, process_count: 
         raise UserError(f"a batch of {batch_size} rows is not divisible by {parts}: choose a multiple of {parts}")
     if len(dataset) < batch_size:
         raise UserError(
-            f"{dataset.data.conversations} has {len(dataset)} usable rows, but the batch size is {batch_size}: "
+            f"{dataset.data.name} has {len(dataset)} usable rows, but the batch size is {batch_size}: "
             "lower run.batch_size"
         )
 
