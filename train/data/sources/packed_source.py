@@ -16,12 +16,11 @@ import msgpack
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_TAG
 from pdrop_jax.inputs.messages import Medium, Message
-from pdrop_jax.io import parse_json, read_json
+from pdrop_jax.io import parse_json
 from pdrop_jax.train.data.sources.files import check_format
+from pdrop_jax.train.data.sources.manifest import check_complete
 from pdrop_jax.train.data.sources.source import Place, Source
 
-MANIFEST = "manifest.json"
-SUFFIX = ".arrayrecord"
 OPEN_FILES = 64
 
 
@@ -32,7 +31,7 @@ class PackedSource(Source):
         super().__init__(path, files, images)
         import_grain()
         if os.path.isdir(path):
-            _check_manifest(path, files)
+            check_complete(path, files)
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,13 +55,13 @@ class PackedSource(Source):
             return self._read(number, at)[1][which]
 
     def _read(self, number: int, at: int) -> tuple[dict[str, Any], list[bytes]]:
-        return unpack(self._open(number)[at], f"{self.files[number]}, record {at}")
+        return unpack_record(self._open(number)[at], f"{self.files[number]}, record {at}")
 
     def _open_file(self, number: int) -> Any:
         return import_grain().sources.ArrayRecordDataSource([self.files[number]])
 
 
-def pack(messages: Sequence[Message], pictures: Sequence[bytes], identity: Any = None) -> bytes:
+def pack_record(messages: Sequence[Message], pictures: Sequence[bytes], identity: Any = None) -> bytes:
     """A record of a shard. ``messages`` come back as they are, with one of ``pictures`` for each of their media."""
     said = [{"role": message.role, "content": [_content(part) for part in message.parts] or ""} for message in messages]
     record: dict[str, Any] = {"id": identity} if isinstance(identity, str | int) else {}
@@ -76,8 +75,8 @@ def _content(part: str | Medium) -> dict[str, str]:
     return {"type": "text", "text": IMAGE_TAG} if part.inline else {"type": "image"}
 
 
-def unpack(content: bytes, where: str) -> tuple[dict[str, Any], list[bytes]]:
-    """Inverse of ``pack``. Raises UserError if it is no record of a shard."""
+def unpack_record(content: bytes, where: str) -> tuple[dict[str, Any], list[bytes]]:
+    """Inverse of ``pack_record``. Raises UserError if it is no record of a shard."""
     try:
         text, pictures = msgpack.unpackb(content)
         record = parse_json(text, where)
@@ -106,17 +105,3 @@ def _one_line_errors(path: str) -> Iterator[None]:
     except (RuntimeError, ValueError, OSError, IndexError) as error:  # Riegeli, whose records have checksums
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged or was cut short ({reason}): pack or download it again") from None
-
-
-def _check_manifest(folder: str, files: Sequence[str]) -> None:
-    """Raises UserError if packing into ``folder`` was not completed, or if shards are missing."""
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.exists(path):
-        raise UserError(f"{folder} has shards but no {MANIFEST}, so the data are incomplete: run pdrop data pack again")
-    manifest = read_json(path)
-    names = [str(shard.get("name")) for shard in manifest.get("shards", ()) if isinstance(shard, dict)]
-    if manifest.get("complete") is not True or names != [os.path.basename(file) for file in files]:
-        raise UserError(
-            f"{folder} has {len(files)} shards, but {path} lists {len(names)}"
-            f"{'' if manifest.get('complete') is True else ' and packing is not complete'}: run pdrop data pack again"
-        )
