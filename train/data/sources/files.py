@@ -25,6 +25,7 @@ EXPECTED = "expected JSON, JSON Lines, Parquet, WebDataset tar files or shards o
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PAR1", "Parquet"),
     (257, b"ustar", "tar"),
+    (0, bytes(HEAD), "tar"),  # an empty one
     (0, bytes.fromhex("83af70d10d884a3f"), "ArrayRecord"),  # the start of every file of Riegeli records
     (0, b"\x1f\x8b", "a gzip file, which cannot be read at random: unpack it with gunzip"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file, which cannot be read at random: unpack it with unzstd"),
@@ -60,13 +61,17 @@ def format_of(path: str | os.PathLike) -> Format:
     """The format of a file, by its first bytes; a text file is JSON.
 
     Raises:
-      UserError: the file cannot be read, is empty, or has another format, which is named.
+      UserError: the file cannot be read, is empty, or has another format, which is named; or its name ends like that of
+        a format that it does not have.
     """
     with open_binary(path) as file:
         head = file.read(HEAD)
     if not head.strip():
         raise UserError(f"{path} is empty: {EXPECTED}")
     found = next((name for at, magic, name in _MAGIC if head[at : at + len(magic)] == magic), None)
+    named = SUFFIXES.get(pathlib.Path(path).suffix, "JSON")
+    if found is None and named != "JSON":
+        raise UserError(f"{path} does not start like {_NAMED[named]}: it was cut short, is damaged or has a wrong name")
     if found is None:
         found = "a binary file of an unknown format" if b"\0" in head else "JSON"
     if found not in get_args(Format):
