@@ -229,7 +229,8 @@ def test_a_shard_that_is_lost_while_training(folder, tmp_path):
     for name in ("messages_tar", "parquet_lists", "packed_json"):
         place = tmp_path / name
         shutil.copytree(folder[0] / name, place)
-        found = pickle.loads(pickle.dumps(opened(str(place))))  # which has no file open
+        whole = opened(str(place))
+        found = pickle.loads(pickle.dumps(whole))  # which has no file open
         shards_of(place)[0].unlink()
         reasons = [found.row(row)[1] for row in range(len(found))]
         assert "corrupt image" in reasons
