@@ -47,6 +47,7 @@ def run(
         if not 1 <= value <= most:
             raise UserError(f"{name} is {value}, it must be in 1..{most:,}")
 
+    from pdrop_jax.inputs.messages import plural
     from pdrop_jax.train.data import pack
     from pdrop_jax.train.data.sources.open_source import open_source
 
@@ -60,8 +61,6 @@ def run(
     )
     print("\n".join(manifest.report.lines()))
     shards = sum(shard.records > 0 for shard in manifest.shards)
-    print(
-        f"{printable(out)}: {manifest.records:,} records, {manifest.pictures:,} pictures, {shards:,} shards, "
-        f"{manifest.bytes / 1e6:,.1f} MB"
-    )
+    counts = plural(manifest.records, "record"), plural(manifest.pictures, "picture"), plural(shards, "shard")
+    print(f"{printable(out)}: {', '.join(counts)}, {manifest.bytes / 1e6:,.1f} MB")
     return 0

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from pdrop_jax.errors import UserError, printable
-from pdrop_jax.inputs.images import read_image
+from pdrop_jax.inputs.images import decode_image
 from pdrop_jax.inputs.messages import Message
 from pdrop_jax.io import check_file, read_bytes, write_file, written_aside
 from pdrop_jax.train.data.examples import read_record
@@ -189,13 +189,14 @@ def _valid(source: Source, records: Iterable[Parsed], report: Report) -> Iterato
 
 
 def _contents(source: Source, reference: str) -> bytes:
+    """The file of a picture that can be decoded."""
     try:
-        found = source.read(reference)
+        found, name = source.read(reference), "the picture"
         if isinstance(found, str):
             if not os.path.exists(found):
-                raise InvalidRecord(NO_FILE, found)
-            found = read_bytes(found, PICTURE_BYTES)
-        read_image(found)
+                raise InvalidRecord(NO_FILE, reference)
+            found, name = read_bytes(found, PICTURE_BYTES), reference
+        decode_image(found, name)
     except UserError as error:
         raise InvalidRecord(CORRUPT, str(error)) from None
     return found

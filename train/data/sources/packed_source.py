@@ -7,7 +7,6 @@ own, and the list of their files' bytes, in order.
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from pdrop_jax.inputs.chat_template import IMAGE_TAG
 from pdrop_jax.inputs.messages import Medium, Message
 from pdrop_jax.io import parse_json
 from pdrop_jax.train.data.sources.files import check_format
-from pdrop_jax.train.data.sources.manifest import check_complete
 from pdrop_jax.train.data.sources.source import Place, Source
 
 OPEN_FILES = 64
@@ -30,8 +28,6 @@ class PackedSource(Source):
     def __init__(self, path: str, files: list[str], images: str) -> None:
         super().__init__(path, files, images)
         import_grain()
-        if os.path.isdir(path):
-            check_complete(path, files)
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
