@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -229,18 +229,7 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
-def fixed_size(processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize | None:
-    """The number of crops and tokens of every image, if it is the same for all; arguments are those of ``measure``.
-
-    Raises:
-      UserError: pan-and-scan is on, which needs the pixels.
-    """
-    gemma3.check_no_crops(processor)
-    same = config.tiling is None or (config.tiling.alone and not alone)
-    return ImageSize(*levels(config)[0]) if same and not isinstance(processor, Qwen2VLImageProcessorPil) else None
-
-
-def measure(picture: Picture | bytes, processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize:
+def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *, alone: bool) -> ImageSize:
     """The number of crops and tokens that ``as_tokens`` makes of an image. At most the header of a file is read.
 
     Args:
@@ -250,12 +239,23 @@ def measure(picture: Picture | bytes, processor: ImageProcessor, config: LlavaCo
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
-    if fixed := fixed_size(processor, config, alone=alone):
-        return fixed
-    size = open_image(picture).size[::-1] if isinstance(picture, Image.Image | np.ndarray) else image_size(picture)
+
+    def size() -> tuple[int, int]:
+        return image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+
+    return measure_size(size, processor, config, alone=alone)
+
+
+def measure_size(
+    size: Callable[[], tuple[int, int]], processor: ImageProcessor, config: LlavaConfig, *, alone: bool
+) -> ImageSize:
+    """``measure`` by the function ``size``, (height, width) in pixels, which is called only if that matters."""
+    gemma3.check_no_crops(processor)
     if isinstance(processor, Qwen2VLImageProcessorPil):
-        return qwen2_vl.measure(size, processor, config)
-    return ImageSize(*count(size, config))
+        return qwen2_vl.measure(size(), processor, config)
+    if config.tiling is None or (config.tiling.alone and not alone):
+        return ImageSize(*levels(config)[0])
+    return ImageSize(*count(size(), config))
 
 
 def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:

@@ -22,9 +22,11 @@ from tiny_run import CONFIG, TOKENIZER
 
 from pdrop_jax.config import Tiling
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.messages import Medium, Message
 from pdrop_jax.train.data.pack import pack
 from pdrop_jax.train.data.pipeline import open_dataset, pipeline
 from pdrop_jax.train.data.sources.open_source import open_source
+from pdrop_jax.train.data.sources.packed_source import pack_index, pack_record, record_text
 from pdrop_jax.train.data.sources.source import reference_finder
 from pdrop_jax.train.recipe import DataRecipe, SourceRecipe
 
@@ -284,26 +286,56 @@ def test_a_file_with_the_name_of_a_place_is_a_file(tmp_path):
     assert pathlib.Path(source.read(reference)).read_bytes() == formats.picture(1)
 
 
+def write_array_record(path, records):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(path)
+
+
+TEXT = record_text([Message("user", (Medium(), "What?")), Message("assistant", ("A",))])
+
+
 @pytest.mark.parametrize(
-    "record",
+    "index",
     [
         b"",
         b"\xc1",
-        msgpack.packb(5),
-        msgpack.packb(["{}"]),
-        msgpack.packb(["[]", []]),
-        msgpack.packb(["{", []]),
-        msgpack.packb([b"\xff", []]),
-        msgpack.packb(["{}", ["text"]]),
         b"\xdd\xff\xff\xff\xff",
+        msgpack.packb(5),
+        msgpack.packb({}),
+        msgpack.packb([TEXT]),
+        msgpack.packb([[TEXT]]),
+        msgpack.packb([["[]", []]]),
+        msgpack.packb([["{", []]]),
+        msgpack.packb([[b"\xff", []]]),
+        msgpack.packb([[TEXT, [[0, 1]]]]),
+        msgpack.packb([[TEXT, [[20, 10**9]]]]),
+        msgpack.packb([[TEXT, [[20, 30.5]]]]),
+        msgpack.packb([[TEXT, [[20, 30]]]] * 2),
     ],
 )
-def test_an_array_record_that_is_no_record_of_ours(tmp_path, record):
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    path = str(tmp_path / "a.arrayrecord")
-    writer = ArrayRecordWriter(path, "group_size:1")
-    writer.write(record)
-    writer.close()
-    with pytest.raises(UserError, match=r"a.arrayrecord, record 0( is malformed| is not a record of pdrop data pack)"):
+def test_an_array_record_file_that_is_no_shard_of_ours(tmp_path, index):
+    path = write_array_record(tmp_path / "a.arrayrecord", [pack_record(TEXT, [formats.picture(1)]), index])
+    with pytest.raises(UserError, match=r"a.arrayrecord has (no index of|1 records, but 2 in its index)"):
         opened(path)
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"\xc1", msgpack.packb([TEXT]), msgpack.packb([TEXT, ["a"]]), msgpack.packb([TEXT, []])]
+)
+def test_a_record_that_is_none_of_ours_is_a_corrupt_image(tmp_path, record):
+    index = pack_index(((TEXT, ((20, 30),)),))
+    found = opened(write_array_record(tmp_path / "a.arrayrecord", [record, index]))
+    assert found.row(0)[1] == "corrupt image"
+
+
+def test_a_picture_of_another_size_than_planned_is_a_corrupt_image(tmp_path):
+    """There may be no room for it, whether the index of a shard is wrong or a file has been replaced."""
+    index = pack_index(((TEXT, ((60, 60),)),))
+    packed = write_array_record(tmp_path / "a.arrayrecord", [pack_record(TEXT, [formats.picture(1)]), index])
+    assert opened(packed, config=TILED).row(0)[1] == "corrupt image"
+    assert opened(packed).row(0)[1] is None

@@ -21,7 +21,7 @@ from pdrop_jax.train.data.invalid import EXAMPLES
 from pdrop_jax.train.data.pack import check, pack
 from pdrop_jax.train.data.sources.manifest import read_manifest
 from pdrop_jax.train.data.sources.open_source import open_source
-from pdrop_jax.train.data.sources.packed_source import pack_record, unpack_record
+from pdrop_jax.train.data.sources.packed_source import pack_index, pack_record, record_text, unpack_index, unpack_record
 
 SIZE = 4  # records for each shard
 
@@ -189,9 +189,11 @@ def test_messages_come_back_as_they_were():
         Message("assistant", ()),
         Message("user", (inline,)),
     ]
-    record, pictures = unpack_record(pack_record(messages, [b"a", b"b", b"c", b"d"], "r1"), "it")
+    text = record_text(messages, "r1")
+    ((record, sizes),) = unpack_index(pack_index(((text, ((2, 3),) * 4),)), "it")
     assert record["id"] == "r1"
-    assert pictures == [b"a", b"b", b"c", b"d"]
+    assert sizes == ((2, 3),) * 4
+    assert unpack_record(pack_record(text, [b"a", b"b", b"c", b"d"]), "it") == [b"a", b"b", b"c", b"d"]
     found, shown = read_record(record | {"images": list("abcd")}, str)
     assert found == messages
     assert shown == list("abcd")

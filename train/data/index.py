@@ -19,7 +19,7 @@ from pdrop_jax.families.gemma3.inputs import check_no_crops
 from pdrop_jax.inputs import Processor, Row
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.images import as_tokens, blank, fixed_size, measure, read_image
+from pdrop_jax.inputs.images import as_tokens, blank, measure_size, read_image
 from pdrop_jax.inputs.prompts import PromptTemplate
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
 from pdrop_jax.train.data.examples import fit, read_example
@@ -81,20 +81,26 @@ class Dataset:
         for start, stop in self.spans[number].reshape(-1, 2):
             labels[start:stop] = ids[start:stop]
         names = self.pictures[number].tobytes().decode().split(SEPARATOR)
-        shown = names[: len(self.sizes.images[number]) // 2]
-        read = [self._image(number, name, alone=len(names) == 1) for name in shown]
+        sizes = self.sizes.images[number].reshape(-1, 2).tolist()
+        read = [
+            self._image(number, name, size, alone=len(names) == 1)
+            for name, size in zip(names, sizes, strict=False)  # more names than sizes if the row was truncated
+        ]
         found = [image for image in read if image is not None]
         if len(found) == len(read):
             return Row(ids, found, labels), None
         grey = blank(self.config)
         return Row(ids, [grey if image is None else image for image in read], np.full_like(labels, IGNORE)), CORRUPT
 
-    def _image(self, number: int, reference: str, alone: bool) -> ImageTokens | None:
-        """Loads an image of row ``number``; None if it cannot be read."""
+    def _image(self, number: int, reference: str, size: list[int], alone: bool) -> ImageTokens | None:
+        """Loads an image of row ``number``; None if it cannot be read, or not with its ``size`` in crops and tokens."""
         source = self.sources[np.searchsorted(np.cumsum(self.counts), number, side="right")]
         try:
             image = read_image(source.read(reference))
-            return as_tokens(image, self.image_processor, self.config, alone=alone)
+            tokens = as_tokens(image, self.image_processor, self.config, alone=alone)
+            if [*tokens.size[:2]] != size:  # there may be no room for it in the batch
+                raise UserError(f"{reference}: has another size than when the data were indexed")
+            return tokens
         except UserError as error:
             if self.data.invalid == "skip":
                 return None
@@ -246,13 +252,10 @@ class _Rows:
 
     def _sizes(self, source: Source, pictures: list[str]) -> list[tuple[int, int]]:
         """Crops and tokens of each."""
-        alone = len(pictures) == 1
-        fixed = fixed_size(self.processor.image_processor, self.config, alone=alone)
-        if fixed:
-            return [(fixed.crops, fixed.tokens)] * len(pictures)
+        processor, alone = self.processor.image_processor, len(pictures) == 1
         try:
             sizes = [
-                measure(source.read(name), self.processor.image_processor, self.config, alone=alone)
+                measure_size(functools.partial(source.size, name), processor, self.config, alone=alone)
                 for name in pictures
             ]
         except UserError as error:

@@ -5,6 +5,7 @@ rewritten after each shard, so packing that was stopped goes on with the shards 
 same bytes.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -31,7 +32,7 @@ from pdrop_jax.train.data.sources.manifest import (
     read_manifest,
     shard_name,
 )
-from pdrop_jax.train.data.sources.packed_source import import_grain, pack_record
+from pdrop_jax.train.data.sources.packed_source import import_grain, pack_index, pack_record, record_text
 from pdrop_jax.train.data.sources.source import PICTURE_BYTES, Source, reference_finder
 from pdrop_jax.train.data.workers import in_order
 
@@ -53,6 +54,13 @@ class Task(NamedTuple):
     number: int
     records: list[Parsed]
     report: Report
+
+
+class Picture(NamedTuple):
+    """The file of a picture that can be decoded, and its height and width in pixels."""
+
+    content: bytes
+    size: tuple[int, int]
 
 
 def check(source: Source, *, outside_images: bool = False, workers: int = 1) -> Report:
@@ -155,21 +163,25 @@ def _make_shard(source: Source, out: pathlib.Path | None, task: Task) -> Shard:
     """Reads and decodes the pictures of a shard's records, and writes the shard unless ``out`` is None."""
     report, size = task.report, 0
     valid = _valid(source, task.records, report)
+    index = []  # text of each record, sizes of its pictures
+
+    def packed() -> Iterator[bytes]:
+        for parsed, pictures in valid:
+            text = record_text(parsed.messages, parsed.identity)
+            index.append((text, tuple(picture.size for picture in pictures)))
+            yield pack_record(text, [picture.content for picture in pictures])
+        if index:
+            yield pack_index(tuple(index))
+
+    records = packed()
     if out is None:
-        counts = [len(contents) for _, contents in valid]
+        collections.deque(records, maxlen=0)
     else:
-        counts = []
-
-        def packed() -> Iterator[bytes]:
-            for parsed, contents in valid:
-                counts.append(len(contents))
-                yield pack_record(parsed.messages, contents, parsed.identity)
-
-        size = _write_records(out / shard_name(task.number), packed())
+        size = _write_records(out / shard_name(task.number), records)
     return Shard(
         number=task.number,
-        records=len(counts),
-        pictures=sum(counts),
+        records=len(index),
+        pictures=sum(len(sizes) for _, sizes in index),
         bytes=size,
         seen=report.seen,
         invalid=dict(sorted(report.invalid.items())),
@@ -177,29 +189,27 @@ def _make_shard(source: Source, out: pathlib.Path | None, task: Task) -> Shard:
     )
 
 
-def _valid(source: Source, records: Iterable[Parsed], report: Report) -> Iterator[tuple[Parsed, list[bytes]]]:
-    """Records with the files of their pictures; those with pictures that cannot be decoded go to the report."""
+def _valid(source: Source, records: Iterable[Parsed], report: Report) -> Iterator[tuple[Parsed, list[Picture]]]:
+    """Records with their pictures; those with pictures that cannot be decoded go to the report."""
     for parsed in records:
         try:
-            contents = [_contents(source, reference) for reference in parsed.pictures]
+            pictures = [_picture(source, reference) for reference in parsed.pictures]
         except InvalidRecord as error:
             report.add(parsed.number, error)
             continue
-        yield parsed, contents
+        yield parsed, pictures
 
 
-def _contents(source: Source, reference: str) -> bytes:
-    """The file of a picture that can be decoded."""
+def _picture(source: Source, reference: str) -> Picture:
     try:
         found, name = source.read(reference), "the picture"
         if isinstance(found, str):
             if not os.path.exists(found):
                 raise InvalidRecord(NO_FILE, reference)
             found, name = read_bytes(found, PICTURE_BYTES), reference
-        decode_image(found, name)
+        return Picture(found, decode_image(found, name).size[::-1])
     except UserError as error:
         raise InvalidRecord(CORRUPT, str(error)) from None
-    return found
 
 
 def _write_records(path: pathlib.Path, records: Iterator[bytes]) -> int:

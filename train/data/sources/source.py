@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.images import image_size
 from pdrop_jax.inputs.messages import decode_data_url, is_data_url
 from pdrop_jax.io import inside
 from pdrop_jax.train.data.invalid import BAD_ENTRY, NO_FILE, OUTSIDE, InvalidRecord
@@ -31,6 +32,11 @@ class Place(str):
     @classmethod
     def of(cls, *numbers: int) -> "Place":
         return cls(_PLACE + ":".join(map(str, numbers)))
+
+
+def numbers_of(reference: str) -> list[int]:
+    """The numbers of a ``Place``."""
+    return [int(number) for number in reference[len(_PLACE) :].split(":")]
 
 
 class Source(abc.ABC):
@@ -65,8 +71,12 @@ class Source(abc.ABC):
         if is_data_url(reference):
             return decode_data_url(reference, "the record")
         if reference.startswith(_PLACE):
-            return self.extract(*map(int, reference[len(_PLACE) :].split(":")))
+            return self.extract(*numbers_of(reference))
         return os.path.join(self.images, reference)
+
+    def size(self, reference: str) -> tuple[int, int]:
+        """(height, width) in pixels of a picture, as ``images.image_size`` gives it."""
+        return image_size(self.read(reference))
 
     def extract(self, *place: int) -> str | bytes:
         """The picture at a ``Place`` of these numbers; see ``read``."""
