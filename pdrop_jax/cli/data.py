@@ -8,6 +8,7 @@ import tyro
 
 from pdrop_jax.cli.options import Folder, OutsideImages, unset
 from pdrop_jax.errors import UserError, printable
+from pdrop_jax.train.data.sources.manifest import RECORDS_PER_SHARD
 
 
 def run(
@@ -18,10 +19,10 @@ def run(
     ] = None,
     images: Folder = None,
     outside_images: OutsideImages = False,
-    records_per_shard: int = 2048,
+    records_per_shard: int = RECORDS_PER_SHARD,
     workers: Annotated[int | None, unset("N", "one for each CPU core")] = None,
 ) -> int:
-    """Check training data record by record, or pack them into ArrayRecord shards, which training reads fastest.
+    """Check training data record by record, or pack them into ArrayRecord shards.
 
     Both decode every picture and report what is invalid, by reason. Packing leaves invalid records out. If it is
     stopped, the same command packs the shards that are missing. Checking exits with code 1 if a record is invalid.

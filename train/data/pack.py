@@ -1,4 +1,4 @@
-"""Check a data set record by record, and pack it into ArrayRecord shards that training reads fast.
+"""Check a data set record by record, and pack it into ArrayRecord shards, which training reads at random.
 
 A shard holds the valid ones of ``records_per_shard`` records in a row, whatever the number of workers. The manifest is
 rewritten after each shard, so packing that was stopped goes on with the shards that are missing, and the result has the
@@ -25,6 +25,7 @@ from pdrop_jax.train.data.examples import read_record
 from pdrop_jax.train.data.invalid import CORRUPT, NO_FILE, InvalidRecord, Report, check_report
 from pdrop_jax.train.data.sources.manifest import (
     MANIFEST,
+    RECORDS_PER_SHARD,
     Manifest,
     Shard,
     fingerprint,
@@ -35,8 +36,6 @@ from pdrop_jax.train.data.sources.manifest import (
 from pdrop_jax.train.data.sources.packed_source import import_grain, pack_index, pack_record, record_text
 from pdrop_jax.train.data.sources.source import PICTURE_BYTES, Source, reference_finder
 from pdrop_jax.train.data.workers import in_order
-
-RECORDS_PER_SHARD = 2048
 
 
 class Parsed(NamedTuple):

@@ -18,6 +18,7 @@ from pdrop_jax.train.data.sources.files import open_binary
 
 MANIFEST = "manifest.json"
 SUFFIX = ".arrayrecord"
+RECORDS_PER_SHARD = 2048
 ENDS = 2**16  # bytes at both ends of each file that belong to its fingerprint
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]

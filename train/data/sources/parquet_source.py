@@ -148,6 +148,6 @@ def _one_line_errors(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged or was cut short ({reason}): write or download it again") from None
