@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "answer a file of questions",
     "score": "score a file of answers by a benchmark's rules",
     "train": "train a model from a recipe",
+    "data": "check training data, or pack them into shards",
     "convert": "convert a PyTorch checkpoint, or assemble one for training",
     "export": "write a checkpoint for transformers or the original LLaVA",
     "cache": "list or remove the models that were converted when they were first used",

@@ -39,6 +39,7 @@ BASE = {
     "eval": {"model": [DEMO], "questions": ["long.jsonl"], "images": [GRIDS], "out": ["a.jsonl"]},
     "score": {"benchmark": ["gqa"], "answers": ["answers.jsonl"], "annotations": [GRIDS / "annotations.json"]},
     "train": {"recipe": ["nowhere.toml"]},
+    "data": {"action": ["pack"], "source": ["long.jsonl"], "out": ["new"], "workers": ["1"]},
     "convert": {"source": ["folder"], "out": ["new"]},
     "export": {"model": ["folder"], "out": ["new"], "format": ["hf"]},
     "cache": {"action": ["list"]},
