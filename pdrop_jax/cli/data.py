@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import Folder, OutsideImages, unset
+from pdrop_jax.cli.options import OutsideImages, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.train.data.sources.manifest import RECORDS_PER_SHARD
 
@@ -17,7 +17,7 @@ def run(
     out: Annotated[
         tyro.conf.Positional[pathlib.Path | None], tyro.conf.arg(metavar="[OUT]", help_behavior_hint=" ")
     ] = None,
-    images: Folder = None,
+    images: Annotated[pathlib.Path | None, unset("DIR")] = None,
     outside_images: OutsideImages = False,
     records_per_shard: int = RECORDS_PER_SHARD,
     workers: Annotated[int | None, unset("N", "one for each CPU core")] = None,
