@@ -68,12 +68,12 @@ def run(
     prompts, pictures = _prompts_of(prompt, messages), read_images(image)
     if picture or heatmap:
         files = [found for found in pictures if isinstance(found, pathlib.Path)]
-        inputs = [*files, *video, *filter(None, (model, messages))]
+        inputs = [*files, *video, *(pathlib.Path(name) for name in (model, messages) if name)]
         _check_pictures(picture, heatmap, len(prompts), bool(image or messages), inputs, overwrite)
     images = _images_of(len(prompts), pictures)
 
+    from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.generation.engine import check_implementation, generate
-    from pdrop_jax.generation.pretrained import DEMO, load
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.inputs.messages import read_conversation
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -27,12 +27,13 @@ from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import inputs as qwen3_vl
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
-from pdrop_jax.inputs.encoded import is_data_url, read_data_url
+from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.io import check_file
 
-Picture = str | os.PathLike | bytes | io.IOBase | Image.Image | np.ndarray
+Encoded = str | os.PathLike | bytes | io.IOBase  # a path or a data: URL, or what a file holds
+Picture = Encoded | Image.Image | np.ndarray
 _WARNINGS = threading.Lock()  # warning filters are global to the process
 
 
@@ -133,44 +134,42 @@ def open_image(picture: Picture) -> Image.Image:
 
 
 def read_image(picture: Picture) -> Image.Image:
-    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process."""
-    if isinstance(picture, str) and is_data_url(picture):
-        picture = read_data_url(picture, "the picture")
-    if isinstance(picture, str | os.PathLike):
+    """``open_image`` for many threads at once: it leaves the warning filters alone, which are global to the process."""
+    if isinstance(picture, Encoded):
         with _opened(picture) as image:
             return _to_rgb(image)
-    if isinstance(picture, bytes | io.IOBase):
-        return decode_image(picture, "the picture")
     with _one_line_errors("the picture"):
         return _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) in pixels of the upright image in a file. Only the header is read.
+def image_size(file: Encoded) -> tuple[int, int]:
+    """(height, width) in pixels of the upright image in a file, or in what a file holds. Only the header is read.
 
     Raises:
       UserError: the image cannot be read or is too large.
     """
-    with _opened(path) as image:
+    with _opened(file) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size if turned else image.size[::-1]
 
 
-def decode_image(content: bytes | io.IOBase, name: str) -> Image.Image:
-    """The RGB image in the bytes of a file, or in an open one, which is read from its start if that is possible.
-
-    Raises:
-      UserError: as ``read_image``; it starts with ``name``.
-    """
-    with _decoded(io.BytesIO(content) if isinstance(content, bytes) else content, name) as image:
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """The RGB image in the bytes of a file. UserError, which starts with ``name``, as ``read_image`` raises it."""
+    with _decoded(io.BytesIO(content), name) as image:
         return _to_rgb(image)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def _opened(file: Encoded) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
-    check_file(path)
-    with _decoded(path, str(path)) as image:
+    if isinstance(file, str) and is_data_url(file):
+        file = decode_data_url(file, "the picture")
+    if isinstance(file, bytes | io.IOBase):
+        opened = _decoded(io.BytesIO(file) if isinstance(file, bytes) else file, "the picture")
+    else:
+        check_file(file)
+        opened = _decoded(file, str(file))
+    with opened as image:
         yield image
 
 
@@ -244,17 +243,23 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
+
+    def size() -> tuple[int, int]:
+        return image_size(picture) if isinstance(picture, Encoded) else open_image(picture).size[::-1]
+
+    return measure_size(size, processor, config, alone=alone)
+
+
+def measure_size(
+    size: Callable[[], tuple[int, int]], processor: ImageProcessor, config: LlavaConfig, *, alone: bool
+) -> ImageSize:
+    """``measure`` by the function ``size``, (height, width) in pixels, which is called only if that matters."""
     gemma3.check_no_crops(processor)
-    grids = isinstance(processor, Qwen2VLImageProcessorPil)
-    if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
+    if isinstance(processor, Qwen2VLImageProcessorPil):
+        return qwen2_vl.measure(size(), processor, config)
+    if config.tiling is None or (config.tiling.alone and not alone):
         return ImageSize(*levels(config)[0])
-    if isinstance(picture, str | os.PathLike) and not is_data_url(picture):
-        size = image_size(picture)
-    else:
-        size = open_image(picture).size[::-1]
-    if grids:
-        return qwen2_vl.measure(size, processor, config)
-    return ImageSize(*count(size, config))
+    return ImageSize(*count(size(), config))
 
 
 def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:
