@@ -1,7 +1,6 @@
 """What a conversion reads: a PyTorch LLaVA checkpoint, or the parts for a new one."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -156,7 +155,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def _find_tower(folder: pathlib.Path, name: Any) -> pathlib.Path | None:
     places = [folder / name, folder.absolute().parent / name] if name and isinstance(name, str) else []
-    return next((place for place in places if os.path.isfile(place / "config.json")), None)
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -14,7 +14,8 @@ from pdrop_jax.families.gemma3.config import GemmaSize, GemmaVisionConfig, gemma
 from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import config as qwen3_vl
-from pdrop_jax.io import read_json
+from pdrop_jax.io import UNFINISHED, read_json
+from pdrop_jax.paths import as_path, in_bucket, why_missing
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, Pixels, TokenId, validated
 from pdrop_jax.text_config import Family as Family
@@ -289,7 +290,7 @@ class LlavaConfig:
     @classmethod
     def load(cls, folder: pathlib.Path) -> "LlavaConfig":
         """Raises UserError if ``folder`` contains no config.json of pdrop-jax."""
-        folder = pathlib.Path(folder)
+        folder = as_path(folder)
         return cls.from_json(read_config(folder), str(folder / "config.json"))
 
 
@@ -312,12 +313,14 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
 
 def config_of(model: str) -> LlavaConfig:
     """The config of one of ``MODELS`` or of a checkpoint folder; UserError if it is neither."""
-    return MODELS[model]() if model in MODELS else LlavaConfig.load(pathlib.Path(model))
+    return MODELS[model]() if model in MODELS else LlavaConfig.load(as_path(model))
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """The JSON object in the config.json of any checkpoint; UserError if there is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} is not a checkpoint: it has no config.json")
+        if in_bucket(folder) and (folder / UNFINISHED).exists():
+            raise UserError(f"{folder} has not been written completely: run the command that writes it again")
+        raise UserError(f"{folder} is not a checkpoint: {why_missing(path, 'it has no config.json')}")
     return read_json(path)

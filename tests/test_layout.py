@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop_jax.convert"}  # folder -> package
 
 # What each package may import besides itself. A module belongs to the longest listed prefix of its name.
-READING = {"pdrop_jax.errors", "pdrop_jax.io", "pdrop_jax.schema"}
+READING = {"pdrop_jax.errors", "pdrop_jax.io", "pdrop_jax.paths", "pdrop_jax.schema"}
 CONFIG = {"pdrop_jax.config", "pdrop_jax.text_config", "pdrop_jax.vision_config", "pdrop_jax.families.*.config"}
 BASE = READING | CONFIG | {"pdrop_jax.schedule", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
@@ -23,7 +23,8 @@ APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.eval", "pdrop_jax.parity", "pdr
 MAY_IMPORT = {
     "pdrop_jax": LIBRARY | {"pdrop_jax.analysis"},
     "pdrop_jax.errors": set(),
-    "pdrop_jax.io": {"pdrop_jax.errors"},
+    "pdrop_jax.io": {"pdrop_jax.errors", "pdrop_jax.paths"},
+    "pdrop_jax.paths": {"pdrop_jax.errors"},
     "pdrop_jax.schema": {"pdrop_jax.errors"},
     "pdrop_jax.batch": set(),
     "pdrop_jax.schedule": READING | {"pdrop_jax.batch"},

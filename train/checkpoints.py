@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
 from pdrop_jax.checkpoint.checksums import checksums
-from pdrop_jax.checkpoint.storage import silence_library_noise
+from pdrop_jax.checkpoint.noise import silence_library_noise
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import path_name
 from pdrop_jax.train.recipe import RunRecipe, differences

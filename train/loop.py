@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdrop_jax import checkpoint
-from pdrop_jax.checkpoint.storage import silence_library_noise
+from pdrop_jax.checkpoint.noise import silence_library_noise
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import Params

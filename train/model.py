@@ -15,6 +15,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.placement import place
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
 from pdrop_jax.train.checkpoints import Checkpoints, Trained, changes
@@ -35,12 +36,12 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
     Raises:
       UserError: the checkpoint cannot be read, or the recipe does not fit it.
     """
-    _check_groups(model, LlavaConfig.load(pathlib.Path(model.start)))
+    _check_groups(model, LlavaConfig.load(as_path(model.start)))
     if (model.layers is None) != (model.ratios is None):
         raise UserError("model.layers and model.ratios must be given together: set both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
-    checkpoint.files_to_copy(pathlib.Path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
+    checkpoint.files_to_copy(as_path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
     if data.template not in (None, "plain"):  # pretraining leaves no way to ask
         config = dataclasses.replace(config, template=data.template)
     if data.image_aspect and config.family != "LLaVA":

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import io
 import os
+import pathlib
 import re
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 
 from pdrop_jax.cli.platforms import skip_missing_tpu
 from pdrop_jax.errors import UserError, exit_on_error, printable
+from pdrop_jax.paths import as_path
 
 COMMANDS = {
     "generate": "answer questions about images",
@@ -71,7 +73,8 @@ def parsed(run: Callable[..., int | None], prog: str, args: Sequence[str]) -> Ca
 
     @functools.wraps(run)
     def bound(*values: Any, **options: Any) -> Any:
-        return functools.partial(run, *values, **options)
+        # tyro makes gs:/bucket of gs://bucket
+        return functools.partial(run, *map(_located, values), **{name: _located(x) for name, x in options.items()})
 
     said = io.StringIO()
     try:
@@ -81,6 +84,10 @@ def parsed(run: Callable[..., int | None], prog: str, args: Sequence[str]) -> Ca
         if not end.code:
             raise
         raise UserError(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
+
+
+def _located(value: Any) -> Any:
+    return as_path(value) if isinstance(value, pathlib.Path) else value
 
 
 def _unboxed(box: str) -> str:

@@ -33,6 +33,7 @@ from pdrop_jax.generation.engine import check_implementation
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_output
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import DropSchedule
 
 # Names of the keys of ``describe`` in messages.
@@ -102,7 +103,7 @@ def evaluate(
     began = time.perf_counter()
     check_implementation(implementation)
     check_batch_size(batch_size)
-    folder = pathlib.Path(model)
+    folder = as_path(model)
     asked = read_questions(questions, images, outside_images)
     inputs = [questions, *(image for question in asked for image in question.images), *([folder] if overwrite else ())]
     target = check_output(out, overwrite=True, inputs=inputs, makes_folder=True)
@@ -112,7 +113,7 @@ def evaluate(
     if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
         unfinished(target).unlink(missing_ok=True)  # left by a run that was killed right after renaming its answers
-        return Evaluation(pathlib.Path(out), len(asked), 0, time.perf_counter() - began)
+        return Evaluation(as_path(out), len(asked), 0, time.perf_counter() - began)
     with Journal(target, overwrite) as journal:
         check_answers(journal.path, journal.answers.values(), asked, ids, metadata)
         answered = {n for n, answer_id in enumerate(ids) if answer_id in journal.answers}
@@ -134,7 +135,7 @@ def evaluate(
                     journal.append(_line(asked[n], text, ids[n], folder, metadata) for n, text in new)
                     bar.update(len(new))
         journal.finish(ids)
-    return Evaluation(pathlib.Path(out), len(asked), len(asked) - before, time.perf_counter() - began)
+    return Evaluation(as_path(out), len(asked), len(asked) - before, time.perf_counter() - began)
 
 
 def describe(

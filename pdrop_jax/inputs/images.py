@@ -29,6 +29,7 @@ from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, poole
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.io import check_file
+from pdrop_jax.paths import as_path
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -157,8 +158,12 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
+    path = as_path(path)
     check_file(path)
-    with _decoded(path, str(path)) as image:
+    with (
+        contextlib.nullcontext(path) if isinstance(path, pathlib.Path) else path.open("rb") as file,
+        _decoded(file, str(path)) as image,
+    ):
         yield image
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,9 @@ from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens,
 from pdrop_jax.inputs.messages import Prompt, read_conversation
 from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ImagePlaces, find_chat_template
 from pdrop_jax.inputs.prompts import PromptTemplate, prompt_template
-from pdrop_jax.inputs.tokenizer import load_tokenizer
+from pdrop_jax.inputs.tokenizer import OPENED, load_tokenizer
+from pdrop_jax.io import local_copy
+from pdrop_jax.paths import as_path
 
 Entry = Picture | Video | Sequence[Picture | Video] | None  # the images of a prompt
 
@@ -49,9 +50,9 @@ class Processor:
           UserError: the tokenizer or the chat template is missing or cannot be read; see also
             ``images.load_image_processor``.
         """
-        folder = pathlib.Path(folder)
-        tokenizer, image_processor = load_tokenizer(folder), load_image_processor(folder, config)
-        processor = cls(config, tokenizer, image_processor, find_chat_template(folder))
+        with local_copy(as_path(folder), OPENED) as place:
+            tokenizer, image_processor = load_tokenizer(place), load_image_processor(place, config)
+            processor = cls(config, tokenizer, image_processor, find_chat_template(place))
         processor.prompts()
         return processor
 

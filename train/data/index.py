@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,6 +22,7 @@ from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.images import as_tokens, blank, measure, read_image
 from pdrop_jax.inputs.prompts import PromptTemplate
 from pdrop_jax.io import inside
+from pdrop_jax.paths import as_path, names_in
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
 from pdrop_jax.train.data.examples import CORRUPT, OUTSIDE, InvalidRecord, fit, read_example, read_records
 from pdrop_jax.train.data.ragged import Ragged, RaggedBuilder
@@ -145,7 +145,7 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
     prompts.check_trainable()
     _check(data, config)
     check_no_crops(processor.image_processor)
-    path = pathlib.Path(data.conversations)
+    path = as_path(data.conversations)
     rows = _Rows(data, processor, prompts)
     records = enumerate(read_records(path), 1)
     bar = tqdm(desc=f"tokenizing {printable(path.name)}", unit=" rows", disable=None if progress else True)
@@ -178,7 +178,7 @@ def _check(data: DataRecipe, config: LlavaConfig) -> None:
         raise UserError(
             f"data.max_length is {data.max_length}, but the model has {config.text.max_length} positions: lower it"
         )
-    if not os.path.isdir(data.images):
+    if not as_path(data.images).is_dir():
         raise UserError(f"data.images is {data.images}, which is not a folder: set it to the folder of the images")
 
 
@@ -268,12 +268,7 @@ def file_finder(folder: str, outside: bool = False) -> Callable[[str], bool]:
         raises InvalidRecord for such names. Only names are checked: a symbolic link in ``folder`` may point anywhere.
     """
 
-    @functools.cache
-    def names(parent: str) -> frozenset[str]:
-        try:
-            return frozenset(os.listdir(parent))
-        except (OSError, ValueError):
-            return frozenset()
+    names = functools.cache(names_in)
 
     def is_file(name: str) -> bool:
         if not outside and name and not inside(folder, name):
