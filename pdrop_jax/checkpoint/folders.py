@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -72,6 +73,18 @@ def new_folder(folder: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]
             with contextlib.suppress(UserError):  # the bucket does not answer: the first error says so
                 remove_folder(new)
         raise
+
+
+@contextlib.contextmanager
+def locally(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A local folder whose files are in ``folder`` afterwards, for libraries that write local files only."""
+    if not in_bucket(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="pdrop-") as name:
+        yield pathlib.Path(name)
+        for path in pathlib.Path(name).iterdir():
+            copy_file(path, folder / path.name)
 
 
 def copy_files(source: pathlib.Path, target: pathlib.Path, patterns: Iterable[str]) -> None:

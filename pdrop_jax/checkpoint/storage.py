@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from pdrop_jax.checkpoint.checksums import Checksums, Stored, checksums, verify
 from pdrop_jax.checkpoint.noise import silence_library_noise
 from pdrop_jax.checkpoint.remote import orbax_context, orbax_path
-from pdrop_jax.checkpoint.tensor_files import open_tensors, save_tensors
+from pdrop_jax.checkpoint.tensor_files import DTYPES, open_tensors, save_tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import parse_json, read_json
 from pdrop_jax.paths import files_below
@@ -46,7 +46,6 @@ CHECKSUMS = "checksums.json"
 SINGLE_FILE = "params.safetensors"
 GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, since each call takes some milliseconds
 CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; otherwise its buffers would be as large as the array
-DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # names of safetensors
 
 Arrays = dict[str, jax.Array]
 Targets = Mapping[str, jax.ShapeDtypeStruct]
