@@ -189,6 +189,15 @@ def remove_folder(folder: pathlib.Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a folder; in a bucket, object by object."""
+    if isinstance(folder, BucketPath):
+        with _asking(folder, "moved"):
+            folder._fs.mv(str(folder), str(target), recursive=True)
+    else:
+        folder.rename(target)
+
+
 def names_in(folder: str | os.PathLike) -> frozenset[str]:
     """Names of the files and folders in ``folder``; empty if it does not exist."""
     try:

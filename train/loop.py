@@ -1,7 +1,6 @@
 """The training loop: from a recipe to the trained model, with resume and a clean stop on SIGTERM and Ctrl-C."""
 
 import dataclasses
-import pathlib
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.placement import abstract, place, shardings
 from pdrop_jax.model.stacking import restage
+from pdrop_jax.paths import as_path, in_bucket, probe
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import batch_sharding, devices_along, make_mesh
 from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
@@ -30,6 +30,7 @@ from pdrop_jax.train.model import is_up_to_date, open_start, write_model
 from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.recipe import MOST_STEPS, MeshRecipe, Recipe, RunRecipe, checked
+from pdrop_jax.train.spool import spooled
 from pdrop_jax.train.startup import describe, few_rows, step_macs
 from pdrop_jax.train.step import Metrics, TrainState, changing, init_state, join, not_finite, train_step_for
 
@@ -72,7 +73,9 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
     """
     silence_library_noise()
     recipe = checked(recipe)
-    folder = pathlib.Path(recipe.run.folder)
+    folder = as_path(recipe.run.folder)
+    if in_bucket(folder):
+        probe(folder)
     job, params, metadata = open_job(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(job.mesh), Checkpoints(folder, recipe.run) as checkpoints:
@@ -222,7 +225,11 @@ def _run(
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
     number, pending, shapes = first, None, set()
     step = train_step_for(jax.default_backend(), run.batch_size // _parts(job.mesh, run))
-    with Progress(pathlib.Path(run.folder), first, job.steps, run.log_every) as progress, _Stop() as stop:
+    with (
+        spooled(as_path(run.folder)) as spool,
+        Progress(spool.folder, first, job.steps, run.log_every) as progress,
+        _Stop() as stop,
+    ):
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
             macs = step_macs(job.config, job.dataset, run.batch_size, model.groups, read.batch.bucket)
@@ -258,6 +265,7 @@ def _run(
             if stopping or number % run.save_every == 0 or number == job.steps:
                 log(*pending)  # the log must never be behind a checkpoint
                 pending = None
+                spool.upload()
                 checkpoints.save(dataclasses.replace(metadata, step=number), changing(state))
                 progress.event("saved", number)
             if stopping:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.placement import place
-from pdrop_jax.paths import as_path
+from pdrop_jax.paths import as_path, in_bucket, remove_folder
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
 from pdrop_jax.train.checkpoints import Checkpoints, Trained, changes
@@ -87,7 +86,7 @@ def write_model(
 ) -> None:
     """Writes the trained model as a checkpoint in the compute dtype, with LoRA adapters merged.
 
-    All processes must call it. An existing model in ``folder`` is only replaced once the new one is complete.
+    All processes must call it. On the local disk, an existing model is only replaced once the new one is complete.
 
     Raises:
       UserError: a parameter is NaN or infinite, or the disk has no room for the new model next to the old one.
@@ -101,17 +100,19 @@ def write_model(
             f"or infinity, the first is {bad[0]}; lower optimizer.learning_rate"
         )
     new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
+    if in_bucket(folder):  # which cannot rename; the run can write its model again from its last checkpoint
+        new = folder
     main = jax.process_index() == 0
     if main:  # left by a run that was killed here
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(new)
+        remove_folder(old)
     multihost_utils.sync_global_devices("leftovers of an earlier run removed")
     checkpoint.save(new, config, params, companions=model.start, training=dataclasses.asdict(metadata))
-    if main:
+    if main and new != folder:
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
     multihost_utils.sync_global_devices("model written")
 
 

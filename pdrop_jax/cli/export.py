@@ -10,6 +10,7 @@ import tyro
 from pdrop_jax.cli.options import Flag, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
+from pdrop_jax.paths import in_bucket
 
 
 def run(
@@ -35,7 +36,8 @@ def run(
     check_new_folder(out)
     with contextlib.ExitStack() as at_end:
         if is_run(model):
-            scratch = at_end.enter_context(tempfile.TemporaryDirectory(dir=model))
+            beside = None if in_bucket(model) else model
+            scratch = at_end.enter_context(tempfile.TemporaryDirectory(dir=beside))
             model = model_of(model, pathlib.Path(scratch))
         if format == "pdrop":
             from pdrop_jax import checkpoint
