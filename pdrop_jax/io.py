@@ -237,6 +237,14 @@ def written_aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[p
       UserError: see ``check_output`` and ``put_in_place``.
     """
     target = check_output(path, overwrite=overwrite)
+    with aside(target) as new:
+        yield new
+        put_in_place(new, target, overwrite)
+
+
+@contextlib.contextmanager
+def aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary local name for what is going to be ``target``, beside it unless that is in a bucket."""
     with contextlib.ExitStack() as at_end:
         if in_bucket(target):
             folder = pathlib.Path(at_end.enter_context(tempfile.TemporaryDirectory(prefix="pdrop-")))
@@ -246,7 +254,6 @@ def written_aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[p
         new = folder / f"{ASIDE}{secrets.token_hex(8)}{target.suffix}"
         at_end.callback(new.unlink, missing_ok=True)
         yield new
-        put_in_place(new, target, overwrite)
 
 
 def put_in_place(new: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:

@@ -1,8 +1,8 @@
 """The log of a run in a bucket: written on the local disk, and uploaded before each checkpoint.
 
-An object cannot be appended to. Uploading the log whenever a checkpoint is saved keeps one log.jsonl, under the name that
-it has in a local run folder. A killed process loses nothing by it: lines after the last checkpoint are removed when the
-run is resumed anyway, because their steps are run again.
+An object cannot be appended to. Uploading the log whenever a checkpoint is saved keeps one log.jsonl, under the name
+that it has in a local run folder. A killed process loses nothing by it: when a run is resumed, lines after its last
+checkpoint are removed anyway, because their steps are run again.
 """
 
 import contextlib

@@ -26,6 +26,7 @@ def silence_library_noise() -> None:
     sys.unraisablehook = functools.partial(_skip_orbax, sys.unraisablehook)
     sys.excepthook = functools.partial(_skip_closed_loop, sys.excepthook)
     threading.excepthook = functools.partial(_skip_full_disk, threading.excepthook)
+    warnings.filterwarnings("ignore", "coroutine '_create_paths' was never awaited")  # orbax, if it cannot write
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache")  # jax continues without it
 
 

@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.paths import RETRIES, in_bucket
 
+PAUSE = 0.5  # seconds before the first repetition of a request; each further one waits twice as long
 FILE_BYTES = 256 * 2**20  # size at which orbax begins another object; it is buffered in memory
 
 
@@ -50,7 +51,7 @@ def _store(url: str) -> dict[str, Any]:
     """TensorStore's description of the store at ``url``."""
     scheme, _, rest = url.partition("://")
     bucket, _, path = rest.partition("/")
-    retries = {"max_retries": RETRIES, "initial_delay": "0.5s", "max_delay": "16s"}
+    retries = {"max_retries": RETRIES, "initial_delay": f"{PAUSE}s", "max_delay": "16s"}
     where = {"bucket": bucket, "path": posixpath.normpath(path)}
     if scheme == "gs":
         return {"driver": "gcs", **where, "gcs_request_retries": retries}

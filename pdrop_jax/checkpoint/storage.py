@@ -37,7 +37,7 @@ from pdrop_jax.checkpoint.remote import orbax_context, orbax_path
 from pdrop_jax.checkpoint.tensor_files import DTYPES, open_tensors, save_tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import parse_json, read_json
-from pdrop_jax.paths import files_below
+from pdrop_jax.paths import files_below, in_bucket, reason
 from pdrop_jax.schema import validated
 
 PARAMS = "params"
@@ -309,5 +309,10 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, SafetensorError) as error:  # how orbax and safetensors report operating system errors
+    except Exception as error:
+        if in_bucket(folder):
+            raise UserError(f"{folder} cannot be written: {reason(folder, error)}") from None
+        if not isinstance(error, ValueError | SafetensorError):
+            raise
+        # how orbax and safetensors report errors of the operating system
         raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None

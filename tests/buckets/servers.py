@@ -56,18 +56,22 @@ class Proxy(http.server.ThreadingHTTPServer):
     """Passes requests on to ``server``, except a share of them, which ends in 503, 429 or a closed connection.
 
     Attributes:
-      share: of the requests that fail; may be changed at any time.
+      share: of the requests that fail.
       failed: number of requests that did.
+      answer: status and content of the answer to every request; None passes them on.
     """
 
     daemon_threads = True
 
-    def __init__(self, server, share, seed=0):
-        self.server, self.share, self.failed = server.removeprefix("http://"), share, 0
-        self._random, self._lock = random.Random(seed), threading.Lock()
+    def __init__(self, server):
+        self.server, self._lock = server.removeprefix("http://"), threading.Lock()
+        self.reset()
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def reset(self, share=0.0, answer=None):
+        self.share, self.answer, self.failed, self._random = share, answer, 0, random.Random(0)
 
     def __exit__(self, *args):
         self.shutdown()
@@ -97,6 +101,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if fault:
             status, headers, content = fault, [("Content-Type", "text/plain")], b"try again"
+        elif self.server.answer:
+            status, content = self.server.answer
+            headers = [("Content-Type", "application/json" if content.startswith(b"{") else "application/xml")]
         else:
             status, headers, content = self._answer(body)
         self.send_response(status)

@@ -34,12 +34,12 @@ def test_everything_in_a_bucket(local, bucket):
     """Stopped, resumed and extended, it has the losses and the model of the local run."""
     upload(local / "data", bucket / "data")
     upload(local / "start", bucket / "start")
-    everything = dict(
-        run_folder=f"{bucket}/run",
-        model_start=f"{bucket}/start",
-        data_conversations=f"{bucket}/data/data.json",
-        data_images=f"{bucket}/data/images",
-    )
+    everything = {
+        "run_folder": f"{bucket}/run",
+        "model_start": f"{bucket}/start",
+        "data_conversations": f"{bucket}/data/data.json",
+        "data_images": f"{bucket}/data/images",
+    }
     train(recipe_in(local, run_steps=4, **everything))
     train(recipe_in(local, **everything), allow_changes=True)
     run = bucket / "run"
