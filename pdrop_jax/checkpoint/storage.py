@@ -3,10 +3,11 @@
 ::
 
     params/0, 1, …        written by orbax, a group of arrays at a time, for models of any size
+    arrays.json           group, shape and dtype of each array; orbax takes dozens of requests to a bucket to tell
     sizes.json            size in bytes of each file in params/, to report truncated files before orbax reads them
     checksums.json        checksum of each array
 
-    params.safetensors    replaces all three: a single file for small models, with the checksums in its metadata
+    params.safetensors    replaces them all: a single file for small models, with the checksums in its metadata
 
 Both formats store the same arrays under the same names, such as ``stages.0.mlp.up.kernel``. Empty arrays, which occur
 in the empty stage before a drop at layer 0, are not stored. Checkpoints of the first release have all arrays in params/
@@ -15,20 +16,21 @@ itself and no checksums; reading one prints a note on stderr that it is not veri
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
-import itertools
 import json
 import math
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
+from pydantic import Field
 from safetensors import SafetensorError
 
 from pdrop_jax.checkpoint.checksums import Checksums, Stored, checksums, verify
@@ -42,10 +44,22 @@ from pdrop_jax.schema import validated
 
 PARAMS = "params"
 SIZES = "sizes.json"
+ARRAYS = "arrays.json"
 CHECKSUMS = "checksums.json"
 SINGLE_FILE = "params.safetensors"
 GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, since each call takes some milliseconds
+REMOTE_GROUP_BYTES = 2**30  # of a bucket, where each call makes about a hundred requests one after the other
 CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; otherwise its buffers would be as large as the array
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What ``arrays.json`` says about an array."""
+
+    group: Annotated[int, Field(ge=0, lt=2**20)]
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**40)], ...]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
 
 Arrays = dict[str, jax.Array]
 Targets = Mapping[str, jax.ShapeDtypeStruct]
@@ -132,19 +146,30 @@ def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     # Compression saves a fifth of the size of bfloat16 weights, but halves the write speed.
     context.array.saving.use_compression = False
+    limit = REMOTE_GROUP_BYTES if in_bucket(folder) else GROUP_BYTES
     group: dict[str, Any] = {}
     found: Checksums = {}
-    numbers = itertools.count()
+    places: dict[str, Place] = {}
+
+    def save_group() -> None:
+        number = len({place.group for place in places.values()})
+        places.update({name: Place(number, tuple(x.shape), x.dtype.name) for name, x in group.items()})
+        found.update(checksums(group))
+        ocp.save(orbax_path(folder / PARAMS / str(number)), unflatten_dict(group, sep="."))
+        group.clear()
+        trim_memory()
+
     with context, _writing(folder):
         for name, x in arrays:
             if 0 not in x.shape:
                 group[name] = x
             del x  # otherwise it stays alive while the next one is created
-            if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
-                found |= _save_group(folder / PARAMS / str(next(numbers)), group)
+            if sum(x.nbytes for x in group.values()) >= limit:
+                save_group()
         if group:
-            found |= _save_group(folder / PARAMS / str(next(numbers)), group)
+            save_group()
     if jax.process_index() == 0:
+        (folder / ARRAYS).write_text(json.dumps({name: dataclasses.asdict(x) for name, x in places.items()}) + "\n")
         (folder / CHECKSUMS).write_text(json.dumps(found, indent=2) + "\n")
         (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
 
@@ -197,36 +222,36 @@ def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or have a different size, "
             f"the first is {damaged[0]}; copy or convert it again"
         )
+    if (places := _places(folder)) is not None:
+        return {name: jax.ShapeDtypeStruct(place.shape, jnp.dtype(place.dtype)) for name, place in places.items()}
     silence_library_noise()
-    with _reading(folder):
-        return {name: x for group in _saved_groups(folder) for name, x in _metadata(group).items()}
+    with _reading(folder), orbax_context(folder):
+        tree = ocp.metadata(orbax_path(folder / PARAMS)).metadata
+        if tree is None:
+            raise ValueError("its array metadata cannot be read")
+    return flatten_dict(tree, sep=".")
 
 
 def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
     silence_library_noise()
     context = orbax_context(folder)
     context.pytree.loading.partial_load = True
+    places = _places(folder)
+    groups: dict[pathlib.Path, dict[str, Any]] = {}
+    for name, x in targets.items():
+        group = folder / PARAMS if places is None else folder / PARAMS / str(places[name].group)
+        groups.setdefault(group, {})[name] = x
     found: Arrays = {}
     with _reading(folder), context:
-        for group in _saved_groups(folder):
-            wanted = {name: targets[name] for name in _metadata(group) if name in targets}
-            if wanted:
-                found |= flatten_dict(ocp.load(orbax_path(group), unflatten_dict(wanted, sep=".")), sep=".")
+        for group, wanted in groups.items():
+            found |= flatten_dict(ocp.load(orbax_path(group), unflatten_dict(wanted, sep=".")), sep=".")
     return found
 
 
-def _saved_groups(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What orbax has saved below ``folder``, in order."""
-    numbered = [path for path in (folder / PARAMS).iterdir() if path.name.isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name)) or [folder / PARAMS]
-
-
-def _metadata(group: pathlib.Path) -> dict[str, Any]:
-    with orbax_context(group):
-        tree = ocp.metadata(orbax_path(group)).metadata
-    if tree is None:
-        raise ValueError("its array metadata cannot be read")
-    return flatten_dict(tree, sep=".")
+def _places(folder: pathlib.Path) -> dict[str, Place] | None:
+    """The index of the arrays; None if all of them are in params/ itself."""
+    path = folder / ARRAYS
+    return validated(dict[str, Place], read_json(path), str(path)) if path.exists() else None
 
 
 def _groups(wanted: Targets) -> Iterator[list[str]]:
@@ -245,14 +270,6 @@ def _groups(wanted: Targets) -> Iterator[list[str]]:
 
 def _sizes(folder: pathlib.Path) -> dict[str, int]:
     return {f"{PARAMS}/{name}": size for name, size in files_below(folder / PARAMS).items()}
-
-
-def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> Checksums:
-    found = checksums(group)
-    ocp.save(orbax_path(folder), unflatten_dict(group, sep="."))
-    group.clear()
-    trim_memory()
-    return found
 
 
 def _stored_in_file(folder: pathlib.Path) -> dict[str, Any]:

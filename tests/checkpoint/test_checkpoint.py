@@ -140,7 +140,7 @@ def test_companions_travel_along(saved, params, tmp_path):
         (saved / name).write_text(name)
     checkpoint.save(tmp_path / "out", CONFIG, params, companions=saved)
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"config.json", "params", "sizes.json", "checksums.json", *names} - {"notes.txt"}
+    assert found == {"config.json", "params", "arrays.json", "sizes.json", "checksums.json", *names} - {"notes.txt"}
 
 
 def linked(folder, name, target):
