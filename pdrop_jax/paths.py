@@ -90,6 +90,11 @@ class BucketPath(PosixGPath):
         return "{1}://{2}".format(*self.parts)
 
     @property
+    def parent(self) -> "BucketPath":
+        """As for the root of a disk, that of a bucket is the bucket itself."""
+        return super().parent if len(self.parts) > 3 else self
+
+    @property
     def _fs(self) -> Any:
         import fsspec
 
@@ -135,7 +140,8 @@ class BucketPath(PosixGPath):
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:  # type: ignore[override]
         """The objects and folders directly in this folder whose names match."""
-        yield from (path for path in (self.iterdir() if self.is_dir() else ()) if path.match(pattern))
+        with contextlib.suppress(FileNotFoundError):
+            yield from (path for path in self.iterdir() if path.match(pattern))
 
     def open(self, mode: str = "r", *args: Any, **options: Any) -> Any:
         """A file object for reading in parts."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -354,3 +355,12 @@ def test_what_cannot_be_quantized(saved, params, tmp_path):
         checkpoint.load(saved, quantize="int4")
     with pytest.raises(UserError, match="are quantized, which a checkpoint cannot hold"):
         checkpoint.save(tmp_path / "int8", CONFIG, quantize_decoder(CONFIG, params))
+
+
+def test_arrays_of_the_first_release_are_all_in_one_place(params, tmp_path):
+    checkpoint.save(tmp_path / "new", CONFIG, params)
+    shutil.copytree(tmp_path / "new" / "params" / "0", tmp_path / "old" / "params")
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
+    sizes = json.loads((tmp_path / "new" / "sizes.json").read_text())
+    (tmp_path / "old" / "sizes.json").write_text(json.dumps({k.replace("/0/", "/", 1): v for k, v in sizes.items()}))
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(tmp_path / "old")[1], params)
