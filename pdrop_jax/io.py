@@ -266,9 +266,9 @@ def put_in_place(new: pathlib.Path, target: pathlib.Path, overwrite: bool) -> No
         try:
             target.upload(new, new=not overwrite)
         except FileExistsError:
-            spare = _spare(target)
-            spare.upload(new)
-            raise UserError(_APPEARED.format(target, spare)) from None
+            other = _spare(target)
+            other.upload(new)
+            raise UserError(_APPEARED.format(target, other)) from None
         new.unlink()
         return
     if overwrite:

@@ -125,20 +125,20 @@ class BucketPath(PosixGPath):
         except FileNotFoundError:
             return False
 
-    def stat(self) -> os.stat_result:  # type: ignore[override]
+    def stat(self) -> os.stat_result:
         """Kind and size as ``os.stat`` gives them. Raises FileNotFoundError as it does."""
         with _asking(self, "read"):
             found = self._fs.info(str(self))
         kind = stat.S_IFDIR if found["type"] == "directory" else stat.S_IFREG
         return os.stat_result((kind, 0, 0, 1, 0, 0, found["size"] or 0, 0, 0, 0))
 
-    def iterdir(self) -> Iterator["BucketPath"]:  # type: ignore[override]
+    def iterdir(self) -> Iterator["BucketPath"]:
         with _asking(self, "read"):
             names = [name.rstrip("/") for name in self._fs.ls(str(self), detail=False)]
         here = str(self).partition("://")[2]  # some servers list an object for the folder itself
         yield from (self / posixpath.basename(name) for name in names if name != here)
 
-    def glob(self, pattern: str) -> Iterator["BucketPath"]:  # type: ignore[override]
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
         """The objects and folders directly in this folder whose names match."""
         with contextlib.suppress(FileNotFoundError):
             yield from (path for path in self.iterdir() if path.match(pattern))

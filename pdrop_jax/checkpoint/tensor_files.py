@@ -66,7 +66,8 @@ class RemoteTensors:
         return list(self._entries)
 
     def metadata(self) -> dict[str, str] | None:
-        return validated(dict[str, str] | None, self._metadata, f"the metadata of {self._path}")
+        where = f"the metadata of {self._path}"
+        return None if self._metadata is None else validated(dict[str, str], self._metadata, where)
 
     def get_slice(self, name: str) -> Entry:
         return self._entries[name]

@@ -158,7 +158,8 @@ def _check_pictures(questions: list[Question]) -> None:
     for question in questions:
         for image in question.images:
             if image not in there:
-                there[image] = image.name in names(image.parent) if in_bucket(image) else os.path.isfile(image)
+                path = as_path(str(image))
+                there[image] = path.name in names(path.parent) if in_bucket(path) else path.is_file()
             if not there[image]:
                 missing.append(f"{image} of question {question.id!r}, {question.where}")
     if missing:
