@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.paths import BucketPath, as_path, in_bucket, probe, why_missing
@@ -111,13 +111,16 @@ def inside(folder: str | os.PathLike, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def local_copy(folder: pathlib.Path, patterns: Sequence[str]) -> Iterator[pathlib.Path]:
+def local_copy(folder: pathlib.Path, patterns: Sequence[str], limit: int | None = JSON_BYTES) -> Iterator[pathlib.Path]:
     """A local folder with the files of ``folder`` that match, for libraries that read local files only.
 
     It is ``folder`` itself unless that is in a bucket.
 
+    Args:
+      limit: largest allowed size of a file that is copied, in bytes.
+
     Raises:
-      UserError: the folder does not exist, or a file is larger than ``JSON_BYTES``.
+      UserError: a file cannot be copied.
     """
     if not in_bucket(folder):
         yield folder
@@ -125,8 +128,12 @@ def local_copy(folder: pathlib.Path, patterns: Sequence[str]) -> Iterator[pathli
     found = [path for path in folder.iterdir() if any(map(path.match, patterns))] if folder.is_dir() else []
     with tempfile.TemporaryDirectory(prefix="pdrop-") as name, ThreadPoolExecutor() as pool:
         copy = pathlib.Path(name)
-        for path, content in zip(found, pool.map(lambda path: read_bytes(path, JSON_BYTES), found), strict=True):
-            (copy / path.name).write_bytes(content)
+
+        def fetch(path: pathlib.Path) -> None:
+            check_file(path, limit)
+            cast(BucketPath, path).download(copy / path.name)
+
+        list(pool.map(fetch, found))
         try:
             yield copy
         except UserError as error:  # the user knows nothing of the copy

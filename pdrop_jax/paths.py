@@ -6,6 +6,7 @@ client library raises about a bucket, it turns into a UserError of one line; the
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import logging
@@ -174,6 +175,10 @@ class BucketPath(PosixGPath):
         with _asking(self, "written"):
             self._fs.put_file(str(file), str(self), mode="create" if new else "overwrite")
 
+    def download(self, file: pathlib.Path) -> None:
+        with _asking(self, "read"):
+            self._fs.get_file(str(self), str(file))
+
     def mkdir(self, *_: Any, **__: Any) -> None:
         """Nothing: a folder comes into being with its first object."""
 
@@ -267,6 +272,8 @@ def _asking(path: BucketPath, what: str) -> Iterator[None]:
             raise
         raise UserError(f"{path} cannot be written: {_no_bucket(path)}") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk of a local copy
+            raise
         raise UserError(f"{path} cannot be {what}: {reason(path, error)}") from None
 
 

@@ -6,10 +6,12 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import torch
 from tiny_run import CONFIG, TOKENIZER
 
 from pdrop_jax import checkpoint
 from pdrop_jax.checkpoint.tensor_files import RemoteTensors
+from pdrop_jax.convert.pickles import open_pickle
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.evaluate import evaluate
 from pdrop_jax.eval.journal import Journal
@@ -163,3 +165,13 @@ def test_paths():
     assert isinstance(as_path("gs"), pathlib.Path)
     with pytest.raises(UserError, match="gs:// names no bucket: write gs://BUCKET/NAME"):
         as_path("gs://")
+
+
+def test_pickles_are_copied_to_be_read(name, tmp_path):
+    torch.save({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / "mm_projector.bin")
+    path = as_path(f"gs://{name}/mm_projector.bin")
+    path.upload(tmp_path / "mm_projector.bin")
+    np.testing.assert_array_equal(open_pickle(path)["weight"].read(), np.arange(6.0).reshape(2, 3))
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=f"{path} (is refused|cannot be read)"):
+        open_pickle(path)
