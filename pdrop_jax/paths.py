@@ -203,8 +203,10 @@ def remove_folder(folder: pathlib.Path) -> None:
 def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:
     """Renames a folder; in a bucket, object by object."""
     if isinstance(folder, BucketPath):
-        with _asking(folder, "moved"):
-            folder._fs.mv(str(folder), str(target), recursive=True)
+        for name in files_below(cast(pathlib.Path, folder)):
+            with _asking(folder, "moved"):
+                folder._fs.cp_file(str(folder / name), str(target / name))  # on the server
+        folder.rmtree()
     else:
         folder.rename(target)
 

@@ -16,6 +16,7 @@ from tiny_run import arrays_of, losses, recipe_in, write_data, write_start
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.paths import as_path, files_below
+from pdrop_jax.train import loop
 from pdrop_jax.train.checkpoints import Checkpoints
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.recipe import RunRecipe
@@ -40,8 +41,8 @@ def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, arrays_of(one), arrays_of(other))
 
 
-def test_everything_in_a_bucket(local, bucket):
-    """Stopped, resumed and extended, it has the losses and the model of the local run."""
+def test_everything_in_a_bucket(local, bucket, monkeypatch):
+    """Stopped and resumed, it has the losses and the model of the local run."""
     upload(local / "data", bucket / "data")
     upload(local / "start", bucket / "start")
     everything = {
@@ -50,9 +51,12 @@ def test_everything_in_a_bucket(local, bucket):
         "data_conversations": f"{bucket}/data/data.json",
         "data_images": f"{bucket}/data/images",
     }
-    train(recipe_in(local, run_steps=4, **everything))
-    train(recipe_in(local, **everything), allow_changes=True)
     run = bucket / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Stop, "requested", lambda _, step: step == 3)
+        train(recipe_in(local, **everything))
+    assert losses(run) == losses(local / "run")[:3]
+    train(recipe_in(local, **everything))
     assert losses(run) == losses(local / "run")
     same(run, local / "run")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["4", "6"]
