@@ -10,6 +10,7 @@ from pdrop_jax.checkpoint.folders import (
     new_folder,
 )
 from pdrop_jax.checkpoint.store import (
+    SOURCE,
     TRAINING,
     UNUSED,
     abstract_arrays,
@@ -24,6 +25,7 @@ from pdrop_jax.checkpoint.store import (
 __all__ = [
     "COMPANIONS",
     "PROCESSOR",
+    "SOURCE",
     "TOKENIZER",
     "TRAINING",
     "UNUSED",

@@ -27,6 +27,7 @@ from pdrop_jax.cli.options import (
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_outputs, read_json
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import parse_schedule
 
 
@@ -64,12 +65,12 @@ def run(
     """
     prompts = _prompts_of(prompt, messages)
     if picture or heatmap:
-        inputs = [*image, *video, *filter(None, (model, messages))]
+        inputs = [*image, *video, *(as_path(name) for name in (model, messages) if name)]
         _check_pictures(picture, heatmap, len(prompts), bool(image or messages), inputs, overwrite)
     images = _images_of(len(prompts), image)
 
+    from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.generation.engine import check_implementation, generate
-    from pdrop_jax.generation.pretrained import DEMO, load
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.inputs.messages import read_conversation
 

@@ -6,8 +6,8 @@ import io
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -29,7 +29,7 @@ from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, poole
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.io import check_file
-from pdrop_jax.paths import as_path
+from pdrop_jax.paths import as_path, in_bucket
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -129,22 +129,25 @@ def open_image(picture: Picture) -> Image.Image:
         return read_image(picture)
 
 
-def read_image(picture: Picture) -> Image.Image:
-    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process."""
-    if isinstance(picture, str | os.PathLike):
+def read_image(picture: Picture | bytes) -> Image.Image:
+    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process.
+
+    Bytes are the contents of a file.
+    """
+    if isinstance(picture, str | os.PathLike | bytes):
         with _opened(picture) as image:
             return _to_rgb(image)
     with _one_line_errors("the picture"):
         return _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) in pixels of the upright image in a file. Only the header is read.
+def image_size(file: str | os.PathLike | bytes) -> tuple[int, int]:
+    """(height, width) in pixels of the upright image in a file, or in its bytes. Only the header is read.
 
     Raises:
       UserError: the image cannot be read or is too large.
     """
-    with _opened(path) as image:
+    with _opened(file) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size if turned else image.size[::-1]
 
@@ -156,19 +159,19 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def _opened(file: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
-    path = as_path(path)
-    check_file(path)
-    with (
-        contextlib.nullcontext(path) if isinstance(path, pathlib.Path) else path.open("rb") as file,
-        _decoded(file, str(path)) as image,
-    ):
+    if isinstance(file, bytes):
+        opened = _decoded(io.BytesIO(file), "the picture")
+    else:
+        check_file(file)
+        opened = _decoded(as_path(file).open("rb") if in_bucket(file) else file, str(file))
+    with opened as image:
         yield image
 
 
 @contextlib.contextmanager
-def _decoded(file: str | os.PathLike | io.BytesIO, name: str) -> Iterator[Image.Image]:
+def _decoded(file: str | os.PathLike | BinaryIO, name: str) -> Iterator[Image.Image]:
     with _one_line_errors(name), Image.open(file) as image:
         if image.format == "EPS":  # a program, which Pillow would execute
             raise UserError("is PostScript: save it as a picture")
@@ -237,14 +240,23 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
+
+    def size() -> tuple[int, int]:
+        return image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+
+    return measure_size(size, processor, config, alone=alone)
+
+
+def measure_size(
+    size: Callable[[], tuple[int, int]], processor: ImageProcessor, config: LlavaConfig, *, alone: bool
+) -> ImageSize:
+    """``measure`` by the function ``size``, (height, width) in pixels, which is called only if that matters."""
     gemma3.check_no_crops(processor)
-    grids = isinstance(processor, Qwen2VLImageProcessorPil)
-    if not grids and (config.tiling is None or (config.tiling.alone and not alone)):
+    if isinstance(processor, Qwen2VLImageProcessorPil):
+        return qwen2_vl.measure(size(), processor, config)
+    if config.tiling is None or (config.tiling.alone and not alone):
         return ImageSize(*levels(config)[0])
-    size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
-    if grids:
-        return qwen2_vl.measure(size, processor, config)
-    return ImageSize(*count(size, config))
+    return ImageSize(*count(size(), config))
 
 
 def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:
