@@ -85,8 +85,8 @@ def write(
         config = dataclasses.replace(config, template=_template(template, config.template, new))
         storage.write(new, _stacks(arrays, tensors, dtype))
         _write_unrun(source, new / checkpoint.UNUSED, dtype)
-        config.save(new)
         write_provenance(new, source.location, source.tower)
+        config.save(new)  # last, see ``new_folder``
         return ImportSummary(
             config,
             dtype,

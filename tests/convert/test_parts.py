@@ -187,14 +187,6 @@ def test_companions_come_from_their_part(parts, tmp_path):
     found = {path.name for path in (tmp_path / "out").iterdir()}
     arrays = {"config.json", "params", "arrays.json", "sizes.json", "checksums.json", "source.json"}
     arrays.add("unused.safetensors")
-        "config.json",
-        "params",
-        "arrays.json",
-        "sizes.json",
-        "checksums.json",
-        "unused.safetensors",
-        "source.json",
-    }
     assert found - arrays == {"tokenizer.model", "generation_config.json", "preprocessor_config.json"}
     assert (config.eos_token_ids, config.template) == ((5, 7), "llava_llama_2")
     assert config.schedule == DropSchedule((1,), (0.5,), "dense")
