@@ -41,6 +41,8 @@ def run(
         raise UserError("--single-file requires --format pdrop")
     if private and push_to_hub is None:
         raise UserError("--private requires --push-to-hub OWNER/NAME")
+    if push_to_hub is not None and in_bucket(out):
+        raise UserError("--push-to-hub uploads a local folder: write to one and copy it to the bucket afterwards")
     check_new_folder(out)
 
     from pdrop_jax.convert import upload
