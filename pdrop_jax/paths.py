@@ -211,6 +211,16 @@ def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:
         folder.rename(target)
 
 
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether it is a file; False for names that cannot be one, such as too long ones."""
+    return as_path(path).is_file() if in_bucket(path) else os.path.isfile(path)
+
+
+def is_dir(path: str | os.PathLike) -> bool:
+    """Whether it is a folder; False for names that cannot be one."""
+    return as_path(path).is_dir() if in_bucket(path) else os.path.isdir(path)
+
+
 def names_in(folder: str | os.PathLike) -> frozenset[str]:
     """Names of the files and folders in ``folder``; empty if it does not exist."""
     try:
@@ -288,8 +298,8 @@ def reason(path: str | os.PathLike, error: Exception) -> str:
     code = str(getattr(error, "code", ""))
     if kind in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError") or "Anonymous" in text:
         return f"no credentials for {name} were found: {credentials}"
-    if code == "401" or kind in ("RefreshError", "TokenRetrievalError"):
+    if code == "401" or re.search(r"\b401\b", text) or kind in ("RefreshError", "TokenRetrievalError"):
         return f"{name} does not accept the credentials ({text[:100]}): {credentials}"
-    if isinstance(error, PermissionError) or code == "403" or "Forbidden" in text or "403" in text:
+    if isinstance(error, PermissionError) or code == "403" or re.search(r"\b403\b|Forbidden", text):
         return f"{name} denies access to the bucket {rest.partition('/')[0]!r}: ask for permission to read and write it"
     return f"{name} does not answer as expected, also after {RETRIES} attempts ({kind}: {text[:120]}): try again later"

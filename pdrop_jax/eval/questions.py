@@ -159,7 +159,7 @@ def _check_pictures(questions: list[Question]) -> None:
         for image in question.images:
             if image not in there:
                 path = as_path(str(image))
-                there[image] = path.name in names(path.parent) if in_bucket(path) else path.is_file()
+                there[image] = path.name in names(path.parent) if in_bucket(path) else os.path.isfile(path)
             if not there[image]:
                 missing.append(f"{image} of question {question.id!r}, {question.where}")
     if missing:

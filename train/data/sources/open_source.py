@@ -3,7 +3,7 @@
 import os
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.paths import as_path, in_bucket
+from pdrop_jax.paths import in_bucket, is_dir
 from pdrop_jax.train.data.sources.files import Format, files_of, format_of
 from pdrop_jax.train.data.sources.json_source import JsonSource
 from pdrop_jax.train.data.sources.manifest import SUFFIX, check_complete
@@ -31,7 +31,7 @@ def open_source(path: str, images: str | None = None) -> Source:
         shards are incomplete; or ``images`` is not a folder.
     """
     files = files_of(path)
-    if as_path(path).is_dir() and files[0].endswith(SUFFIX):
+    if is_dir(path) and files[0].endswith(SUFFIX):
         check_complete(path, files)
     kind = SOURCES[format_of(files[0])]
     if kind is PackedSource and in_bucket(path):
