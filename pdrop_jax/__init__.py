@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pdrop_jax.convert.pretrained import load as load
     from pdrop_jax.errors import UserError as UserError
     from pdrop_jax.generation.chat import Session as Session
+    from pdrop_jax.generation.continuous import Engine as Engine
+    from pdrop_jax.generation.continuous import EngineFull as EngineFull
     from pdrop_jax.generation.engine import generate as generate
     from pdrop_jax.generation.pretrained import DEMO as DEMO
     from pdrop_jax.generation.pretrained import Model as Model
@@ -43,6 +45,8 @@ _MODULES = {
     "Bucket": "batch",
     "DEMO": "generation.pretrained",
     "DropSchedule": "schedule",
+    "Engine": "generation.continuous",
+    "EngineFull": "generation.continuous",
     "Generation": "generation.result",
     "LlavaConfig": "config",
     "Model": "generation.pretrained",

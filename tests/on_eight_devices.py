@@ -17,6 +17,7 @@ from tiny_run import CONFIG as RUN_CONFIG
 from tiny_run import TOKENIZER, arrays_of, compiled_in, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint, sharding
+from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
@@ -25,7 +26,8 @@ from pdrop_jax.families.gemma3.config import GemmaVisionConfig, gemma3_text
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen2_vl.inputs import lay_out
 from pdrop_jax.generation.chat import Session
-from pdrop_jax.generation.engine import decode, start
+from pdrop_jax.generation.continuous import Engine
+from pdrop_jax.generation.engine import decode, generate, start
 from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
@@ -276,6 +278,32 @@ def test_a_conversation_on_a_mesh_is_that_on_one_device(mode):
     expected = answers(params, None)
     assert [len(ids) for ids, *_ in expected] == [3, 3]
     assert answers(jax.device_put(params, shardings(CHAT, params, mesh)), mesh) == expected
+
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def test_requests_on_a_mesh_are_answered_as_on_one_device():
+    """Slots are sharded over the batch axes, heads over tensor; nothing compiles after ``warm_up``."""
+    params, processor = params_of(CHAT), Processor.load(TOKENIZER, CHAT)
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    asked = [("What?", Image.new("RGB", (30, 20), "red")), ("And?", None)] * 3
+    expected = generate(Model(CHAT, params, processor), *zip(*asked[:2], strict=True), Sampling(6)).token_ids * 3
+
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(params, shardings(CHAT, params, mesh))
+    buckets = [Bucket(32), Bucket(32, (16,))]
+    with Engine(Model(CHAT, cut, processor, mesh), 4, max_new_tokens=6, buckets=buckets, prefill_rows=2) as engine:
+        engine.warm_up()
+        cache = engine._batch._state.model.caches[0].k
+        assert cache.sharding.shard_shape((1, 4, 2, 9, 8)) == (1, 1, 1, 9, 8)
+        before = len(COMPILED)
+        handles = [engine.submit(*row, Sampling(6 - n)) for n, row in enumerate(asked)]
+        assert [handle.result().token_ids for handle in handles] == [ids[: 6 - n] for n, ids in enumerate(expected)]
+        assert COMPILED[before:] == []
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

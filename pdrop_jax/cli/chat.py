@@ -2,13 +2,13 @@
 
 import contextlib
 import io
-import pathlib
 import sys
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pdrop_jax.cli.options import (
     Attention,
     Dtype,
+    Images,
     Layers,
     Mesh,
     Model,
@@ -18,7 +18,6 @@ from pdrop_jax.cli.options import (
     Score,
     device_mesh,
     progress,
-    unset,
 )
 from pdrop_jax.errors import UserError, error_text, printable
 from pdrop_jax.generation.sampling import Sampling
@@ -32,7 +31,7 @@ COMMANDS = (
 
 def run(
     model: Model = None,
-    image: Annotated[tuple[pathlib.Path, ...], unset("FILE [FILE …]")] = (),
+    image: Images = (),
     mode: Literal["keep", "rerank"] = "rerank",
     layers: Layers = None,
     ratios: Ratios = None,

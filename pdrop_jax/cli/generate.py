@@ -1,6 +1,7 @@
 """``pdrop generate``: answer questions about pictures."""
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pdrop_jax.cli.options import (
     Dtype,
     File,
     Flag,
+    Images,
     Json,
     Layers,
     Mesh,
@@ -22,6 +24,7 @@ from pdrop_jax.cli.options import (
     Score,
     device_mesh,
     progress,
+    read_images,
     unset,
 )
 from pdrop_jax.errors import UserError, printable
@@ -35,7 +38,7 @@ def run(
     prompt: Annotated[tuple[str, ...], unset("TEXT [TEXT …]")] = (),
     messages: File = None,
     model: Model = None,
-    image: Annotated[tuple[pathlib.Path, ...], unset("FILE [FILE …]")] = (),
+    image: Images = (),
     video: Annotated[tuple[pathlib.Path, ...], unset("FRAME [FRAME …]")] = (),
     layers: Layers = None,
     ratios: Ratios = None,
@@ -57,17 +60,19 @@ def run(
       prompt: Question, or a batch of questions.
       messages: JSON file with a conversation in place of --prompt: a list of messages in the form of OpenAI and Hugging
         Face, ending with the question; or a list of such lists, as a batch. Images are data: URLs or paths.
-      image: Images of the question. With several questions: one image for all of them, or one for each.
+      image: Images of the question. With several questions: one image for all of them, or one for each. "-" is an image
+        on stdin, and data: URLs are read too.
       video: Frames of a video, in order. They count as one image and come after the images of each question.
       picture: Write a figure of the image patches kept at each stage (one question only).
       heatmap: Write a figure of the token scores behind each drop (one question only).
       overwrite: Overwrite existing --picture and --heatmap files.
     """
-    prompts = _prompts_of(prompt, messages)
+    prompts, pictures = _prompts_of(prompt, messages), read_images(image)
     if picture or heatmap:
-        inputs = [*image, *video, *(as_path(name) for name in (model, messages) if name)]
+        files = [found for found in pictures if isinstance(found, os.PathLike)]
+        inputs = [*files, *video, *(as_path(name) for name in (model, messages) if name)]
         _check_pictures(picture, heatmap, len(prompts), bool(image or messages), inputs, overwrite)
-    images = _images_of(len(prompts), image)
+    images = _images_of(len(prompts), pictures)
 
     from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.generation.engine import check_implementation, generate
@@ -144,7 +149,7 @@ def _prompts_of(prompt: tuple[str, ...], messages: pathlib.Path | None) -> Seque
     return found if all(isinstance(entry, list) for entry in found) else [found]
 
 
-def _images_of(num_prompts: int, images: tuple[pathlib.Path, ...]) -> list[Any]:
+def _images_of(num_prompts: int, images: list[Any]) -> list[Any]:
     if num_prompts == 1:
         return [list(images)]
     if len(images) in (0, 1):
@@ -153,7 +158,7 @@ def _images_of(num_prompts: int, images: tuple[pathlib.Path, ...]) -> list[Any]:
         raise UserError(
             f"{num_prompts} prompts but {len(images)} pictures: give none, one for all, or one for each prompt"
         )
-    return [[path] for path in images]
+    return [[image] for image in images]
 
 
 def _print_piece(row: int, text: str) -> None:

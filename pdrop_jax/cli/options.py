@@ -12,7 +12,10 @@ import tyro
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import PRESETS
+
+IMAGE_BYTES = 2**29  # that are read from stdin
 
 
 def _option(text: str, metavar: str | None = None, default: str = "", name: str | None = None) -> Any:
@@ -26,6 +29,7 @@ def unset(metavar: str | None = None, default: str = "", name: str | None = None
 
 
 File = Annotated[pathlib.Path | None, unset("FILE")]
+Images = Annotated[tuple[str, ...], unset("FILE [FILE …]")]
 Source = Annotated[str | None, unset("DIR|ID")]  # a folder or a Hub id
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, unset()]
 
@@ -113,6 +117,18 @@ def device_mesh(mesh: tuple[str, ...]) -> Any:
     from pdrop_jax.sharding import make_mesh
 
     return make_mesh(mesh_sizes(mesh))
+
+
+def read_images(images: tuple[str, ...]) -> list[Any]:
+    """What ``--image`` names: paths, ``data:`` URLs as they are, and the bytes of stdin for each ``-``."""
+    from pdrop_jax.inputs.encoded import is_data_url
+
+    piped = None
+    if "-" in images:
+        piped = sys.stdin.buffer.read(IMAGE_BYTES + 1)
+        if len(piped) > IMAGE_BYTES:
+            raise UserError(f"--image -: stdin has more than {IMAGE_BYTES:,} bytes")
+    return [piped if name == "-" else name if is_data_url(name) else as_path(name) for name in images]
 
 
 @contextlib.contextmanager

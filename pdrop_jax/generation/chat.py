@@ -11,6 +11,7 @@ array is larger than it would be if the whole conversation was asked at once.
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -96,6 +97,7 @@ class Session:
         self._messages: list[Message] = []
         self._images: list[ImageTokens] = []
         self._past: Past | None = None
+        self._asking = threading.Lock()
 
     @property
     def turns(self) -> list[Turn]:
@@ -127,10 +129,25 @@ class Session:
 
         Raises:
           UserError: a picture cannot be read, image tags and pictures do not match, the messages do not continue the
-            conversation, the template cannot hold more turns, or the conversation needs more positions than the model
+            conversation, another thread's question is not answered yet, the template cannot hold more turns, or the
+            conversation needs more positions than the model
             has. In mode "keep" also if the model's chat template writes an image, or what precedes it, differently as
             the conversation goes on.
         """
+        if not self._asking.acquire(blocking=False):
+            raise UserError("this conversation is still answering another question: wait for its answer")
+        try:
+            return self._ask(question, image, sampling, stream)
+        finally:
+            self._asking.release()
+
+    def _ask(
+        self,
+        question: Prompt,
+        image: Picture | Sequence[Picture] | None,
+        sampling: Sampling,
+        stream: Callable[[str], None] | None,
+    ) -> Answer:
         max_new_tokens = sampling.max_new_tokens
         processor, config = self._model.processor, self._model.config
         asked, pictures = read_conversation(question, as_list(image))
@@ -189,7 +206,7 @@ class Session:
             size = cache_bytes(state.model.caches) + sum(x.nbytes for x in jax.tree.leaves(first))
             send = None if stream is None else lambda row, text: stream(text)
             state, (new,) = finish(self._model, state, sampling, timer, send)
-        drawn = int(state.step)
+        drawn = int(state.step[0])
 
         if self._mode == "keep":
             kept = _joined(past.kept, kept_tokens(chunk, jax.device_get(drops))[0])

@@ -1,7 +1,8 @@
 """Generation: a jitted prefill, a jitted decode loop, and the host code around them.
 
 The two jitted functions are ``start`` (prompts -> state with the first new token) and ``decode`` (a
-``lax.while_loop`` that donates its state). Each compiles once for a bucket, a batch size and a capacity.
+``lax.while_loop`` that donates its state). Each compiles once for a bucket, a batch size and a capacity. Rows of a
+state count their own steps: ``slots`` puts prompts that arrive later into the rows of answers that are complete.
 """
 
 import contextlib
@@ -22,13 +23,14 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.timer import Timer
+from pdrop_jax.inputs.buckets import power_of_two
 from pdrop_jax.inputs.messages import Prompt
-from pdrop_jax.model.cache import cache_bytes
+from pdrop_jax.model.cache import AXES, cache_bytes
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import decode_step, prefill
-from pdrop_jax.sharding import batch_sharding
+from pdrop_jax.sharding import batch_sharding, constrain
 
 CAPACITY_STEP = 64  # capacities are multiples of it, so that few are compiled
 STREAM_EVERY = 4  # new tokens between two calls of ``stream``
@@ -44,9 +46,9 @@ class State:
 
     Attributes:
       tokens: (B, C) int32, new tokens; 0 after a row's stop token.
-      step: () int32, number of new tokens.
+      step: (B,) int32, number of new tokens, a stop token included.
       done: (B,) bool, rows that have sampled a stop token.
-      key: PRNG key of the whole call.
+      key: PRNG key of the whole call, or (B,), one for each row.
       model: caches and lengths.
     """
 
@@ -58,12 +60,29 @@ class State:
 
 
 @jax.named_scope("head")
-def _append(state: State, logits: jax.Array, sampler: TokenSampler, stop_ids: jax.Array) -> State:
-    token = sample(logits, jax.random.fold_in(state.key, state.step), sampler)
-    token = jnp.where(state.done, 0, token)
-    done = state.done | (token[:, None] == stop_ids).any(1)
-    tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
-    return dataclasses.replace(state, tokens=tokens, step=state.step + 1, done=done)
+def _append(
+    state: State, logits: jax.Array, sampler: TokenSampler, stop_ids: jax.Array, active: jax.Array | bool
+) -> State:
+    """``state`` with one more token of each row that is ``active`` (B,); the others stay as they are."""
+    fold = jax.random.fold_in
+    key = jax.vmap(fold)(state.key, state.step) if state.key.ndim else fold(state.key, state.step.max())
+    token = sample(logits, key, sampler)
+    here = (jnp.arange(state.tokens.shape[1]) == state.step[:, None]) & jnp.reshape(active, (-1, 1))
+    stopped = (token[:, None] == stop_ids).any(1) & active
+    return dataclasses.replace(
+        state,
+        tokens=jnp.where(here, token[:, None], state.tokens),
+        step=state.step + jnp.asarray(active, jnp.int32),
+        done=state.done | stopped,
+    )
+
+
+def placed(state: State) -> State:
+    """``state`` sharded over the mesh, if there is one: caches by rows and heads, everything else replicated.
+
+    A program that returns its state where it found it is not compiled again for it.
+    """
+    return jax.tree.map(lambda x: constrain(x, *((None, *AXES) if x.ndim == 5 else (None,) * x.ndim)), state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"), compiler_options=ROUNDED)
@@ -96,8 +115,9 @@ def first_token(
 ) -> State:
     """The state with one new token of each row, sampled from ``logits`` (B, V)."""
     B = logits.shape[0]
-    state = State(jnp.zeros((B, capacity), jnp.int32), jnp.int32(0), jnp.zeros(B, bool), key, model)
-    return _append(state, logits, sampler, stop_ids)
+    zero = jnp.zeros(B, jnp.int32)
+    state = State(jnp.zeros((B, capacity), jnp.int32), zero, jnp.zeros(B, bool), key, model)
+    return placed(_append(state, logits, sampler, stop_ids, True))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=ROUNDED)
@@ -109,17 +129,20 @@ def decode(
     sampler: TokenSampler,
     stop_ids: jax.Array,
 ) -> State:
-    """Decodes until every row is done or has ``until`` () int32 new tokens. Consumes ``state``."""
+    """Decodes until every row is done or has ``until`` () or (B,) int32 new tokens. Consumes ``state``.
 
-    def more(state: State) -> jax.Array:
-        return (state.step < until) & ~state.done.all()
+    A row that is done, or has its tokens, waits for the others: it repeats its last token in the same slots.
+    """
+
+    def active(state: State) -> jax.Array:
+        return ~state.done & (state.step < until)
 
     def one(state: State) -> State:
-        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
+        last = jnp.take_along_axis(state.tokens, state.step[:, None] - 1, axis=1)[:, 0]
         logits, model = decode_step(config, params, last, state.model, state.step - 1)
-        return _append(dataclasses.replace(state, model=model), logits, sampler, stop_ids)
+        return _append(dataclasses.replace(state, model=model), logits, sampler, stop_ids, active(state))
 
-    return jax.lax.while_loop(more, one, state)
+    return placed(jax.lax.while_loop(lambda state: active(state).any(), one, state))
 
 
 def generate(
@@ -137,6 +160,8 @@ def generate(
 
         generate(model, ["What is this?"], ["cat.jpg"], Sampling(max_new_tokens=128, temperature=0.7, seed=1))
 
+    Batches are padded to 1, 2, 4, 8, … rows, so that few sizes are compiled.
+
     Args:
       prompts: B questions or conversations, such as lists of messages with images inside; see
         ``inputs.messages.read_conversation``.
@@ -150,7 +175,9 @@ def generate(
     """
     check_implementation(implementation)
     batch = model.processor(prompts, images, max_new_tokens=sampling.max_new_tokens)
-    return generate_batch(model, batch, sampling, implementation=implementation, stream=stream)
+    return generate_batch(
+        model, with_rows(batch, power_of_two(len(prompts))), sampling, len(prompts), implementation, stream
+    )
 
 
 def check_implementation(implementation: Implementation) -> None:
@@ -163,11 +190,15 @@ def generate_batch(
     model: Model,
     batch: Batch,
     sampling: Sampling = Sampling(),
-    *,
+    rows: int | None = None,
     implementation: Implementation = "auto",
     stream: Callable[[int, str], None] | None = None,
 ) -> Generation:
-    """Same as ``generate``, for a batch that ``model.processor`` has prepared."""
+    """Same as ``generate``, for a batch that ``model.processor`` has prepared.
+
+    Args:
+      rows: only the first ``rows`` are answered, the others are padding; None is all of them.
+    """
     config, processor = model.config, model.processor
     timer = Timer()
     with on_devices(model):
@@ -185,8 +216,10 @@ def generate_batch(
         prefill_seconds = timer.lap()
         size = cache_bytes(state.model.caches)
         lengths = np.stack(jax.device_get(state.model.lengths), axis=1)  # (B, stages)
-        state, token_ids = finish(model, state, sampling, timer, stream)
+        state, token_ids = finish(model, state, sampling, timer, stream, rows)
     drops = jax.device_get(drops)
+    if rows is not None and rows < len(lengths):
+        batch, drops, lengths, logits = jax.tree.map(lambda x: x[:rows], (batch, drops, lengths, logits))
     return Generation(
         texts=[processor.decode(ids) for ids in token_ids],
         token_ids=token_ids,
@@ -225,32 +258,50 @@ def rows_on_devices(model: Model, batch: Batch) -> Batch:
     return jax.tree.map(lambda x: jax.device_put(x, rows), batch)
 
 
+def with_rows(batch: Batch, rows: int) -> Batch:
+    """``batch`` padded to ``rows`` rows with copies of its first one."""
+    padding = rows - len(batch.length)
+    return jax.tree.map(lambda x: np.concatenate([x, *[x[:1]] * padding]), batch) if padding else batch
+
+
 def finish(
-    model: Model, state: State, sampling: Sampling, timer: Timer, stream: Callable[[int, str], None] | None
+    model: Model,
+    state: State,
+    sampling: Sampling,
+    timer: Timer,
+    stream: Callable[[int, str], None] | None,
+    rows: int | None = None,
 ) -> tuple[State, list[list[int]]]:
     """Decodes until every row is done or has ``sampling.max_new_tokens`` tokens; consumes ``state``.
+
+    Args:
+      rows: the rows behind the first ``rows`` are padding and are not decoded; None is no padding.
 
     Returns:
       (state, new tokens of each row without the stop token).
     """
     sampler, stop_ids, most = token_sampler(sampling), stop_ids_of(model), sampling.max_new_tokens
-    streams = [model.processor.stream() for _ in range(len(state.done))] if stream else []
+    rows, all_rows = rows or len(state.done), len(state.done)
+    streams = [model.processor.stream() for _ in range(rows)] if stream else []
     sent = 0
     while True:
-        step, done, tokens = jax.device_get((state.step, state.done.all(), state.tokens))
-        over = bool(done) or step >= most
+        steps, done, tokens = (x[:rows] for x in jax.device_get((state.step, state.done, state.tokens)))
+        step = int(steps.max())
+        over = bool(done.all()) or step >= most
         for row, text in enumerate(streams):
-            new = _until_stop(tokens[row, :step], stop_ids)[sent:]
+            new = until_stop(tokens[row, :step], stop_ids)[sent:]
             piece = "".join(map(text.put, new)) + (text.end() if over else "")
             if piece and stream:
                 stream(row, piece)
-        sent = int(step)
+        sent = step
         if over:
-            return state, [_until_stop(row[:sent], stop_ids) for row in tokens]
-        until = min(step + STREAM_EVERY, most) if stream else most
-        state = timer.call(decode, model.config, model.params, state, np.int32(until), sampler, stop_ids)
+            return state, [until_stop(row[:sent], stop_ids) for row in tokens]
+        until = np.zeros(all_rows, np.int32)
+        until[:rows] = min(step + STREAM_EVERY, most) if stream else most
+        state = timer.call(decode, model.config, model.params, state, until, sampler, stop_ids)
 
 
-def _until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
+def until_stop(ids: np.ndarray, stop_ids: np.ndarray) -> list[int]:
+    """``ids`` (n,) up to its first stop token."""
     stops = np.flatnonzero(np.isin(ids, stop_ids))
     return ids[: stops[0] if len(stops) else None].tolist()

@@ -63,7 +63,7 @@ def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> t
 
 def empty_past(model: Model, keeps_images: bool) -> Past:
     """The past of the first turn; ``keeps_images`` is mode "keep"."""
-    config, dtype = model.config, model.params["embed"]["embedding"].dtype
+    config, dtype = model.config, model.dtype
     caches = empty_caches(config, 1, dtype)
     lengths = tuple(jnp.zeros(1, jnp.int32) for _ in caches)
     delta = jnp.zeros(1, jnp.int32) if config.text.mrope_sections else None

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from pdrop_jax.checkpoint import load as load_checkpoint
@@ -32,8 +33,13 @@ class Model:
     processor: Processor
     mesh: Mesh | None = None
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of activations and KV caches."""
+        return self.params["embed"]["embedding"].dtype
+
     def __repr__(self) -> str:
-        sizes = f"{short_count(count(self.params))} parameters, {self.params['embed']['embedding'].dtype}"
+        sizes = f"{short_count(count(self.params))} parameters, {self.dtype}"
         layers = ", ".join(map(str, self.config.schedule.layers))
         where = "" if self.mesh is None else f", mesh {dict(self.mesh.shape)}"
         return f"Model({self.config.family}, {sizes}, {f'drops after layers {layers}' if layers else 'dense'}{where})"

@@ -47,8 +47,57 @@ def smallest_bucket(
                 f"{len(sizes)} pictures + {max_new_tokens} new tokens), but the model has {config.text.max_length}: "
                 "shorten the prompt, give fewer pictures or ask for fewer new tokens"
             )
-    slots = min(max(_power_of_two(max(texts, default=0)), MIN_TEXT_SLOTS), config.text.max_length)
+    slots = min(max(power_of_two(max(texts, default=0)), MIN_TEXT_SLOTS), config.text.max_length)
     return image_bucket(slots, images, config)
+
+
+def prompt_buckets(config: LlavaConfig, most: int) -> list[Bucket]:
+    """A few buckets for all prompts of up to ``most`` tokens, without an image or with one.
+
+    Text slots are 64, 256, 1024, … and what remains of ``most``. Of the levels that an image can have, those are taken
+    that are at least twice as large as the one before, and the largest that leaves 32 slots to the text.
+    """
+    known = [level for level in levels(config) if level[1] + MIN_TEXT_SLOTS <= most]
+    taken = list[tuple[int, int]]()
+    for level in known:
+        if not taken or level[1] >= 2 * taken[-1][1] or level == known[-1]:
+            taken.append(level)
+    found = []
+    for images in ([], *([level] for level in taken)):
+        rest = most - sum(tokens for _, tokens in images)
+        texts = [4**n for n in range(3, 16) if 4**n < rest]
+        found += [bucket_of(text, images, config) for text in (*texts, rest)]
+    return found
+
+
+def bucket_among(buckets: Sequence[Bucket], row: Row) -> Bucket:
+    """The smallest of ``buckets`` that holds a row.
+
+    Raises:
+      UserError: none does.
+    """
+    text = int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum())
+    tokens, crops = [len(image) for image in row.images], sum(len(image.crops) for image in row.images)
+
+    def holds(bucket: Bucket) -> bool:
+        fit = all(n <= most for n, most in zip(tokens, bucket.images, strict=False))
+        return text <= bucket.text and len(tokens) <= len(bucket.images) and fit and crops <= bucket.crops
+
+    found = [bucket for bucket in buckets if holds(bucket)]
+    if found:
+        return min(found, key=lambda bucket: (bucket.slots, bucket.crops))
+    most_text, most_images = max(b.text for b in buckets), max(len(b.images) for b in buckets)
+    if text > most_text:
+        problem = f"{text} text tokens, but the buckets hold at most {most_text}"
+    elif len(tokens) > most_images:
+        problem = f"{len(tokens)} pictures, but the buckets hold at most {most_images}"
+    else:
+        known = ", ".join(f"{b.text} + {list(b.images)} in {b.crops}" for b in buckets)
+        problem = (
+            f"{text} text tokens and pictures of {tokens} tokens in {crops} crops, which no bucket holds together "
+            f"(text + pictures in crops: {known})"
+        )
+    raise UserError(f"the prompt has {problem}: shorten it, or allow larger buckets")
 
 
 def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaConfig) -> Bucket:
@@ -61,7 +110,7 @@ def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaCo
 
 def bucket_of(text: int, images: Sequence[tuple[int, int]], config: LlavaConfig) -> Bucket:
     """The bucket of ``text`` slots and images of (crops, tokens) each; their number is rounded up to 0, 1, 2, 4, …."""
-    images = [*images, *levels(config)[:1] * (_power_of_two(len(images)) - len(images))]
+    images = [*images, *levels(config)[:1] * (power_of_two(len(images)) - len(images))]
     return Bucket(text, tuple(tokens for _, tokens in images), sum(crops for crops, _ in images))
 
 
@@ -97,5 +146,6 @@ def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) 
     )
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """``n`` rounded up to 1, 2, 4, 8, …; 0 stays 0."""
     return 1 << (n - 1).bit_length() if n else 0

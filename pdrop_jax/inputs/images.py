@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -26,12 +27,15 @@ from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import inputs as qwen3_vl
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
+from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.io import check_file
 from pdrop_jax.paths import as_path, in_bucket
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Encoded = str | os.PathLike | bytes | io.IOBase  # a path or a data: URL, or what a file holds
+Picture = Encoded | Image.Image | np.ndarray
+_WARNINGS = threading.Lock()  # warning filters are global to the process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,32 +121,30 @@ def open_image(picture: Picture) -> Image.Image:
     The alpha channel is dropped as in LLaVA's code, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
 
     Args:
-      picture: a path, a Pillow image, or a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
+      picture: a path, a ``data:`` URL, the bytes of an image file, a binary file object, a Pillow image, or a uint8
+        array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
 
     Raises:
       UserError: the file does not exist, is not an image or is truncated; the image exceeds Pillow's limit for
         untrusted images or ``MAX_EDGE``; or an array has another shape or dtype.
     """
-    with warnings.catch_warnings():
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not affect the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return read_image(picture)
 
 
-def read_image(picture: Picture | bytes) -> Image.Image:
-    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process.
-
-    Bytes are the contents of a file.
-    """
-    if isinstance(picture, str | os.PathLike | bytes):
+def read_image(picture: Picture) -> Image.Image:
+    """``open_image`` for many threads at once: it leaves the warning filters alone, which are global to the process."""
+    if isinstance(picture, Encoded):
         with _opened(picture) as image:
             return _to_rgb(image)
     with _one_line_errors("the picture"):
         return _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
 
 
-def image_size(file: str | os.PathLike | bytes) -> tuple[int, int]:
-    """(height, width) in pixels of the upright image in a file, or in its bytes. Only the header is read.
+def image_size(file: Encoded) -> tuple[int, int]:
+    """(height, width) in pixels of the upright image in a file, or in what a file holds. Only the header is read.
 
     Raises:
       UserError: the image cannot be read or is too large.
@@ -159,10 +161,12 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(file: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+def _opened(file: Encoded) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
-    if isinstance(file, bytes):
-        opened = _decoded(io.BytesIO(file), "the picture")
+    if isinstance(file, str) and is_data_url(file):
+        file = decode_data_url(file, "the picture")
+    if isinstance(file, bytes | io.IOBase):
+        opened = _decoded(io.BytesIO(file) if isinstance(file, bytes) else file, "the picture")
     else:
         check_file(file)
         opened = _decoded(as_path(file).open("rb") if in_bucket(file) else file, str(file))
@@ -171,7 +175,7 @@ def _opened(file: str | os.PathLike | bytes) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def _decoded(file: str | os.PathLike | BinaryIO, name: str) -> Iterator[Image.Image]:
+def _decoded(file: Any, name: str) -> Iterator[Image.Image]:
     with _one_line_errors(name), Image.open(file) as image:
         if image.format == "EPS":  # a program, which Pillow would execute
             raise UserError("is PostScript: save it as a picture")
@@ -242,7 +246,7 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     """
 
     def size() -> tuple[int, int]:
-        return image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+        return image_size(picture) if isinstance(picture, Encoded) else open_image(picture).size[::-1]
 
     return measure_size(size, processor, config, alone=alone)
 

@@ -4,8 +4,6 @@ All three become a list of ``Message`` and the images in the order in which they
 conversation sees one form.
 """
 
-import base64
-import binascii
 import dataclasses
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, Turn
+from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
 from pdrop_jax.inputs.images import Picture, Video, decode_image
 
 Role = Literal["system", "user", "assistant"]
@@ -254,21 +253,6 @@ def _unopened(source: Any, where: str) -> Any:
     if scheme.lower() in ("http", "https"):
         raise UserError(f"{where} is at {source[:60]!r}, but nothing is downloaded: save the image and give its path")
     return urllib.parse.unquote(urllib.parse.urlsplit(source).path) if scheme.lower() == "file" else source
-
-
-def is_data_url(source: Any) -> bool:
-    return isinstance(source, str) and source[:5].lower() == "data:"
-
-
-def decode_data_url(url: str, where: str) -> bytes:
-    """The contents of a ``data:`` URL. Raises UserError, which names ``where``, if it is malformed."""
-    head, comma, data = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise UserError(f"{where} has a data: URL that is not of the form data:image/png;base64,…")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise UserError(f"{where} has an image that is not valid base64") from None
 
 
 def _split(text: str) -> list[str | Medium | _Source]:

@@ -273,7 +273,7 @@ def run_token(
     Args:
       x: (B, 1, D), embeddings of the tokens.
       state: of the prefill.
-      step: () int32, tokens decoded before this one. The token goes to slot ``state.lengths[s] + step`` of stage s.
+      step: () or (B,) int32, tokens decoded before this one. It goes to slot ``state.lengths[s] + step`` of stage s.
 
     Returns:
       ((B, 1, D), the state with this token in its caches and the lengths of the prefill).

@@ -1,5 +1,6 @@
 """The ``pdrop`` command as a user types it: exit codes, what is printed where."""
 
+import base64
 import io
 import json
 import pathlib
@@ -59,6 +60,19 @@ def test_messages_are_asked_as_prompts_are(pdrop, model, tmp_path):
     assert Image.open(tmp_path / "kept.png").width
     file.write_text(json.dumps([inside, inside]))
     assert [row["token_ids"] for row in json.loads(pdrop(*common, "--messages", file).stdout)["rows"]] == [wanted] * 2
+
+
+def test_an_image_on_stdin_or_in_a_data_url(pdrop, fails, model, monkeypatch):
+    common = ("generate", "--model", model, "--prompt", "Who is it?", "--max-new-tokens", 6, "--json", "--image")
+    wanted = json.loads(pdrop(*common, PHOTO).stdout)["token_ids"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PHOTO.read_bytes())))
+    assert json.loads(pdrop(*common, "-").stdout)["token_ids"] == wanted
+    url = "data:image/png;base64," + base64.b64encode(PHOTO.read_bytes()).decode()
+    assert json.loads(pdrop(*common, url).stdout)["token_ids"] == wanted
+    assert "the picture: cannot be read as a picture" in fails(*common, "-")  # nothing is left on stdin
+    monkeypatch.setattr("pdrop_jax.cli.options.IMAGE_BYTES", 3)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1234")))
+    assert "stdin has more than 3 bytes" in fails(*common, "-")
 
 
 def test_messages_that_are_none(fails, model, tmp_path):

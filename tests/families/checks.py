@@ -6,6 +6,7 @@ import torch
 
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.continuous import Engine
 from pdrop_jax.generation.engine import generate, generate_batch
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.assemble import assemble
@@ -68,6 +69,21 @@ def check_rows_alone(model, rows):
         alone = generate(model, questions[b : b + 1], images[b : b + 1], SAMPLING)
         assert alone.token_ids[0] == batch.token_ids[b]
         assert alone.kept[0] == [[image for image in at if image] for at in batch.kept[b]]
+    return batch
+
+
+def check_slots(model, rows, batch):
+    """Requests that join a running batch are answered as the rows of ``batch``, a ``Generation``."""
+    buckets = [choose_bucket([model.processor.row(*row)], model.config) for row in rows]
+    new_tokens = SAMPLING.max_new_tokens
+    with Engine(model, 2, max_new_tokens=new_tokens, buckets=buckets, prefill_rows=1) as engine:
+        lengths = [1, *[new_tokens] * (len(rows) - 1)]  # the first slot is free again while the second runs
+        handles = [engine.submit(*row, Sampling(n)) for row, n in zip(rows, lengths, strict=True)]
+        found = [handle.result() for handle in handles]
+    for b in range(len(rows)):
+        assert found[b].token_ids == batch.token_ids[b][: lengths[b]]
+        assert found[b].kept == [[image for image in at if image] for at in batch.kept[b]]
+        assert found[b].stage_lengths == batch.stage_lengths[b]
 
 
 def check_gradients(config, params, rows, answers, predictions, model, naming):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_gemma
 import torch
-from checks import check_drops, check_rows_alone
+from checks import check_drops, check_rows_alone, check_slots
 from tiny_gemma import PAN_AND_SCAN, photo, torch_inputs, torch_model
 from torch_gemma_drops import drop_run
 
@@ -101,6 +101,8 @@ def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(folder, setti
     check_drops(model, ROWS, run, 5)
 
 
-def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(folder):
+def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(folder, settings):
     model = load(folder, schedule=DropSchedule((2, 4), (0.5, 0.2)))
-    check_rows_alone(model, ROWS[1:4])
+    batch = check_rows_alone(model, ROWS[1:4])
+    if not settings:
+        check_slots(model, ROWS[1:4], batch)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_qwen
 import torch
-from checks import check_drops, check_rows_alone
+from checks import check_drops, check_rows_alone, check_slots
 from tiny_qwen import KINDS, photo, torch_inputs, torch_model
 from torch_drops import drop_run
 
@@ -116,7 +116,9 @@ def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, folders
 
 def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(kind, folders):
     model = load(folders[kind][1], schedule=DropSchedule((1, 3), (0.5, 0.2)))
-    check_rows_alone(model, ROWS[1:4])
+    batch = check_rows_alone(model, ROWS[1:4])
+    if kind == "qwen2_5_vl":
+        check_slots(model, ROWS[1:4], batch)
 
 
 def test_a_model_says_what_it_is(kind, dense):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -306,3 +307,26 @@ def test_a_session_of_messages():
     with pytest.raises(UserError, match=r"^the last message is from 'assistant'"):
         session.ask([message("user", "a"), message("assistant", "b")])
     assert len(session.turns) == 3
+
+
+def test_a_second_question_before_the_answer_is_refused():
+    """From another thread, or in the stream itself; the conversation then goes on."""
+    session, refused = Session(model()), []
+
+    def ask():
+        try:
+            session.ask("And now?")
+        except UserError as error:
+            refused.append(str(error))
+
+    def stream(piece):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        ask()
+
+    first = session.ask(*TURNS[0], Sampling(NEW), stream=stream)
+    assert len(refused) >= 2
+    assert set(refused) == {"this conversation is still answering another question: wait for its answer"}
+    expected = finished("rerank")[1]
+    assert [first.token_ids, session.ask(*TURNS[1], Sampling(NEW)).token_ids] == [x.token_ids for x in expected[:2]]

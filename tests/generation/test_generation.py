@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation.engine import generate, generate_batch
+from pdrop_jax.generation.engine import decode, generate, generate_batch, start
 from pdrop_jax.generation.next_token import sample, token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.generation.timer import Timer
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model import vlm
 from pdrop_jax.model.params import abstract_params
@@ -204,12 +206,31 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
+def test_three_rows_are_run_as_four():
+    """With a row of padding, which nothing shows."""
+    prompts, images = [*PROMPTS, "Where?", "Why?"], [*IMAGES, BLUE, None]
+    four = generate(model(), prompts, images, Sampling(12))
+    programs = start._cache_size(), decode._cache_size()
+    pieces = collections.defaultdict(str)
+
+    def stream(row, text):
+        pieces[row] += text
+
+    three = generate(model(), prompts[:3], images[:3], Sampling(12), stream=stream)
+    assert (start._cache_size(), decode._cache_size()) == programs
+    for name in ("texts", "token_ids", "stage_lengths", "image_tokens", "kept"):
+        assert getattr(three, name) == getattr(four, name)[:3], name
+    assert [pieces[row].strip() for row in range(3)] == three.texts
+    assert len(pieces) == len(three.scores) == 3
+    np.testing.assert_array_equal(three.first_logits, four.first_logits[:3])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_second_call_in_the_same_bucket_compiles_nothing(temperature):
     generate(model(), PROMPTS, IMAGES, Sampling(3, temperature))
     before = len(COMPILED)
     assert before > 0
-    generate(
+    again = generate(
         model(),
         ["How many people do you see?", "Why?"],
         [None, BLUE],
@@ -223,6 +244,18 @@ def test_a_second_call_in_the_same_bucket_compiles_nothing(temperature):
         stream=lambda row, text: None,
     )
     assert COMPILED[before:] == []
+    assert again.compile_seconds == 0
+
+
+def test_compiling_is_timed_apart_from_running():
+    timer, begin = Timer(), time.perf_counter()
+    twice = jax.jit(lambda x: 2 * x)
+    for n in range(2):
+        timer.call(twice, np.float32(n))
+        if n == 0:
+            compiled = timer.compile_seconds
+    assert 0 < compiled == timer.compile_seconds
+    assert 0 < timer.lap() < time.perf_counter() - begin - compiled
 
 
 LOGITS = np.array([2.0, 1.5, 1.0, 1.0, 0.0, -1.0, -2.0, 0.5], np.float32)

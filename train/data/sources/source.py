@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
 from pdrop_jax.inputs.images import image_size
-from pdrop_jax.inputs.messages import decode_data_url, is_data_url
 from pdrop_jax.io import inside
 from pdrop_jax.paths import is_dir, names_in
 from pdrop_jax.train.data.invalid import BAD_ENTRY, NO_FILE, OUTSIDE, InvalidRecord

@@ -1,0 +1,131 @@
+"""The batch that an ``Engine`` runs: requests in slots, some of which end while others begin. It knows no threads."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from pdrop_jax.batch import Bucket
+from pdrop_jax.config import Implementation
+from pdrop_jax.generation.engine import (
+    STREAM_EVERY,
+    decode,
+    on_devices,
+    rows_on_devices,
+    stop_ids_of,
+    until_stop,
+)
+from pdrop_jax.generation.next_token import rows_sampler
+from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.generation.requests import Request
+from pdrop_jax.generation.result import kept_tokens
+from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.generation.slots import SlotShape, admit, empty_slots
+from pdrop_jax.inputs.assemble import Row, assemble
+from pdrop_jax.inputs.buckets import power_of_two
+
+
+class RunningBatch:
+    """Requests in the slots of a state on the device.
+
+    Args:
+      prefill_rows: a power of two; so many requests of one bucket are prefilled at once.
+
+    Attributes:
+      running: the request in each slot that is not free.
+    """
+
+    def __init__(
+        self, model: Model, slots: int, shape: SlotShape, prefill_rows: int, implementation: Implementation
+    ) -> None:
+        self.running: dict[int, Request] = {}
+        self.slots = slots
+        self._model = model
+        self._stop_ids = stop_ids_of(model)
+        self._prefill_rows = prefill_rows
+        self._implementation: Implementation = implementation
+        with on_devices(model):
+            self._state: Any = empty_slots(model.config, slots, shape, model.dtype)
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.running)
+
+    def compile(self, buckets: Sequence[Bucket]) -> None:
+        """Compiles all programs for requests in ``buckets``, with a progress bar. Nothing may be running."""
+        rows = [1 << n for n in range(self._prefill_rows.bit_length())]
+        todo = [(bucket, count) for bucket in buckets for count in rows]
+        with on_devices(self._model), tqdm(todo, "compiling", unit=" programs", disable=None, leave=False) as bar:
+            for bucket, count in bar:
+                batch = assemble([Row([0])], self._model.config, bucket)
+                self._prefill([Request.of(batch, Sampling(), self._model.processor)] * count, [0] * count)
+            self._decode()
+            jax.block_until_ready(self._state)
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Prefills as many requests as there are free slots, or fewer, and passes on their first tokens."""
+        free = (slot for slot in range(self.slots) if slot not in self.running)
+        new = dict(zip(free, requests, strict=False))
+        self.running |= new
+        buckets: dict[Bucket, list[int]] = {}
+        for slot, request in new.items():
+            buckets.setdefault(request.batch.bucket, []).append(slot)
+        for slots in buckets.values():
+            for at in range(0, len(slots), self._prefill_rows):
+                part = slots[at : at + self._prefill_rows]
+                self._prefill([new[slot] for slot in part], part)
+        self._deliver()
+
+    def release(self) -> None:
+        """Gives the slots' memory back."""
+        self._state = None
+
+    def step(self) -> None:
+        """Decodes a few tokens of all requests and passes them on."""
+        self._decode()
+        self._deliver()
+
+    def _prefill(self, requests: list[Request], slots: list[int]) -> None:
+        now, count = time.perf_counter(), len(requests)
+        padding = power_of_two(count) - count
+        requests, slots = requests + requests[:1] * padding, slots + slots[:1] * padding
+        batch = jax.tree.map(lambda *rows: np.concatenate(rows), *(request.batch for request in requests))
+        self._state, lengths, drops = admit(
+            self._model.config,
+            self._model.params,
+            self._state,
+            rows_on_devices(self._model, batch),
+            np.array(slots, np.int32),
+            np.array([request.sampling.seed for request in requests], np.uint32),
+            rows_sampler([request.sampling for request in requests]),
+            self._stop_ids,
+            implementation=self._implementation,
+        )
+        lengths, drops = jax.device_get((lengths, drops))
+        stage_lengths, kept = np.stack(lengths, axis=1).tolist(), kept_tokens(batch, drops)
+        for r, request in enumerate(requests[:count]):
+            request.admitted, request.stage_lengths, request.kept = now, stage_lengths[r], kept[r]
+
+    def _decode(self) -> None:
+        until, samplings = np.zeros(self.slots, np.int32), [Sampling()] * self.slots
+        for slot, request in self.running.items():
+            samplings[slot] = request.sampling
+            until[slot] = min(len(request.ids) + STREAM_EVERY, request.sampling.max_new_tokens)
+        sampler = rows_sampler(samplings)
+        self._state = decode(self._model.config, self._model.params, self._state, until, sampler, self._stop_ids)
+
+    def _deliver(self) -> None:
+        """Passes on new tokens. The slots of requests that end are free from then on."""
+        steps, done, tokens = jax.device_get((self._state.step, self._state.done, self._state.tokens))
+        for slot, request in list(self.running.items()):
+            step = int(steps[slot])
+            try:
+                ended = request.take(step, until_stop(tokens[slot, :step], self._stop_ids), bool(done[slot]))
+            except Exception as error:  # of the caller's stream
+                request.handle.finish(error)
+                ended = True
+            if ended:
+                del self.running[slot]
