@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import struct
 
 import jax
 from PIL import Image
@@ -12,7 +13,9 @@ from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.model.params import init_params
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe
+from pdrop_jax.train.stopping import StopRequest
 
+BLOCK = 2**15
 TOKENIZER = pathlib.Path(__file__).parents[2] / "examples/tiny_tokenizer"
 CONFIG = LlavaConfig(
     vision=VisionConfig(28, 7, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
@@ -80,3 +83,41 @@ def compiled_in(folder):
 
 def arrays_of(folder):
     return jax.tree.map(jax.numpy.asarray, checkpoint.load(folder / "model")[1])
+
+
+def stop_after(monkeypatch, steps):
+    """Runs stop after that many steps, as if they had got a signal."""
+    monkeypatch.setattr(StopRequest, "requested", lambda _, step: step == steps)
+
+
+def wandb_history(run):
+    """W&B's runs in the offline files of a run's folder: id -> (project, logged values)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        name = None
+        for content in _leveldb_records(path.read_bytes()):
+            record = Record.FromString(content)
+            if record.HasField("run"):
+                name = record.run.run_id
+                found.setdefault(name, (record.run.project, []))
+            if record.HasField("history"):
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                found[name][1].append(items)
+    return found
+
+
+def _leveldb_records(data):
+    """Records of LevelDB's log format: fragments with checksum, length and kind, none of which crosses a 32 KiB block."""
+    at, record = 7, b""  # after W&B's header
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or last of several
+            yield record
+            record = b""
