@@ -172,8 +172,7 @@ class Progress:
         self._bar.set_postfix(shown | ({"MFU": f"{100 * line['mfu']:.1f} %"} if "mfu" in line else {}))
         if self._bar.disable and (number in (self._first + 1, self.steps) or self._is_due(number)):
             waiting = line["data_seconds"] / (line["data_seconds"] + line["compute_seconds"])
-            passed = self.timer.seconds - self.timer.spent[COMPILING]
-            left = passed / (number - self._first) * (self.steps - number)
+            left = self.timer.step_seconds / (number - self._first) * (self.steps - number)
             self.say(
                 f"step {number:,}/{self.steps:,}: loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, "
                 f"{rates_text(line)}, waiting for data {waiting:.0%}, {duration(left)} left"
@@ -187,9 +186,9 @@ class Progress:
     def _compare_hosts(self, number: int) -> None:
         """Names the hosts that the others wait for. All processes must call it at the same step."""
         first, host, seconds = self._host
-        self._host = number, self.timer.host, self.timer.seconds
+        self._host = number, self.timer.host, self.timer.step_seconds
         steps = number - first
-        own = np.array([self.timer.host - host, self.timer.seconds - seconds], np.float32) / steps
+        own = np.array([self.timer.host - host, self._host[2] - seconds], np.float32) / steps
         name = socket.gethostname().encode()[:HOST_NAME].ljust(HOST_NAME)
         every, names = multihost_utils.process_allgather((own, np.frombuffer(name, np.uint8)))
         waits, step_seconds = every[:, 0].tolist(), float(every[0, 1])

@@ -50,6 +50,11 @@ class Timer:
         """Time since the start."""
         return time.perf_counter() - self.began
 
+    @property
+    def step_seconds(self) -> float:
+        """Time since the start that was spent on steps, including their data."""
+        return self.seconds - sum(seconds for name, seconds in self.spent.items() if name != DATA)
+
     def batches(self, source: Iterable[T]) -> Iterator[T]:
         """Yields from ``source`` and measures how long the device waits for it."""
         iterator = iter(source)

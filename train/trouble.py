@@ -14,7 +14,7 @@ LEAST = 0.01  # smallest deviation that is assumed, as a share of the median
 # A host is slow if it delays the others by more than this share of a step. Steps are synchronous, so all hosts take the
 # same time for them; they differ in how long the devices of a host wait for it.
 DELAY = 0.1
-COMPARE_EVERY = 50  # steps between two comparisons of the hosts
+COMPARE_EVERY = 20  # steps between two comparisons of the hosts
 
 
 class LossWatch:

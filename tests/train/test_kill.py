@@ -18,10 +18,22 @@ import jax
 import numpy as np
 import pytest
 from command import PDROP
-from tiny_run import arrays_of, events, losses, recipe_in, write_data, write_start
+from PIL import Image
+from tiny_run import (
+    arrays_of,
+    evaluation_in,
+    events,
+    losses,
+    recipe_in,
+    scalars,
+    write_data,
+    write_questions,
+    write_start,
+)
 
 from pdrop_jax import checkpoint
 from pdrop_jax.train.result import model_of
+from pdrop_jax.train.trouble import COMPARE_EVERY
 
 KILLS = 20
 SAID = ["data", "steps", "parameters", "shapes", "slots", "cost"]  # first words of what a run says before it begins
@@ -82,7 +94,8 @@ def same(one, other):
 
 def test_a_run_that_is_killed_twenty_times_ends_the_same(folder):
     """Killed at a random moment of a step or as soon as a save has begun, wherever the run then is."""
-    recipe = {"run_steps": 120, "run_save_every": 3}
+    validation = {"validation_conversations": str(folder / "data/data.json"), "validation_every": 30}
+    recipe = {"run_steps": 120, "run_save_every": 3, **validation}
     finish(begin(folder, "whole", **recipe))
     rng = random.Random(0)
     run, kills, while_saving = folder / "killed", 0, 0
@@ -105,7 +118,9 @@ def test_a_run_that_is_killed_twenty_times_ends_the_same(folder):
     assert while_saving >= 5
     said = finish(begin(folder, "killed", **recipe))
     assert "is damaged" not in said
-    assert losses(run) == losses(folder / "whole")
+    assert "programs    0 compiled, " in said  # a restarted run finds all of them in the cache
+    assert scalars(run) == scalars(folder / "whole")
+    assert len([line for line in scalars(run) if line.get("event") == "validation"]) == 4
     same(run, folder / "whole")
 
 
@@ -192,7 +207,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     assert len([line for line in said.splitlines() if line.startswith("pdrop train:")]) == 1
     assert "Traceback" not in said
     words = [line.split()[0] for line in said.splitlines()]
-    assert words == [*SAID, "resumed", "compiling", "compiling", "step", "pdrop"]  # no word of anybody else
+    steps = ["step"] * words.count("step")
+    assert words == [*SAID, "resumed", "compiling", "compiling", *steps, "pdrop"]  # no word of anybody else
     assert "cannot be written" in said
     assert "free disk space and run the same command again" in said
     assert (folder / "full/checkpoints/2").exists()
@@ -201,13 +217,13 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     same(folder / "full", folder / "roomy")
 
 
-def begin_two(folder, name, **changes):
-    """Two processes that are one run."""
+def begin_two(folder, name, second=(), **changes):
+    """Two processes that are one run; ``second`` are options of the second one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
-    return [begin(folder, name, *together, str(number), **changes) for number in range(2)]
+    return [begin(folder, name, *together, str(number), *(second if number else ()), **changes) for number in range(2)]
 
 
 def test_two_processes_are_one_with_the_same_batch(folder):
@@ -218,6 +234,34 @@ def test_two_processes_are_one_with_the_same_batch(folder):
     assert [step for step, _ in one] == [step for step, _ in two]
     np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-5)
     finish(begin(folder, "two", run_grad_accum_steps=2))  # and goes on as one: it has nothing left to do
+
+
+def test_two_processes_share_what_is_watched(folder):
+    """They validate and evaluate as one does, and the one that reads larger pictures is named as the slower one."""
+    write_questions(folder)
+    (folder / "large").mkdir()
+    for path in (folder / "data/images").iterdir():
+        with Image.open(path) as image:
+            image.resize((4000, 3000)).save(folder / "large" / path.name)
+    steps = {"run_steps": COMPARE_EVERY, "run_save_every": COMPARE_EVERY, "run_grad_accum_steps": 2}
+    checks = {"validation_conversations": str(folder / "data/data.json"), "validation_batches": 3}
+    recipe = steps | checks | evaluation_in(folder)
+    finish(begin(folder, "watched one", **recipe))
+    pair = begin_two(folder, "watched two", ["--set", f"data.images={folder}/large"], **recipe)
+    first, _ = [finish(process) for process in pair]
+    one, two = (folder / "watched one", folder / "watched two")
+    name = socket.gethostname()
+    assert f"warning: step {COMPARE_EVERY}: host {name} (process 1) keeps the others waiting" in first
+    assert [(line["event"], line["process"]) for line in scalars(two) if "process" in line] == [("slow_host", 1)]
+    checks = [
+        [line for line in scalars(run) if line.get("event") in ("validation", "evaluation")] for run in (one, two)
+    ]
+    names = ("validation_loss", "validation_targets", "gqa_accuracy")
+    numbers = [[line[name] for line in lines for name in names if name in line] for lines in checks]
+    assert len(numbers[0]) == 3
+    np.testing.assert_allclose(*numbers, rtol=1e-4)
+    answers = f"evaluation/{COMPARE_EVERY}.jsonl"
+    assert (one / answers).read_text() == (two / answers).read_text()
 
 
 def test_one_of_two_processes_dies(folder):

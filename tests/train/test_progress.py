@@ -11,6 +11,7 @@ from collections import Counter
 
 import jax.numpy as jnp
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import recipe_in
 
 from pdrop_jax.checkpoint import storage
@@ -67,9 +68,8 @@ def test_peaks_are_of_all_devices(monkeypatch):
 
 
 def test_tensorboard_gets_the_numbers_if_it_is_installed(tmp_path):
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(tmp_path, 0, 2)
-    board = loader.EventAccumulator(str(tmp_path / "tensorboard"))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(e.step, float(e.tensor_proto.float_val[0])) for e in board.Tensors("loss")] == [(1, 2.5), (2, 2.5)]
 
