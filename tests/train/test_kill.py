@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import pytest
 from command import PDROP
-from PIL import Image
 from tiny_run import (
     arrays_of,
     evaluation_in,
@@ -33,7 +32,6 @@ from tiny_run import (
 
 from pdrop_jax import checkpoint
 from pdrop_jax.train.result import model_of
-from pdrop_jax.train.trouble import COMPARE_EVERY
 
 KILLS = 20
 SAID = ["data", "steps", "parameters", "shapes", "slots", "cost"]  # first words of what a run says before it begins
@@ -217,51 +215,31 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     same(folder / "full", folder / "roomy")
 
 
-def begin_two(folder, name, second=(), **changes):
-    """Two processes that are one run; ``second`` are options of the second one."""
+def begin_two(folder, name, **changes):
+    """Two processes that are one run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
-    return [begin(folder, name, *together, str(number), *(second if number else ()), **changes) for number in range(2)]
+    return [begin(folder, name, *together, str(number), **changes) for number in range(2)]
 
 
 def test_two_processes_are_one_with_the_same_batch(folder):
-    finish(begin(folder, "one", run_grad_accum_steps=2))
-    for process in begin_two(folder, "two", run_grad_accum_steps=2):
+    write_questions(folder)
+    checks = {"validation_conversations": str(folder / "data/data.json"), **evaluation_in(folder)}
+    finish(begin(folder, "one", run_grad_accum_steps=2, **checks))
+    for process in begin_two(folder, "two", run_grad_accum_steps=2, **checks):
         finish(process)
     one, two = losses(folder / "one"), losses(folder / "two")
     assert [step for step, _ in one] == [step for step, _ in two]
     np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-5)
-    finish(begin(folder, "two", run_grad_accum_steps=2))  # and goes on as one: it has nothing left to do
-
-
-def test_two_processes_share_what_is_watched(folder):
-    """They validate and evaluate as one does, and the one that reads larger pictures is named as the slower one."""
-    write_questions(folder)
-    (folder / "large").mkdir()
-    for path in (folder / "data/images").iterdir():
-        with Image.open(path) as image:
-            image.resize((4000, 3000)).save(folder / "large" / path.name)
-    steps = {"run_steps": COMPARE_EVERY, "run_save_every": COMPARE_EVERY, "run_grad_accum_steps": 2}
-    checks = {"validation_conversations": str(folder / "data/data.json"), "validation_batches": 3}
-    recipe = steps | checks | evaluation_in(folder)
-    finish(begin(folder, "watched one", **recipe))
-    pair = begin_two(folder, "watched two", ["--set", f"data.images={folder}/large"], **recipe)
-    first, _ = [finish(process) for process in pair]
-    one, two = (folder / "watched one", folder / "watched two")
-    name = socket.gethostname()
-    assert f"warning: step {COMPARE_EVERY}: host {name} (process 1) keeps the others waiting" in first
-    assert [(line["event"], line["process"]) for line in scalars(two) if "process" in line] == [("slow_host", 1)]
-    checks = [
-        [line for line in scalars(run) if line.get("event") in ("validation", "evaluation")] for run in (one, two)
-    ]
     names = ("validation_loss", "validation_targets", "gqa_accuracy")
-    numbers = [[line[name] for line in lines for name in names if name in line] for lines in checks]
-    assert len(numbers[0]) == 3
-    np.testing.assert_allclose(*numbers, rtol=1e-4)
-    answers = f"evaluation/{COMPARE_EVERY}.jsonl"
-    assert (one / answers).read_text() == (two / answers).read_text()
+    results = [{n: x[n] for x in scalars(folder / run) for n in names if n in x} for run in ("one", "two")]
+    assert set(results[0]) == set(names)
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    answers = [(folder / run / "evaluation/6.jsonl").read_text() for run in ("one", "two")]
+    assert answers[0] == answers[1]
+    finish(begin(folder, "two", run_grad_accum_steps=2))  # and goes on as one: it has nothing left to do
 
 
 def test_one_of_two_processes_dies(folder):

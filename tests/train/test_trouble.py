@@ -1,19 +1,22 @@
 """Signs of trouble: spikes of the loss, steps without a finite gradient, slow hosts, and where the time goes."""
 
-import json
+import os
 import random
+import socket
+import subprocess
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import recipe_in
+from tiny_run import events, lines_of, recipe_in
 
 from pdrop_jax.train.progress import Progress, duration
 from pdrop_jax.train.step import Metrics
 from pdrop_jax.train.timing import DATA, SAVING, Timer
-from pdrop_jax.train.trouble import FEWEST, LossWatch, slow_hosts
+from pdrop_jax.train.trouble import COMPARE_EVERY, FEWEST, LossWatch, slow_hosts
 
 
 def noisy(count, seed=0):
@@ -64,6 +67,53 @@ def test_hosts_that_the_others_wait_for(host_seconds, slow):
     assert slow_hosts(host_seconds, step_seconds=1.0) == slow
 
 
+STEPS_OF_TWO = """
+import sys, pathlib, time
+import jax, jax.numpy as jnp
+from tiny_run import events, lines_of, recipe_in
+from pdrop_jax.train.progress import Progress
+from pdrop_jax.train.step import Metrics
+from pdrop_jax.train.trouble import COMPARE_EVERY
+folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+metrics = Metrics(jnp.float32(1), jnp.float32(1), *map(jnp.int32, (7, 100, 3, 0, 0)))
+
+def data():
+    for number in range(COMPARE_EVERY):
+        time.sleep(0.03 if process else 0.0)
+        yield number + 1
+
+with Progress(folder, 0, COMPARE_EVERY, recipe_in(folder)) as progress:
+    for number in progress.timer.batches(data()):
+        progress.timer.dispatched(time.perf_counter(), jnp.float32(number) + 1)
+        progress.step(number, metrics, 1e9, 0.1, {})
+"""
+
+
+def test_the_slower_of_two_hosts_is_named(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", STEPS_OF_TWO, tmp_path, port, str(process)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ,
+        )
+        for process in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    host = f"step {COMPARE_EVERY}: host {socket.gethostname()} (process 1) keeps the others waiting"
+    assert [line.startswith(f"warning: {host}") for line in said[0].splitlines() if "warning" in line] == [True]
+    assert "warning" not in said[1]
+    (event,) = [line for line in lines_of(tmp_path) if line.get("event") == "slow_host"]
+    assert (event["step"], event["process"], event["host"]) == (COMPARE_EVERY, 1, socket.gethostname())
+    assert event["seconds"] > 0.02
+
+
 def test_troubles_are_named_with_their_step(tmp_path, capsys):
     with Progress(tmp_path, 0, 40, recipe_in(tmp_path)) as progress:
         for number, loss in enumerate(noisy(40), 1):
@@ -77,8 +127,7 @@ def test_troubles_are_named_with_their_step(tmp_path, capsys):
     )
     said = "the gradient is not finite, so the step was skipped; steps skipped in a row:"
     assert warnings[1:] == [f"warning: step 33: {said} 1", f"warning: step 34: {said} 2"]
-    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "event" in line]
-    assert [(line["event"], line["step"]) for line in events] == [
+    assert events(tmp_path) == [
         ("loss_spike", 30),
         ("not_finite", 33),
         ("not_finite", 34),
