@@ -7,9 +7,9 @@ from collections.abc import Mapping
 def cache_folder(name: str, environ: Mapping[str, str] = os.environ) -> str:
     """The folder ``name`` in $PDROP_CACHE, by default ``$XDG_CACHE_HOME/pdrop`` or ``~/.cache/pdrop``; not created.
 
-    $PDROP_CACHE may be a bucket, such as ``gs://bucket/cache``.
+    $PDROP_CACHE may be in a bucket, such as ``gs://bucket/cache``.
     """
-    root = environ.get("PDROP_CACHE")
+    root = os.path.expanduser(environ.get("PDROP_CACHE", ""))
     if not root:
         # The XDG specification says to ignore relative paths.
         base = environ.get("XDG_CACHE_HOME", "")
