@@ -101,7 +101,7 @@ class Progress:
         with CompilationStats() as stats, self.timer.spending(COMPILING):
             yield
         seconds, cached = time.perf_counter() - began, not stats.compiled
-        how = f"read from the compilation cache, {stats.seconds_saved:.0f} s saved" if cached else "compiled"
+        how = f"read from the compilation cache, {stats.seconds_saved:,.0f} s saved" if cached else "compiled"
         self.say(f"compiling   {what}: {seconds:.1f} s, {how}")
         self.event("compiled", step, **values, seconds=seconds, cached=cached)
 

@@ -32,7 +32,6 @@ class Validation:
     rows: int
     batches: int
     seed: int
-    workers: int
 
     def run(self, config: LlavaConfig, state: TrainState, mesh: Mesh, dtype: Any) -> Mapping[str, float]:
         """The loss with the parameters of ``state``: the mean cross-entropy over all targets of all batches."""
@@ -44,7 +43,6 @@ class Validation:
             parts=devices_along("batch", mesh),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            workers=self.workers,
         )
         sums = [
             batch_loss(config, state.trained, state.frozen, place_rows(step.batch, mesh), dtype=dtype) for step in steps
@@ -69,7 +67,7 @@ def open_validation(recipe: Recipe, config: LlavaConfig, mesh: Mesh) -> Validati
     dataset = open_dataset(data, config, recipe.model.start)
     rows = run.batch_size // run.grad_accum_steps
     check_batches(dataset, rows, devices_along("batch", mesh), jax.process_count())
-    return Validation(dataset, rows, min(wanted.batches, len(dataset) // rows), run.seed, recipe.data.workers)
+    return Validation(dataset, rows, min(wanted.batches, len(dataset) // rows), run.seed)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
