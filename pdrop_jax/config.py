@@ -215,12 +215,12 @@ class LlavaConfig:
 
     @classmethod
     def qwen2_5_vl(cls, size: Literal["3b", "7b", "32b", "72b"]) -> "LlavaConfig":
-        """Qwen2.5-VL as released, dense: PyramidDrop's authors have no schedule for its depths."""
+        """Qwen2.5-VL as released. PyramidDrop's authors have no schedule for its depths: it drops at their quarters."""
         return cls._qwen(*qwen2_vl.released(size))
 
     @classmethod
     def qwen3_vl(cls, size: Literal["2b", "4b", "8b", "32b"]) -> "LlavaConfig":
-        """Qwen3-VL as released, dense."""
+        """Qwen3-VL as released, with drops at the quarters of its depth."""
         return cls._qwen(*qwen3_vl.released(size))
 
     @classmethod
@@ -228,7 +228,7 @@ class LlavaConfig:
         return cls(
             vision=vision,
             text=text,
-            schedule=DropSchedule.none(),
+            schedule=DropSchedule.quarters(text.num_layers),
             select_layer=-1,
             template="own",
             image_token_id=151655,
@@ -239,11 +239,12 @@ class LlavaConfig:
 
     @classmethod
     def gemma3(cls, size: GemmaSize) -> "LlavaConfig":
-        """Gemma 3 as released, dense: PyramidDrop's authors have no schedule for it."""
+        """Gemma 3 as released, with drops at the global layers nearest to the quarters of its depth."""
+        text = gemma3_text(size)
         return cls(
             vision=GemmaVisionConfig(),
-            text=gemma3_text(size),
-            schedule=DropSchedule.none(),
+            text=text,
+            schedule=DropSchedule.quarters(text.num_layers, text.full_layers),
             projector_layers=1,
             select_layer=-1,
             template="own",
