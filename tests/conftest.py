@@ -24,6 +24,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Tests compile the same programs again and again, also in the processes that they start. Each worker has a cache of its
 # own, because one process could read what another is still writing.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pdrop-jax-tests-")
+os.environ["PDROP_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # for processes without JAX's settings
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

@@ -21,11 +21,13 @@ MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
 LIBRARY = MODEL | {"pdrop_jax.checkpoint", "pdrop_jax.inputs", "pdrop_jax.generation"}
 APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.eval", "pdrop_jax.parity", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
-    "pdrop_jax": LIBRARY | {"pdrop_jax.analysis"},
+    "pdrop_jax": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache"},
     "pdrop_jax.errors": set(),
     "pdrop_jax.io": {"pdrop_jax.errors", "pdrop_jax.paths"},
     "pdrop_jax.paths": {"pdrop_jax.errors"},
     "pdrop_jax.schema": {"pdrop_jax.errors"},
+    "pdrop_jax.cache_folder": set(),
+    "pdrop_jax.compilation_cache": {"pdrop_jax.cache_folder", "pdrop_jax.errors"},
     "pdrop_jax.batch": set(),
     "pdrop_jax.schedule": READING | {"pdrop_jax.batch"},
     "pdrop_jax.text_config": READING,
@@ -39,7 +41,8 @@ MAY_IMPORT = {
     "pdrop_jax.eval": LIBRARY | {"pdrop_jax.convert"},
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,
-    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.families.*.inputs"},
+    "pdrop_jax.train": LIBRARY
+    | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache", "pdrop_jax.eval", "pdrop_jax.families.*.inputs"},
     "pdrop_jax.convert": LIBRARY | {"pdrop_jax.families.*.checkpoint", "pdrop_jax.families.*.inputs"},
     # A family stands together in one folder, but each of its files belongs to one part of the project: * is its name.
     "pdrop_jax.families": set(),
@@ -49,7 +52,7 @@ MAY_IMPORT = {
     "pdrop_jax.families.*.inputs": BASE | {"pdrop_jax.inputs"},
     "pdrop_jax.families.*.checkpoint": LIBRARY | {"pdrop_jax.convert"},
     "pdrop_jax.planner": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.train"},
-    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.planner"},
+    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.compilation_cache", "pdrop_jax.planner"},
 }
 
 

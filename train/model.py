@@ -1,7 +1,9 @@
 """Open the model that training starts from, and write the trained model."""
 
 import dataclasses
+import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,12 @@ def _check_groups(model: ModelRecipe, config: LlavaConfig) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def for_inference(params: Params, dtype: Any) -> Params:
+    """Parameters in ``dtype`` with LoRA adapters merged."""
+    return jax.tree.map(lambda x: x.astype(dtype), merge_lora(params))
+
+
 def write_model(
     folder: pathlib.Path, config: LlavaConfig, params: Params, model: ModelRecipe, metadata: Trained
 ) -> None:
@@ -92,8 +100,7 @@ def write_model(
       UserError: a parameter is NaN or infinite, or the disk has no room for the new model next to the old one.
       OSError: the disk is full or not writable.
     """
-    dtype = jnp.dtype(model.dtype)
-    params = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), merge_lora(params)))(params)
+    params = for_inference(params, dtype=jnp.dtype(model.dtype))
     if bad := not_finite(params):
         raise UserError(
             f"the model after {metadata.step:,} steps is not written to {folder}: {len(bad)} of its arrays contain NaN "

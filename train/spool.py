@@ -14,6 +14,7 @@ import jax
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.paths import BucketPath, files_below
+from pdrop_jax.train.writers import WANDB, WANDB_RUN
 
 
 class Spool:
@@ -40,14 +41,17 @@ class Spool:
 
 @contextlib.contextmanager
 def spooled(run: pathlib.Path) -> Iterator[Spool]:
-    """A ``Spool`` for the run folder ``run``, with its existing top-level files. It is uploaded at the end as well."""
+    """A ``Spool`` for the run folder ``run``, with its log and its W&B run. It is uploaded at the end as well."""
     if not isinstance(run, BucketPath):
         yield Spool(run)
         return
     with tempfile.TemporaryDirectory(prefix="pdrop-") as name:
         spool = Spool(pathlib.Path(name), run)
-        for path in run.glob("log*.jsonl"):
-            (spool.folder / path.name).write_bytes(path.read_bytes())
+        started = run / WANDB / WANDB_RUN
+        for path in (*run.glob("log*.jsonl"), *([started] if started.exists() else [])):
+            copy = spool.folder / path.relative_to(run)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(path.read_bytes())
         spool._sizes = files_below(spool.folder)
         try:
             yield spool

@@ -10,5 +10,6 @@
 #SBATCH --requeue
 # SIGTERM arrives two minutes before the time limit: a checkpoint is written, and the requeued command resumes.
 set -euo pipefail
+export PDROP_CACHE=$PWD/cache # compiled programs, for all nodes and for the next start
 srun --kill-on-bad-exit=1 pdrop train llava-1.5-finetune --mesh data=4 fsdp=8 \
     --set model.start=start data.conversations=chat.json data.images=images data.workers=4 run.folder=run

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdrop_jax.cli.platforms import skip_missing_tpu
+from pdrop_jax.compilation_cache import enable_in_environment
 from pdrop_jax.errors import UserError, exit_on_error, printable
 from pdrop_jax.paths import as_path
 
@@ -58,6 +59,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="tyro")
     warnings.filterwarnings("ignore", module="PIL")  # the sizes of pictures are checked in pdrop_jax.inputs.images
     skip_missing_tpu()
+    enable_in_environment()
     module = importlib.import_module(f"pdrop_jax.cli.{name}")
     with exit_on_error(f"pdrop {name}: "):
         code = parsed(module.run, f"pdrop {name}", sys.argv[2:])()

@@ -8,7 +8,7 @@ import pathlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
