@@ -149,9 +149,7 @@ class LlavaConfig:
     @property
     def family(self) -> str:
         """The family beside LLaVA that the model belongs to, or "LLaVA"."""
-        if isinstance(self.vision, GemmaVisionConfig):
-            return "gemma3"
-        return "LLaVA" if isinstance(self.vision, VisionConfig) else self.vision.kind
+        return self.vision.family
 
     @property
     def crop_tower(self) -> VisionConfig:
@@ -176,7 +174,7 @@ class LlavaConfig:
     @property
     def additions(self) -> int:
         """The first so many decoder layers have features added to the image tokens behind them (DeepStack)."""
-        return len(self.vision.deepstack_layers) if isinstance(self.vision, QwenVisionConfig) else 0
+        return len(self.vision.deepstack_layers)
 
     @property
     def image_tokens(self) -> int:

@@ -45,9 +45,36 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def family(self) -> str:
+        """The family beside LLaVA that has such a tower, or "LLaVA"."""
+        return "LLaVA"
+
+    @property
     def features_a_side(self) -> int:
         """Features a side of a crop: its tokens are made of these."""
         return self.patches_a_side
+
+    @property
+    def crop_features(self) -> int:
+        """Features that the tower makes of a crop, without a class token."""
+        return self.features_a_side**2
+
+    @property
+    def crop_shape(self) -> tuple[int, ...]:
+        return self.image_size, self.image_size, 3
+
+    @property
+    def layout_values(self) -> int:
+        """Numbers that say where a patch is: none, its place in the crop says it."""
+        return 0
+
+    @property
+    def deepstack_layers(self) -> tuple[int, ...]:
+        return ()
+
+    def levels(self, most: int) -> list[tuple[int, int]]:
+        """The sizes that a picture in a bucket can have, ascending: (crops, tokens); ``most`` is the model's length."""
+        return [(1, self.crop_features)]
 
     @property
     def num_patches(self) -> int:

@@ -17,7 +17,6 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 
 NEWLINE = -1  # table entry for the newline vector
 SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tiling.max_tiles allows
@@ -216,15 +215,13 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     """The sizes that an image in a bucket can have, ascending: (crops, tokens).
 
     The overview alone, then with 1, 2, 4, 8, … tiles up to the largest of the model's resolutions, so that few shapes
-    are compiled. Pictures of any size have the levels of their tower.
+    are compiled. Without LLaVA's tiling, they are the levels of the tower.
     """
-    if isinstance(config.vision, QwenVisionConfig):
-        return config.vision.levels(config.text.max_length)
-    tiling, vision = config.tiling, config.vision
-    tile, side = vision.image_size, vision.patches_a_side
-    alone = (1, config.image_tokens + (tiling is not None))
+    tiling = config.tiling
     if tiling is None:
-        return [alone]
+        return [(crops, n + config.keep_class_token) for crops, n in config.vision.levels(config.text.max_length)]
+    tile, side = config.crop_tower.image_size, config.crop_tower.patches_a_side
+    alone = (1, config.image_tokens + 1)
     grids = [(height // tile, width // tile) for height, width in tiling.pinpoints]
     most = max(rows * columns for rows, columns in grids)
     sizes = [min(1 << n, most) for n in range((most - 1).bit_length() + 1)]

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.chat_template import IMAGE_TAG, Turn
+from pdrop_jax.inputs.chat_template import IMAGE_TAG, Kind, Turn
 from pdrop_jax.inputs.images import Picture, Video, decode_image
 
 Role = Literal["system", "user", "assistant"]
-Kind = Literal["image", "video"]
 Prompt = str | Sequence[Turn] | Sequence[Mapping[str, Any]]
 
 CONTENT = ("text", "image", "image_url", "video")  # types of content

@@ -10,6 +10,8 @@ from typing import Any
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import (
+    LLAVA_PLACES,
+    ImagePlaces,
     Turn,
     render,
     template_named,
@@ -18,7 +20,7 @@ from pdrop_jax.inputs.chat_template import (
     write_captions,
 )
 from pdrop_jax.inputs.messages import Message
-from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ImagePlaces, ModelTemplate
+from pdrop_jax.inputs.model_template import OWN, ModelTemplate
 from pdrop_jax.inputs.targets import Example, TrainingText, ends_answers, tokenize, training_text
 
 

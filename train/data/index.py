@@ -16,11 +16,10 @@ from tqdm import tqdm
 from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
-from pdrop_jax.families.gemma3.inputs import check_no_crops
 from pdrop_jax.inputs import Processor, Row
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.images import as_tokens, blank, measure, read_image
+from pdrop_jax.inputs.images import as_tokens, blank, check_no_crops, measure, read_image
 from pdrop_jax.inputs.prompts import PromptTemplate
 from pdrop_jax.io import inside
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
@@ -144,7 +143,7 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
     prompts = processor.prompts(data.template)
     prompts.check_trainable()
     _check(data, config)
-    check_no_crops(processor.image_processor)
+    check_no_crops(processor.image_processor, config)
     path = pathlib.Path(data.conversations)
     rows = _Rows(data, processor, prompts)
     records = enumerate(read_records(path), 1)

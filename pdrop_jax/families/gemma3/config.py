@@ -11,9 +11,6 @@ from pdrop_jax.text_config import RopeScaling, TextConfig
 from pdrop_jax.vision_config import Activation, VisionConfig
 
 GemmaSize = Literal["4b", "12b", "27b"]
-# What the chat template writes for an image, and what the processor writes in place of that around its tokens.
-PLACEHOLDERS: dict[Literal["image", "video"], str] = {"image": "<start_of_image>"}
-MARKS = "\n\n<start_of_image>", "<end_of_image>\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +42,10 @@ class GemmaVisionConfig(VisionConfig):
                 f"{self.patches_a_side} patches a side cannot be averaged to {self.tokens_a_side} tokens a side: the "
                 "first must be a multiple of the second"
             )
+
+    @property
+    def family(self) -> str:
+        return "gemma3"
 
     @property
     def features_a_side(self) -> int:
