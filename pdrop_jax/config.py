@@ -5,12 +5,14 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.gemma3.config import GemmaSize, GemmaVisionConfig, gemma3_text
+from pdrop_jax.families.internvl import config as internvl
+from pdrop_jax.families.internvl.config import TiledVisionConfig, TilesKind
 from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import config as qwen3_vl
@@ -72,12 +74,16 @@ def _tower_class(tower: Any) -> str:
         return type(tower).__name__
     if "tokens_a_side" in tower:
         return GemmaVisionConfig.__name__
-    return QwenVisionConfig.__name__ if str(tower.get("kind")).startswith("qwen") else VisionConfig.__name__
+    kind = str(tower.get("kind"))
+    if kind in get_args(TilesKind):
+        return TiledVisionConfig.__name__
+    return QwenVisionConfig.__name__ if kind.startswith("qwen") else VisionConfig.__name__
 
 
 Tower = Annotated[
     Annotated[VisionConfig, Tag("VisionConfig")]
     | Annotated[GemmaVisionConfig, Tag("GemmaVisionConfig")]
+    | Annotated[TiledVisionConfig, Tag("TiledVisionConfig")]
     | Annotated[QwenVisionConfig, Tag("QwenVisionConfig")],
     Discriminator(_tower_class),
 ]
@@ -250,6 +256,20 @@ class LlavaConfig:
             eos_token_ids=(1, 106),
         )
 
+    @classmethod
+    def internvl3(cls, size: internvl.Size) -> "LlavaConfig":
+        """InternVL3 as released in transformers' format, dense."""
+        return cls(
+            vision=internvl.released_tower(size),
+            text=internvl.released_text(size),
+            schedule=DropSchedule.none(),
+            select_layer=-1,
+            template="own",
+            image_token_id=151667,
+            bos_token_id=151643,
+            eos_token_ids=(151645,),
+        )
+
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["schedule"] = self.schedule.to_json()
@@ -297,6 +317,7 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
     **{f"gemma-3-{size}": functools.partial(LlavaConfig.gemma3, size) for size in ("4b", "12b", "27b")},
+    **{f"internvl3-{size}": functools.partial(LlavaConfig.internvl3, size) for size in get_args(internvl.Size)},
     "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
     "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
     "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),

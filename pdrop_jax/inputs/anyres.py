@@ -50,6 +50,7 @@ class ImageTokens:
       captions: if the image stands in the text in several parts of as many tokens, the text in front of each part: the
         timestamps of a video (Qwen3-VL), and what precedes a picture with crops, or one of them (Gemma 3). Otherwise
         empty.
+      grid: rows and columns of the tiles that the crops begin with, if the model tiles in a way of its own.
       is_crop: whether the image is cut from one before it in its row, in whose place in the messages it stands too.
     """
 
@@ -61,6 +62,7 @@ class ImageTokens:
     positions: np.ndarray | None = None
     extent: int = 0
     captions: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
     is_crop: bool = False
 
     def __len__(self) -> int:

@@ -27,6 +27,7 @@ from flax.traverse_util import flatten_dict
 
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.families.gemma3 import params as gemma3
+from pdrop_jax.families.internvl import params as internvl
 from pdrop_jax.families.qwen2_vl import params as qwen2_vl
 from pdrop_jax.model.specs import Params as Params
 from pdrop_jax.model.specs import ParamSpec as ParamSpec
@@ -36,6 +37,7 @@ from pdrop_jax.model.vision_specs import crop_tower_specs
 # LlavaConfig.family -> the declarations of its tower and projector, in place of ``crop_tower_specs``.
 FAMILIES: dict[str, Callable[[LlavaConfig], Specs]] = {
     "gemma3": gemma3.specs,
+    "internvl": internvl.specs,
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), qwen2_vl.specs),
 }
 

@@ -188,4 +188,6 @@ def find_score(config: LlavaConfig) -> TokenScore:
         raise UserError(f"score {name!r} needs the layer before a drop, and there is none before layer 0")
     if score.class_attention and not config.vision.class_tokens:
         raise UserError(f"score {name!r} needs a class token, and a {config.vision.kind} tower has none")
+    if score.class_attention and config.family != "LLaVA":
+        raise UserError(f"score {name!r} needs a token for each patch, but a {config.family} model merges patches")
     return score

@@ -1,4 +1,4 @@
-"""The arrays of a vision tower that takes square crops, CLIP or SigLIP, and of LLaVA's projector."""
+"""The arrays of a vision tower that takes square crops, such as CLIP, and of LLaVA's projector."""
 
 from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.model.specs import ParamSpec, Specs, attention_specs, linear_specs, norm_specs
@@ -6,15 +6,21 @@ from pdrop_jax.model.specs import ParamSpec, Specs, attention_specs, linear_spec
 
 def vision_layer_specs(config: VisionConfig) -> Specs:
     D, N, H, F = config.hidden_size, config.num_heads, config.head_dim, config.intermediate_size
-    return {
-        "attention_norm": norm_specs(D, "vision", bias=True),
-        "attention": attention_specs(D, N, N, H, "vision", heads=None, qkv_bias=True, output_bias=True),
-        "mlp_norm": norm_specs(D, "vision", bias=True),
+    attention = attention_specs(D, N, N, H, "vision", heads=None, qkv_bias=config.qkv_bias, output_bias=True)
+    if config.qk_norm:
+        attention |= {name: norm_specs(D, "vision") for name in ("q_norm", "k_norm")}
+    specs = {
+        "attention_norm": norm_specs(D, "vision", bias=not config.rms_norm),
+        "attention": attention,
+        "mlp_norm": norm_specs(D, "vision", bias=not config.rms_norm),
         "mlp": {
             "up": linear_specs((D, F), ("model", None), "vision", bias=True),
             "down": linear_specs((F, D), (None, "model"), "vision", bias=True),
         },
     }
+    if config.layer_scale:
+        specs |= {name: norm_specs(D, "vision") for name in ("attention_scale", "mlp_scale")}
+    return specs
 
 
 def vision_embedding_specs(config: VisionConfig) -> Specs:
@@ -24,8 +30,9 @@ def vision_embedding_specs(config: VisionConfig) -> Specs:
         "patch": linear_specs((P, P, 3, D), (None, None, None, "model"), "vision", inputs=(0, 1, 2), bias=not clip),
         "position": ParamSpec((slots, D), (None, "model"), "embedding", "vision"),
     }
-    if clip:
+    if config.class_tokens:
         specs["class_token"] = ParamSpec((D,), (None,), "embedding", "vision")
+    if clip:
         specs["norm"] = norm_specs(D, "vision", bias=True)
     return specs
 
@@ -35,7 +42,7 @@ def crop_tower_specs(config: LlavaConfig) -> Specs:
     vision = config.crop_tower
     return {
         "vision": {"embed": vision_embedding_specs(vision), "layer": vision_layer_specs(vision)},
-        "projector": projector_specs(vision.hidden_size, config.text.hidden_size, config.projector_layers),
+        "projector": projector_specs(vision.projector_inputs, config.text.hidden_size, config.projector_layers),
     }
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import Heads, Layers, NormEps, Pixels, TokenId, Width
 from pdrop_jax.text_config import RopeScaling, TextConfig
-from pdrop_jax.vision_config import Activation, VisionConfig
+from pdrop_jax.vision_config import Activation, Kind, VisionConfig
 
 GemmaSize = Literal["4b", "12b", "27b"]
 
@@ -30,7 +30,7 @@ class GemmaVisionConfig(VisionConfig):
     num_heads: Heads = 16
     norm_eps: NormEps = 1e-6
     activation: Activation = "gelu_tanh"
-    kind: Literal["clip", "siglip"] = "siglip"
+    kind: Kind = "siglip"
     tokens_a_side: Annotated[int, Field(ge=1, le=256)] = 16
     start_token_id: TokenId = 255999
     end_token_id: TokenId = 256000

@@ -1,0 +1,151 @@
+"""Tiny random models of transformers whose pictures are tiles, of the true structure, and their processors.
+
+The processors' constructors want torchvision for videos, so what they do with a prompt is written out here, with their
+own texts in place of a picture.
+"""
+
+import functools
+import json
+
+import tokenizers
+import torch
+import transformers
+from tiny_qwen import photo
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+
+__all__ = ["image_processor", "photo", "save", "tokenizer", "torch_inputs", "torch_model"]
+
+# InternVL's towers of 300M and of 6B parameters differ: norms, biases and a norm of queries and keys.
+KINDS = ("internvl", "internvl-6b")
+MARKS = {"internvl": ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]}
+PLACE = {"internvl": "<IMG_CONTEXT>"}  # the token of a picture
+TOKENS = {"internvl": 4}  # of a crop
+SIDE = 56
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+}
+VISION = {
+    "internvl": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": [SIDE, SIDE],
+        "patch_size": [14, 14],
+        "attention_bias": True,
+    },
+}
+VISION["internvl-6b"] = VISION["internvl"] | {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
+CHAT_TEMPLATE = {
+    "internvl": """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- '<IMG_CONTEXT>\\n' }}
+            {%- elif part.type == 'video' %}
+                {{- '<video>\\n' }}
+            {%- else %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+}
+
+
+def family(kind):
+    return kind.partition("-")[0]
+
+
+@functools.cache
+def tokenizer(kind):
+    """A tokenizer of bytes with the family's marks."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({token: n for n, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    marks = MARKS[family(kind)]
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=marks[1])
+    fast.add_special_tokens({"additional_special_tokens": marks})
+    fast.chat_template = CHAT_TEMPLATE[family(kind)]
+    return fast
+
+
+def image_processor(kind):
+    return GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, min_patches=1, max_patches=6)
+
+
+@functools.cache
+def torch_model(kind):
+    """Every parameter is random, or a forgotten norm, bias or scale would not show."""
+    name = family(kind)
+    text = {**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer(kind))}
+    text["eos_token_id"] = tokenizer(kind).eos_token_id
+    own = {"image_seq_length": TOKENS[name]}
+    config = transformers.AutoConfig.for_model(
+        name,
+        vision_config=VISION[kind],
+        text_config=text,
+        image_token_id=tokenizer(kind).convert_tokens_to_ids(PLACE[name]),
+        tie_word_embeddings=kind == "internvl-6b",
+        **own,
+    )
+    torch.manual_seed(3)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        scale = "norm" in name and "weight" in name or "lambda" in name
+        torch.nn.init.normal_(parameter, 1.0 if scale else 0.0, 0.1)
+    return model
+
+
+def save(kind, folder):
+    """The checkpoint as transformers saves it, with tokenizer and image processor."""
+    torch_model(kind).save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
+    image_processor(kind).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer(kind).eos_token_id]}))
+    return folder
+
+
+def torch_inputs(kind, question, images, frames=()):
+    """What transformers' processor makes of one question with images and a video's frames in front."""
+    content = [*[{"type": "image"} for _ in images], *[{"type": "video"}] * bool(frames)]
+    content.append({"type": "text", "text": question})
+    return torch_inputs_of(kind, [{"role": "user", "content": content}], images, frames)
+
+
+def torch_inputs_of(kind, messages, images, frames=()):
+    """The same of a whole conversation that the model continues, and the "crops" of each picture or video."""
+    processor = object.__new__(InternVLProcessor)
+    processor.image_seq_length = TOKENS["internvl"]
+    processor.start_image_token, processor.end_image_token, processor.image_token = MARKS["internvl"][2:5]
+    found = dict(image_processor(kind)(images, crop_to_patches=True, return_tensors="pt")) if images else {}
+    crops = list(map(int, found.pop("num_patches", ())))
+    texts = [processor.replace_image_token({"num_patches": crops}, n) for n in range(len(images))]
+    text = tokenizer(kind).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for place in texts:
+        text = text.replace(f"{PLACE['internvl']}\n", f"{place.replace(PLACE['internvl'], '@')}\n", 1)
+    text = text.replace("@", PLACE["internvl"])
+    if frames:
+        clip = image_processor(kind)(frames, crop_to_patches=False, return_tensors="pt")["pixel_values"]
+        text = text.replace("<video>", processor.replace_video_token({"pixel_values_videos": clip[None]}, 0))
+        found["pixel_values"] = torch.cat([*[found["pixel_values"]] * bool(images), clip])
+        crops.append(len(frames))
+    ids = tokenizer(kind)(text, return_tensors="pt")["input_ids"]
+    return {"input_ids": ids, **found}, crops
