@@ -109,7 +109,7 @@ def torch_model(kind):
     torch.manual_seed(3)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        scale = "norm" in name and "weight" in name or "lambda" in name
+        scale = ("norm" in name and "weight" in name) or "lambda" in name
         torch.nn.init.normal_(parameter, 1.0 if scale else 0.0, 0.1)
     return model
 

@@ -1,0 +1,83 @@
+"""Losses and gradients of models with tiles against torch, and training them."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from checks import check_gradients
+from tiny_run import compiled_in, losses
+from tiny_tiles import photo, tokenizer, torch_inputs, torch_model
+from torch_tile_drops import drop_run
+
+from pdrop_jax import checkpoint
+from pdrop_jax.batch import IGNORE
+from pdrop_jax.convert.hf_config import namings_for
+from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.train.loop import train
+from pdrop_jax.train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe
+
+ROWS = [("Which?", [photo(75, 300, 3)], "Yes."), ("Both", [photo(40, 50, 1), photo(120, 90, 2)], "No, none")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "ratios"), [("internvl", (1, 3), (0.5, 0.25)), ("internvl", (), ()), ("internvl-6b", (), ())]
+)
+def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, tiles):
+    config, params = checkpoint.load(tiles[kind][1], schedule=DropSchedule(layers, ratios))
+    processor = Processor.load(tiles[kind][1], config)
+    model = torch_model(kind)
+    model.zero_grad()
+    rows, answers, predictions = [], [], []
+    for question, images, answer in ROWS:
+        new = tokenizer(kind)(answer)["input_ids"]
+        row = processor.row(question, images)
+        rows.append(dataclasses.replace(row, ids=[*row.ids, *new], labels=[IGNORE] * len(row.ids) + new))
+        logits, _ = drop_run(kind, model, *torch_inputs(kind, question, images), list(layers), ratios, new_ids=new)
+        answers.append(new)
+        predictions.append(logits[-len(new) - 1 : -1])
+    naming = list(namings_for(config).values())[-1]
+    for name, x in check_gradients(config, params, rows, answers, predictions, model, naming).items():
+        # All logits of a query move alike with a bias of the keys, unless rope turns them apart.
+        assert np.abs(x).max() > 1e-7 or ("vision_tower" in name and "k_proj.bias" in name), name
+
+
+def recipe_in(folder, start, **model):
+    """A run over pictures of one shape, so that one program is compiled."""
+    (folder / "images").mkdir()
+    records = []
+    for number in range(4):
+        photo(60, 200 - number, number).save(folder / f"images/{number}.png")
+        turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": f"n{number % 3}"}]
+        records.append({"id": number, "image": f"{number}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return Recipe(
+        ModelRecipe(str(start), layers=(1, 3), ratios=(0.5, 0.25), dtype="float32", **model),
+        DataRecipe(str(folder / "data.json"), str(folder / "images"), max_length=200, text_buckets=(64,)),
+        RunRecipe(str(folder / "run"), batch_size=2, steps=6, save_every=6),
+        OptimizerRecipe(learning_rate=1e-2, warmup=0.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [("internvl", {"groups": ("vision", "projector", "llm")})],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x["groups"]),
+)
+def test_a_run(kind, groups, tiles, tmp_path):
+    train(recipe_in(tmp_path, tiles[kind][1], **groups))
+    found = [loss for _, loss in losses(tmp_path / "run")]
+    assert len(found) == 6
+    assert np.mean(found[-3:]) < np.mean(found[:3])
+    assert compiled_in(tmp_path / "run") == 1
+    config, before = checkpoint.load(tiles[kind][1], schedule=DropSchedule((1, 3), (0.5, 0.25)))
+    trained, after = checkpoint.load(tmp_path / "run/model")
+    assert trained == config
+    changed = {
+        path[0].key for path, same in jax.tree.leaves_with_path(jax.tree.map(np.array_equal, before, after)) if not same
+    }
+    text = {"stages", "embed", "norm", "head"}
+    parts = {"vision": {"vision"}, "projector": {"projector"}, "llm": text, "lora": {"stages"}}
+    assert changed == set().union(*(parts[group] for group in groups["groups"]))
