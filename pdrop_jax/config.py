@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
@@ -16,6 +17,7 @@ from pdrop_jax.families.internvl.config import TiledVisionConfig, TilesKind
 from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import config as qwen3_vl
+from pdrop_jax.families.smolvlm import config as smolvlm
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, Pixels, TokenId, validated
@@ -229,46 +231,20 @@ class LlavaConfig:
 
     @classmethod
     def _qwen(cls, text: TextConfig, vision: QwenVisionConfig) -> "LlavaConfig":
-        return cls(
-            vision=vision,
-            text=text,
-            schedule=DropSchedule.none(),
-            select_layer=-1,
-            template="own",
-            image_token_id=151655,
-            video_token_id=151656,
-            bos_token_id=151643,
-            eos_token_ids=(151645, 151643),
-        )
+        tokens = {"image_token_id": 151655, "video_token_id": 151656, "bos_token_id": 151643}
+        return cls.released(text, vision, **tokens, eos_token_ids=(151645, 151643))
 
     @classmethod
     def gemma3(cls, size: GemmaSize) -> "LlavaConfig":
-        """Gemma 3 as released, dense: PyramidDrop's authors have no schedule for it."""
-        return cls(
-            vision=GemmaVisionConfig(),
-            text=gemma3_text(size),
-            schedule=DropSchedule.none(),
-            projector_layers=1,
-            select_layer=-1,
-            template="own",
-            image_token_id=262144,
-            bos_token_id=2,
-            eos_token_ids=(1, 106),
-        )
+        """Gemma 3 as released, dense."""
+        tokens = {"image_token_id": 262144, "bos_token_id": 2, "eos_token_ids": (1, 106)}
+        return cls.released(gemma3_text(size), GemmaVisionConfig(), projector_layers=1, **tokens)
 
     @classmethod
-    def internvl3(cls, size: internvl.Size) -> "LlavaConfig":
-        """InternVL3 as released in transformers' format, dense."""
-        return cls(
-            vision=internvl.released_tower(size),
-            text=internvl.released_text(size),
-            schedule=DropSchedule.none(),
-            select_layer=-1,
-            template="own",
-            image_token_id=151667,
-            bos_token_id=151643,
-            eos_token_ids=(151645,),
-        )
+    def released(cls, text: TextConfig, vision: Tower, **fields: Any) -> "LlavaConfig":
+        """A model of a family beside LLaVA, dense: PyramidDrop's authors have no schedule for it."""
+        own: dict[str, Any] = {"schedule": DropSchedule.none(), "select_layer": -1, "template": "own"}
+        return cls(vision=vision, text=text, **own, **fields)
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -311,13 +287,18 @@ class LlavaConfig:
         return cls.from_json(read_config(folder), str(folder / "config.json"))
 
 
+def _released(family: ModuleType, size: str) -> LlavaConfig:
+    return LlavaConfig.released(*family.released(size), **family.FIELDS)
+
+
 MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-1.5-7b": LlavaConfig.llava_1_5_7b,
     "llava-1.5-13b": LlavaConfig.llava_1_5_13b,
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
     **{f"gemma-3-{size}": functools.partial(LlavaConfig.gemma3, size) for size in ("4b", "12b", "27b")},
-    **{f"internvl3-{size}": functools.partial(LlavaConfig.internvl3, size) for size in get_args(internvl.Size)},
+    **{f"internvl3-{size}": functools.partial(_released, internvl, size) for size in get_args(internvl.Size)},
+    **{f"smolvlm2-{size}": functools.partial(_released, smolvlm, size) for size in get_args(smolvlm.Size)},
     "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
     "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
     "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),

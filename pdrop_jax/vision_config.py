@@ -7,7 +7,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, Width
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-Kind = Literal["clip", "siglip", "internvl", "smolvlm"]
+Kind = Literal["clip", "siglip", "internvl", "smolvlm", "idefics3"]
 
 MAX_PATCHES_A_SIDE = 256
 

@@ -48,8 +48,9 @@ class ImageTokens:
       positions: (n, 3) int32, time, row and column of each token for M-RoPE, counted from the image's first; else None.
       extent: positions that the image, or each of its parts, takes in its row of tokens.
       captions: if the image stands in the text in several parts of as many tokens, the text in front of each part: the
-        timestamps of a video (Qwen3-VL), and what precedes a picture with crops, or one of them (Gemma 3). Otherwise
-        empty.
+        timestamps of a video (Qwen3-VL), what precedes a picture with crops, or one of them (Gemma 3), and the places
+        of tiles (SmolVLM). Otherwise empty.
+      ending: text behind the last of these parts.
       grid: rows and columns of the tiles that the crops begin with, if the model tiles in a way of its own.
       is_crop: whether the image is cut from one before it in its row, in whose place in the messages it stands too.
     """
@@ -62,6 +63,7 @@ class ImageTokens:
     positions: np.ndarray | None = None
     extent: int = 0
     captions: tuple[str, ...] = ()
+    ending: str = ""
     grid: tuple[int, int] | None = None
     is_crop: bool = False
 
@@ -87,13 +89,14 @@ class ImageTokens:
 
 
 def captions_of(images: Iterable[ImageTokens]) -> list[tuple[str, ...]]:
-    """The captions at each place that an image has in the messages: its own, and those of its crops."""
+    """The texts at each place that an image has in the messages: in front of each of its parts, and behind the last.
+
+    Those of its crops are among them. An image without captions has no texts.
+    """
     found: list[tuple[str, ...]] = []
     for image in images:
-        if image.is_crop:
-            found[-1] += image.captions
-        else:
-            found.append(image.captions)
+        before = found.pop()[:-1] if image.is_crop else ()
+        found.append((*before, *image.captions, image.ending) if image.captions else ())
     return found
 
 

@@ -162,13 +162,19 @@ def write_captions(text: str, captions: Sequence[Sequence[str]], place: str = re
     """``text`` in which an image whose parts stand apart is written out: each part's caption, and a place of its own.
 
     Args:
-      captions: of each image in ``text``, of each of its parts; empty for an image in one part.
+      captions: of each image in ``text``, in front of each of its parts and behind the last; empty for an image in one
+        part without captions.
       place: regular expression of what stands for an image.
     """
     if not any(captions):
         return text
     images = iter(captions)
-    return re.sub(place, lambda found: "".join(caption + found[0] for caption in next(images) or ("",)), text)
+
+    def written(found: re.Match[str]) -> str:
+        *before, behind = next(images) or ("", "")
+        return "".join(caption + found[0] for caption in before) + behind
+
+    return re.sub(place, written, text)
 
 
 def without_tags(text: str, tag: str = IMAGE_TAG) -> str:

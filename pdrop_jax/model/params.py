@@ -29,6 +29,7 @@ from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.families.gemma3 import params as gemma3
 from pdrop_jax.families.internvl import params as internvl
 from pdrop_jax.families.qwen2_vl import params as qwen2_vl
+from pdrop_jax.families.smolvlm import params as smolvlm
 from pdrop_jax.model.specs import Params as Params
 from pdrop_jax.model.specs import ParamSpec as ParamSpec
 from pdrop_jax.model.specs import Specs, attention_specs, linear_specs, norm_specs
@@ -38,6 +39,7 @@ from pdrop_jax.model.vision_specs import crop_tower_specs
 FAMILIES: dict[str, Callable[[LlavaConfig], Specs]] = {
     "gemma3": gemma3.specs,
     "internvl": internvl.specs,
+    **dict.fromkeys(("smolvlm", "idefics3"), smolvlm.specs),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), qwen2_vl.specs),
 }
 

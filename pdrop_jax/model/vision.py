@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import Implementation, LlavaConfig, Remat, VisionConfig
 from pdrop_jax.families.gemma3.tower import soft_tokens
-from pdrop_jax.families.internvl.tower import tile_tokens
+from pdrop_jax.families.internvl import tower as internvl
 from pdrop_jax.families.qwen2_vl.tower import patch_features
+from pdrop_jax.families.smolvlm import tower as smolvlm
 from pdrop_jax.model.layers import (
     layer_norm,
     layer_of,
@@ -27,7 +28,8 @@ from pdrop_jax.sharding import constrain
 # LlavaConfig.family -> from the last hidden state of its crops to their tokens, in place of LLaVA's projector.
 CROP_TOKENS: dict[str, Callable[[LlavaConfig, Params, jax.Array], jax.Array]] = {
     "gemma3": soft_tokens,
-    "internvl": tile_tokens,
+    "internvl": internvl.tile_tokens,
+    **dict.fromkeys(("smolvlm", "idefics3"), smolvlm.tile_tokens),
 }
 # LlavaConfig.family -> the features of patches, for a tower that takes no square crops.
 PATCH_FEATURES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), patch_features)

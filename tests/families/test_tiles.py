@@ -19,7 +19,8 @@ from pdrop_jax.schedule import DropSchedule
 PHOTOS = [photo(40, 50, 1), photo(300, 120, 2), photo(75, 700, 3)]
 FRAMES = [photo(60, 90, 4), photo(60, 90, 5), photo(60, 90, 6)]
 ROWS = [("What is this?", PHOTOS[:1]), ("Which?", PHOTOS[2:]), ("Both", PHOTOS[:2]), ("No picture.", [])]
-CROPS = {"internvl": [[1], [7], [1, 4], []]}
+CROPS = {"internvl": [[1], [7], [1, 4], []], "smolvlm": [[17], [5], [17, 9], []]}
+CROPS["idefics3"] = CROPS["smolvlm"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -78,7 +79,7 @@ def test_dense_logits_are_those_of_transformers(kind, dense, batch):
         assert np.abs(theirs).max() > 0.5
 
 
-@pytest.mark.parametrize("kind", ["internvl"])
+@pytest.mark.parametrize("kind", ["internvl", "smolvlm"])
 def test_greedy_answers_are_those_of_transformers(kind, tiles):
     model = load(tiles[kind][1], schedule=DropSchedule.none())
     questions, images = zip(*ROWS, strict=True)
@@ -92,7 +93,7 @@ def test_greedy_answers_are_those_of_transformers(kind, tiles):
         assert len(new) == 16
 
 
-@pytest.mark.parametrize("kind", ["internvl"])
+@pytest.mark.parametrize("kind", ["internvl", "smolvlm"])
 @pytest.mark.parametrize(
     ("layers", "ratios", "positions"), [((1, 3), (0.5, 0.25), "dense"), ((0, 2), (0.7, 0.0), "original")]
 )

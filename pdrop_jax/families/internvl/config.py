@@ -1,7 +1,7 @@
 """The config of a vision tower whose pictures are tiles, and the released sizes of InternVL3."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from pdrop_jax.schema import Heads, Layers, NormEps, Pixels, Width
 from pdrop_jax.text_config import RopeScaling, TextConfig
 from pdrop_jax.vision_config import Activation, Kind, VisionConfig
 
-TilesKind = Literal["internvl"]
+TilesKind = Literal["internvl", "smolvlm", "idefics3"]
 Size = Literal["1b", "2b", "8b", "14b", "38b", "78b"]
 
 
@@ -59,6 +59,18 @@ class TiledVisionConfig(VisionConfig):
         while (1 + tiles[-1]) * self.crop_features < most:
             tiles.append(3 if tiles[-1] == 2 else tiles[-2] * 2)
         return [(n, n * self.crop_features) for n in (1, *(1 + n for n in tiles))]
+
+
+FIELDS: dict[str, Any] = {
+    "image_token_id": 151667,
+    "bos_token_id": 151643,
+    "eos_token_ids": (151645,),
+}  # of a released model's LlavaConfig
+
+
+def released(size: Size) -> tuple[TextConfig, TiledVisionConfig]:
+    """Decoder and tower."""
+    return released_text(size), released_tower(size)
 
 
 def released_tower(size: Size) -> TiledVisionConfig:
