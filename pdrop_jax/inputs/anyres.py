@@ -23,11 +23,21 @@ SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tilin
 
 
 class ImageSize(NamedTuple):
-    """The space that an image needs in a batch: crops and tokens, and whether the crops are frames of a video."""
+    """The space that an image needs in a batch: crops and tokens, and whether the crops are frames of a video.
+
+    ``texts`` stand around its parts: in front of each of them, and behind the last. They are empty for an image in one
+    part without captions.
+    """
 
     crops: int
     tokens: int
     video: bool = False
+    texts: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> int:
+        """Placeholders that stand for the image."""
+        return max(1, len(self.texts) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +82,8 @@ class ImageTokens:
 
     @property
     def size(self) -> ImageSize:
-        return ImageSize(len(self.crops), len(self.index), self.video)
+        texts = (*self.captions, self.ending) if self.captions else ()
+        return ImageSize(len(self.crops), len(self.index), self.video, texts)
 
     @property
     def parts(self) -> int:
@@ -89,14 +100,10 @@ class ImageTokens:
 
 
 def captions_of(images: Iterable[ImageTokens]) -> list[tuple[str, ...]]:
-    """The texts at each place that an image has in the messages: in front of each of its parts, and behind the last.
-
-    Those of its crops are among them. An image without captions has no texts.
-    """
+    """``ImageSize.texts`` at each place that an image has in the messages, with those of its crops."""
     found: list[tuple[str, ...]] = []
     for image in images:
-        before = found.pop()[:-1] if image.is_crop else ()
-        found.append((*before, *image.captions, image.ending) if image.captions else ())
+        found.append((*found.pop()[:-1], *image.size.texts) if image.is_crop else image.size.texts)
     return found
 
 

@@ -261,12 +261,14 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 
 
-def blank(config: LlavaConfig) -> ImageTokens:
-    """A grey picture, the smallest that a model takes."""
+def blank(config: LlavaConfig, parts: int = 1) -> ImageTokens:
+    """A grey picture, the smallest that a model takes; in several ``parts`` it has one token in each."""
     family = FAMILIES.get(config.family)
-    if family and family.blank:
-        return family.blank(config)
-    return whole(np.zeros(config.vision.crop_shape, np.float32), config)
+    image = family.blank(config) if family and family.blank else None
+    image = image or whole(np.zeros(config.vision.crop_shape, np.float32), config)
+    if parts == 1:
+        return image
+    return dataclasses.replace(image, index=np.repeat(image.index[:1], parts, axis=0), captions=("",) * parts)
 
 
 def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:

@@ -91,13 +91,18 @@ class ModelTemplate:
         Args:
           captions: see ``chat_template.write_captions``.
         """
-        before, after = map(re.escape, self.places.marks)
-        text = write_captions(self.render(messages), captions, f"{before}(?:{self._rendered.pattern}){after}")
+        text = write_captions(self.render(messages), captions, self.place)
         check_unicode(text)
         if not self._are_tokens(text):
             return token_ids(self.tokenizer, self._rendered.sub(IMAGE_TAG, text))
         ids = self.tokenizer(text, verbose=False, **self._special(text))["input_ids"]
         return [IMAGE_PLACEHOLDER if i in self._place_ids else i for i in ids]
+
+    @functools.cached_property
+    def place(self) -> str:
+        """Regular expression of what stands for an image in ``render``, with the marks around it."""
+        before, after = map(re.escape, self.places.marks)
+        return f"{before}(?:{self._rendered.pattern}){after}"
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""

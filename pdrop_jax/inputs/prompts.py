@@ -5,11 +5,13 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import (
+    IMAGE_TAG,
     LLAVA_PLACES,
     ImagePlaces,
     Turn,
@@ -51,6 +53,11 @@ class LlavaTemplate:
           captions: see ``chat_template.write_captions``.
         """
         return token_ids(self.tokenizer, write_captions(self.render(messages), captions))
+
+    @property
+    def place(self) -> str:
+        """Regular expression of what stands for an image in ``render``."""
+        return re.escape(IMAGE_TAG)
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""

