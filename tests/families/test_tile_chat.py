@@ -93,9 +93,10 @@ def test_a_folder_without_an_image_processor_has_the_familys(kind, tiles, tmp_pa
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_figures_show_the_whole_and_its_tiles(kind, tiles):
-    model = load(tiles[kind][1], schedule=DropSchedule((2,), (0.5,)))
-    kept = generate(model, ["?"], [PICTURES[:1]], Sampling(max_new_tokens=1)).kept[0]
-    drawn = answer_picture(PICTURES[:1], kept, model.processor)
-    # The whole, and its tiles in their grid: 1 x 3 (InternVL) or 1 x 2 (SmolVLM).
-    assert drawn.width > 2 * (3 if kind == "internvl" else 2) * SIDE
+    model = load(tiles[kind][1], schedule=DropSchedule((1,), (0.5,)))
+    picture = photo(*SIZES[kind][0])
+    kept = generate(model, ["What is this?"], [picture], Sampling(max_new_tokens=2)).kept[0]
+    drawn = answer_picture([picture], kept, model.processor)
+    # The whole, and its tiles in their grid: 1 x 6 (InternVL) or 1 x 2 (SmolVLM).
+    assert drawn.width > 2 * (6 if kind == "internvl" else 2) * SIDE
     assert drawn.height > 2 * SIDE

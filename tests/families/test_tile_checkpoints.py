@@ -23,10 +23,9 @@ from pdrop_jax.convert.importer import read, write
 from pdrop_jax.convert.names import torch_arrays, torch_shapes
 from pdrop_jax.convert.sources import open_source
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation.pretrained import load
 from pdrop_jax.inputs.buckets import bucket_for
 from pdrop_jax.model import vlm
-from pdrop_jax.model.params import abstract_params
+from pdrop_jax.model.params import abstract_params, count
 from pdrop_jax.planner.programs import abstract_batch
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import make_mesh
@@ -76,8 +75,40 @@ INTERNVL3_8B = {
         "use_qk_norm": False,
     },
 }
-HUB = {"internvl3-8b": INTERNVL3_8B}
-RELEASED = [name for name in MODELS if name.startswith("internvl")]
+SMOLVLM2_2B = {
+    "model_type": "smolvlm",
+    "image_token_id": 49190,
+    "scale_factor": 3,
+    "tie_word_embeddings": False,
+    "text_config": {
+        "bos_token_id": 1,
+        "eos_token_id": 49279,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 130000.0,
+        "vocab_size": 49280,
+    },
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "model_type": "smolvlm_vision",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+}
+HUB = {"internvl3-8b": INTERNVL3_8B, "smolvlm2-2.2b": SMOLVLM2_2B}
+RELEASED = [name for name in MODELS if name.startswith(("internvl", "smolvlm"))]
+# Millions of parameters, as the models are named.
+MILLIONS = {"internvl3-1b": 938, "smolvlm2-256m": 256, "smolvlm2-500m": 507, "smolvlm2-2.2b": 2246}
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -95,10 +126,12 @@ def test_every_tensor_of_the_released_sizes(name):
             transformers.AutoConfig.for_model(**hf_config(config, "bfloat16"))
         )
     expected = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
-    assert torch_shapes(config, namings_for(config)["hf-modules"]) == expected
+    assert torch_shapes(config, list(namings_for(config).values())[-1]) == expected
+    if name in MILLIONS:
+        assert count(abstract_params(config)) // 10**6 == MILLIONS[name]
 
 
-@pytest.mark.parametrize("name", RELEASED[-1:])
+@pytest.mark.parametrize("name", ["internvl3-78b", "smolvlm2-2.2b"])
 def test_forward_and_decode_of_the_released_sizes(name):
     config = config_of(name)
     config = type(config)(**{**vars(config), "schedule": DropSchedule((5, 12), (0.5, 0.25))})
@@ -118,11 +151,12 @@ def test_forward_and_decode_of_the_released_sizes(name):
     assert out.logits.shape[1] == 64 + int(7 * n * 0.25) + int(n * 0.25)
 
 
-@pytest.mark.parametrize("name", RELEASED[:1])
+@pytest.mark.parametrize("name", ["internvl3-1b", "smolvlm2-256m"])
 def test_macs_of_the_tower_are_those_that_xla_counts(name):
     """With one layer, because the compiler counts the body of a loop once."""
     config = config_of(name)
-    small = {"num_layers": 1, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "image_size": 224}
+    small = {"num_layers": 1, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4}
+    small["image_size"] = 16 * config.vision.patch_size
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **small))
     bucket = bucket_for(32, (4 * config.image_tokens,), config)
     batch = abstract_batch(config, make_mesh({}), bucket, 1, training=False)
@@ -177,7 +211,7 @@ def test_every_way_to_name_the_tensors_is_read(kind, tiles, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kind", ["internvl-6b"])
+@pytest.mark.parametrize("kind", ["internvl-6b", "smolvlm"])
 def test_the_check_of_a_conversion(kind, tiles, tmp_path):
     source = open_source(tiles[kind][0])
     write(source, tmp_path / "ours", dtype="float32")
@@ -220,6 +254,22 @@ def test_what_is_not_supported_is_refused(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_score_by_the_class_token_is_refused(tiles):
-    with pytest.raises(UserError, match="needs a token for each patch, and an internvl model merges patches"):
-        load(tiles["internvl"][1], schedule=DropSchedule((1,), (0.5,), score="cls"))
+def smol_vision(**changes):
+    return {"vision_config": SMOLVLM2_2B["vision_config"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "idefics2"}, "'idefics2' is not supported.* nearest supported family is idefics3"),
+        ({"model_type": "smolvlm_vision"}, "'smolvlm_vision' is not supported.* nearest supported family is smolvlm"),
+        ({"text_config": SMOLVLM2_2B["text_config"] | {"model_type": "gemma"}}, "model_type 'gemma' is not supported"),
+        ({"scale_factor": 4}, "27 patches a side cannot be merged by squares of 4"),
+        (smol_vision(image_size=[384, 392]), "image_size is 384x392, but only squares"),
+        (smol_vision(num_channels=1), "num_channels 1 is not supported"),
+    ],
+)
+def test_what_is_not_supported_of_smolvlm_is_refused(change, message):
+    with pytest.raises(UserError, match=message) as error:
+        llava_from_hf(SMOLVLM2_2B | change)
+    assert "\n" not in str(error.value)

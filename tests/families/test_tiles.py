@@ -71,7 +71,7 @@ def test_features_are_those_of_transformers(kind, dense, batch):
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("kind", KINDS[:3], indirect=True)
+@pytest.mark.parametrize("kind", ["internvl", "smolvlm"], indirect=True)
 def test_dense_logits_are_those_of_transformers(kind, dense, batch):
     logits = jax.jit(forward, static_argnums=0)(dense.config, dense.params, batch).logits
     for b, row in enumerate(ROWS):

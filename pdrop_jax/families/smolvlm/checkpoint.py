@@ -74,24 +74,8 @@ def parts_from_hf(data: dict[str, Any], where: str) -> tuple[TextConfig, Text, d
         layer_scale=False,
         merge_size=found.scale_factor,
     )
-    if rounds_positions(vision.patches_a_side):
-        raise UserError(
-            f"{where}: a tower of {vision.patches_a_side} patches a side is not supported: transformers' rounding "
-            "gives two of them the same position"
-        )
     fields = {"vision": vision, "select_layer": -1, "projector_layers": 1, "image_token_id": found.image_token_id}
     return dataclasses.replace(text, family=kind), special, fields
-
-
-def rounds_positions(side: int) -> bool:
-    """Whether a patch of a whole tile has another position in transformers than its own row or column.
-
-    There positions are found by fractions of the side in float32, since tiles may be partly filled. That is exact for
-    the released models (26, 27 and 32 patches a side), but not for 19, 25, 29, 31, ….
-    """
-    edges = np.arange(1 / side, 1.0, 1 / side).astype(np.float32)
-    at = np.arange(side, dtype=np.float32) * (np.float32(1) / np.float32(side))
-    return bool((np.searchsorted(edges, np.minimum(at, np.float32(1 - 1e-6)), side="right") != np.arange(side)).any())
 
 
 def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> dict[str, Any]:
