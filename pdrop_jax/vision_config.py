@@ -76,6 +76,11 @@ class VisionConfig:
         return self.image_size, self.image_size, 3
 
     @property
+    def largest_picture(self) -> int | None:
+        """Tokens of the largest picture of the released processor, if only that bounds them."""
+        return None
+
+    @property
     def layout_values(self) -> int:
         """Numbers that say where a patch is: none, its place in the crop says it."""
         return 0

@@ -248,6 +248,11 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     return [alone, *((1 + n, max(sizes)) for n, sizes in found.items() if sizes)]
 
 
+def largest_picture(config: LlavaConfig) -> int:
+    """Tokens of the largest picture of a model whose tower takes crops, as its released processor makes it."""
+    return config.crop_tower.largest_picture or levels(config)[-1][1]
+
+
 @functools.lru_cache(4096)  # a data set has few sizes among many pictures
 def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
     """(crops, tokens) of an image of ``size`` (height, width) pixels.

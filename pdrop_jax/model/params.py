@@ -75,7 +75,7 @@ def param_specs(config: LlavaConfig) -> Specs:
     tower = FAMILIES.get(config.family, crop_tower_specs)(config)
     vision = dict(tower["vision"])
     specs: Specs = {
-        "vision": {"layers": stack(vision.pop("layer"), config.vision_layers), **vision},
+        "vision": {"embed": vision.pop("embed"), "layers": stack(vision.pop("layer"), config.vision_layers), **vision},
         "projector": tower["projector"],
         "embed": {"embedding": ParamSpec((V, D), ("vocab", "model"), "embedding", "llm")},
         "stages": {str(s): stack(decoder_layer, stop - start) for s, (start, stop) in enumerate(ranges)},

@@ -23,6 +23,7 @@ from pdrop_jax.convert.importer import read, write
 from pdrop_jax.convert.names import torch_arrays, torch_shapes
 from pdrop_jax.convert.sources import open_source
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import largest_picture
 from pdrop_jax.inputs.buckets import bucket_for
 from pdrop_jax.model import vlm
 from pdrop_jax.model.params import abstract_params, count
@@ -109,6 +110,13 @@ HUB = {"internvl3-8b": INTERNVL3_8B, "smolvlm2-2.2b": SMOLVLM2_2B}
 RELEASED = [name for name in MODELS if name.startswith(("internvl", "smolvlm"))]
 # Millions of parameters, as the models are named.
 MILLIONS = {"internvl3-1b": 938, "smolvlm2-256m": 256, "smolvlm2-500m": 507, "smolvlm2-2.2b": 2246}
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("internvl3-8b", 13 * 256), ("smolvlm2-2.2b", 17 * 81)])
+def test_costs_are_those_of_the_largest_picture_of_the_released_processor(name, tokens):
+    config = config_of(name)
+    assert largest_picture(config) == tokens
+    assert bucket_for(64, (tokens,), config).crops == tokens // config.image_tokens
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -53,6 +53,11 @@ class TiledVisionConfig(VisionConfig):
     def projector_inputs(self) -> int:
         return self.hidden_size * self.merge_size**2
 
+    @property
+    def largest_picture(self) -> int | None:
+        """Of 12 tiles (InternVL), or of 4 x 4 (SmolVLM and Idefics3), and the whole."""
+        return (13 if self.kind == "internvl" else 17) * self.crop_features
+
     def levels(self, most: int) -> list[tuple[int, int]]:
         """One crop alone, then the whole with 2, 3, 4, 6, 8, 12, 16, 24, … tiles, up to ``most`` tokens or more."""
         tiles = [2]
