@@ -16,17 +16,11 @@ from pdrop_jax import checkpoint
 from pdrop_jax.checkpoint import storage
 from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.convert.files import write_safetensors
-from pdrop_jax.convert.hf_config import (
-    hf_config,
-    namings_for,
-    original_config,
-    select_strategy,
-    tower_folder,
-    with_image_token,
-)
+from pdrop_jax.convert.hf_config import hf_config, namings_for, select_strategy, with_image_token
 from pdrop_jax.convert.hf_parts import vision_to_hf
 from pdrop_jax.convert.jinja import write_chat_template
 from pdrop_jax.convert.names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
+from pdrop_jax.convert.original_config import original_config, tower_folder
 from pdrop_jax.convert.tensors import DTYPES, DType
 from pdrop_jax.inputs.tokenizer import reading
 from pdrop_jax.io import read_json
@@ -181,9 +175,11 @@ def _write_tower(
 def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
     """Adds what transformers' processor needs and the original's files lack: padding, and "<image>"."""
     path = folder / "preprocessor_config.json"
+    onevision = bool(config.tiling and config.tiling.max_tiles)
+    name = "LlavaOnevision" if onevision else "LlavaNext" if config.tiling else "Llava"
     if config.tiling and path.exists():
         settings = read_json(path) | {
-            "image_processor_type": "LlavaNextImageProcessor",
+            "image_processor_type": f"{name}ImageProcessor",
             "image_grid_pinpoints": [list(point) for point in config.tiling.pinpoints],
         }
         path.write_text(json.dumps(settings, indent=2) + "\n")
@@ -193,11 +189,18 @@ def _complete_processor(folder: pathlib.Path, config: LlavaConfig) -> None:
         settings.setdefault("do_center_crop", config.vision.kind == "clip")
         path.write_text(json.dumps(settings, indent=2) + "\n")
     settings = {
-        "processor_class": "LlavaNextProcessor" if config.tiling else "LlavaProcessor",
+        "processor_class": f"{name}Processor",
         "image_token": "<image>",
-        "num_additional_image_tokens": config.vision.class_tokens,
-        "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": select_strategy(config),
+        # What each processor counts an image's tokens by.
+        **(
+            {"num_image_tokens": config.image_tokens, "vision_aspect_ratio": f"anyres_max_{config.tiling.max_tiles}"}
+            if config.tiling and config.tiling.max_tiles
+            else {
+                "num_additional_image_tokens": config.vision.class_tokens,
+                "patch_size": config.vision.patch_size,
+            }
+        ),
     }
     (folder / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):

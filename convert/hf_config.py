@@ -1,16 +1,24 @@
-"""The config of a whole LLaVA: from the config.json of the original code or Hugging Face to ours, and back."""
+"""The config of a whole model: from Hugging Face's config.json, or the original LLaVA code's, to ours, and back."""
 
 import dataclasses
 import difflib
-import re
 from types import ModuleType
 from typing import Any
 
-from pdrop_jax.config import MAX_PROJECTOR_LAYERS, MAX_TILES, LlavaConfig, TextConfig, Tiling, VisionConfig
-from pdrop_jax.convert.hf_parts import ORIGINAL_TYPES, read_text, text_to_hf, vision_from_hf, vision_to_hf
-from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, OriginalLlava, Preprocessor, Resolutions, one_of
+from pdrop_jax.config import LlavaConfig, TextConfig, Tiling, VisionConfig
+from pdrop_jax.convert.hf_parts import (
+    ORIGINAL_TYPES,
+    max_tiles_from_hf,
+    read_text,
+    special_tokens,
+    text_to_hf,
+    tiling_from_hf,
+    vision_from_hf,
+    vision_to_hf,
+)
+from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, Preprocessor, Resolutions, one_of
 from pdrop_jax.convert.names import NAMINGS, Naming
-from pdrop_jax.convert.projector import projector_type
+from pdrop_jax.convert.original_config import original_from_hf, original_type
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.gemma3 import checkpoint as gemma3
 from pdrop_jax.families.internvl import checkpoint as internvl
@@ -21,7 +29,6 @@ from pdrop_jax.inputs.model_template import OWN
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
 
-KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # its config is VisionConfig()
 # model_type of Hugging Face's code -> ids of "<image>" and "<video>" that transformers uses if a config has none.
 HF_TYPES: dict[str, tuple[int, int | None]] = {
     "llava": (32000, None),
@@ -34,11 +41,6 @@ FAMILIES: dict[str, ModuleType] = {
     kind: family for family in (qwen2_vl, qwen3_vl, gemma3, internvl, smolvlm) for kind in family.KINDS
 }
 LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000 tokens, plus those that were added
-ORIGINAL_CLASSES = {
-    "llama": "LlavaLlamaForCausalLM",
-    "mistral": "LlavaMistralForCausalLM",
-    "qwen2": "LlavaQwenForCausalLM",
-}
 
 
 def llava_from_hf(
@@ -58,18 +60,19 @@ def llava_from_hf(
       vision: the tower of an original model, whose own config only has its name; optional for LLaVA-1.5's tower.
       generation: generation_config.json, whose end tokens take precedence.
       preprocessor: preprocessor_config.json, the only place where a Hugging Face model says whether images are padded.
-      schedule: None is the paper's if the decoder has enough layers, otherwise dense.
+      schedule: None is the paper's for LLaVA, ``DropSchedule.quarters`` for other families, and dense if the decoder is
+        too shallow for it.
       where: how error messages refer to the file of ``data``.
 
     Raises:
       UserError: a value has the wrong type or is out of range, or something is not supported.
     """
-    originals = tuple(ORIGINAL_TYPES.values())
-    kind = _supported(data.get("model_type"), (*originals, *HF_TYPES, *FAMILIES))
+    original = original_type(data)
+    kind = original or _supported(data.get("model_type"), (*ORIGINAL_TYPES.values(), *HF_TYPES, *FAMILIES))
     if kind in FAMILIES:
         text, special, fields = FAMILIES[kind].parts_from_hf(data, where)
-    elif kind in originals:
-        text, special, fields = _original(data, vision, where)
+    elif original:
+        text, special, fields = original_from_hf(data | {"model_type": original}, vision, where)
     else:
         text, special, fields = _hugging_face(data, preprocessor or {}, where)
     end = validated(GenerationSettings, generation or {}, "generation_config.json").eos_token_id
@@ -80,7 +83,7 @@ def llava_from_hf(
     if beyond:
         raise UserError(f"{where}: token id {beyond[0]} is outside the vocabulary of {text.vocab_size} tokens")
     if schedule is None:
-        schedule = DropSchedule() if text.num_layers > DropSchedule().layers[-1] else DropSchedule.none()
+        schedule = _default_schedule(text, kind)
     return LlavaConfig(
         text=text,
         schedule=schedule,
@@ -91,6 +94,14 @@ def llava_from_hf(
     )
 
 
+def _default_schedule(text: TextConfig, kind: str) -> DropSchedule:
+    if kind in FAMILIES and text.num_layers >= 16:
+        return DropSchedule.quarters(text.num_layers, text.full_layers)
+    # The official code drops after these layers of a LLaVA of any depth.
+    deep = kind not in FAMILIES and text.num_layers > DropSchedule().layers[-1]
+    return DropSchedule() if deep else DropSchedule.none()
+
+
 def _supported(kind: Any, known: tuple[str, ...]) -> str:
     """``kind``. Raises a UserError that names the nearest of ``known`` if it is not one of them."""
     near = difflib.get_close_matches(str(kind), known, 1)
@@ -98,51 +109,6 @@ def _supported(kind: Any, known: tuple[str, ...]) -> str:
         return one_of("model_type", kind, known)
     except UserError as error:
         raise UserError(f"{error}; the nearest supported family is {near[0]}" if near else str(error)) from None
-
-
-def _original(data: dict[str, Any], vision: VisionConfig | None, where: str) -> tuple[TextConfig, Any, dict[str, Any]]:
-    """Text config, checked text section and other fields; missing keys have the original code's defaults."""
-    found = validated(OriginalLlava, data, where)
-    if found.mm_use_im_start_end:
-        raise UserError("mm_use_im_start_end is not supported: LLaVA-1.5 puts no markers around an image")
-    aspect: Any = one_of("image_aspect_ratio", found.image_aspect_ratio or "square", ("square", "pad", "anyres"))
-    merge = "spatial_unpad" if aspect == "anyres" else "flat"
-    one_of(f"with image_aspect_ratio {aspect}, mm_patch_merge_type", found.mm_patch_merge_type, (merge,))
-    feature = one_of("mm_vision_select_feature", found.mm_vision_select_feature, ("patch", "cls_patch"))
-    if vision is None and not str(found.mm_vision_tower).endswith(KNOWN_TOWER.rpartition("/")[2]):
-        raise UserError(
-            f"the config of vision tower {str(found.mm_vision_tower)[:100]!r} was not found: pass its folder, "
-            "--vision DIR"
-        )
-    vision = vision or VisionConfig()
-    if found.mm_hidden_size != vision.hidden_size:
-        raise UserError(
-            f"mm_hidden_size is {found.mm_hidden_size} but the vision tower has hidden_size {vision.hidden_size}"
-        )
-    text, special = read_text(data, where)
-    return (
-        text,
-        special,
-        {
-            "vision": vision,
-            "projector_layers": _projector_layers(found.mm_projector_type),
-            "select_layer": found.mm_vision_select_layer,
-            # The original code's SigLIP tower ignores it.
-            "keep_class_token": feature == "cls_patch" and vision.class_tokens > 0,
-            "image_aspect": "pad" if aspect == "anyres" else aspect,
-            "tiling": _tiling(found.image_grid_pinpoints, [1, 0], rounded=False) if aspect == "anyres" else None,
-        },
-    )
-
-
-def _projector_layers(kind: str) -> int:
-    found = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
-    if kind != "linear" and not (found and int(found[1]) <= MAX_PROJECTOR_LAYERS):
-        raise UserError(
-            f"mm_projector_type {kind!r} is not supported, expected linear or mlp2x_gelu "
-            f"(up to {MAX_PROJECTOR_LAYERS} layers)"
-        )
-    return int(found[1]) if found else 1
 
 
 def _hugging_face(
@@ -199,16 +165,11 @@ def _hf_tiling(found: Llava) -> Tiling | None:
     """Raises UserError if the vision_aspect_ratio of a OneVision model is not anyres_max_N."""
     if found.model_type == "llava":
         return None
-    tiling = _tiling(found.image_grid_pinpoints, [0, 1], rounded=True)
+    tiling = tiling_from_hf(found.image_grid_pinpoints, [0, 1], rounded=True)
     if found.model_type != "llava_onevision":
         return tiling
-    most = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", found.vision_aspect_ratio)
-    if not most or int(most[1]) > MAX_TILES:
-        raise UserError(
-            f"vision_aspect_ratio {found.vision_aspect_ratio!r} is not supported, expected anyres_max_9 "
-            f"(up to {MAX_TILES})"
-        )
-    return dataclasses.replace(tiling, max_tiles=int(most[1]), alone=True)
+    most = max_tiles_from_hf("vision_aspect_ratio", found.vision_aspect_ratio)
+    return dataclasses.replace(tiling, max_tiles=most, alone=True)
 
 
 def _first(*values: Any) -> Any:
@@ -231,7 +192,7 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
       UserError: the class cannot express something that the model has.
     """
     if config.text.family in FAMILIES:
-        found: dict[str, Any] = FAMILIES[config.text.family].config_to_hf(config, _special_tokens(config), dtype)
+        found: dict[str, Any] = FAMILIES[config.text.family].config_to_hf(config, special_tokens(config), dtype)
         return found
     if config.projector_layers != 2:
         raise UserError(
@@ -259,7 +220,7 @@ def hf_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": select_strategy(config),
         "tie_word_embeddings": config.text.tie_embeddings,
-        "text_config": text_to_hf(config.text) | _special_tokens(config) | {"torch_dtype": dtype},
+        "text_config": text_to_hf(config.text) | special_tokens(config) | {"torch_dtype": dtype},
         "vision_config": vision_to_hf(config.crop_tower) | {"torch_dtype": dtype},
     }
 
@@ -277,55 +238,13 @@ def hf_class(config: LlavaConfig) -> tuple[str, str]:
     return "llava_onevision", "LlavaOnevisionForConditionalGeneration"
 
 
-def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    """config.json of the original LLaVA code.
-
-    Raises:
-      UserError: it is a OneVision or LLaVA-NeXT-Video model, whose names in that code are not known here, or of another
-        family.
-    """
-    tiling = config.tiling
-    kind, _ = hf_class(config)
-    if kind in ("llava_onevision", "llava_next_video") or config.family != "LLaVA":
-        raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")
-    points = [[width, height] for height, width in tiling.pinpoints] if tiling else None
-    return {
-        **text_to_hf(config.text),
-        **_special_tokens(config),
-        "architectures": [ORIGINAL_CLASSES[config.text.family]],
-        "model_type": ORIGINAL_TYPES[config.text.family],
-        "torch_dtype": dtype,
-        "image_aspect_ratio": "anyres" if tiling else config.image_aspect,
-        **({"image_grid_pinpoints": points} if tiling else {}),
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_patch_merge_type": "spatial_unpad" if tiling else "flat",
-        "mm_projector_type": projector_type(config.projector_layers),
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
-        "mm_vision_select_layer": config.select_layer,
-        "mm_vision_tower": KNOWN_TOWER if config.vision == VisionConfig() else tower_folder(config),
-        "unfreeze_mm_vision_tower": True,  # otherwise that code loads the tower by its name
-        "use_mm_proj": True,
-    }
-
-
 def namings_for(config: LlavaConfig) -> dict[str, Naming]:
     """The names that a checkpoint of the model may have; "hf" and "original" are those that an export writes."""
     return FAMILIES[config.text.family].NAMINGS if config.text.family in FAMILIES else NAMINGS
 
 
-def tower_folder(config: LlavaConfig) -> str:
-    return f"{config.vision.kind}_tower"
-
-
 def select_strategy(config: LlavaConfig) -> str:
     return "full" if config.keep_class_token or not config.vision.class_tokens else "default"
-
-
-def _special_tokens(config: LlavaConfig) -> dict[str, Any]:
-    eos = config.eos_token_ids
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None}
 
 
 def with_image_token(config: LlavaConfig) -> LlavaConfig:

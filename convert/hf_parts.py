@@ -1,9 +1,10 @@
 """Vision tower and language model: Hugging Face's config to ours, and back."""
 
+import re
 from typing import Any, Literal
 
-from pdrop_jax.config import Activation, Family, RopeScaling, TextConfig, VisionConfig
-from pdrop_jax.convert.hf_schema import Rope, Text, Vision, one_of
+from pdrop_jax.config import MAX_TILES, Activation, Family, LlavaConfig, RopeScaling, TextConfig, Tiling, VisionConfig
+from pdrop_jax.convert.hf_schema import Resolutions, Rope, Text, Vision, one_of
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import validated
 
@@ -212,3 +213,27 @@ def _sliding_window(family: Family, found: Text) -> int | None:
             f"max_window_layers is {full} of {num_layers} layers: a sliding window in some layers only is not supported"
         )
     return window if types[0] == "sliding_attention" else None
+
+
+def special_tokens(config: LlavaConfig) -> dict[str, Any]:
+    eos = config.eos_token_ids
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None}
+
+
+def tiling_from_hf(points: Any, order: list[int], *, rounded: bool) -> Tiling:
+    """``order`` is the position of height and width in a resolution."""
+    try:
+        found = validated(Resolutions, points or [], "image_grid_pinpoints")
+    except UserError:
+        raise UserError(
+            f"image_grid_pinpoints {str(points)[:60]!r} is not a list of resolutions [a, b] in pixels"
+        ) from None
+    return Tiling(tuple((point[order[0]], point[order[1]]) for point in found), rounded=rounded)
+
+
+def max_tiles_from_hf(key: str, value: str) -> int:
+    """N of anyres_max_N. Raises UserError if the value of ``key`` is something else."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", value)
+    if not found or int(found[1]) > MAX_TILES:
+        raise UserError(f"{key} {value!r} is not supported, expected anyres_max_9 (up to {MAX_TILES})")
+    return int(found[1])

@@ -20,6 +20,7 @@ from pdrop_jax.convert.names import (
     torch_shapes,
     unrun_shapes,
 )
+from pdrop_jax.convert.original_config import original_type, without_last_layer
 from pdrop_jax.convert.projector import fresh_projector, num_layers, open_projector, projector_type, read_projector
 from pdrop_jax.convert.tensors import FLOATS, Tensors
 from pdrop_jax.errors import UserError
@@ -64,7 +65,7 @@ def open_source(
         missing, unexpected or of another shape are listed.
     """
     data = _read_config(folder)
-    original = data.get("model_type") in ORIGINAL_TYPES.values()
+    original = original_type(data) is not None
     if data.get("model_type") in tuple(FAMILIES):
         raise UserError(f"{folder} is a language model: to build a LLaVA from it, use --llm {folder} --vision DIR OUT")
     if vision and not original:
@@ -90,6 +91,8 @@ def open_source(
                 f"{folder} contains no vision tower and {name} was not found: pass its folder, --vision DIR"
             )
         tensors |= _tower_tensors(config, tower, naming)
+    if original and config.vision.kind == "siglip":
+        config = _as_saved(config, naming, tensors)
     if projector is not None:
         tensors |= read_projector(projector, config, naming)
     what = f"{folder} does not contain the model that its config.json describes"
@@ -166,6 +169,15 @@ def _image_processor(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def _optional_json(path: pathlib.Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
+
+
+def _as_saved(config: LlavaConfig, naming: Naming, tensors: Tensors) -> LlavaConfig:
+    """``config`` with the tower that the original code saves of SigLIP's: no last layer, no head, all of it run."""
+    tower = Naming(naming.vision)
+    whole = dataclasses.replace(config, select_layer=-1)
+    saved = dataclasses.replace(whole, vision=without_last_layer(config.crop_tower))
+    last = torch_shapes(whole, tower).keys() - torch_shapes(saved, tower).keys()
+    return config if last & tensors.keys() else saved
 
 
 def _tower_tensors(config: LlavaConfig, folder: pathlib.Path, naming: Naming) -> Tensors:

@@ -221,12 +221,12 @@ class LlavaConfig:
 
     @classmethod
     def qwen2_5_vl(cls, size: Literal["3b", "7b", "32b", "72b"]) -> "LlavaConfig":
-        """Qwen2.5-VL as released, dense: PyramidDrop's authors have no schedule for its depths."""
+        """Qwen2.5-VL as released. PyramidDrop's authors have no schedule for its depths: it drops at their quarters."""
         return cls._qwen(*qwen2_vl.released(size))
 
     @classmethod
     def qwen3_vl(cls, size: Literal["2b", "4b", "8b", "32b"]) -> "LlavaConfig":
-        """Qwen3-VL as released, dense."""
+        """Qwen3-VL as released, with drops at the quarters of its depth."""
         return cls._qwen(*qwen3_vl.released(size))
 
     @classmethod
@@ -236,14 +236,15 @@ class LlavaConfig:
 
     @classmethod
     def gemma3(cls, size: GemmaSize) -> "LlavaConfig":
-        """Gemma 3 as released, dense."""
+        """Gemma 3 as released, with drops at the global layers nearest to the quarters of its depth."""
         tokens = {"image_token_id": 262144, "bos_token_id": 2, "eos_token_ids": (1, 106)}
         return cls.released(gemma3_text(size), GemmaVisionConfig(), projector_layers=1, **tokens)
 
     @classmethod
     def released(cls, text: TextConfig, vision: Tower, **fields: Any) -> "LlavaConfig":
-        """A model of a family beside LLaVA, dense: PyramidDrop's authors have no schedule for it."""
-        own: dict[str, Any] = {"schedule": DropSchedule.none(), "select_layer": -1, "template": "own"}
+        """A model of a family beside LLaVA, with drops at the quarters of its depth."""
+        schedule = DropSchedule.quarters(text.num_layers, text.full_layers)
+        own: dict[str, Any] = {"schedule": schedule, "select_layer": -1, "template": "own"}
         return cls(vision=vision, text=text, **own, **fields)
 
     def to_json(self) -> dict[str, Any]:

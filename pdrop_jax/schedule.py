@@ -86,6 +86,17 @@ class DropSchedule:
         """Every drop keeps the share ``ratio`` of the remaining tokens: the paper's lambda."""
         return cls(tuple(layers), tuple(round(ratio**n, 6) for n in range(1, len(layers) + 1)))
 
+    @classmethod
+    def quarters(cls, num_layers: int, full_layers: Sequence[int] = ()) -> "DropSchedule":
+        """Drops half of the remaining image tokens at each quarter of the depth, as the paper does in 32 layers.
+
+        Args:
+          full_layers: layers that attend to the whole prompt where the others have a sliding window. Each drop is made
+            in front of the nearest of them, because its scores are that layer's attention.
+        """
+        quarters = [num_layers * n / 4 for n in (1, 2, 3)]
+        return cls.geometric(sorted({nearest_full(full_layers, depth) for depth in quarters}), 0.5)
+
     def check(self, num_layers: int) -> None:
         """Raises UserError if a drop is outside a decoder of ``num_layers`` layers."""
         if self.layers and self.layers[-1] >= num_layers:
@@ -165,6 +176,11 @@ def parse_schedule(
             f"layers must be integers and ratios numbers, got {' '.join(layers)} and {' '.join(map(str, ratios))}"
         ) from None
     return DropSchedule(*numbers, score=score or DropSchedule.score)
+
+
+def nearest_full(full_layers: Sequence[int], depth: float) -> int:
+    """The layer of ``full_layers`` nearest to ``depth``, the earlier of two; ``depth`` rounded if there is none."""
+    return min(full_layers, key=lambda layer: abs(layer - depth), default=round(depth))
 
 
 def keep_count(n: int, ratio: float) -> int:

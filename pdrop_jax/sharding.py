@@ -50,6 +50,12 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def platform() -> str:
+    """Platform that a program is traced for, "cpu", "gpu" or "tpu": the mesh's, which need not be at hand, if any."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def partition(axes: Logical, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Logical axes as a spec of mesh axes. A dimension that they do not divide is sharded over the first of them that
     do, or replicated, such as two key-value heads on four devices.

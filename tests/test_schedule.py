@@ -22,6 +22,17 @@ def test_the_paper_schedule_on_llava_1_5():
     )
 
 
+def test_quarters_are_the_papers_layers_at_its_depth():
+    assert DropSchedule.quarters(32) == DropSchedule()
+    assert DropSchedule.quarters(28).layers == (7, 14, 21)
+    assert DropSchedule.quarters(4).layers == (1, 2, 3)
+
+
+def test_quarters_are_at_layers_with_full_attention_where_others_have_windows():
+    assert DropSchedule.quarters(34, range(5, 34, 6)).layers == (11, 17, 23)
+    assert DropSchedule.quarters(8, (5,)) == DropSchedule((5,), (0.5,))
+
+
 def test_none_is_one_stage_of_full_length():
     assert DropSchedule.none().plan(32, Bucket(64, (576,))) == (Stage(0, 32, 1.0, 640),)
 

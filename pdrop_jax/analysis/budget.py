@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pdrop_jax.analysis.cost import layer_tokens, paper_macs, token_bytes
 from pdrop_jax.config import TextConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.schedule import DropSchedule, nearest_full
 
 # Candidate drop layers as fractions of the depth. Earlier drops can meet smaller budgets.
 DEPTHS = ((1 / 4, 1 / 2, 3 / 4), (1 / 16, 1 / 4, 1 / 2), (1 / 16, 1 / 8, 3 / 16, 1 / 4))
@@ -56,7 +56,9 @@ def schedule_for_budget(
     if cost(DropSchedule.none()) <= budget:
         return DropSchedule.none()
     L = text.num_layers
-    choices = [layers] if layers else [sorted({max(1, round(depth * L)) for depth in depths}) for depths in DEPTHS]
+    # A drop is ranked by the attention of the layer behind it: among sliding windows that is to be a full layer.
+    evenly = [sorted({max(1, nearest_full(text.full_layers, depth * L)) for depth in depths}) for depths in DEPTHS]
+    choices = [layers] if layers else evenly
 
     def fits(layers: Sequence[int], ratio: float) -> bool:
         return cost(DropSchedule.geometric(layers, ratio)) <= budget

@@ -17,6 +17,7 @@ from pdrop_jax.io import check_output, write_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # supported file name endings
 LONG_EDGE = 336  # pixels; smaller images are enlarged by an integer factor
+TOKEN = 28  # pixels a side that a token of a picture of any size is drawn with
 GAP = 8  # pixels between the panels
 TEXT = 14  # font size of captions, pixels
 DIM = 0.2  # brightness of a dropped patch, relative
@@ -122,6 +123,12 @@ def _rows(
     pictures = [crop for picture in pictures for crop in processor.with_crops(picture)]
     for number, picture in enumerate(pictures):
         image = processor.tokens(picture, alone=len(pictures) == 1)
+        if image.positions is not None:  # one grid of tokens, as large as the picture is resized to
+            cells = _own_grid(image.positions)
+            rows, columns = cells[2]
+            seen = open_image(picture).resize((columns * TOKEN, rows * TOKEN), Image.Resampling.BICUBIC)
+            bands.append(_band(seen, panels(number, cells, image)))
+            continue
         for first, rows, columns in _panels(open_image(picture), image, processor.config):
             crops = image.crops[first : first + rows * columns]
             seen = as_seen(crops.reshape(rows, columns, *crops.shape[1:]), processor)
@@ -163,6 +170,12 @@ def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: Llava
     y = crop // columns * side + patch // side
     x = crop % columns * side + patch % side
     return y * columns * side + x, here, (rows * side, columns * side)
+
+
+def _own_grid(positions: np.ndarray) -> Cells:
+    """``_cells`` of a picture whose tokens have positions (n, 3), in time, rows and columns."""
+    _, rows, columns = positions.max(0) + 1
+    return positions[:, 1:2] * columns + positions[:, 2:], np.ones((len(positions), 1), bool), (rows, columns)
 
 
 def _covered(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], tokens: np.ndarray) -> tuple[np.ndarray, int]:

@@ -122,12 +122,24 @@ def noise(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax
 
 
 def grid(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:
-    """1 at tokens on every third line and column of their crop's patches, counted from the first."""
+    """1 at tokens on every third line and column of their crop's patches, or of their picture's, from the first."""
+    if batch.positions is not None:
+        return _grid_of_positions(jnp.asarray(batch.positions), jnp.asarray(batch.image_id), len(batch.bucket.images))
     index = jnp.asarray(batch.feature_index)[..., 0]  # a blended token is where its first feature is
     side, features = config.crop_tower.features_a_side, config.image_tokens
     patch = index % features - (features - side**2)  # a class token, where it is kept, has no place in the grid
     here = (index >= 0) & (index < batch.bucket.crops * features) & (patch >= 0)
     return (here & (patch // side % GRID == 0) & (patch % side % GRID == 0)).astype(jnp.float32)
+
+
+def _grid_of_positions(positions: jax.Array, image_id: jax.Array, images: int) -> jax.Array:
+    """``grid`` from M-RoPE's positions (B, S, 3), which count lines and columns from an image's first token on."""
+    on = jnp.zeros(image_id.shape, bool)
+    for image in range(1, images + 1):
+        of_image = image_id == image
+        first = jnp.where(of_image[..., None], positions, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)
+        on |= of_image & ((positions - first)[..., 1:] % GRID == 0).all(-1)
+    return on.astype(jnp.float32)
 
 
 def class_attention(config: LlavaConfig, batch: Batch, attention: jax.Array | None) -> jax.Array:

@@ -53,8 +53,6 @@ def vision_features(
     """
     # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
     x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "crops", None, None, None))
-    if implementation == "splash":  # is for causal attention only: forcing it means the decoder
-        implementation = "xla"
 
     def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
         x = carry[0]

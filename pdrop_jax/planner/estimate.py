@@ -4,8 +4,9 @@ It is read from the text of the executable, which holds the compiler's estimate 
 run. Use it to compare two programs and to find what should not be there. What it assumes:
 
 * Operations run one after another, each in the compiler's cycles at the chip's clock.
-* An attention kernel, of which the compiler says nothing, takes as long as its products at the matrix unit's peak or
-  its bytes at the memory's rate, whichever is longer.
+* An attention kernel, of which the compiler says nothing, takes as long as its products at the matrix unit's peak,
+  with heads of 128 numbers at least, or its bytes at the memory's rate, whichever is longer. Its exponentials are not
+  counted, which a tower's kernel may spend as long on.
 * A collective takes as long as its bytes do on one ring of links in both directions, and nothing runs beside it.
   Those that the compiler has split into permutes, or fused with matrix products, to run beside them take no time.
 * Prefetches from memory run beside other work and take no time of their own.
@@ -129,6 +130,8 @@ def _part(module: Module, x: Instruction, time: Time) -> str:
     if x.opcode == "copy" or x.opcode in PREFETCHES:
         return "copies"
     scope = _scope([x.attributes]) or _scope(y.attributes for name in x.called for y in module.computations[name])
+    if x.opcode == "custom-call" and time.matrix and not scope:  # a kernel within ``shard_map``
+        return "attention"
     if time.matrix and scope in ("", "norm"):  # a norm is often fused with the product behind it
         return "decoder products"
     return scope or "other"

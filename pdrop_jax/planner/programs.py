@@ -160,14 +160,13 @@ def lower(job: Program, mesh: Mesh) -> Any:
     program: Any
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
-    attention = "xla" if config.text.by_slots else "splash"  # as "auto" takes on a TPU
     if job.mode == "train":
         optimizer = make_optimizer(config, OptimizerRecipe(), STEPS)
         init = functools.partial(init_state, config, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
         train_state = abstract(config, jax.eval_shape(init, abstract_params(config)), mesh)
         rows = job.rows // (devices_along("batch", mesh) * job.grad_accum_steps)
         program, arguments = train_step_for("tpu", rows), (config, optimizer, train_state, batch)
-        settings = {"grad_accum_steps": job.grad_accum_steps, "implementation": attention}
+        settings = {"grad_accum_steps": job.grad_accum_steps}
     else:
         params = abstract_params(config, jnp.bfloat16)
         if job.quantize:
@@ -176,9 +175,10 @@ def lower(job: Program, mesh: Mesh) -> Any:
         greedy, stop = token_sampler(Sampling()), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         program, arguments = start, (config, params, batch, key, greedy, stop)
-        settings = {"capacity": CAPACITY, "implementation": attention}
+        settings = {"capacity": CAPACITY}
         if job.mode == "decode":
-            state, *_ = start.eval_shape(*arguments, **settings)
+            with jax.set_mesh(mesh):
+                state, *_ = start.eval_shape(*arguments, **settings)
             program, settings = decode, {}
             arguments = config, params, _state_placed(state, mesh), np.int32(CAPACITY), greedy, stop
     with jax.set_mesh(mesh):

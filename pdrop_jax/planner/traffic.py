@@ -6,6 +6,7 @@ import re
 
 from pdrop_jax.planner.hlo_text import Computation, Instruction, Module, Shape, shapes_of
 
+LANES = 128  # of a register, and a side of the matrix unit, or half of one
 INT8 = ("s8", "u8", "s4", "u4")
 
 
@@ -33,11 +34,17 @@ def _by_dtype(left: Shape, macs: float) -> tuple[float, float]:
 
 
 def _attention_kernel(x: Instruction) -> float:
-    """MACs of a splash attention kernel, of whose products the compiler says nothing, for all pairs of slots."""
+    """MACs of a splash attention kernel, of whose products the compiler says nothing, for all pairs of slots.
+
+    A head of fewer than 128 numbers, such as a tower's, keeps the matrix unit as long as one of 128.
+    """
     number = {"fwd": 2, "dq": 3, "dkv": 4}.get(next(iter(re.findall(r"splash_m[hq]a_(fwd|dq|dkv)", x.name)), ""), 0)
     operands = shapes_of(x.attribute(r"operand_layout_constraints=\{(.*?\})\}"))
     heads = [shape.dims for shape in operands if shape.dtype in ("bf16", "f32") and len(shape.dims) == 4]
-    return number * math.prod(heads[0]) * heads[1][2] if number and len(heads) > 1 else 0.0
+    if not number or len(heads) < 2:
+        return 0.0
+    *rows, width = heads[0]
+    return float(number * math.prod(rows) * -(-width // LANES) * LANES * heads[1][2])
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import pytest
 
 from pdrop_jax.analysis.budget import schedule_for_budget
 from pdrop_jax.analysis.cost import layer_tokens, paper_macs, token_bytes
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, config_of
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import PRESETS, DropSchedule
 
@@ -85,6 +85,22 @@ def test_layers_follow_the_depth():
     assert schedule_for_budget(shallow, average_tokens=160).layers == (1, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("qwen2.5-vl-7b", [(7, 14, 21), (2, 7, 14)]),
+        ("qwen3-vl-8b", [(9, 18, 27), (2, 9, 18)]),
+        ("qwen2.5-vl-72b", [(20, 40, 60), (5, 20, 40)]),
+        ("gemma-3-12b", [(11, 23, 35), (5, 11, 23)]),  # global layers of Gemma 3, whose others have windows
+        ("gemma-3-27b", [(17, 29, 47), (5, 17, 29)]),
+    ],
+)
+def test_layers_follow_the_family(model, layers):
+    text = config_of(model).text
+    budgets = 256 / 2, 256 / 4
+    assert [schedule_for_budget(text, average_tokens=each, image_tokens=256).layers for each in budgets] == layers
+
+
 @pytest.mark.parametrize("name", ["macs", "cache_bytes"])
 def test_other_budgets_give_the_schedule_of_that_cost(name):
     wanted = pyramid(0.5)
@@ -109,6 +125,8 @@ def test_a_budget_that_holds_everything_drops_nothing():
             r"image tokens there still costs 36; drop earlier or raise the budget",
         ),
         ({"macs": 1e9}, r"a budget of 1,000,000,000 MACs cannot be met"),
+        ({"average_tokens": 64, "layers": [40]}, "drop after layer 40 in a decoder of 32 layers"),
+        ({"average_tokens": float("nan")}, "a budget of nan average tokens cannot be met"),
     ],
 )
 def test_budgets_that_cannot_be_had(budget, message):

@@ -8,8 +8,9 @@ import transformers
 from tiny_torch import GOLDEN
 
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.convert.hf_config import KNOWN_TOWER, hf_config, llava_from_hf, original_config, with_image_token
+from pdrop_jax.convert.hf_config import hf_config, llava_from_hf, with_image_token
 from pdrop_jax.convert.hf_parts import vision_from_hf
+from pdrop_jax.convert.original_config import KNOWN_TOWER, original_config
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
@@ -192,7 +193,7 @@ def test_a_llava_next_video_averages_its_frames_before_the_projector():
     assert llava_from_hf(data | {"spatial_pool_stride": 5}).frame_tokens == 16
     theirs = transformers.LlavaNextVideoConfig.from_dict(hf_config(config, "float32"))
     assert llava_from_hf(theirs.to_dict()) == config
-    with pytest.raises(UserError, match=r"a llava_next_video model can be exported .* --format hf"):
+    with pytest.raises(UserError, match=r"a LLaVA-NeXT-Video model can be exported .* --format hf"):
         original_config(config, "float32")
 
 

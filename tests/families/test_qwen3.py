@@ -70,7 +70,7 @@ CLIP = [photo(100, 140, seed) for seed in range(5)]
 
 
 def test_eight_billion_is_the_hubs_config():
-    config = llava_from_hf(HUB_8B, generation={"eos_token_id": [151645, 151643]}, schedule=DropSchedule.none())
+    config = llava_from_hf(HUB_8B, generation={"eos_token_id": [151645, 151643]})
     assert config == LlavaConfig.qwen3_vl("8b")
     assert llava_from_hf(hf_config(config, "bfloat16"), schedule=config.schedule) == config
 

@@ -74,7 +74,7 @@ def test_the_hubs_config():
     text = config.text
     assert (text.mrope_sections, text.rope_theta, text.head_dim, text.qkv_bias) == ((16, 24, 24), 1e6, 128, True)
     assert (text.num_layers, text.num_kv_heads, text.sliding_window, text.family) == (28, 4, None, "qwen2_5_vl")
-    assert (config.schedule.layers, config.schedule.positions) == ((8, 16, 24), "original")
+    assert (config.schedule.layers, config.schedule.positions) == ((7, 14, 21), "original")
     assert (config.image_token_id, config.eos_token_ids, config.template) == (151655, (151645,), "own")
 
 

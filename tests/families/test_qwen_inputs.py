@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_qwen import photo
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from pdrop_jax.analysis.figures import GAP, LONG_EDGE, TOKEN, answer_picture, score_picture
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
@@ -25,6 +26,7 @@ from pdrop_jax.inputs.anyres import levels
 from pdrop_jax.inputs.buckets import level_of
 from pdrop_jax.inputs.images import as_tokens, blank, load_image_processor, measure
 from pdrop_jax.inputs.processor import Processor
+from pdrop_jax.model.scores import grid
 from pdrop_jax.schedule import DropSchedule
 
 TINY = QwenVisionConfig(patch_size=1, hidden_size=16, num_heads=2, window_size=6)
@@ -136,3 +138,40 @@ def test_pictures_that_do_not_fit(size, changes, message, folders, tmp_path):
         with pytest.raises(UserError, match=message) as error:
             look(Image.new("RGB", size[::-1]))
         assert "\n" not in str(error.value)
+
+
+def test_kept_tokens_and_scores_are_drawn_on_the_grid_of_the_picture(folders):
+    """Row by row, although the tower lays patches out in windows."""
+    processor = load(folders["qwen2_5_vl"][1]).processor
+    picture = photo(90, 180, 1)
+    tokens = processor.tokens(picture, alone=True)
+    rows, columns = tokens.positions.max(0)[1:] + 1
+    assert rows * columns == len(tokens) > columns > rows
+    kept = [1, columns]  # the second token of the first row, and the first of the second
+    drawn = np.asarray(answer_picture([picture], [[kept]], processor), int)
+    heat = np.asarray(score_picture([picture], [[np.eye(len(tokens))[columns]]], processor), int)
+    width = columns * TOKEN
+    factor = max(1, LONG_EDGE // (max(rows, columns) * TOKEN))
+    whole, dimmed = (
+        drawn[GAP : GAP + rows * TOKEN * factor, left : left + width * factor]
+        for left in (GAP, 2 * GAP + width * factor)
+    )
+    same = (whole == dimmed).all(-1).reshape(rows, TOKEN * factor, columns, -1).all((1, 3))
+    assert np.flatnonzero(same).tolist() == kept
+    reds = heat[GAP : GAP + rows * TOKEN * factor, GAP : GAP + width * factor]
+    red = (reds[..., 0] - reds[..., 1]).reshape(rows, TOKEN * factor, columns, -1).mean((1, 3))
+    assert red.argmax() == columns
+
+
+def test_feather_keeps_every_third_token_of_every_third_line(folders):
+    """Of each picture by its own size, at any place in the prompt."""
+    processor = load(folders["qwen2_vl"][1]).processor
+    pictures = [photo(90, 180, 1), photo(200, 120, 2)]
+    batch = processor(["Which?", "And this?"], [pictures, pictures[1]])
+    found = np.asarray(grid(processor.config, batch, None))
+    for b, row in enumerate([pictures, pictures[1:]]):
+        for number, picture in enumerate(row, 1):
+            places = processor.tokens(picture, alone=False).positions[:, 1:]
+            expected = (places % 3 == 0).all(1)
+            assert found[b][batch.image_id[b] == number].tolist() == expected.tolist()
+        assert not found[b][batch.image_id[b] == 0].any()

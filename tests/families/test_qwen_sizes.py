@@ -36,7 +36,7 @@ SIZES = {  # parameters, as the hub says
 
 
 def test_seven_billion_is_the_hubs_config():
-    config = llava_from_hf(HUB_2_5, generation={"eos_token_id": [151645, 151643]}, schedule=DropSchedule.none())
+    config = llava_from_hf(HUB_2_5, generation={"eos_token_id": [151645, 151643]})
     assert config == LlavaConfig.qwen2_5_vl("7b")
 
 

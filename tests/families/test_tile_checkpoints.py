@@ -121,8 +121,8 @@ def test_costs_are_those_of_the_largest_picture_of_the_released_processor(name, 
 
 @pytest.mark.parametrize("name", HUB)
 def test_the_hubs_config(name):
-    assert llava_from_hf(HUB[name], schedule=DropSchedule.none()) == config_of(name)
-    assert llava_from_hf(HUB[name]).schedule.positions == "dense"
+    assert llava_from_hf(HUB[name]) == config_of(name)
+    assert config_of(name).schedule.positions == "dense"
 
 
 @pytest.mark.parametrize("name", RELEASED)

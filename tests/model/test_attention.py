@@ -217,11 +217,19 @@ def test_the_tpu_kernel_of_segments_agrees_with_xla(T):
         gradients, out = jax.jit(jax.grad(loss, has_aux=True))((q, k, v))
         return out, *gradients
 
-    ours = out_and_gradients(functools.partial(module._splash_segments, interpret=True))
+    ours = out_and_gradients(functools.partial(module._splash_two_way, interpret=True))
     expected = out_and_gradients(functools.partial(segment_attention, implementation="xla"))
     for x, y in zip(ours, expected, strict=True):
         largest = np.abs(y).max()
         assert_close(x / largest, y / largest, atol=2e-6)
+
+
+@pytest.mark.parametrize("T", [256, 300])
+def test_the_tpu_kernel_of_a_tower_agrees_with_xla(T):
+    """As many tokens as the kernel takes, and some that it needs padding for."""
+    q, k, v = qkv(2, 2, T=T, S=T, H=72)
+    ours = jax.jit(functools.partial(module._splash_two_way, interpret=True))(q, k, v)
+    assert_close(ours, attention(q, k, v, causal=False, implementation="xla"), atol=2e-6)
 
 
 def test_a_window_over_full_attention_is_refused():
@@ -234,9 +242,9 @@ def test_causal_attention_of_a_chunk_is_refused():
         attention(*qkv(4, 4, T=1), causal=True)
 
 
-def test_forced_splash_refuses_full_attention():
-    with pytest.raises(ValueError, match="causal attention only"):
-        attention(*qkv(2, 2, T=128, S=128), causal=False, implementation="splash")
+def test_forced_splash_refuses_padding_that_two_way_attention_would_see():
+    with pytest.raises(ValueError, match="hides no padding from two-way attention"):
+        attention(*qkv(2, 2), causal=False, length=jnp.array([3, 6]), implementation="splash")
 
 
 def test_forced_splash_refuses_a_cpu():

@@ -113,6 +113,15 @@ def test_time_by_part():
     assert set(parts) == {*expected, "collectives"}
 
 
+def test_a_kernel_of_narrow_heads_takes_as_long_and_needs_no_scope():
+    narrow = TEXT.replace("416,128]{3,2,1,0}, ", "416,72]{3,2,1,0}, ").replace(
+        ', metadata={op_name="jit(f)/attention/kernel"}', ""
+    )
+    assert narrow != TEXT
+    found, expected = (estimate(parse(text), "v5e").parts["attention"] for text in (narrow, TEXT))
+    assert found.matrix == expected.matrix
+
+
 def test_where_the_compiler_has_no_cycles_the_memory_or_the_matrix_unit_is_at_its_peak():
     text = TEXT.replace('"estimated_cycles":"1500000"', f'"estimated_cycles":"{2**63 - 1}"')
     known, unknown = (estimate(parse(x), "v5e").parts["decoder products"] for x in (TEXT, text))

@@ -170,6 +170,30 @@ print(lower(job, make_mesh({"data": 2, "tensor": 2}, devices)).compile().as_text
 """
 
 
+LOWER = """
+import sys
+from pdrop_jax.planner.topology import devices_of
+devices = devices_of("v5e:2x2")
+from pdrop_jax.batch import Bucket
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.planner.programs import Program, lower
+from pdrop_jax.sharding import make_mesh
+config = LlavaConfig.load(sys.argv[1])
+print(lower(Program(config, "prefill", Bucket(64, (config.image_tokens,)), rows=4), make_mesh(None, devices)).as_text())
+"""
+
+
+def test_the_tower_of_a_large_picture_runs_the_flash_kernel(tmp_path):
+    """Its scores would be written to memory in float32: 33 x 33 patches and a class token, padded for the kernel."""
+    vision = dataclasses.replace(CONFIG.vision, image_size=33 * CONFIG.vision.patch_size, num_heads=2)
+    dataclasses.replace(CONFIG, vision=vision, schedule=DropSchedule.none()).save(tmp_path)
+    done = subprocess.run([sys.executable, "-c", LOWER, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = [line for line in done.stdout.splitlines() if "tpu_custom_call" in line]
+    assert any("x1280x32xbf16" in line for line in kernels)
+    assert "1090x1090xf32" not in done.stdout
+
+
 def test_decode_copies_no_stack_of_weights_or_keys(tmp_path):
     # Two layers per stage make a loop, and a device's 352 neurons are no whole number of tiles.
     text = dataclasses.replace(CONFIG.text, num_layers=4, num_kv_heads=4, intermediate_size=704)
