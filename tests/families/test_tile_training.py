@@ -65,29 +65,18 @@ def recipe_in(folder, start, **model):
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "groups"),
-    [
-        ("internvl", {"groups": ("vision", "projector", "llm")}),
-        ("smolvlm", {"groups": ("projector", "lora"), "lora_rank": 2, "lora_alpha": 4.0}),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(x["groups"]),
-)
-def test_a_run(kind, groups, tiles, tmp_path):
-    train(recipe_in(tmp_path, tiles[kind][1], **groups))
+def test_a_run(tiles, tmp_path):
+    """All of SmolVLM, whose rows have text between tiles."""
+    train(recipe_in(tmp_path, tiles["smolvlm"][1], groups=("vision", "projector", "llm")))
     found = [loss for _, loss in losses(tmp_path / "run")]
     assert len(found) == 6
     assert np.mean(found[-3:]) < np.mean(found[:3])
     assert compiled_in(tmp_path / "run") == 1
-    config, before = checkpoint.load(tiles[kind][1], schedule=DropSchedule((2,), (0.5,)))
+    config, before = checkpoint.load(tiles["smolvlm"][1], schedule=DropSchedule((2,), (0.5,)))
     trained, after = checkpoint.load(tmp_path / "run/model")
     assert trained == config
-    changed = {
-        path[0].key for path, same in jax.tree.leaves_with_path(jax.tree.map(np.array_equal, before, after)) if not same
-    }
-    text = {"stages", "embed", "norm", "head"}
-    parts = {"vision": {"vision"}, "projector": {"projector"}, "llm": text, "lora": {"stages"}}
-    assert changed == set().union(*(parts[group] for group in groups["groups"]))
+    same = jax.tree.leaves_with_path(jax.tree.map(np.array_equal, before, after))
+    assert {path[0].key for path, equal in same if not equal} == before.keys()
 
 
 def test_examples_are_prompts_with_their_answers(tiles, tmp_path):

@@ -66,11 +66,12 @@ class TiledVisionConfig(VisionConfig):
         return [(n, n * self.crop_features) for n in (1, *(1 + n for n in tiles))]
 
 
+# Of the LlavaConfig of a released model.
 FIELDS: dict[str, Any] = {
     "image_token_id": 151667,
     "bos_token_id": 151643,
     "eos_token_ids": (151645,),
-}  # of a released model's LlavaConfig
+}
 
 
 def released(size: Size) -> tuple[TextConfig, TiledVisionConfig]:

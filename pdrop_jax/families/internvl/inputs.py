@@ -115,7 +115,7 @@ def crops_as_tokens(pixels: Any, config: LlavaConfig, grid: tuple[int, int] | No
 def video_tokens(frames: Sequence[Image.Image], fps: float, processor: Any, config: LlavaConfig) -> ImageTokens:
     """The model's input for RGB frames, each of which is one crop behind its number."""
     pixels = processor(list(frames), crop_to_patches=False, return_tensors="np")["pixel_values"]
-    captions = tuple(f"{chr(10) if n else ''}Frame{n + 1}: " for n in range(len(frames)))
+    captions = tuple("\n" * (n > 0) + f"Frame{n + 1}: " for n in range(len(frames)))
     return dataclasses.replace(crops_as_tokens(pixels, config), video=True, captions=captions)
 
 

@@ -113,7 +113,7 @@ def captions_of(rows: int, columns: int) -> tuple[str, ...]:
     if rows * columns == 1:
         return (WHOLE,)
     places = [(row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)]
-    tiles = [f"{chr(10) * (column == 1 < row)}{MARK}<row_{row}_col_{column}>" for row, column in places]
+    tiles = ["\n" * (column == 1 < row) + f"{MARK}<row_{row}_col_{column}>" for row, column in places]
     return (*tiles, f"\n\n{WHOLE}")
 
 
