@@ -41,16 +41,15 @@ MAY_IMPORT = {
     "pdrop_jax.eval": LIBRARY | {"pdrop_jax.convert"},
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,
-    "pdrop_jax.train": LIBRARY
-    | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache", "pdrop_jax.eval", "pdrop_jax.families.*.inputs"},
-    "pdrop_jax.convert": LIBRARY | {"pdrop_jax.families.*.checkpoint", "pdrop_jax.families.*.inputs"},
+    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache", "pdrop_jax.eval"},
+    "pdrop_jax.convert": LIBRARY | {"pdrop_jax.families.*.checkpoint"},
     # A family stands together in one folder, but each of its files belongs to one part of the project: * is its name.
     "pdrop_jax.families": set(),
     "pdrop_jax.families.*.config": READING | {"pdrop_jax.text_config", "pdrop_jax.vision_config"},
     "pdrop_jax.families.*.params": MODEL,
     "pdrop_jax.families.*.tower": MODEL,
     "pdrop_jax.families.*.inputs": BASE | {"pdrop_jax.inputs"},
-    "pdrop_jax.families.*.checkpoint": LIBRARY | {"pdrop_jax.convert"},
+    "pdrop_jax.families.*.checkpoint": LIBRARY | {"pdrop_jax.convert", "pdrop_jax.families.*.inputs"},
     "pdrop_jax.planner": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.train"},
     "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.compilation_cache", "pdrop_jax.planner"},
 }

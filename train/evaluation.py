@@ -105,7 +105,7 @@ def open_evaluation(recipe: Recipe, config: LlavaConfig) -> Evaluation | None:
     wanted = recipe.evaluation
     if wanted.questions is None:
         return None
-    questions = read_questions(wanted.questions, wanted.images or recipe.data.images, recipe.data.outside_images)
+    questions = read_questions(wanted.questions, wanted.images or recipe.data.images or "", recipe.data.outside_images)
     processor = Processor.load(as_path(recipe.model.start), config)
     plan_batches(processor, questions, wanted.batch_size, wanted.max_new_tokens)
     evaluation = Evaluation(wanted, questions, processor, as_path(recipe.run.folder) / FOLDER)

@@ -1,7 +1,6 @@
 """``pdrop generate``: answer questions about pictures."""
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -69,7 +68,7 @@ def run(
     """
     prompts, pictures = _prompts_of(prompt, messages), read_images(image)
     if picture or heatmap:
-        files = [found for found in pictures if isinstance(found, os.PathLike)]
+        files = [found for found in pictures if not isinstance(found, str | bytes)]
         inputs = [*files, *video, *(as_path(name) for name in (model, messages) if name)]
         _check_pictures(picture, heatmap, len(prompts), bool(image or messages), inputs, overwrite)
     images = _images_of(len(prompts), pictures)

@@ -152,16 +152,17 @@ def _names_its_picture(question: Question) -> bool:
 
 
 def _check_pictures(questions: list[Question]) -> None:
-    there: dict[Any, bool] = {}
+    there: dict[str, bool] = {}
     names = functools.cache(names_in)
     missing = []
     for question in questions:
         for image in question.images:
-            if image not in there:
-                path = as_path(str(image))
-                there[image] = path.name in names(path.parent) if in_bucket(path) else os.path.isfile(path)
-            if not there[image]:
-                missing.append(f"{image} of question {question.id!r}, {question.where}")
+            name = str(image)
+            if name not in there:
+                path = as_path(name)
+                there[name] = path.name in names(path.parent) if in_bucket(path) else os.path.isfile(path)
+            if not there[name]:
+                missing.append(f"{name} of question {question.id!r}, {question.where}")
     if missing:
         more = f", and {len(missing) - MOST_NAMES} more" if len(missing) > MOST_NAMES else ""
         raise UserError(
