@@ -22,7 +22,7 @@ MANIFESTS = sorted(JOBS.glob("*.yaml"))
 
 
 def commands():
-    """(file, arguments) of each call of pdrop in a script, or in a word of it that other hosts run, or in a manifest."""
+    """(file, arguments) of each call of pdrop in a script, in what other hosts run for it, or in a manifest."""
     for path in SCRIPTS:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
