@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # sbatch examples/jobs/slurm.sh: fine-tunes LLaVA-1.5 on four nodes with eight GPUs each, one process per GPU.
+# The folder that it is started in is on a file system that all nodes share.
 #SBATCH --job-name=pdrop
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
