@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,
     "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache", "pdrop_jax.eval"},
-    "pdrop_jax.convert": LIBRARY | {"pdrop_jax.families.*.checkpoint"},
+    "pdrop_jax.convert": LIBRARY | {"pdrop_jax.cache_folder", "pdrop_jax.families.*.checkpoint"},
     # A family stands together in one folder, but each of its files belongs to one part of the project: * is its name.
     "pdrop_jax.families": set(),
     "pdrop_jax.families.*.config": READING | {"pdrop_jax.text_config", "pdrop_jax.vision_config"},
