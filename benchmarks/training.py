@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.data import photo
 from benchmarks.inference import Flags as Shape
 from benchmarks.inference import machine, make_batch, make_torch
 from examples.demo.dataset import record, write_conversations
@@ -172,8 +172,7 @@ def time_pipeline(flags: Flags, workers: int) -> float:
         rng = np.random.default_rng(0)
         records = []
         for number in range(flags.pictures):
-            coarse = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
-            coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+            (folder / f"{number}.jpg").write_bytes(photo(rng))
             records.append(
                 record(f"{number}.jpg", [QuestionAnswer("place", "What is in row 1, column 2?", "sandal")] * 3)
             )

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import numpy as np
@@ -34,7 +34,7 @@ def read_folder(folder: pathlib.Path) -> Tensors:
     Raises:
       UserError: no weights, a missing or damaged file, or a pickle that contains more than tensors.
     """
-    name = next((n for n in WEIGHTS if (folder / n).exists() or (folder / f"{n}.index.json").exists()), None)
+    name = find_weights(lambda name: (folder / name).exists())
     if name is None:
         raise UserError(f"{folder} is not a checkpoint: it has neither {' nor '.join(WEIGHTS)}, whole or in parts")
     open_file = open_safetensors if name.endswith(".safetensors") else open_pickle
@@ -53,14 +53,31 @@ def write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
+def find_weights(exists: Callable[[str], bool]) -> str | None:
+    """The format of ``WEIGHTS`` that a checkpoint is read from, whole or in parts; None if it has no weights."""
+    return next((name for name in WEIGHTS if exists(name) or exists(index_of(name))), None)
+
+
+def index_of(weights: str) -> str:
+    """Name of the file that lists the parts of ``weights``."""
+    return f"{weights}.index.json"
+
+
+def part_names(folder: pathlib.Path, weights: str) -> list[str]:
+    """Names of the files that the index lists. UserError if it is damaged."""
+    index = folder / index_of(weights)
+    return sorted(set(validated(Index, read_json(index), str(index)).weight_map.values()))
+
+
 def _parts(folder: pathlib.Path, name: str) -> Iterable[pathlib.Path]:
-    index = folder / f"{name}.index.json"
-    if not index.exists():
+    if not (folder / index_of(name)).exists():
         return [folder / name]
-    names = sorted(set(validated(Index, read_json(index), str(index)).weight_map.values()))
+    names = part_names(folder, name)
     missing = [part for part in names if not (folder / part).is_file()]
     if missing:
-        raise UserError(f"{folder} is incomplete: {index.name} lists {len(names)} files, missing {' '.join(missing)}")
+        raise UserError(
+            f"{folder} is incomplete: {index_of(name)} lists {len(names)} files, missing {' '.join(missing)}"
+        )
     return [folder / part for part in names]
 
 

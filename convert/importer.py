@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -13,7 +14,9 @@ from pdrop_jax import checkpoint
 from pdrop_jax.checkpoint import storage
 from pdrop_jax.checkpoint.storage import write_safetensors
 from pdrop_jax.config import LlavaConfig
+from pdrop_jax.convert.hub import fetch_files, locate
 from pdrop_jax.convert.names import Leaf, leaves, unrun_shapes
+from pdrop_jax.convert.provenance import write_provenance
 from pdrop_jax.convert.sources import Source, open_source
 from pdrop_jax.convert.tensors import DTYPES, DType, Tensors
 from pdrop_jax.errors import UserError
@@ -35,11 +38,11 @@ class ImportSummary:
 
 
 def convert(
-    source: pathlib.Path,
+    source: str | os.PathLike,
     out: pathlib.Path,
     *,
-    vision: pathlib.Path | None = None,
-    tokenizer: pathlib.Path | None = None,
+    vision: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
     dtype: DType | None = None,
     schedule: DropSchedule | None = None,
 ) -> ImportSummary:
@@ -51,7 +54,7 @@ def write(
     source: Source,
     out: pathlib.Path,
     *,
-    tokenizer: pathlib.Path | None = None,
+    tokenizer: str | os.PathLike | None = None,
     dtype: DType | None = None,
     template: str | None = None,
 ) -> ImportSummary:
@@ -60,8 +63,8 @@ def write(
     Peak memory is the largest array, its largest PyTorch tensor and orbax's buffers.
 
     Args:
-      tokenizer: folder of the tokenizer; None is the source's.
-      dtype: of the arrays; None is float32 if the source's embedding is, otherwise bfloat16.
+      tokenizer: folder or id of the tokenizer; None is the source's.
+      dtype: of the arrays; None is ``default_dtype``.
       template: "own" or a name in ``chat_template.TEMPLATES``; None is the checkpoint's own chat template, or
         without one what LLaVA used with this kind of language model.
 
@@ -74,9 +77,7 @@ def write(
     if template not in (None, OWN):
         template_named(template)
     arrays = leaves(config, source.naming)
-    if dtype is None:
-        embedding = next(leaf.names[0] for leaf in arrays if leaf.path == "embed.embedding")
-        dtype = "float32" if tensors[embedding].dtype == "float32" else "bfloat16"
+    dtype = dtype or default_dtype(source)
     itemsize = np.dtype(DTYPES[dtype]).itemsize
     with checkpoint.new_folder(out, sum(math.prod(x.shape) for x in tensors.values()) * itemsize) as new:
         _copy_companions(source, tokenizer, new)
@@ -84,6 +85,7 @@ def write(
         storage.write(new, _stacks(arrays, tensors, dtype))
         _write_unrun(source, new / checkpoint.UNUSED, dtype)
         config.save(new)
+        write_provenance(new, source.location, source.tower)
         return ImportSummary(
             config,
             dtype,
@@ -91,6 +93,12 @@ def write(
             bytes=sum(path.stat().st_size for path in new.rglob("*") if path.is_file()),
             has_tokenizer=any(any(new.glob(pattern)) for pattern in checkpoint.TOKENIZER),
         )
+
+
+def default_dtype(source: Source) -> DType:
+    """float32 if the source's embedding is, otherwise bfloat16."""
+    embedding = next(leaf.names[0] for leaf in leaves(source.config, source.naming) if leaf.path == "embed.embedding")
+    return "float32" if source.tensors[embedding].dtype == "float32" else "bfloat16"
 
 
 def read(
@@ -129,9 +137,13 @@ def _template(asked: str | None, of_llava: str, new: pathlib.Path) -> str:
     return asked or (OWN if own else of_llava)
 
 
-def _copy_companions(source: Source, tokenizer: pathlib.Path | None, new: pathlib.Path) -> None:
-    if tokenizer is not None and not any(any(tokenizer.glob(pattern)) for pattern in checkpoint.TOKENIZER):
-        raise UserError(f"{tokenizer} contains no tokenizer files")
-    checkpoint.copy_files(tokenizer or source.folder, new, checkpoint.TOKENIZER)
-    for folder in filter(None, (source.folder, source.tower)):
-        checkpoint.copy_files(folder, new, checkpoint.PROCESSOR)
+def _copy_companions(source: Source, tokenizer: str | os.PathLike | None, new: pathlib.Path) -> None:
+    folder = source.folder
+    if tokenizer is not None:
+        location = locate(tokenizer)
+        folder = fetch_files(location, checkpoint.TOKENIZER)
+        if not any(any(folder.glob(pattern)) for pattern in checkpoint.TOKENIZER):
+            raise UserError(f"{location.name} contains no tokenizer files")
+    checkpoint.copy_files(folder, new, checkpoint.TOKENIZER)
+    for location in filter(None, (source.location, source.tower)):
+        checkpoint.copy_files(location.folder, new, checkpoint.PROCESSOR)

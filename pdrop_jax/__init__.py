@@ -4,7 +4,7 @@ Example::
 
     import pdrop_jax
 
-    model = pdrop_jax.load("llava-1.5-7b")
+    model = pdrop_jax.load("llava-hf/llava-1.5-7b-hf")
     pdrop_jax.generate(model, ["What is on the table?"], ["kitchen.jpg"]).texts
 
     sampling = pdrop_jax.Sampling(max_new_tokens=128, temperature=0.7)
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from pdrop_jax.config import LlavaConfig as LlavaConfig
     from pdrop_jax.config import TextConfig as TextConfig
     from pdrop_jax.config import VisionConfig as VisionConfig
+    from pdrop_jax.convert.pretrained import load as load
     from pdrop_jax.errors import UserError as UserError
     from pdrop_jax.generation.chat import Session as Session
     from pdrop_jax.generation.engine import generate as generate
     from pdrop_jax.generation.pretrained import DEMO as DEMO
     from pdrop_jax.generation.pretrained import Model as Model
-    from pdrop_jax.generation.pretrained import load as load
     from pdrop_jax.generation.result import Answer as Answer
     from pdrop_jax.generation.result import Generation as Generation
     from pdrop_jax.generation.sampling import Sampling as Sampling
@@ -55,7 +55,7 @@ _MODULES = {
     "Video": "inputs.images",
     "VisionConfig": "config",
     "generate": "generation.engine",
-    "load": "generation.pretrained",
+    "load": "convert.pretrained",
     "register_score": "model.scores",
     "schedule_for_budget": "analysis.budget",
 }

@@ -107,6 +107,9 @@ def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
 def _suggestion(kind: Any, loc: tuple[int | str, ...]) -> str:
     """``: did you mean …?`` with the known key closest to the last part of ``loc``."""
     for part in loc[:-1]:
+        if isinstance(part, int):  # in a list
+            kind = next(iter(typing.get_args(kind)), None)
+            continue
         if not isinstance(kind, type):  # a union: the name of the member that was meant comes next, if it is known
             kind = next((member for member in typing.get_args(kind) if getattr(member, "__name__", "") == part), None)
             if kind is None:

@@ -71,6 +71,21 @@ def test_training(run):
     assert out.splitlines()[-1].startswith("| 2 worker processes |")
 
 
+def test_data(run):
+    rows = run("data", "--pictures", 12, "--sample", 4, "--rounds", 2).splitlines()
+    assert rows[0].endswith("2 rounds of 4 in one process")
+    assert [row.split("|")[1].strip() for row in rows[4:10]] == [
+        "decoding alone",
+        "JSON and a folder",
+        "Parquet",
+        "WebDataset tar",
+        "packed shards",
+        "Parquet, in order",
+    ]
+    assert rows[5].endswith("| 1.00, 1.00 to 1.00 |")
+    assert re.fullmatch(r"packing JSON and a folder: \d+ pictures per CPU second", rows[-1])
+
+
 def test_chat(run):
     _, _, *turns = run("chat", *SHAPE, "--image-tokens", 16, "--new-tokens", 2).splitlines()
     assert [turn.split("|")[1].strip() for turn in turns] == ["1", "2", "3"]

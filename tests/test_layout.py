@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "pdrop_jax.inputs": BASE | {"pdrop_jax.families.*.inputs"},
     "pdrop_jax.checkpoint": MODEL,
     "pdrop_jax.generation": LIBRARY,
-    "pdrop_jax.eval": LIBRARY,
+    "pdrop_jax.eval": LIBRARY | {"pdrop_jax.convert"},
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,
     "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis"},

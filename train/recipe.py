@@ -5,9 +5,11 @@ take their default. Files in ``presets/`` can be loaded by name.
 """
 
 import dataclasses
+import os
 import pathlib
+import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -53,13 +55,26 @@ class ModelRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataRecipe:
-    """Conversations in LLaVA's JSON format and the folder of their images."""
+class SourceRecipe:
+    """One data set of a mixture, written as a table ``[[data.sources]]``."""
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    conversations: Path  # a JSON list, or JSON lines
-    images: Path  # folder that image names are relative to
+    conversations: Path  # as data.conversations
+    images: Path | None = None  # as data.images
+    # Share of the rows of each epoch, relative to the other weights. Without weights, an epoch has each row once.
+    weight: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRecipe:
+    """Training data in any format of ``pdrop_jax.train.data.sources``: one data set, or a mixture of several."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    conversations: Path | None = None  # a file, a folder of shards, or a pattern such as data/train-*.parquet
+    images: Path | None = None  # folder that image names are relative to; None is the folder of the conversations
+    sources: Annotated[tuple[SourceRecipe, ...], Field(max_length=256)] = ()  # in place of conversations and images
     outside_images: bool = False  # allow image names that leave the folder, such as ../1.png
     image_aspect: Literal["square", "pad", "anyres"] | None = None  # None keeps the checkpoint's setting
     template: Name | None = None  # prompt template; None is the checkpoint's, "own" its own chat template
@@ -70,6 +85,27 @@ class DataRecipe:
     group_by_length: bool = False  # batch rows of the same modality and of similar length
     invalid: Literal["skip", "fail"] = "skip"  # records that cannot be used
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # worker processes that load images; 0 uses threads
+
+    def __post_init__(self) -> None:
+        if self.sources and (self.conversations is not None or self.images is not None):
+            raise UserError("data.sources replaces data.conversations and data.images: set one or the other")
+        if not self.sources and self.conversations is None:
+            raise UserError("data.conversations is not set: set it, or describe a mixture with [[data.sources]]")
+        unweighted = [n for n, source in enumerate(self.sources) if source.weight is None]
+        if 0 < len(unweighted) < len(self.sources):
+            raise UserError(
+                f"data.sources.{unweighted[0]} has no weight, but others have one: give all a weight, or none"
+            )
+
+    @property
+    def all_sources(self) -> tuple[SourceRecipe, ...]:
+        """The data sets of a mixture, or the only one."""
+        return self.sources or (SourceRecipe(self.conversations or "", self.images),)
+
+    @property
+    def name(self) -> str:
+        """How messages refer to the data."""
+        return self.conversations or f"the mixture of {len(self.sources)} sources"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +193,7 @@ def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recip
     """
     presets = {preset.stem: preset for preset in PRESETS.glob("*.toml")}
     path = pathlib.Path(presets.get(str(path), path))
-    if not (path.suffix or path.exists()):
+    if not (path.suffix in (".toml", ".json") or path.name != str(path) or os.path.lexists(path)):
         raise UserError(f"{path} is neither a preset nor a file: the presets are {', '.join(sorted(presets))}")
     name = f"the recipe {path.stem if path in presets.values() else path}"
     data = _read(path, name)
@@ -220,6 +256,8 @@ FREE = (
     "data.conversations",
     "data.images",
     "data.outside_images",
+    "data.sources.conversations",
+    "data.sources.images",
     "model.start",
     "mesh.data",
     "mesh.fsdp",
@@ -230,10 +268,21 @@ FREE = (
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Settings that differ between two recipes and may not change on resume, as text; see ``dataclasses.asdict``."""
     before, after = (
-        {f"{section}.{key}": x for section in recipe for key, x in recipe[section].items()} for recipe in (old, new)
+        {name: x for section in recipe for name, x in _flat(section, recipe[section])} for recipe in (old, new)
     )
     return [
-        f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
-        for key in {**before, **after}
-        if key not in FREE and before.get(key) != after.get(key)
+        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
+        for name in {**before, **after}
+        if re.sub(r"\.\d+", "", name) not in FREE and before.get(name) != after.get(name)
     ]
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting in a section, including those of the tables in a list."""
+    if isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _flat(f"{name}.{key}", inner)

@@ -13,6 +13,7 @@ from pdrop_jax.model.params import count
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.sharding import devices_along
 from pdrop_jax.train.data.index import Dataset
+from pdrop_jax.train.data.mixture import rows_per_source
 from pdrop_jax.train.recipe import RunRecipe
 from pdrop_jax.train.step import TrainState
 
@@ -44,6 +45,18 @@ def few_rows(run: RunRecipe, mesh: Mesh | AbstractMesh) -> str:
     )
 
 
+def shares(dataset: Dataset) -> list[str]:
+    """A line for each source of a mixture: its part of an epoch, and how often an epoch reads its rows."""
+    if len(dataset.sources) == 1:
+        return []
+    weights = dataset.weights
+    rows = dataset.counts if weights is None else rows_per_source(dataset.counts, weights).tolist()
+    return [
+        f"            {n / sum(rows):6.1%} {source.path}: {n / count:.3g} x {count:,} rows per epoch"
+        for source, n, count in zip(dataset.sources, rows, dataset.counts, strict=True)
+    ]
+
+
 def describe(
     run: RunRecipe, groups: Collection[str], config: LlavaConfig, dataset: Dataset, state: TrainState, steps: int
 ) -> str:
@@ -58,6 +71,7 @@ def describe(
     return "\n".join(
         [
             f"data        {len(dataset):,} rows, skipped: {skipped or 'none'}",
+            *shares(dataset),
             f"steps       {steps:,} of {run.batch_size} rows, {len(planned):,} per epoch, "
             f"microbatches per step: {run.grad_accum_steps}",
             f"parameters  {count(state.trained):,} trained ({', '.join(groups)}), {count(state.frozen):,} frozen",

@@ -25,10 +25,11 @@ def prepare(recipe: Recipe) -> None:
     Raises:
       OSError: the disk is full or not writable.
     """
-    start, conversations = pathlib.Path(recipe.model.start), pathlib.Path(recipe.data.conversations)
+    start, conversations = pathlib.Path(recipe.model.start), pathlib.Path(recipe.data.conversations or "")
     if not start.exists():
         write_start(start, seed=recipe.run.seed)
-    ours = conversations.name == CONVERSATIONS and pathlib.Path(recipe.data.images) == conversations.parent / IMAGES
+    images = pathlib.Path(recipe.data.images or "")
+    ours = conversations.name == CONVERSATIONS and images == conversations.parent / IMAGES
     if ours and not conversations.parent.exists():
         write_dataset(conversations.parent, PICTURES, recipe.run.seed)
 

@@ -2,6 +2,7 @@
 
 from pdrop_jax.checkpoint.folders import COMPANIONS, PROCESSOR, TOKENIZER, copy_files, files_to_copy, new_folder
 from pdrop_jax.checkpoint.store import (
+    SOURCE,
     TRAINING,
     UNUSED,
     abstract_arrays,
@@ -16,6 +17,7 @@ from pdrop_jax.checkpoint.store import (
 __all__ = [
     "COMPANIONS",
     "PROCESSOR",
+    "SOURCE",
     "TOKENIZER",
     "TRAINING",
     "UNUSED",

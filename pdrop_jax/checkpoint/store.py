@@ -5,6 +5,7 @@
     config.json             LlavaConfig with its drop schedule
     params/, sizes.json     the parameter tree; or params.safetensors, see ``storage``
     unused.safetensors      unused tensors of the PyTorch model, kept for a complete export
+    source.json             what the model was converted from, see ``convert.provenance``
     tokenizer.json, …       files for the processor, see ``folders.COMPANIONS``
     training.json           of a trained model: the run and the step, see ``train.checkpoints.Trained``
 """
@@ -35,6 +36,7 @@ from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
 
 UNUSED = "unused.safetensors"
+SOURCE = "source.json"
 TRAINING = "training.json"
 MOST_NAMES = 20  # listed in an error message
 
@@ -63,7 +65,7 @@ def save(
     """
     if has_lora(params):
         raise UserError("the parameters carry LoRA adapters, which a checkpoint cannot hold: call merge_lora first")
-    along = (*COMPANIONS, UNUSED)
+    along = (*COMPANIONS, UNUSED, SOURCE)
     if companions is not None:
         files_to_copy(pathlib.Path(companions), along)  # before anything is written
     arrays = flatten_dict(params, sep=".")

@@ -50,9 +50,9 @@ def run(
       mode: "rerank" selects image tokens anew for every question; "keep" never brings back tokens that an earlier
         question dropped, which is faster.
     """
+    from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.generation.chat import Session
     from pdrop_jax.generation.engine import check_implementation
-    from pdrop_jax.generation.pretrained import DEMO, load
     from pdrop_jax.inputs.images import open_image
 
     check_implementation(attention)

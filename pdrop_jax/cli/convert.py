@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import LAYERS, File, Flag, Folder, unset
+from pdrop_jax.cli.options import LAYERS, File, Flag, Source, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
 from pdrop_jax.schedule import parse_schedule
@@ -13,17 +13,17 @@ from pdrop_jax.schedule import parse_schedule
 
 def run(
     # With --llm there is one folder, OUT, and it comes first.
-    source: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="[SRC]")],
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[SRC]")],
     out: Annotated[
         tyro.conf.Positional[pathlib.Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint=" ")
     ] = None,
-    llm: Folder = None,
-    vision: Folder = None,
+    llm: Source = None,
+    vision: Source = None,
     projector: File = None,
     projector_type: Annotated[Literal["mlp2x_gelu", "linear"] | None, unset("{mlp2x_gelu,linear}")] = None,
     seed: int = 0,
     template: Annotated[str | None, unset("NAME")] = None,
-    tokenizer: Folder = None,
+    tokenizer: Source = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, unset("{float32,bfloat16}")] = None,
     layers: Annotated[tuple[str, ...] | None, unset(LAYERS)] = None,
     ratios: Annotated[tuple[float, ...] | None, unset("R [R …]")] = None,
@@ -31,18 +31,22 @@ def run(
 ) -> None:
     """Convert a LLaVA checkpoint (original or Hugging Face), or build one to train: --llm DIR --vision DIR OUT.
 
+    Wherever a model is named, OWNER/NAME[@REVISION] is one on the Hugging Face Hub, unless there is such a folder.
+
     Args:
-      source: Checkpoint folder with config.json and safetensors or .bin weights (omit it with --llm).
+      source: Checkpoint folder with config.json and safetensors or .bin weights, or its id on the Hub (omit it with
+        --llm).
       out: Output folder; it must not exist.
-      llm: Folder of a LLaMA, Mistral or Qwen2 language model; a new LLaVA is built from it and --vision.
-      vision: Folder of the vision tower, for --llm or for an original checkpoint without one.
+      llm: A LLaMA, Mistral or Qwen2 language model; a new LLaVA is built from it and --vision.
+      vision: The vision tower, for --llm or for an original checkpoint without one (default: the one that the
+        checkpoint names).
       projector: Pretrained projector (mm_projector.bin or .safetensors) that replaces the checkpoint's or the newly
         initialized one.
       projector_type: Projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
       seed: RNG seed for initializing a new projector.
       template: Prompt template (default: "own", the checkpoint's own chat template; without one vicuna_v1 for LLaMA,
         llama_3 for Llama 3, mistral_instruct for Mistral, qwen for Qwen2).
-      tokenizer: Folder with the tokenizer files (default: the checkpoint's or the language model's).
+      tokenizer: Where the tokenizer files are (default: the checkpoint's or the language model's).
       dtype: Dtype of the stored arrays (default: float32 if the checkpoint is float32, otherwise bfloat16).
       layers: Numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24
         layers); "none" disables dropping.
@@ -62,7 +66,7 @@ def run(
             raise UserError("--llm requires a vision tower: add --vision DIR")
         check_new_folder(source)
         kinds = {"linear": 1, "mlp2x_gelu": 2, None: None}
-        out = source
+        out = pathlib.Path(source)
         opened = open_parts(
             llm, vision, schedule, projector=projector, projector_layers=kinds[projector_type], seed=seed
         )
@@ -85,7 +89,7 @@ def run(
     if llm is not None and projector is None:
         print(f"The projector is randomly initialized (seed {seed}); train it before use")
     if not summary.has_tokenizer:
-        print(printable(f"{opened.folder} has no tokenizer files: pass --tokenizer DIR or copy them into {out}"))
+        print(printable(f"{opened.location.name} has no tokenizer files: pass --tokenizer DIR or copy them into {out}"))
     if check:
         from pdrop_jax.convert.check import compare
 

@@ -48,7 +48,8 @@ def run(
 
     from pdrop_jax.analysis.budget import schedule_for_budget
     from pdrop_jax.analysis.cost import cost_of
-    from pdrop_jax.config import VisionConfig, config_of
+    from pdrop_jax.config import VisionConfig
+    from pdrop_jax.convert.pretrained import config_of
     from pdrop_jax.inputs.anyres import largest_picture
     from pdrop_jax.inputs.buckets import bucket_for
     from pdrop_jax.model.scores import find_score

@@ -64,12 +64,12 @@ def run(
     """
     prompts = _prompts_of(prompt, messages)
     if picture or heatmap:
-        inputs = [*image, *video, *filter(None, (model, messages))]
+        inputs = [*image, *video, *(pathlib.Path(name) for name in (model, messages) if name)]
         _check_pictures(picture, heatmap, len(prompts), bool(image or messages), inputs, overwrite)
     images = _images_of(len(prompts), image)
 
+    from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.generation.engine import check_implementation, generate
-    from pdrop_jax.generation.pretrained import DEMO, load
     from pdrop_jax.inputs.images import Video
     from pdrop_jax.inputs.messages import read_conversation
 

@@ -26,7 +26,7 @@ def unset(metavar: str | None = None, default: str = "", name: str | None = None
 
 
 File = Annotated[pathlib.Path | None, unset("FILE")]
-Folder = Annotated[pathlib.Path | None, unset("DIR")]
+Source = Annotated[str | None, unset("DIR|ID")]  # a folder or a Hub id
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, unset()]
 
 
@@ -52,16 +52,21 @@ Score = Annotated[
     str | None, _option("Token-scoring function: a name in pdrop_jax.model.scores.", "NAME", "the schedule's")
 ]
 Model = Annotated[
-    pathlib.Path | None,
-    _option("Folder of a converted or trained checkpoint.", "DIR", "the demo model that comes with the package"),
+    str | None,
+    _option(
+        "A converted or trained model, or a PyTorch checkpoint, which is converted when it is first used: a folder, "
+        "or OWNER/NAME[@REVISION] on the Hugging Face Hub.",
+        "DIR|ID",
+        "the demo model that comes with the package",
+    ),
 ]
 ConfigModel = Annotated[
     str,
     _option(
         "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, qwen2.5-vl-3b to -72b, qwen3-vl-2b to -32b, "
-        "gemma-3-4b to -27b, internvl3-1b to -78b, smolvlm2-256m to -2.2b, or a checkpoint folder, of which only the "
-        "config is read.",
-        "NAME|DIR",
+        "gemma-3-4b to -27b, internvl3-1b to -78b, smolvlm2-256m to -2.2b, or a checkpoint of which only the config is "
+        "read: a folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub.",
+        "NAME|DIR|ID",
         "llava-1.5-7b",
     ),
 ]

@@ -64,7 +64,7 @@ def run(
 
     devices = devices_of(topology)
 
-    from pdrop_jax.config import config_of
+    from pdrop_jax.convert.pretrained import config_of
     from pdrop_jax.inputs.buckets import bucket_for
     from pdrop_jax.planner import programs
     from pdrop_jax.schedule import DropSchedule

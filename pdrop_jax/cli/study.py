@@ -67,8 +67,8 @@ def run(
     except ValueError:
         raise UserError(f"--layers takes whole numbers or 'all', got {' '.join(layers)}") from None
 
+    from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.eval.questions import read_questions
-    from pdrop_jax.generation.pretrained import DEMO, load
 
     asked = read_questions(questions, images, outside_images)[:limit]
     inputs = [model or DEMO, questions, *(image for question in asked for image in question.images)]

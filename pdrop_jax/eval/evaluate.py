@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pdrop_jax.checkpoint import fingerprint, storage
 from pdrop_jax.config import Implementation, LlavaConfig
+from pdrop_jax.convert.cache import model_folder
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.eval.batching import answer_all, check_batch_size
 from pdrop_jax.eval.journal import AnswerRecord, Journal, unfinished
@@ -85,7 +86,7 @@ def evaluate(
     Greedy runs may be resumed with another batch size, mesh or attention implementation.
 
     Args:
-      model: checkpoint folder.
+      model: checkpoint folder or Hub id, see ``pdrop_jax.load``.
       questions: question file, see ``questions.read_questions``.
       images: folder of the images.
       out: a new file, or one that this function wrote before.
@@ -102,11 +103,11 @@ def evaluate(
     began = time.perf_counter()
     check_implementation(implementation)
     check_batch_size(batch_size)
-    folder = pathlib.Path(model)
     asked = read_questions(questions, images, outside_images)
-    inputs = [questions, *(image for question in asked for image in question.images), *([folder] if overwrite else ())]
+    inputs = [questions, *(image for question in asked for image in question.images), *([model] if overwrite else ())]
     target = check_output(out, overwrite=True, inputs=inputs, makes_folder=True)
     check_output(unfinished(target), overwrite=True, inputs=inputs, makes_folder=True)
+    folder = pathlib.Path(model_folder(model, dtype))
     metadata = describe(folder, schedule, dtype, quantize, sampling, batch_size)
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:

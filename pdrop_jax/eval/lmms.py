@@ -3,7 +3,7 @@
 ::
 
     pip install 'pdrop-jax[lmms-eval]'
-    python -m lmms_eval --model pdrop_jax --model_args pretrained=DIR,layers=8/16/24,ratios=0.5/0.25/0.125 --tasks mme
+    python -m lmms_eval --model pdrop_jax --model_args pretrained=MODEL,layers=8/16/24,ratios=0.5/0.25/0.125 --tasks mme
 
 Tried with lmms-eval 0.7.3, torch 2.13.0 and transformers 5.24.0. Only lmms-eval imports this module. It needs
 torch, which computes nothing here.
@@ -16,10 +16,10 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from pdrop_jax.convert.pretrained import DEMO, load
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.batching import answer_all
 from pdrop_jax.eval.questions import Question
-from pdrop_jax.generation.pretrained import DEMO, load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import parse_schedule
 
@@ -32,7 +32,7 @@ class PdropJax(lmms):
     As in lmms-eval's own LLaVA model, a task's ``until`` does not truncate answers.
 
     Args:
-      pretrained: checkpoint folder; None is the demo model.
+      pretrained: checkpoint folder or Hub id; None is the demo model.
       layers: "8/16/24", "none" to drop nothing, or a name in ``schedule.PRESETS``; None is the checkpoint's schedule.
       ratios: "0.5/0.25/0.125".
       score: a name in ``model.scores``.

@@ -1,6 +1,7 @@
 """Loading checkpoints for inference."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any, Literal
 
@@ -38,14 +39,14 @@ class Model:
 
 
 def load(
-    folder: str | pathlib.Path = DEMO,
+    folder: str | os.PathLike = DEMO,
     schedule: DropSchedule | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
     quantize: Literal["int8"] | None = None,
     verify: bool = True,
 ) -> Model:
-    """Loads a converted or trained checkpoint.
+    """Loads a converted or trained checkpoint from its folder; ``pdrop_jax.load`` takes other models too.
 
     Args:
       folder: checkpoint folder; the default is the demo model.

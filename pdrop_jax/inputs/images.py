@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -118,22 +118,25 @@ def open_image(picture: Picture) -> Image.Image:
         return read_image(picture)
 
 
-def read_image(picture: Picture) -> Image.Image:
-    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process."""
-    if isinstance(picture, str | os.PathLike):
+def read_image(picture: Picture | bytes) -> Image.Image:
+    """Thread-safe ``open_image``: it leaves the warning filters alone, which are global to the process.
+
+    Bytes are the contents of a file.
+    """
+    if isinstance(picture, str | os.PathLike | bytes):
         with _opened(picture) as image:
             return _to_rgb(image)
     with _one_line_errors("the picture"):
         return _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) in pixels of the upright image in a file. Only the header is read.
+def image_size(file: str | os.PathLike | bytes) -> tuple[int, int]:
+    """(height, width) in pixels of the upright image in a file, or in its bytes. Only the header is read.
 
     Raises:
       UserError: the image cannot be read or is too large.
     """
-    with _opened(path) as image:
+    with _opened(file) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size if turned else image.size[::-1]
 
@@ -145,10 +148,14 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def _opened(file: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
-    check_file(path)
-    with _decoded(path, str(path)) as image:
+    if isinstance(file, bytes):
+        opened = _decoded(io.BytesIO(file), "the picture")
+    else:
+        check_file(file)
+        opened = _decoded(file, str(file))
+    with opened as image:
         yield image
 
 
@@ -222,13 +229,24 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
+
+    def size() -> tuple[int, int]:
+        return image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
+
+    return measure_size(size, processor, config, alone=alone)
+
+
+def measure_size(
+    size: Callable[[], tuple[int, int]], processor: ImageProcessor, config: LlavaConfig, *, alone: bool
+) -> ImageSize:
+    """``measure`` by the function ``size``, (height, width) in pixels, which is called only if that matters."""
     check_no_crops(processor, config)
     family = FAMILIES.get(config.family)
-    own = family and family.measure
-    if not own and (config.tiling is None or (config.tiling.alone and not alone)):
+    if family and family.measure:
+        return family.measure(size(), processor, config)
+    if config.tiling is None or (config.tiling.alone and not alone):
         return ImageSize(*levels(config)[0])
-    size = image_size(picture) if isinstance(picture, str | os.PathLike) else open_image(picture).size[::-1]
-    return own(size, processor, config) if own else ImageSize(*count(size, config))
+    return ImageSize(*count(size(), config))
 
 
 def check_no_crops(processor: ImageProcessor, config: LlavaConfig) -> None:

@@ -8,7 +8,7 @@ import base64
 import binascii
 import dataclasses
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pdrop_jax.errors import UserError
@@ -17,10 +17,23 @@ from pdrop_jax.inputs.images import Picture, Video, decode_image
 
 Role = Literal["system", "user", "assistant"]
 Prompt = str | Sequence[Turn] | Sequence[Mapping[str, Any]]
+Opener = Callable[[Any, str], Any]  # makes a picture of what a content names, and of how errors refer to that content
 
 CONTENT = ("text", "image", "image_url", "video")  # types of content
 SOURCES = ("image", "url", "path", "base64")  # keys under which a content of type "image" may have its image
 ROLES = ", ".join(get_args(Role))
+
+
+class WrongCount(UserError):
+    """The images of a conversation are more or fewer than the places for them.
+
+    Attributes:
+      missing: whether there are too few images.
+    """
+
+    def __init__(self, message: str, missing: bool) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +87,32 @@ def read_conversation(prompt: Prompt, images: Sequence[Any] = ()) -> tuple[list[
         alternate, the system message is not the first, or the last message is not from the user; an image is neither
         local nor inside its URL; or the numbers of images and of their places differ.
     """
-    return _placed(_read_all(prompt), list(images))
+    return _placed(_read_all(prompt, _image), list(images))
+
+
+def read_dialogue(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] = ()) -> tuple[list[Message], list[Any]]:
+    """A recorded conversation, whose last message may be an answer: ``read_conversation`` without opening any image.
+
+    Args:
+      messages: see ``read_conversation``. An image inside may also be what a Parquet file holds, bytes or a mapping.
+      images: anything but None; returned as they are.
+
+    Returns:
+      The messages, and what stands for each of their images: an entry of ``images``; a path or a ``data:`` URL; or
+      the bytes or the mapping that a message holds.
+
+    Raises:
+      WrongCount: the numbers of images and of their places differ.
+      UserError: as in ``read_conversation``.
+    """
+    read = [_read(message, f"message {number}", _unopened) for number, message in enumerate(messages, 1)]
+    check_order([role for role, _ in read], answered=True)
+    return _placed(read, list(images))
 
 
 def read_turns(turns: Sequence[Turn]) -> list[Message]:
     """The messages of (question, answer) turns whose images are still to be read. Errors are those above."""
-    read = _read_all(turns)
+    read = _read_all(turns, _image)
     return _placed(read, [None] * sum(isinstance(part, Medium) for _, parts in read for part in parts))[0]
 
 
@@ -88,13 +121,13 @@ class _Source:
     """A content with its own image, while it is read."""
 
     kind: Kind
-    image: Picture | Video
+    image: Any
 
 
 _Raw = tuple[Role, list[str | Medium | _Source]]
 
 
-def _read_all(prompt: Any) -> list[_Raw]:
+def _read_all(prompt: Any, opener: Opener) -> list[_Raw]:
     if isinstance(prompt, str):
         return [("user", _split(prompt))]
     if isinstance(prompt, Mapping):
@@ -104,7 +137,7 @@ def _read_all(prompt: Any) -> list[_Raw]:
     if not prompt:
         raise UserError("a conversation needs at least one question, got none")
     if any(isinstance(message, Mapping) for message in prompt):
-        read = [_read(message, f"message {number}") for number, message in enumerate(prompt, 1)]
+        read = [_read(message, f"message {number}", opener) for number, message in enumerate(prompt, 1)]
         check_order([role for role, _ in read])
         return read
     read = []
@@ -125,8 +158,12 @@ def _read_all(prompt: Any) -> list[_Raw]:
     return read
 
 
-def check_order(roles: Sequence[str]) -> None:
-    """Raises UserError unless ``roles`` are those of a conversation that waits for an answer."""
+def check_order(roles: Sequence[str], answered: bool = False) -> None:
+    """Raises UserError unless ``roles`` are those of a conversation that waits for an answer.
+
+    Args:
+      answered: whether the last message may be the answer.
+    """
     expected = "user"
     for number, role in enumerate(roles, 1):
         if role == "system":
@@ -140,6 +177,8 @@ def check_order(roles: Sequence[str]) -> None:
             )
         expected = "assistant" if role == "user" else "user"
     if not roles or roles[-1] != "user":
+        if answered and "user" in roles:
+            return
         raise UserError(
             f"the last message is from {roles[-1]!r}, expected 'user': end with the question to be answered"
             if roles
@@ -147,7 +186,7 @@ def check_order(roles: Sequence[str]) -> None:
         )
 
 
-def _read(message: Any, where: str) -> _Raw:
+def _read(message: Any, where: str, opener: Opener) -> _Raw:
     if not isinstance(message, Mapping):
         raise UserError(f"{where} is a {type(message).__name__}: expected an object with role and content")
     role: Any = message.get("role")
@@ -161,11 +200,11 @@ def _read(message: Any, where: str) -> _Raw:
         raise UserError(f"{where} has {found} as content: expected text, or a list of contents")
     parts: list[str | Medium | _Source] = []
     for number, item in enumerate(content, 1):
-        parts += _read_item(item, f"content {number} of {where}")
+        parts += _read_item(item, f"content {number} of {where}", opener)
     return role, parts
 
 
-def _read_item(item: Any, where: str) -> list[str | Medium | _Source]:
+def _read_item(item: Any, where: str, opener: Opener) -> list[str | Medium | _Source]:
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind not in CONTENT:
         found = f"type {kind!r}" if isinstance(item, Mapping) else f"the form of a {type(item).__name__}"
@@ -180,13 +219,13 @@ def _read_item(item: Any, where: str) -> list[str | Medium | _Source]:
             return [Medium("video")]
         if isinstance(video, str) or not isinstance(video, Video | Sequence):
             raise UserError(f"{where} is a video that is not given as its frames: expected a list of images")
-        return [_Source("video", video if isinstance(video, Video) else Video([_image(x, where) for x in video]))]
+        return [_Source("video", video if isinstance(video, Video) else Video([opener(x, where) for x in video]))]
     if kind == "image_url":
         url = item.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(url, str):
             raise UserError(f'{where} has no URL: expected {{"type": "image_url", "image_url": {{"url": …}}}}')
-        return [_Source("image", _image(url, where))]
+        return [_Source("image", opener(url, where))]
     given = [key for key in SOURCES if item.get(key) is not None]
     if len(given) > 1:
         raise UserError(f"{where} has more than one image: {', '.join(given)}")
@@ -194,38 +233,41 @@ def _read_item(item: Any, where: str) -> list[str | Medium | _Source]:
         return [Medium()]
     source = item[given[0]]
     if given == ["base64"]:
-        return [_Source("image", _decoded(source, where))]
-    return [_Source("image", _image(source, where))]
+        return [_Source("image", opener(f"data:;base64,{source}", where))]
+    return [_Source("image", opener(source, where))]
 
 
 def _image(source: Any, where: str) -> Picture:
     """An image that can be opened: what a URL names or contains, anything else as it is."""
     if not isinstance(source, Picture):
         raise UserError(f"{where} has a {type(source).__name__} for an image: expected a path, a URL or an image")
-    if not isinstance(source, str):
-        return source
-    scheme, _, rest = source.partition(":")
-    match scheme.lower():
-        case "data":
-            head, comma, data = rest.partition(",")
-            if not comma or not head.lower().endswith(";base64"):
-                raise UserError(f"{where} has a data: URL that is not of the form data:image/png;base64,…")
-            return _decoded(data, where)
-        case "http" | "https":
-            raise UserError(
-                f"{where} is at {source[:60]!r}, but nothing is downloaded: save the image and give its path"
-            )
-        case "file":
-            return urllib.parse.unquote(urllib.parse.urlsplit(source).path)
+    source = _unopened(source, where)
+    if is_data_url(source):
+        return decode_image(decode_data_url(source, where), f"the image in {where}")
     return source
 
 
-def _decoded(data: Any, where: str) -> Picture:
+def _unopened(source: Any, where: str) -> Any:
+    """The path in a file:// URL; anything else as it is, unless it would have to be downloaded."""
+    scheme, _, _ = source.partition(":") if isinstance(source, str) else ("", "", "")
+    if scheme.lower() in ("http", "https"):
+        raise UserError(f"{where} is at {source[:60]!r}, but nothing is downloaded: save the image and give its path")
+    return urllib.parse.unquote(urllib.parse.urlsplit(source).path) if scheme.lower() == "file" else source
+
+
+def is_data_url(source: Any) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def decode_data_url(url: str, where: str) -> bytes:
+    """The contents of a ``data:`` URL. Raises UserError, which names ``where``, if it is malformed."""
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise UserError(f"{where} has a data: URL that is not of the form data:image/png;base64,…")
     try:
-        content = base64.b64decode(data, validate=True)
-    except (binascii.Error, TypeError, ValueError):
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
         raise UserError(f"{where} has an image that is not valid base64") from None
-    return decode_image(content, f"the image in {where}")
 
 
 def _split(text: str) -> list[str | Medium | _Source]:
@@ -246,11 +288,13 @@ def _placed(read: list[_Raw], images: list[Any]) -> tuple[list[Message], list[An
     elif len(images) != places:
         count = plural(len(images), "picture")
         if not all(part.inline for _, parts in read for part in parts if isinstance(part, Medium)) or not places:
-            raise UserError(f"the messages leave {plural(places, 'image')} to be given, but there are {count}")
-        raise UserError(
-            f"the prompt has {plural(places, '<image> tag')} but {count}: give one picture for each tag, or no tag at "
-            "all"
-        )
+            message = f"the messages leave {plural(places, 'image')} to be given, but there are {count}"
+        else:
+            message = (
+                f"the prompt has {plural(places, '<image> tag')} but {count}: give one picture for each tag, or no tag "
+                "at all"
+            )
+        raise WrongCount(message, missing=len(images) < places)
     waiting = iter(images)
     messages, shown = [], []
     for role, raw in read:

@@ -171,10 +171,6 @@ def test_a_folder_that_is_no_checkpoint(fails, tmp_path):
     assert "is not a checkpoint" in fails("generate", "--model", tmp_path, "--prompt", "Hi")
 
 
-def test_a_pytorch_checkpoint_is_to_be_converted_first(fails):
-    assert "pdrop convert" in fails("generate", "--model", GOLDEN / "model_mha", "--prompt", "Hi")
-
-
 def test_unreadable_and_odd_pictures(pdrop, fails, model, tmp_path):
     truncated = tmp_path / "half.jpg"
     Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(truncated)

@@ -18,7 +18,10 @@ from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, TEMPLATES, render,
 from pdrop_jax.inputs.prompts import LlavaTemplate
 from pdrop_jax.inputs.targets import Example, ends_answers, tokenize, training_text, turns_of
 from pdrop_jax.inputs.tokenizer import load_tokenizer
-from pdrop_jax.train.data.examples import InvalidRecord, fit, read_example, read_records
+from pdrop_jax.train.data.examples import fit, read_example
+from pdrop_jax.train.data.invalid import InvalidRecord
+from pdrop_jax.train.data.sources.json_source import read_records
+from pdrop_jax.train.data.sources.source import reference_finder
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -211,6 +214,15 @@ def test_turns():
     assert turns_of(messages(" kept ", "as it is\n")) == [(" kept ", "as it is\n")]
 
 
+@pytest.fixture(scope="module")
+def find(tmp_path_factory):
+    """References of pictures in a folder with a.png and b.png."""
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("a.png", "b.png"):
+        (folder / name).touch()
+    return reference_finder(str(folder))
+
+
 GOOD = messages("<image>\na", "b")
 TEXT_ONLY = messages("a", "b")
 
@@ -220,18 +232,18 @@ TEXT_ONLY = messages("a", "b")
     [
         (None, "malformed JSON"),
         ([], "malformed JSON"),
-        ({}, "malformed JSON"),
-        ({"conversations": []}, "malformed JSON"),
-        ({"conversations": {}}, "malformed JSON"),
-        ({"conversations": ["a"]}, "malformed JSON"),
-        ({"conversations": [{"from": ASK}]}, "malformed JSON"),
-        ({"conversations": [{"from": "user", "value": "a"}]}, "malformed JSON"),
-        ({"conversations": messages("x", first=SAY)}, "malformed JSON"),
-        ({"conversations": [*TEXT_ONLY, *TEXT_ONLY[1:]]}, "malformed JSON"),
-        ({"conversations": messages("half \ud83d", "a pair")}, "malformed JSON"),
-        ({"image": 3, "conversations": GOOD}, "malformed JSON"),
-        ({"image": [None], "conversations": GOOD}, "malformed JSON"),
-        ({"image": "b.png", "conversations": GOOD}, "no image file"),
+        ({}, "no conversations or messages"),
+        ({"conversations": []}, "malformed conversation"),
+        ({"conversations": {}}, "malformed conversation"),
+        ({"conversations": ["a"]}, "malformed conversation"),
+        ({"conversations": [{"from": ASK}]}, "malformed conversation"),
+        ({"conversations": [{"from": "user", "value": "a"}]}, "malformed conversation"),
+        ({"conversations": messages("x", first=SAY)}, "malformed conversation"),
+        ({"conversations": [*TEXT_ONLY, *TEXT_ONLY[1:]]}, "malformed conversation"),
+        ({"conversations": messages("half \ud83d", "a pair")}, "malformed conversation"),
+        ({"image": 3, "conversations": GOOD}, "malformed image entry"),
+        ({"image": [None], "conversations": GOOD}, "malformed image entry"),
+        ({"image": "c.png", "conversations": GOOD}, "no image file"),
         ({"image": "", "conversations": GOOD}, "no image file"),
         ({"conversations": GOOD}, "<image> tag without image"),
         ({"image": None, "conversations": GOOD}, "<image> tag without image"),
@@ -242,40 +254,40 @@ TEXT_ONLY = messages("a", "b")
             {"image": ["a.png"] * 2, "conversations": messages("<image><image>", "a", "<image>", "b")},
             "<image> tag without",
         ),
-        ({"image": ["a.png", "b.png"], "conversations": [*GOOD, *GOOD]}, "no image file"),
+        ({"image": ["a.png", "c.png"], "conversations": [*GOOD, *GOOD]}, "no image file"),
         ({"conversations": messages("a", "b", "c")}, "no target"),
         ({"conversations": messages("a", "")}, "no target"),
     ],
 )
-def test_broken_records(record, reason):
+def test_broken_records(record, reason, find):
     with pytest.raises(InvalidRecord) as error:
-        read_example(record, VICUNA, {"a.png"}.__contains__)
+        read_example(record, VICUNA, find)
     assert error.value.reason.startswith(reason)
 
 
 @pytest.mark.parametrize("conversation", [TEXT_ONLY, [*GOOD, *TEXT_ONLY], GOOD[:1]])
-def test_plain_takes_a_picture_and_its_caption(conversation):
+def test_plain_takes_a_picture_and_its_caption(conversation, find):
     image = {"image": "a.png"} if conversation is not TEXT_ONLY else {}
     with pytest.raises(InvalidRecord, match="not for this template"):
-        read_example({**image, "conversations": conversation}, PLAIN, {"a.png"}.__contains__)
+        read_example({**image, "conversations": conversation}, PLAIN, find)
 
 
-def test_good_records():
+def test_good_records(find):
     for image in ("a.png", ["a.png"]):
-        text, pictures = read_example({"image": image, "conversations": GOOD}, VICUNA, {"a.png"}.__contains__)
+        text, pictures = read_example({"image": image, "conversations": GOOD}, VICUNA, find)
         assert pictures == ["a.png"]
         assert [text.text[slice(*span)] for span in text.spans] == [" b</s>"]
-    assert read_example({"conversations": TEXT_ONLY}, VICUNA, bool)[1] == []
+    assert read_example({"conversations": TEXT_ONLY}, VICUNA, find)[1] == []
 
 
-def test_a_record_of_several_pictures():
+def test_a_record_of_several_pictures(find):
     two = {"image": ["a.png", "b.png"], "conversations": messages("Is <image> as <image>?", "No", "Why?", "So")}
-    text, pictures = read_example(two, VICUNA, {"a.png", "b.png"}.__contains__)
+    text, pictures = read_example(two, VICUNA, find)
     assert pictures == ["a.png", "b.png"]
     assert "USER: Is <image> as <image>? ASSISTANT: No</s>USER: Why?" in text.text
     assert [text.text[slice(*span)] for span in text.spans] == [" No</s>", " So</s>"]
     with pytest.raises(InvalidRecord, match="not for this template"):
-        read_example(two | {"conversations": messages("<image><image>", "b")}, PLAIN, bool)
+        read_example(two | {"conversations": messages("<image><image>", "b")}, PLAIN, find)
 
 
 def sizes(*tokens):

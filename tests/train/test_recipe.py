@@ -89,7 +89,11 @@ def test_a_setting_that_is_wrong(tmp_path, setting, message):
     ("text", "message"),
     [
         ("[model]", "recipe.toml has no model.start, data, run"),
-        ("[model]\n[data]\nimages = '.'\n[run]", "recipe.toml has no model.start, data.conversations, run.folder"),
+        ("[model]\n[data]\nimages = '.'\n[run]", "recipe.toml has no model.start, run.folder"),
+        (
+            "[model]\nstart = 's'\n[data]\nimages = '.'\n[run]\nfolder = 'f'",
+            "recipe.toml: data.conversations is not set",
+        ),
         ("model = 3\n[data]\n[run]", "model is 3, it must be an object"),
         ("[model", "is malformed: Expected ']'"),
     ],
@@ -134,6 +138,7 @@ def test_the_official_recipes(name, groups, rate, batch_size, max_length, aspect
         load_recipe(name, paths[1:])
 
 
-def test_a_preset_that_is_not_there():
-    with pytest.raises(UserError, match=r"llava-2 is neither a preset nor a file: the presets are llava-1\.5"):
-        load_recipe("llava-2")
+@pytest.mark.parametrize("name", ["llava-2", "llava-1.5-fintune", "llava-1.5"])
+def test_a_preset_that_is_not_there(name):
+    with pytest.raises(UserError, match=rf"^{name} is neither a preset nor a file: the presets are llava-1\.5"):
+        load_recipe(name)

@@ -45,8 +45,13 @@ class Sizes(NamedTuple):
         return np.diff(self.images.ends) // 2
 
 
-def batches_of(rng: np.random.Generator, sizes: Sizes, batch_size: int, group_by_length: bool) -> np.ndarray:
-    """All full batches of an epoch, (batches, B) int64. Each row appears at most once; N % B rows are left out.
+def batches_of(
+    rng: np.random.Generator, sizes: Sizes, batch_size: int, group_by_length: bool, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """All full batches of an epoch, (batches, B) int64. Each of ``rows`` appears at most once; N % B are left out.
+
+    Args:
+      rows: (N,) int64, the rows of the epoch; None takes each row of the data set once.
 
     With ``group_by_length``, rows with and without images go to separate batches, except for the remainders of both,
     and the rows of a batch have similar lengths. To this end, the shuffled rows are sorted within megabatches of MEGA
@@ -55,7 +60,7 @@ def batches_of(rng: np.random.Generator, sizes: Sizes, batch_size: int, group_by
     """
     pictures = sizes.pictures
     places = np.ceil(np.log2(np.maximum(pictures, 1)))
-    rows = rng.permutation(len(sizes.text))
+    rows = rng.permutation(len(sizes.text) if rows is None else rows)
     if not group_by_length:
         return _full_batches(rows, batch_size)
     batches, remainders = [], []

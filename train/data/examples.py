@@ -1,9 +1,6 @@
-"""Convert a record of LLaVA's JSON format to a training example, or reject it with a reason."""
+"""Convert a record to a training example, or reject it with a reason."""
 
-import itertools
-import json
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,102 +9,84 @@ from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageSize
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.messages import read_turns
+from pdrop_jax.inputs.messages import Message, WrongCount, read_dialogue, read_turns
 from pdrop_jax.inputs.prompts import PromptTemplate
 from pdrop_jax.inputs.targets import Example, TrainingText, turns_of
-from pdrop_jax.io import check_file
-
-# Reasons for skipping a record. Users see how often each one occurs.
-MALFORMED = "malformed JSON"  # also if it is not an object, has no conversations, or has wrong roles
-NOT_FOR_TEMPLATE = "not for this template"  # "plain" supports one image with its caption only
-NO_FILE = "no image file"
-OUTSIDE = "image outside of data.images"  # unless data.outside_images allows it
-CORRUPT = "corrupt image"  # usually detected when it is loaded; also if it has too many pixels or is too narrow
-NO_PICTURE = "<image> tag without image"
-NO_TAG = "image without <image> tag"
-NO_TARGET = "no target"
-TOO_LONG = "too long"
-
-
-class InvalidRecord(Exception):
-    """A record that cannot be used. The only argument is one of the reasons above."""
-
-    @property
-    def reason(self) -> str:
-        return str(self.args[0])
+from pdrop_jax.train.data.invalid import (
+    CONVERSATION,
+    MALFORMED,
+    NO_CONVERSATION,
+    NO_PICTURE,
+    NO_TAG,
+    NO_TARGET,
+    NOT_FOR_TEMPLATE,
+    TOO_LONG,
+    VIDEO,
+    InvalidRecord,
+)
 
 
-def read_records(path: pathlib.Path) -> Iterator[Any]:
-    """Yields the records of a JSON list or a JSON Lines file, and None for lines that are not JSON.
-
-    Empty lines are ignored.
-
-    Raises:
-      UserError: the file does not exist, is not a regular file, is empty, or starts like a JSON list but is not one.
-    """
-    check_file(path)
-    try:
-        with path.open("rb") as file:
-            lines = (line.strip() for line in file)
-            first = next((line for line in lines if line), b"")
-            if not first:
-                raise UserError(f"{path} is empty: expected a JSON list of conversations, or one JSON object per line")
-            if not first.startswith((b"[", b"\xef\xbb\xbf[")):
-                yield from (_read_line(line) for line in itertools.chain([first], lines) if line)
-                return
-            file.seek(0)
-            yield from json.load(file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} starts like a JSON list but is malformed: {error}") from None
-
-
-def _read_line(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_example(
-    record: Any, prompts: PromptTemplate, is_file: Callable[[str], bool]
-) -> tuple[TrainingText, list[str]]:
-    """Reads the text of a record and the names of its images, one for each ``<image>`` tag.
+def read_record(record: Any, find: Callable[[Any], str]) -> tuple[list[Message], list[str]]:
+    """Reads the messages of a record and the references of its images, one for each of their places.
 
     Args:
-      record: ``{"image": name or list of names, "conversations": […]}``, where "image" is optional. Other keys are
-        ignored.
-      prompts: the template that renders conversations.
-      is_file: returns whether an image with that name exists; may raise InvalidRecord.
+      record: an InvalidRecord, or an object in one of two forms, decided by its first message. Other keys are ignored.
+
+        - LLaVA's: "conversations" holds ``{"from": "human" | "gpt", "value": text}``, and "image" or "images" a picture
+          or a list of them, one for each ``<image>`` tag.
+        - OpenAI's and transformers': "messages" (or "conversations") holds ``{"role", "content"}``, see
+          ``messages.read_conversation``. Pictures of contents that hold none are those of "images" or "image".
+      find: returns the reference of what stands for a picture in the record, see ``source.reference_finder``.
 
     Raises:
       InvalidRecord: the record cannot be used.
     """
+    if isinstance(record, InvalidRecord):
+        raise record
     if not isinstance(record, dict):
         raise InvalidRecord(MALFORMED)
-    pictures = record.get("image")
-    if not isinstance(pictures, list):
-        pictures = [] if pictures is None else [pictures]
+    said = record.get("conversations")
+    said = record.get("messages") if said is None else said
+    if said is None:
+        raise InvalidRecord(NO_CONVERSATION, f"its keys are {', '.join(map(str, record))}"[:200])
+    given = record.get("image")
+    given = record.get("images") if given is None else given
+    pictures = given if isinstance(given, list) else [] if given is None else [given]
     try:
-        turns = turns_of(record.get("conversations"), several=len(pictures) > 1)
-        "".join([*pictures, *(text or "" for turn in turns for text in turn)]).encode()
-    except (UserError, TypeError, UnicodeEncodeError):  # lone surrogates are valid JSON but cannot be encoded
-        raise InvalidRecord(MALFORMED) from None
-    messages = read_turns(turns)
-    tags = sum(len(message.media) for message in messages)
-    if tags != len(pictures):
-        raise InvalidRecord(NO_PICTURE if tags > len(pictures) else NO_TAG)
+        if isinstance(said, list) and said and isinstance(said[0], Mapping) and "role" in said[0]:
+            messages, pictures = read_dialogue(said, pictures)
+        else:
+            messages = read_turns(turns_of(said, several=len(pictures) > 1))
+        "".join(part for message in messages for part in message.parts if isinstance(part, str)).encode()
+    except WrongCount as error:
+        raise InvalidRecord(NO_PICTURE if error.missing else NO_TAG, str(error)) from None
+    except UnicodeEncodeError:  # lone surrogates are valid JSON but cannot be encoded
+        raise InvalidRecord(CONVERSATION, "a text is not valid Unicode") from None
+    except UserError as error:
+        raise InvalidRecord(CONVERSATION, str(error)) from None
+    media = [medium for message in messages for medium in message.media]
+    if any(medium.kind == "video" for medium in media):
+        raise InvalidRecord(VIDEO)
+    if len(media) != len(pictures):
+        raise InvalidRecord(
+            NO_PICTURE if len(media) > len(pictures) else NO_TAG, f"{len(media)} tags, {len(pictures)} images"
+        )
+    return messages, [find(picture) for picture in pictures]
+
+
+def read_example(record: Any, prompts: PromptTemplate, find: Callable[[Any], str]) -> tuple[TrainingText, list[str]]:
+    """``read_record``, rendered by the template ``prompts``.
+
+    Raises:
+      InvalidRecord: the record cannot be used.
+    """
+    messages, pictures = read_record(record, find)
     try:
         conversation = prompts.training_text(messages)
-    except UserError:
-        raise InvalidRecord(NOT_FOR_TEMPLATE) from None
+    except UserError as error:
+        raise InvalidRecord(NOT_FOR_TEMPLATE, str(error)) from None
     if not conversation.spans:
         raise InvalidRecord(NO_TARGET)
-    if not all(map(is_file, pictures)):
-        raise InvalidRecord(NO_FILE)
     return conversation, pictures
 
 

@@ -3,13 +3,9 @@
 import dataclasses
 import functools
 import math
-import multiprocessing
-import os
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 
@@ -18,8 +14,10 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs import assemble
 from pdrop_jax.train.data.batches import Planned
 from pdrop_jax.train.data.index import Dataset, open_dataset
+from pdrop_jax.train.data.sources.packed_source import import_grain
+from pdrop_jax.train.data.workers import end_with_parent
 
-__all__ = ["Dataset", "Step", "check_batches", "open_dataset", "pipeline"]
+__all__ = ["Dataset", "Step", "check_batches", "import_grain", "open_dataset", "pipeline"]
 
 THREADS = 4  # batches that are loaded in parallel without worker processes
 
@@ -77,33 +75,11 @@ def pipeline(
         flags.FLAGS.mark_as_parsed()
     one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    return source.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=_end_with_parent)
+    return source.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=_begin)
 
 
-def import_grain() -> Any:
-    """The module grain, imported only when training reads data. Raises UserError if it is not installed."""
-    try:
-        import grain
-    except ImportError:
-        raise UserError("training needs grain, which is not installed: pip install 'pdrop-jax[train]'") from None
-    return grain
-
-
-def _end_with_parent(_worker: int, _workers: int) -> None:
-    """Runs at the start of a worker process and makes it exit when the main process ends, even if that is killed.
-
-    Otherwise the worker would wait forever for space in a queue that nobody reads. ``parent.join`` waits on a pipe
-    whose other end only the parent holds. PR_SET_PDEATHSIG is no alternative: it fires when the thread that started the
-    worker ends, and grain starts workers from a thread of its own.
-    """
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _begin(_worker: int, _workers: int) -> None:
+    end_with_parent()
 
 
 def check_batches(dataset: Dataset, batch_size: int, parts: int, process_count: int) -> None:
@@ -113,7 +89,7 @@ def check_batches(dataset: Dataset, batch_size: int, parts: int, process_count: 
         raise UserError(f"a batch of {batch_size} rows is not divisible by {parts}: choose a multiple of {parts}")
     if len(dataset) < batch_size:
         raise UserError(
-            f"{dataset.data.conversations} has {len(dataset)} usable rows, but the batch size is {batch_size}: "
+            f"{dataset.data.name} has {len(dataset)} usable rows, but the batch size is {batch_size}: "
             "lower run.batch_size"
         )
 
