@@ -247,10 +247,11 @@ def measure_size(
     """``measure`` by the function ``size``, (height, width) in pixels, which is called only if that matters."""
     check_no_crops(processor, config)
     family = FAMILIES.get(config.family)
-    own = family and family.measure
-    if not own and (config.tiling is None or (config.tiling.alone and not alone)):
+    if family and family.measure:
+        return family.measure(size(), processor, config)
+    if config.tiling is None or (config.tiling.alone and not alone):
         return ImageSize(*levels(config)[0])
-    return own(size(), processor, config) if own else ImageSize(*count(size(), config))
+    return ImageSize(*count(size(), config))
 
 
 def check_no_crops(processor: ImageProcessor, config: LlavaConfig) -> None:

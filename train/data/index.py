@@ -89,9 +89,9 @@ class Dataset:
         found = [image for image in read if image is not None]
         if len(found) == len(read):
             return Row(ids, found, labels), None
-        crops = self.sizes.images[number][::2].tolist()
         # A picture that stands in the text in several parts has one for each of its crops.
-        parts = crops if int((ids == IMAGE_PLACEHOLDER).sum()) > len(read) else [1] * len(read)
+        in_parts = int((ids == IMAGE_PLACEHOLDER).sum()) > len(read)
+        parts = [crops if in_parts else 1 for crops, _ in sizes]
         pairs = zip(read, parts, strict=True)
         images = [blank(self.config, n) if image is None else image for image, n in pairs]
         return Row(ids, images, np.full_like(labels, IGNORE)), CORRUPT
