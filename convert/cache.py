@@ -26,6 +26,7 @@ import filelock
 import jax
 import numpy as np
 
+from pdrop_jax.cache_folder import cache_folder
 from pdrop_jax.convert.hub import Location, fetch_all, hub_id, locate
 from pdrop_jax.convert.importer import default_dtype, write
 from pdrop_jax.convert.sources import open_source
@@ -62,10 +63,8 @@ class Entry:
 
 
 def root() -> pathlib.Path:
-    """The folder of all entries."""
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    place = os.environ.get("PDROP_CACHE") or os.path.join(caches, "pdrop")
-    return pathlib.Path(place).expanduser().absolute() / f"models-{VERSION}"
+    """The folder of all entries; a local one, because a bucket has no locks."""
+    return pathlib.Path(cache_folder(f"models-{VERSION}", local=True)).absolute()
 
 
 def model_folder(name: str | os.PathLike, dtype: Any = None) -> str | os.PathLike:

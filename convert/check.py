@@ -1,6 +1,5 @@
 """Compares our logits with PyTorch's, on one fixed image and prompt."""
 
-import math
 import pathlib
 from typing import Any
 
@@ -9,15 +8,13 @@ import numpy as np
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.convert.hf_config import hf_class, hf_config, namings_for
+from pdrop_jax.convert.hf_config import FAMILIES, hf_class, hf_config, namings_for
 from pdrop_jax.convert.names import leaves, unrun_shapes
 from pdrop_jax.convert.sources import Source
 from pdrop_jax.convert.tensors import DTYPES
+from pdrop_jax.convert.waves import one_crop, waves
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.gemma3.config import GemmaVisionConfig
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
-from pdrop_jax.families.qwen2_vl.inputs import lay_out
-from pdrop_jax.inputs.anyres import count, pooled, tiled, whole
+from pdrop_jax.inputs.anyres import count, pooled, tiled
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
@@ -26,7 +23,6 @@ from pdrop_jax.schedule import DropSchedule
 
 TEXT_TOKENS = 12
 SIZE = 100, 200  # height and width of a tiled picture, in pixels
-GRID = 1, 12, 20  # frames, rows and columns of patches of a picture of any size
 
 
 def compare(source: Source, model: pathlib.Path) -> tuple[float, float]:
@@ -59,12 +55,9 @@ def fixed_row(config: LlavaConfig) -> Row:
     ids = ((np.arange(TEXT_TOKENS) * 7919) % (V - 2)).tolist()  # never the last two
     if config.bos_token_id is not None:
         ids[0] = config.bos_token_id
-    if isinstance(config.vision, QwenVisionConfig):
-        return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (lay_out(_waves(config.vision), GRID, config.vision),))
-    size = config.vision.image_size
-    t = np.linspace(0, 12, size, dtype=np.float32)
-    picture = np.stack([np.sin(t[:, None] * a + t * b) for a, b in ((1, 0), (0, 1), (1, 1))], axis=-1)
-    image = whole(picture, config)
+    if family := FAMILIES.get(config.family):
+        return Row([*ids[:2], IMAGE_PLACEHOLDER, *ids[2:]], (family.fixed_image(config),))
+    picture, image = waves(config.crop_tower.image_size), one_crop(config)
     if config.tiling:
         crops, _ = count(SIZE, config)
         image = tiled(np.stack([picture * (n + 1) / crops for n in range(crops)]), SIZE, config)
@@ -73,12 +66,6 @@ def fixed_row(config: LlavaConfig) -> Row:
         return row
     video = pooled(np.stack([picture, picture[::-1]]), config)
     return Row([*row.ids[:-2], IMAGE_PLACEHOLDER, *row.ids[-2:]], (image, video))
-
-
-def _waves(config: QwenVisionConfig) -> np.ndarray:
-    """(n, F) float32, patches of a picture of ``GRID`` that all differ."""
-    n = np.arange(math.prod(GRID), dtype=np.float32)[:, None]
-    return np.sin(n * 0.7 + np.arange(config.patch_values, dtype=np.float32) * (n + 1) * 0.01)
 
 
 def our_logits(model: pathlib.Path, row: Row) -> np.ndarray:
@@ -99,9 +86,9 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
 
     # Any ids can stand for the image and the video, as long as they are not in the prompt.
     placeholders = [config.text.vocab_size - 1, config.text.vocab_size - 2]
-    patches = isinstance(config.vision, QwenVisionConfig)
-    names = ("image_token_id", "video_token_id") if patches else ("image_token_index", "video_token_index")
-    data = hf_config(config, dtype) | dict(zip(names, placeholders, strict=True))
+    family, data = FAMILIES.get(config.family), hf_config(config, dtype)
+    for key, value in zip(("image_token", "video_token"), placeholders, strict=True):
+        data[f"{key}_id" if f"{key}_id" in data else f"{key}_index"] = value
     _, architecture = hf_class(config)
     model = getattr(transformers, architecture).from_pretrained(
         None,
@@ -112,18 +99,16 @@ def torch_logits(source: Source, config: LlavaConfig, row: Row, dtype: str) -> n
     shown = iter([[placeholders[image.video]] * len(image) for image in row.images])
     ids = [n for i in row.ids for n in (next(shown) if i == IMAGE_PLACEHOLDER else [i])]
     inputs = {"input_ids": torch.tensor([ids])}
-    if isinstance(config.vision, QwenVisionConfig):
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == placeholders[0]).int()
-        inputs["image_grid_thw"] = torch.tensor([GRID])
-        inputs["pixel_values"] = torch.from_numpy(_waves(config.vision))
-    for image in () if patches else row.images:
+    if family:
+        is_image = np.array([ids]) == placeholders[0]
+        found = family.torch_inputs(config, row.images[0], is_image.astype(np.int32))
+        inputs |= {key: torch.from_numpy(x) for key, x in found.items()}
+    for image in () if family else row.images:
         pixels = torch.from_numpy(image.crops.transpose(0, 3, 1, 2).copy()).to(getattr(torch, dtype))
         if image.video:
             inputs["pixel_values_videos"] = pixels[None]
         else:
             inputs["pixel_values"] = pixels[None] if config.tiling else pixels
-    if isinstance(config.vision, GemmaVisionConfig):
-        inputs["token_type_ids"] = (inputs["input_ids"] == placeholders[0]).int()
     if config.tiling:
         inputs["image_sizes"] = torch.tensor([SIZE])
     with torch.no_grad():

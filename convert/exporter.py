@@ -64,15 +64,17 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
     unrun = _unrun_tensors(model, config, naming, dtype)
     nbytes = sum(math.prod(leaf.shape) for leaf in leaves(config, naming)) * np.dtype(DTYPES[dtype]).itemsize
     with checkpoint.new_folder(out, nbytes) as new:
-        (new / "config.json").write_text(json.dumps(data, indent=2) + "\n")
-        checkpoint.copy_files(model, new, checkpoint.COMPANIONS)
+        with checkpoint.locally(new) as place:
+            checkpoint.copy_files(model, place, checkpoint.COMPANIONS)
+            if format == "hf":
+                write_chat_template(place, config.template)
+            if format == "hf" and config.image_token_id is None:
+                _complete_processor(place, theirs)
         if format == "original" and config.vision != VisionConfig():
             _write_tower(model, new / tower_folder(config), config, dtype, unrun)
-        if format == "hf":
-            write_chat_template(new, config.template)
-        if format == "hf" and config.image_token_id is None:
-            _complete_processor(new, theirs)
-        return _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
+        summary = _write_tensors(model, new, config, theirs.text.vocab_size, naming, dtype, unrun)
+        (new / "config.json").write_text(json.dumps(data, indent=2) + "\n")  # last, see ``new_folder``
+        return summary
 
 
 def _write_tensors(

@@ -8,13 +8,14 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from pdrop_jax.checkpoint.tensor_files import RemoteTensors, save_tensors
 from pdrop_jax.convert.hf_schema import Section
 from pdrop_jax.convert.pickles import open_pickle
 from pdrop_jax.convert.tensors import FLOATS, Tensor, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file, read_json
+from pdrop_jax.paths import BucketPath
 from pdrop_jax.schema import validated
 
 # Weight files in order of preference. A file may be split into parts, which its index lists.
@@ -48,7 +49,7 @@ def write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None
     """Writes ``arrays``. OSError if the disk is full or not writable."""
     try:
         # transformers refuses files without the format.
-        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata={"format": "pt"})
+        save_tensors(path, arrays, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
 
@@ -73,7 +74,8 @@ def _parts(folder: pathlib.Path, name: str) -> Iterable[pathlib.Path]:
     if not (folder / index_of(name)).exists():
         return [folder / name]
     names = part_names(folder, name)
-    missing = [part for part in names if not (folder / part).is_file()]
+    there = {path.name for path in folder.iterdir()}
+    missing = [part for part in names if part not in there]
     if missing:
         raise UserError(
             f"{folder} is incomplete: {index_of(name)} lists {len(names)} files, missing {' '.join(missing)}"
@@ -85,7 +87,7 @@ def open_safetensors(path: pathlib.Path) -> Tensors:
     """The tensors of a safetensors file, which stays open as long as one of them is referenced."""
     check_file(path)
     try:
-        file = safe_open(path, "np")
+        file = RemoteTensors(path) if isinstance(path, BucketPath) else safe_open(path, "np")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read, download or copy it again: {error}") from None
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -21,8 +21,10 @@ from pdrop_jax.convert.names import NAMINGS, Naming
 from pdrop_jax.convert.original_config import original_from_hf, original_type
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.gemma3 import checkpoint as gemma3
+from pdrop_jax.families.internvl import checkpoint as internvl
 from pdrop_jax.families.qwen2_vl import checkpoint as qwen2_vl
 from pdrop_jax.families.qwen3_vl import checkpoint as qwen3_vl
+from pdrop_jax.families.smolvlm import checkpoint as smolvlm
 from pdrop_jax.inputs.model_template import OWN
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
@@ -35,7 +37,9 @@ HF_TYPES: dict[str, tuple[int, int | None]] = {
     "llava_onevision": (151646, 151647),
 }
 # model_type of a family beside LLaVA -> its translation.
-FAMILIES: dict[str, ModuleType] = {kind: family for family in (qwen2_vl, qwen3_vl, gemma3) for kind in family.KINDS}
+FAMILIES: dict[str, ModuleType] = {
+    kind: family for family in (qwen2_vl, qwen3_vl, gemma3, internvl, smolvlm) for kind in family.KINDS
+}
 LLAMA_3_VOCABULARY = 128256  # LLaMA 1 and 2 have 32000 tokens, plus those that were added
 
 

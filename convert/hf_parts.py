@@ -1,7 +1,7 @@
 """Vision tower and language model: Hugging Face's config to ours, and back."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pdrop_jax.config import MAX_TILES, Activation, Family, LlavaConfig, RopeScaling, TextConfig, Tiling, VisionConfig
 from pdrop_jax.convert.hf_schema import Resolutions, Rope, Text, Vision, one_of
@@ -174,11 +174,12 @@ def rope_scaling_from_hf(found: Rope | None, where: str = "config.json") -> Rope
     kind = "default" if found is None else found.rope_type or found.type or "default"
     if found is None or kind == "default":
         return None
-    one_of("rope scaling", kind, ("linear", "llama3"))
+    known: tuple[Literal["linear", "llama3", "dynamic"], ...] = ("linear", "llama3", "dynamic")
+    one_of("rope scaling", kind, known)
     if found.factor is None:
         raise UserError(f"{where} has no factor for its {kind} rope scaling")
     return RopeScaling(
-        kind="linear" if kind == "linear" else "llama3",
+        kind=known[known.index(kind)],
         factor=found.factor,
         low_freq_factor=found.low_freq_factor,
         high_freq_factor=found.high_freq_factor,
@@ -187,8 +188,8 @@ def rope_scaling_from_hf(found: Rope | None, where: str = "config.json") -> Rope
 
 
 def rope_scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
+    if scaling.kind != "llama3":
+        return {"rope_type": scaling.kind, "factor": scaling.factor}
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,

@@ -18,6 +18,7 @@ from pdrop_jax.convert.files import PROJECTOR, find_weights, index_of, part_name
 from pdrop_jax.convert.hub_requests import ask
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
+from pdrop_jax.paths import as_path
 
 CONFIG = "config.json"
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.A)
@@ -81,7 +82,7 @@ def locate(name: str | os.PathLike) -> Location:
     """
     found = hub_id(name)
     if found is None:
-        return Location(os.fspath(name), pathlib.Path(name))
+        return Location(os.fspath(name), as_path(name))
     repo, revision = found
     folder = _download(os.fspath(name), repo, revision, [CONFIG])
     return Location(os.fspath(name), folder, repo, revision)

@@ -23,6 +23,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import template_named
 from pdrop_jax.inputs.model_template import OWN, find_chat_template
 from pdrop_jax.model.params import Params
+from pdrop_jax.paths import files_below
 from pdrop_jax.schedule import DropSchedule
 
 
@@ -84,13 +85,13 @@ def write(
         config = dataclasses.replace(config, template=_template(template, config.template, new))
         storage.write(new, _stacks(arrays, tensors, dtype))
         _write_unrun(source, new / checkpoint.UNUSED, dtype)
-        config.save(new)
         write_provenance(new, source.location, source.tower)
+        config.save(new)  # last, see ``new_folder``
         return ImportSummary(
             config,
             dtype,
             tensors=len(tensors),
-            bytes=sum(path.stat().st_size for path in new.rglob("*") if path.is_file()),
+            bytes=sum(files_below(new).values()),
             has_tokenizer=any(any(new.glob(pattern)) for pattern in checkpoint.TOKENIZER),
         )
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from pdrop_jax.config import LlavaConfig, VisionConfig
-from pdrop_jax.families.gemma3.config import GemmaVisionConfig
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.model.params import Params, abstract_params
 
 Shape = tuple[int, ...]
@@ -223,14 +222,14 @@ def projector_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
 
 def unrun_shapes(config: LlavaConfig, naming: Naming) -> dict[str, Shape]:
     """Name -> shape of the unused tensors of the tower: layers after the selected one, the last norm, the head."""
-    if not isinstance(config.vision, VisionConfig) or isinstance(config.vision, GemmaVisionConfig):
+    if config.family != "LLaVA":
         return {}  # everything runs
     whole = dataclasses.replace(config, select_layer=-1)
     tower = Naming(naming.vision)
     run = torch_shapes(config, tower)
     D, F = config.vision.hidden_size, config.vision.intermediate_size
     end: dict[str, Shape] = {"post_layernorm.weight": (D,), "post_layernorm.bias": (D,)}
-    if config.vision.pooling_head:
+    if config.crop_tower.pooling_head:
         end |= {
             "head.probe": (1, 1, D),
             "head.attention.in_proj_weight": (3 * D, D),

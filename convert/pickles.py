@@ -18,7 +18,8 @@ import numpy as np
 
 from pdrop_jax.convert.tensors import Tensor, Tensors
 from pdrop_jax.errors import UserError
-from pdrop_jax.io import check_file
+from pdrop_jax.io import check_file, local_copy
+from pdrop_jax.paths import in_bucket
 
 PICKLE_BYTES = 2**28  # names, shapes and offsets of the tensors; their values are stored elsewhere
 HEADERS = 3  # pickles before the object in files older than torch 1.6: magic number, protocol, system
@@ -40,6 +41,9 @@ def open_pickle(path: pathlib.Path) -> Tensors:
         import torch
     except ImportError:
         raise UserError(f"{path.name} is a pickle, which needs torch to read: pip install 'pdrop-jax[torch]'") from None
+    if in_bucket(path):  # torch reads local files; what it has mapped stays when the copy is removed
+        with local_copy(path.parent, [path.name], limit=None) as folder:
+            return open_pickle(folder / path.name)
     size = check_file(path)
     try:
         zipped = zipfile.is_zipfile(path)

@@ -10,6 +10,7 @@ from pdrop_jax.convert.hf_parts import vision_from_hf
 from pdrop_jax.convert.hub import Location, fetch_files, hub_id, locate, named_as_typed
 from pdrop_jax.convert.original_config import TOWERS
 from pdrop_jax.errors import UserError
+from pdrop_jax.paths import is_file
 
 OWNERS = {"clip-vit-large-patch14-336": "openai", "siglip-so400m-patch14-384": "google"}  # of ``TOWERS`` on the Hub
 
@@ -30,7 +31,7 @@ def tower_config(tower: Location) -> VisionConfig:
 def find_tower(folder: pathlib.Path, name: Any) -> Location | None:
     """The tower that the config of checkpoint ``folder`` names, if it lies in or beside it."""
     places = [folder / name, folder.absolute().parent / name] if name and isinstance(name, str) else []
-    found = next((place for place in places if os.path.isfile(place / "config.json")), None)
+    found = next((place for place in places if is_file(place / "config.json")), None)
     return Location(str(found), found) if found else None
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pdrop_jax.analysis.budget import schedule_for_budget as schedule_for_budget
     from pdrop_jax.batch import Batch as Batch
     from pdrop_jax.batch import Bucket as Bucket
+    from pdrop_jax.compilation_cache import enable_compilation_cache as enable_compilation_cache
     from pdrop_jax.config import LlavaConfig as LlavaConfig
     from pdrop_jax.config import TextConfig as TextConfig
     from pdrop_jax.config import VisionConfig as VisionConfig
@@ -58,6 +59,7 @@ _MODULES = {
     "UserError": "errors",
     "Video": "inputs.images",
     "VisionConfig": "config",
+    "enable_compilation_cache": "compilation_cache",
     "generate": "generation.engine",
     "load": "convert.pretrained",
     "register_score": "model.scores",

@@ -5,16 +5,21 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.gemma3.config import GemmaSize, GemmaVisionConfig, gemma3_text
+from pdrop_jax.families.internvl import config as internvl
+from pdrop_jax.families.internvl.config import TiledVisionConfig, TilesKind
 from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen3_vl import config as qwen3_vl
-from pdrop_jax.io import read_json
+from pdrop_jax.families.smolvlm import config as smolvlm
+from pdrop_jax.io import UNFINISHED, read_json
+from pdrop_jax.paths import as_path, in_bucket, why_missing
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, Pixels, TokenId, validated
 from pdrop_jax.text_config import Family as Family
@@ -72,12 +77,16 @@ def _tower_class(tower: Any) -> str:
         return type(tower).__name__
     if "tokens_a_side" in tower:
         return GemmaVisionConfig.__name__
-    return QwenVisionConfig.__name__ if str(tower.get("kind")).startswith("qwen") else VisionConfig.__name__
+    kind = str(tower.get("kind"))
+    if kind in get_args(TilesKind):
+        return TiledVisionConfig.__name__
+    return QwenVisionConfig.__name__ if kind.startswith("qwen") else VisionConfig.__name__
 
 
 Tower = Annotated[
     Annotated[VisionConfig, Tag("VisionConfig")]
     | Annotated[GemmaVisionConfig, Tag("GemmaVisionConfig")]
+    | Annotated[TiledVisionConfig, Tag("TiledVisionConfig")]
     | Annotated[QwenVisionConfig, Tag("QwenVisionConfig")],
     Discriminator(_tower_class),
 ]
@@ -149,9 +158,7 @@ class LlavaConfig:
     @property
     def family(self) -> str:
         """The family beside LLaVA that the model belongs to, or "LLaVA"."""
-        if isinstance(self.vision, GemmaVisionConfig):
-            return "gemma3"
-        return "LLaVA" if isinstance(self.vision, VisionConfig) else self.vision.kind
+        return self.vision.family
 
     @property
     def crop_tower(self) -> VisionConfig:
@@ -176,7 +183,7 @@ class LlavaConfig:
     @property
     def additions(self) -> int:
         """The first so many decoder layers have features added to the image tokens behind them (DeepStack)."""
-        return len(self.vision.deepstack_layers) if isinstance(self.vision, QwenVisionConfig) else 0
+        return len(self.vision.deepstack_layers)
 
     @property
     def image_tokens(self) -> int:
@@ -225,33 +232,21 @@ class LlavaConfig:
 
     @classmethod
     def _qwen(cls, text: TextConfig, vision: QwenVisionConfig) -> "LlavaConfig":
-        return cls(
-            vision=vision,
-            text=text,
-            schedule=DropSchedule.quarters(text.num_layers),
-            select_layer=-1,
-            template="own",
-            image_token_id=151655,
-            video_token_id=151656,
-            bos_token_id=151643,
-            eos_token_ids=(151645, 151643),
-        )
+        tokens = {"image_token_id": 151655, "video_token_id": 151656, "bos_token_id": 151643}
+        return cls.released(text, vision, **tokens, eos_token_ids=(151645, 151643))
 
     @classmethod
     def gemma3(cls, size: GemmaSize) -> "LlavaConfig":
         """Gemma 3 as released, with drops at the global layers nearest to the quarters of its depth."""
-        text = gemma3_text(size)
-        return cls(
-            vision=GemmaVisionConfig(),
-            text=text,
-            schedule=DropSchedule.quarters(text.num_layers, text.full_layers),
-            projector_layers=1,
-            select_layer=-1,
-            template="own",
-            image_token_id=262144,
-            bos_token_id=2,
-            eos_token_ids=(1, 106),
-        )
+        tokens = {"image_token_id": 262144, "bos_token_id": 2, "eos_token_ids": (1, 106)}
+        return cls.released(gemma3_text(size), GemmaVisionConfig(), projector_layers=1, **tokens)
+
+    @classmethod
+    def released(cls, text: TextConfig, vision: Tower, **fields: Any) -> "LlavaConfig":
+        """A model of a family beside LLaVA, with drops at the quarters of its depth."""
+        schedule = DropSchedule.quarters(text.num_layers, text.full_layers)
+        own: dict[str, Any] = {"schedule": schedule, "select_layer": -1, "template": "own"}
+        return cls(vision=vision, text=text, **own, **fields)
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -290,8 +285,12 @@ class LlavaConfig:
     @classmethod
     def load(cls, folder: pathlib.Path) -> "LlavaConfig":
         """Raises UserError if ``folder`` contains no config.json of pdrop-jax."""
-        folder = pathlib.Path(folder)
+        folder = as_path(folder)
         return cls.from_json(read_config(folder), str(folder / "config.json"))
+
+
+def _released(family: ModuleType, size: str) -> LlavaConfig:
+    return LlavaConfig.released(*family.released(size), **family.FIELDS)
 
 
 MODELS: dict[str, Callable[[], LlavaConfig]] = {
@@ -300,6 +299,8 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
     **{f"gemma-3-{size}": functools.partial(LlavaConfig.gemma3, size) for size in ("4b", "12b", "27b")},
+    **{f"internvl3-{size}": functools.partial(_released, internvl, size) for size in get_args(internvl.Size)},
+    **{f"smolvlm2-{size}": functools.partial(_released, smolvlm, size) for size in get_args(smolvlm.Size)},
     "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
     "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),
     "qwen2.5-vl-32b": functools.partial(LlavaConfig.qwen2_5_vl, "32b"),
@@ -313,12 +314,14 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
 
 def config_of(model: str) -> LlavaConfig:
     """The config of one of ``MODELS`` or of a checkpoint folder; UserError if it is neither."""
-    return MODELS[model]() if model in MODELS else LlavaConfig.load(pathlib.Path(model))
+    return MODELS[model]() if model in MODELS else LlavaConfig.load(as_path(model))
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """The JSON object in the config.json of any checkpoint; UserError if there is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} is not a checkpoint: it has no config.json")
+        if in_bucket(folder) and (folder / UNFINISHED).exists():
+            raise UserError(f"{folder} has not been written completely: run the command that writes it again")
+        raise UserError(f"{folder} is not a checkpoint: {why_missing(path, 'it has no config.json')}")
     return read_json(path)

@@ -1,7 +1,7 @@
-"""Files on the local disk: checked for kind and size before they are read, written under another name and renamed.
+"""Files, local or in a bucket: checked for kind and size before they are read, written whole or not at all.
 
-Reading a FIFO or a device in place of a file could block forever, so every file that is opened by name goes through
-``check_file`` first.
+Local files are written under another name and renamed; writing an object of a bucket is atomic. Reading a FIFO or a
+device in place of a file could block forever, so every file that is opened by name goes through ``check_file`` first.
 """
 
 import contextlib
@@ -12,15 +12,20 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.paths import BucketPath, as_path, in_bucket, probe, why_missing
 
 JSON_BYTES = 2**30  # largest JSON document
 ASIDE = ".pdrop-unfinished-"  # prefix of files that are being written
+UNFINISHED = ".pdrop-unfinished"  # object in a folder of a bucket that is being written
 OLD = 24 * 60 * 60  # seconds after which such a file is abandoned
+AnyPath = TypeVar("AnyPath", bound=pathlib.PurePath)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -33,10 +38,13 @@ def check_file(path: str | os.PathLike, limit: int | None = None) -> int:
     Raises:
       UserError: the file does not exist, is a folder, a FIFO or a device, cannot be read, or is too large.
     """
+    path = as_path(path)
     try:
-        found = os.stat(path)
+        found = path.stat()
     except FileNotFoundError:
-        raise UserError(f"{path} cannot be read: there is no such file") from None
+        raise UserError(f"{path} cannot be read: {why_missing(path, 'there is no such file')}") from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"{path} cannot be read: {_reason(error)}") from None
     if not stat.S_ISREG(found.st_mode):
@@ -50,7 +58,7 @@ def read_bytes(path: str | os.PathLike, limit: int | None = None) -> bytes:
     """The contents of a regular file; raises UserError as ``check_file`` does."""
     check_file(path, limit)
     try:
-        return pathlib.Path(path).read_bytes()
+        return as_path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}") from None
 
@@ -102,6 +110,36 @@ def inside(folder: str | os.PathLike, name: str) -> bool:
     return os.pardir not in pathlib.PurePath(name).parts and path.startswith(os.path.abspath(folder).rstrip("/") + "/")
 
 
+@contextlib.contextmanager
+def local_copy(folder: pathlib.Path, patterns: Sequence[str], limit: int | None = JSON_BYTES) -> Iterator[pathlib.Path]:
+    """A local folder with the files of ``folder`` that match, for libraries that read local files only.
+
+    It is ``folder`` itself unless that is in a bucket.
+
+    Args:
+      limit: largest allowed size of a file that is copied, in bytes.
+
+    Raises:
+      UserError: a file cannot be copied.
+    """
+    if not in_bucket(folder):
+        yield folder
+        return
+    found = [path for path in folder.iterdir() if any(map(path.match, patterns))] if folder.is_dir() else []
+    with tempfile.TemporaryDirectory(prefix="pdrop-") as name, ThreadPoolExecutor() as pool:
+        copy = pathlib.Path(name)
+
+        def fetch(path: pathlib.Path) -> None:
+            check_file(path, limit)
+            cast(BucketPath, path).download(copy / path.name)
+
+        list(pool.map(fetch, found))
+        try:
+            yield copy
+        except UserError as error:  # the user knows nothing of the copy
+            raise UserError(*(str(line).replace(name, str(folder)) for line in error.args)) from None
+
+
 def check_output(
     path: str | os.PathLike,
     *,
@@ -122,9 +160,16 @@ def check_output(
       UserError: the ending is not allowed, the folder does not exist, or ``path`` is a folder, FIFO, socket, device, an
         input or an existing file.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if endings and path.suffix.lower() not in endings:
         raise UserError(f"{path}: the name ends in {path.suffix!r}, expected {', '.join(endings)}")
+    if in_bucket(path):
+        probe(path.parent)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, expected the name of a file to write")
+        if path.exists():
+            _check_replaced(path, overwrite, any(_is_in(path, other) for other in inputs))
+        return path
     try:
         target = pathlib.Path(os.path.realpath(path))
         found = os.stat(path)
@@ -138,13 +183,17 @@ def check_output(
     else:
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path} is {_kind(found.st_mode)}, expected the name of a file to write")
-        if any(_holds(other, target, found) for other in inputs):
-            raise UserError(f"{path} is read by this command: write to another file")
-        if not overwrite:
-            raise UserError(f"{path} exists: choose another name, or replace the file with --overwrite")
+        _check_replaced(path, overwrite, any(_holds(other, target, found) for other in inputs))
     if target.parent.is_dir() and not os.access(target.parent, os.W_OK):
         raise UserError(f"{path} cannot be written: the folder {target.parent} is read-only")
     return target
+
+
+def _check_replaced(path: pathlib.Path, overwrite: bool, is_input: bool) -> None:
+    if is_input:
+        raise UserError(f"{path} is read by this command: write to another file")
+    if not overwrite:
+        raise UserError(f"{path} exists: choose another name, or replace the file with --overwrite")
 
 
 def check_outputs(outputs: Iterable[tuple[str | os.PathLike | None, Sequence[str]]], **rules: Any) -> None:
@@ -156,7 +205,16 @@ def check_outputs(outputs: Iterable[tuple[str | os.PathLike | None, Sequence[str
 
 
 def check_new_folder(path: str | os.PathLike) -> None:
-    """Raises UserError if ``path`` exists or cannot be created because a parent is not a folder."""
+    """Raises UserError if ``path`` exists, cannot be created because a parent is not a folder, or must not be written.
+
+    In a bucket, a folder that holds ``UNFINISHED`` does not count: it was left by a killed process.
+    """
+    path = as_path(path)
+    if in_bucket(path):
+        probe(path.parent)
+        if path.exists() and not (path / UNFINISHED).exists():
+            raise UserError(f"{path} exists: remove it or choose another folder")
+        return
     if os.path.lexists(path):
         raise UserError(f"{path} exists: remove it or choose another folder")
     place = next(parent for parent in pathlib.Path(path).absolute().parents if os.path.lexists(parent))
@@ -180,27 +238,46 @@ def write_file(path: str | os.PathLike, content: str | bytes, overwrite: bool = 
 
 @contextlib.contextmanager
 def written_aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[pathlib.Path]:
-    """Yields a temporary name beside ``path``; the file written there replaces it unless an error is raised.
+    """Yields a temporary local name; the file written there replaces ``path`` unless an error is raised.
 
     Raises:
       UserError: see ``check_output`` and ``put_in_place``.
     """
     target = check_output(path, overwrite=overwrite)
-    _remove_old(target.parent)
-    new = target.with_name(f"{ASIDE}{secrets.token_hex(8)}{target.suffix}")
-    try:
+    with aside(target) as new:
         yield new
         put_in_place(new, target, overwrite)
-    finally:
-        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary local name for what is going to be ``target``, beside it unless that is in a bucket."""
+    with contextlib.ExitStack() as at_end:
+        if in_bucket(target):
+            folder = pathlib.Path(at_end.enter_context(tempfile.TemporaryDirectory(prefix="pdrop-")))
+        else:
+            folder = target.parent
+            _remove_old(folder)
+        new = folder / f"{ASIDE}{secrets.token_hex(8)}{target.suffix}"
+        at_end.callback(new.unlink, missing_ok=True)
+        yield new
 
 
 def put_in_place(new: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
-    """Renames the finished file ``new``.
+    """Moves the finished local file ``new`` to ``target``.
 
     Raises:
       UserError: ``target`` has appeared since it was checked. The file is then kept under the name in the message.
     """
+    if isinstance(target, BucketPath):
+        try:
+            target.upload(new, new=not overwrite)
+        except FileExistsError:
+            other = _spare(target)
+            other.upload(new)
+            raise UserError(_APPEARED.format(target, other)) from None
+        new.unlink()
+        return
     if overwrite:
         if check_output(target, overwrite=True).exists():
             shutil.copymode(target, new)
@@ -210,12 +287,24 @@ def put_in_place(new: pathlib.Path, target: pathlib.Path, overwrite: bool) -> No
         os.link(new, target)  # unlike a rename, this fails if the file exists
         new.unlink()
     except FileExistsError:
-        spare = target.with_name(f"{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+        spare = _spare(target)
         new.rename(spare)
-        raise UserError(f"{target} was created by another program in the meantime: the output is in {spare}") from None
+        raise UserError(_APPEARED.format(target, spare)) from None
     except OSError:  # a file system without hard links
         check_output(target)
         new.rename(target)
+
+
+_APPEARED = "{} was created by another program in the meantime: the output is in {}"
+
+
+def _spare(target: AnyPath) -> AnyPath:
+    return target.with_name(f"{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+
+
+def _is_in(path: pathlib.Path, other: str | os.PathLike) -> bool:
+    """Whether ``path`` in a bucket is ``other`` or is inside it."""
+    return in_bucket(other) and path.is_relative_to(as_path(other))
 
 
 def _holds(other: str | os.PathLike, target: pathlib.Path, found: os.stat_result) -> bool:

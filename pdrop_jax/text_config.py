@@ -8,16 +8,21 @@ from pydantic import Field
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Positions, Positive, RopeBase, Vocabulary, Width
 
-Family = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"]
+Family = Literal[
+    "llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "smolvlm", "idefics3"
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretching of the rotary frequencies, as in transformers: ``linear`` or ``llama3``."""
+    """Stretching of the rotary frequencies, as in transformers: ``linear``, ``llama3`` or ``dynamic``.
+
+    The last one begins beyond the model's positions, which nothing here exceeds, so it is only carried along.
+    """
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "dynamic"]
     factor: Positive
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0

@@ -7,13 +7,21 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, Width
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+Kind = Literal["clip", "siglip", "internvl", "smolvlm", "idefics3"]
 
 MAX_PATCHES_A_SIDE = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP vision transformer. The defaults are CLIP's ViT-L/14 at 336 pixels, LLaVA-1.5's tower."""
+    """A CLIP, SigLIP or InternViT tower. The defaults are CLIP's ViT-L/14 at 336 pixels, LLaVA-1.5's tower.
+
+    Attributes:
+      pooling_head: SigLIP's, unused in a LLaVA, but a checkpoint may contain it.
+      layer_scale: what attention and mlp add to a layer's input is scaled by a vector first (InternViT).
+      rms_norm: RMSNorm in front of attention and mlp, in place of LayerNorm.
+      qk_norm: RMSNorm of the queries and of the keys, over all heads at once.
+    """
 
     __pydantic_config__ = NO_OTHER_KEYS
 
@@ -25,8 +33,12 @@ class VisionConfig:
     num_heads: Heads = 16
     norm_eps: NormEps = 1e-5
     activation: Activation = "quick_gelu"
-    kind: Literal["clip", "siglip"] = "clip"
-    pooling_head: bool = False  # SigLIP's: unused in a LLaVA, but a checkpoint may contain it
+    kind: Kind = "clip"
+    pooling_head: bool = False
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    rms_norm: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.patches_a_side <= MAX_PATCHES_A_SIDE:
@@ -45,9 +57,41 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def family(self) -> str:
+        """The family beside LLaVA that has such a tower, or "LLaVA"."""
+        return "LLaVA"
+
+    @property
     def features_a_side(self) -> int:
         """Features a side of a crop: its tokens are made of these."""
         return self.patches_a_side
+
+    @property
+    def crop_features(self) -> int:
+        """Features that the tower makes of a crop, without a class token."""
+        return self.features_a_side**2
+
+    @property
+    def crop_shape(self) -> tuple[int, ...]:
+        return self.image_size, self.image_size, 3
+
+    @property
+    def largest_picture(self) -> int | None:
+        """Tokens of the largest picture of the released processor, if only that bounds them."""
+        return None
+
+    @property
+    def layout_values(self) -> int:
+        """Numbers that say where a patch is: none, its place in the crop says it."""
+        return 0
+
+    @property
+    def deepstack_layers(self) -> tuple[int, ...]:
+        return ()
+
+    def levels(self, most: int) -> list[tuple[int, int]]:
+        """The sizes that a picture in a bucket can have, ascending: (crops, tokens); ``most`` is the model's length."""
+        return [(1, self.crop_features)]
 
     @property
     def num_patches(self) -> int:
@@ -55,8 +99,13 @@ class VisionConfig:
 
     @property
     def class_tokens(self) -> int:
-        """Tokens in front of the patches: CLIP has one, SigLIP none."""
-        return 1 if self.kind == "clip" else 0
+        """Tokens in front of the patches: CLIP and InternViT have one, SigLIP none."""
+        return 1 if self.kind in ("clip", "internvl") else 0
+
+    @property
+    def projector_inputs(self) -> int:
+        """Numbers in a feature as the projector takes it."""
+        return self.hidden_size
 
     @property
     def head_dim(self) -> int:

@@ -1,11 +1,14 @@
 """Settings of all tests, and what several of their folders share."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 
 # Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. The recorded vectors
 # are replayed by programs as shipped (tests/analysis/test_check.py).
@@ -21,6 +24,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Tests compile the same programs again and again, also in the processes that they start. Each worker has a cache of its
 # own, because one process could read what another is still writing.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pdrop-jax-tests-")
+os.environ["PDROP_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # for processes without JAX's settings
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -29,6 +33,7 @@ import hypothesis
 import jax
 import pytest
 
+from pdrop_jax.cli import main
 from pdrop_jax.inputs.tokenizer import load_tokenizer
 
 # The tolerances are those of float32: accelerators multiply float32 with fewer bits unless told otherwise.
@@ -63,3 +68,38 @@ def llama(request, tmp_path_factory):
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **tokens}))
     return load_tokenizer(folder), request.param
+
+
+@dataclasses.dataclass
+class Result:
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def pdrop(monkeypatch, capfd) -> Callable[..., Result]:
+    """Runs the command in this process, which has compiled the model already; see also ``test_a_real_process``."""
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["pdrop", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Result(int(end.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fails(pdrop) -> Callable[..., str]:
+    """Runs the command and gives the one line that a user's mistake prints: exit code 2, nothing on stdout."""
+
+    def run(*args: object) -> str:
+        result = pdrop(*args)
+        assert result.code == 2, result
+        assert result.stdout == ""
+        (line,) = result.stderr.strip().splitlines()
+        return line
+
+    return run

@@ -326,7 +326,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
     run("copies", (8, 1, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pdrop_jax.train.loop._Stop.requested", lambda _, step: step == 2)
+        patch.setattr("pdrop_jax.train.stopping.StopRequest.requested", lambda _, step: step == 2)
         run("moved", (2, 2, 2))
     run("moved", (1, 8, 1))
     assert programs[0] == compiled_in(tmp_path / "copies")

@@ -14,17 +14,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = {"pdrop_jax": "pdrop_jax", "train": "pdrop_jax.train", "convert": "pdrop_jax.convert"}  # folder -> package
 
 # What each package may import besides itself. A module belongs to the longest listed prefix of its name.
-READING = {"pdrop_jax.errors", "pdrop_jax.io", "pdrop_jax.schema"}
+READING = {"pdrop_jax.errors", "pdrop_jax.io", "pdrop_jax.paths", "pdrop_jax.schema"}
 CONFIG = {"pdrop_jax.config", "pdrop_jax.text_config", "pdrop_jax.vision_config", "pdrop_jax.families.*.config"}
 BASE = READING | CONFIG | {"pdrop_jax.schedule", "pdrop_jax.batch"}
 MODEL = BASE | {"pdrop_jax.sharding", "pdrop_jax.model"}
 LIBRARY = MODEL | {"pdrop_jax.checkpoint", "pdrop_jax.inputs", "pdrop_jax.generation"}
 APPLICATIONS = {"pdrop_jax.analysis", "pdrop_jax.eval", "pdrop_jax.parity", "pdrop_jax.train", "pdrop_jax.convert"}
 MAY_IMPORT = {
-    "pdrop_jax": LIBRARY | {"pdrop_jax.analysis"},
+    "pdrop_jax": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache"},
     "pdrop_jax.errors": set(),
-    "pdrop_jax.io": {"pdrop_jax.errors"},
+    "pdrop_jax.io": {"pdrop_jax.errors", "pdrop_jax.paths"},
+    "pdrop_jax.paths": {"pdrop_jax.errors"},
     "pdrop_jax.schema": {"pdrop_jax.errors"},
+    "pdrop_jax.cache_folder": set(),
+    "pdrop_jax.compilation_cache": {"pdrop_jax.cache_folder", "pdrop_jax.errors"},
     "pdrop_jax.batch": set(),
     "pdrop_jax.schedule": READING | {"pdrop_jax.batch"},
     "pdrop_jax.text_config": READING,
@@ -38,17 +41,17 @@ MAY_IMPORT = {
     "pdrop_jax.eval": LIBRARY | {"pdrop_jax.convert"},
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,
-    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.families.*.inputs"},
-    "pdrop_jax.convert": LIBRARY | {"pdrop_jax.families.*.checkpoint", "pdrop_jax.families.*.inputs"},
+    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache", "pdrop_jax.eval"},
+    "pdrop_jax.convert": LIBRARY | {"pdrop_jax.cache_folder", "pdrop_jax.families.*.checkpoint"},
     # A family stands together in one folder, but each of its files belongs to one part of the project: * is its name.
     "pdrop_jax.families": set(),
     "pdrop_jax.families.*.config": READING | {"pdrop_jax.text_config", "pdrop_jax.vision_config"},
     "pdrop_jax.families.*.params": MODEL,
     "pdrop_jax.families.*.tower": MODEL,
     "pdrop_jax.families.*.inputs": BASE | {"pdrop_jax.inputs"},
-    "pdrop_jax.families.*.checkpoint": LIBRARY | {"pdrop_jax.convert"},
+    "pdrop_jax.families.*.checkpoint": LIBRARY | {"pdrop_jax.convert", "pdrop_jax.families.*.inputs"},
     "pdrop_jax.planner": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.train"},
-    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.planner"},
+    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.compilation_cache", "pdrop_jax.planner"},
 }
 
 

@@ -27,9 +27,11 @@ from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
 from pdrop_jax.checkpoint.checksums import checksums
-from pdrop_jax.checkpoint.storage import silence_library_noise
+from pdrop_jax.checkpoint.noise import silence_library_noise
+from pdrop_jax.checkpoint.remote import orbax_context, orbax_path
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import path_name
+from pdrop_jax.paths import as_path, in_bucket, move_folder
 from pdrop_jax.train.recipe import RunRecipe, differences
 from pdrop_jax.train.step import not_finite
 
@@ -82,7 +84,7 @@ class Checkpoints:
     """Context manager for the checkpoints in ``folder``. All processes of a run must make the same calls."""
 
     def __init__(self, folder: str | os.PathLike, run: RunRecipe) -> None:
-        self.folder = pathlib.Path(folder).absolute() / FOLDER
+        self.folder = as_path(folder).absolute() / FOLDER
         self.run = run
         silence_library_noise()
         self._pending: tuple[int, Any] | None = None
@@ -103,7 +105,7 @@ class Checkpoints:
         if self.run.keep_every:
             kept.append(policies.EveryNSteps(self.run.keep_every))
         return ocp.training.Checkpointer(
-            self.folder,
+            orbax_path(self.folder),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # left by a run that was killed while saving
         )
@@ -111,7 +113,10 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Steps of the existing checkpoints, newest first."""
-        return sorted((int(path.name) for path in self.folder.glob("*[0-9]") if path.name.isdigit()), reverse=True)
+        found = [path for path in self.folder.glob("*[0-9]") if path.name.isdigit()]
+        if in_bucket(self.folder):  # where orbax writes in place, and this object last
+            found = [path for path in found if (path / "commit_success.txt").exists()]
+        return sorted((int(path.name) for path in found), reverse=True)
 
     def save(self, metadata: CheckpointMetadata, state: Any) -> None:
         """Starts an asynchronous save of ``state``, a tree of arrays, after waiting for the previous save.
@@ -128,16 +133,17 @@ class Checkpoints:
                 f"after {metadata.step:,} steps, {len(bad)} of {len(arrays)} arrays of the training state contain NaN "
                 f"or infinity, the first is {bad[0]}; {self.kept}: lower optimizer.learning_rate"
             )
-        needed, free = sum(x.nbytes for x in arrays.values()), shutil.disk_usage(self.folder.parent).free
-        if free < needed:
-            raise self._full(metadata.step, f"it needs {needed / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
+        if not in_bucket(self.folder):
+            needed, free = sum(x.nbytes for x in arrays.values()), shutil.disk_usage(self.folder.parent).free
+            if free < needed:
+                raise self._full(metadata.step, f"it needs {needed / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
         about = {
             "origin": dataclasses.asdict(metadata),
             "arrays": {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()},
             "checksums": checksums(arrays),
         }
         saved = {"state": arrays, "about": {**about, "digest": _digest(about)}}
-        with self._writing(metadata.step):
+        with self._writing(metadata.step), orbax_context(self.folder):
             response = self._orbax.save_checkpointables_async(metadata.step, saved, force=True)
         self._pending = metadata.step, response
 
@@ -190,7 +196,8 @@ class Checkpoints:
     def _about(self, step: int) -> dict[str, Any] | None:
         """Metadata, array shapes and checksums of a checkpoint; None if they are damaged."""
         try:
-            about = ocp.load_checkpointables(self.folder / str(step), {"about": None})["about"]
+            with orbax_context(self.folder):
+                about = ocp.load_checkpointables(orbax_path(self.folder / str(step)), {"about": None})["about"]
             digest = about.pop("digest")
             return about if digest == _digest(about) and about["origin"]["step"] == step else None
         except Exception:  # orbax raises many types on damaged files
@@ -198,7 +205,9 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: Any, expected: dict[str, int]) -> Any:
         try:
-            arrays = ocp.load_checkpointables(self.folder / str(step), {"state": named(abstract)})["state"]
+            with orbax_context(self.folder):
+                found = ocp.load_checkpointables(orbax_path(self.folder / str(step)), {"state": named(abstract)})
+            arrays = found["state"]
         except Exception:  # as above
             return None
         found = checksums(arrays)
@@ -217,7 +226,7 @@ class Checkpoints:
             while damaged.exists():
                 number += 1
                 damaged = damaged.with_name(f"damaged-{step}-{number}")
-            (self.folder / str(step)).rename(damaged)
+            move_folder(self.folder / str(step), damaged)
             print(
                 f"warning: the checkpoint of step {step} is damaged and was moved to {printable(damaged)}",
                 file=sys.stderr,
@@ -232,9 +241,10 @@ class Checkpoints:
             raise self._full(step, str(error).splitlines()[0][-200:]) from None
 
     def _full(self, step: int, reason: str) -> UserError:
+        remedy = "make sure that the bucket can be written" if in_bucket(self.folder) else "free disk space"
         return UserError(
             f"the checkpoint of step {step} cannot be written to {self.folder} ({reason}); {self.kept}: "
-            "free disk space and run the same command again"
+            f"{remedy} and run the same command again"
         )
 
 

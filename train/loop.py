@@ -1,37 +1,53 @@
 """The training loop: from a recipe to the trained model, with resume and a clean stop on SIGTERM and Ctrl-C."""
 
+import contextlib
 import dataclasses
-import pathlib
-import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdrop_jax import checkpoint
-from pdrop_jax.checkpoint.storage import silence_library_noise
+from pdrop_jax.batch import Bucket
+from pdrop_jax.checkpoint.noise import silence_library_noise
+from pdrop_jax.compilation_cache import CompilationStats
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.placement import abstract, place, shardings
 from pdrop_jax.model.stacking import restage
+from pdrop_jax.paths import as_path, in_bucket, probe
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.sharding import batch_sharding, devices_along, make_mesh
+from pdrop_jax.sharding import devices_along, make_mesh
 from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
+from pdrop_jax.train.checks import Check, due_checks, missing_checks, open_checks, run_checks
 from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, import_grain, open_dataset, pipeline
 from pdrop_jax.train.model import is_up_to_date, open_start, write_model
 from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.recipe import MOST_STEPS, MeshRecipe, Recipe, RunRecipe, checked
+from pdrop_jax.train.spool import spooled
 from pdrop_jax.train.startup import describe, few_rows, step_macs
-from pdrop_jax.train.step import Metrics, TrainState, changing, init_state, join, not_finite, train_step_for
+from pdrop_jax.train.step import (
+    Metrics,
+    TrainState,
+    changing,
+    init_state,
+    join,
+    not_finite,
+    place_rows,
+    train_step_for,
+)
+from pdrop_jax.train.stopping import StopRequest
+from pdrop_jax.train.timing import SAVING
+from pdrop_jax.train.tracing import Trace
+from pdrop_jax.train.writers import check_writers
 
 MODEL = "model"  # folder of the trained model, inside the run folder
 
@@ -42,6 +58,7 @@ class TrainingRun:
 
     Attributes:
       steps: optimizer steps of the whole run.
+      checks: what is measured between steps.
     """
 
     recipe: Recipe
@@ -50,6 +67,7 @@ class TrainingRun:
     steps: int
     optimizer: optax.GradientTransformation
     mesh: Mesh
+    checks: Sequence[Check]
 
     def init(self, params: Params) -> TrainState:
         """Training state before the first step."""
@@ -58,13 +76,14 @@ class TrainingRun:
         )
 
 
-def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
+def train(recipe: Recipe, *, allow_changes: bool = False, profile: tuple[int, int] | None = None) -> None:
     """Trains a model and writes it to the run folder, resuming from the newest intact checkpoint there.
 
     On SIGTERM and Ctrl-C, it saves a checkpoint and returns early.
 
     Args:
       allow_changes: resume even if the recipe, the data or the starting model has changed.
+      profile: first and last step of a profile that is written to the run folder.
 
     Raises:
       UserError: the recipe is invalid or does not fit the model, the data or the devices; the recipe has changed; the
@@ -72,10 +91,13 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
     """
     silence_library_noise()
     recipe = checked(recipe)
-    folder = pathlib.Path(recipe.run.folder)
+    check_writers(recipe.log.wandb)
+    folder = as_path(recipe.run.folder)
+    if in_bucket(folder):
+        probe(folder)
     job, params, metadata = open_job(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    with jax.set_mesh(job.mesh), Checkpoints(folder, recipe.run) as checkpoints:
+    with jax.set_mesh(job.mesh), Checkpoints(folder, recipe.run) as checkpoints, CompilationStats() as programs:
         first, state = _begin(job, params, checkpoints, metadata, allow_changes)
         del params
         if bad := not_finite(join(state.trained, state.frozen)):
@@ -91,7 +113,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
                 print(f"warning: {warning}", file=sys.stderr)
             if first:
                 print(f"resumed     after {first:,} steps", file=sys.stderr)
-        last, state = _run(job, batches, first, state, checkpoints, metadata)
+        last, state = _run(job, batches, first, state, checkpoints, metadata, profile)
         if last < job.steps:
             print(f"stopped after {last:,} of {job.steps:,} steps: run the same command to resume", file=sys.stderr)
             return
@@ -99,6 +121,7 @@ def train(recipe: Recipe, *, allow_changes: bool = False) -> None:
         if not is_up_to_date(folder / MODEL, trained):  # the run was extended, or killed before it wrote its model
             write_model(folder / MODEL, job.config, join(state.trained, state.frozen), recipe.model, trained)
     if jax.process_index() == 0:
+        print(programs.text(), file=sys.stderr)
         print(f"{printable(folder / MODEL)}: trained for {last:,} steps", file=sys.stderr)
 
 
@@ -129,6 +152,7 @@ def open_job(recipe: Recipe) -> tuple[TrainingRun, Params, CheckpointMetadata]:
         steps=steps,
         optimizer=make_optimizer(config, recipe.optimizer, steps),
         mesh=mesh,
+        checks=open_checks(recipe, config, mesh),
     )
     metadata = CheckpointMetadata(
         step=0,
@@ -215,14 +239,20 @@ def _run(
     state: TrainState,
     checkpoints: Checkpoints,
     metadata: CheckpointMetadata,
+    profile: tuple[int, int] | None,
 ) -> tuple[int, TrainState]:
     """Runs steps first + 1..steps, or fewer if asked to stop. Returns the number of steps taken and the new state."""
-    run, model = job.recipe.run, job.recipe.model
+    run, model, dtype = job.recipe.run, job.recipe.model, jnp.dtype(job.recipe.model.dtype)
     rate = learning_rate(job.recipe.optimizer.learning_rate, job.recipe.optimizer.warmup, job.steps)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
-    number, pending, shapes = first, None, set()
+    number, pending, shapes = first, None, set[tuple[Bucket, int]]()
     step = train_step_for(jax.default_backend(), run.batch_size // _parts(job.mesh, run))
-    with Progress(pathlib.Path(run.folder), first, job.steps, run.log_every) as progress, _Stop() as stop:
+    with (
+        spooled(as_path(run.folder)) as spool,
+        Progress(spool.folder, first, job.steps, job.recipe) as progress,
+        StopRequest() as stop,
+        Trace(profile, spool.folder, first, job.steps) as trace,
+    ):
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
             macs = step_macs(job.config, job.dataset, run.batch_size, model.groups, read.batch.bucket)
@@ -234,36 +264,61 @@ def _run(
                     f"were skipped; {checkpoints.kept}: lower optimizer.learning_rate, or raise run.max_skipped"
                 )
 
-        for number, read in enumerate(batches, first + 1):
+        def check(checks: Sequence[Check]) -> None:
+            run_checks(checks, number, job.config, state, job.mesh, dtype, progress)
+
+        check(missing_checks(job.checks, first, job.steps, progress.events))
+        for number, read in enumerate(progress.timer.batches(batches), first + 1):
+            trace.before(number, state)
             began = time.perf_counter()
-            state, metrics = step(
-                job.config,
-                job.optimizer,
-                state,
-                _placed(read.batch, batch_sharding(job.mesh)),
-                dtype=jnp.dtype(model.dtype),
-                grad_accum_steps=run.grad_accum_steps,
-                remat=model.remat,
-            )
-            bucket, queries = read.batch.bucket, read.batch.query_rows.shape[1]
-            if (bucket, queries) not in shapes:
-                shapes.add((bucket, queries))
-                seconds = time.perf_counter() - began
-                progress.event("compiled", number, text=bucket.text, images=bucket.images, seconds=seconds)
+            with _compiling(shapes, number, read, progress), jax.profiler.StepTraceAnnotation("train", step_num=number):
+                state, metrics = step(
+                    job.config,
+                    job.optimizer,
+                    state,
+                    place_rows(read.batch, job.mesh),
+                    dtype=dtype,
+                    grad_accum_steps=run.grad_accum_steps,
+                    remat=model.remat,
+                )
+            progress.timer.dispatched(began, metrics.loss)
             if pending:  # log the previous step only now: fetching its metrics does not leave the device idle
                 log(*pending)
             pending = number, metrics, read
+            if trace.after(number, state):
+                progress.say(f"profile     written to {trace.folder}")
             checkpoints.wait(block=False)
             stopping = stop.requested(number)
-            if stopping or number % run.save_every == 0 or number == job.steps:
+            saving = stopping or number % run.save_every == 0 or number == job.steps
+            due = [] if stopping else due_checks(job.checks, number, job.steps)  # made when the run is resumed
+            if saving or due:
                 log(*pending)  # the log must never be behind a checkpoint
                 pending = None
-                checkpoints.save(dataclasses.replace(metadata, step=number), changing(state))
+                spool.upload()
+            if saving:
+                with progress.timer.spending(SAVING):
+                    checkpoints.save(dataclasses.replace(metadata, step=number), changing(state))
                 progress.event("saved", number)
+            check(due)
             if stopping:
                 break
-        checkpoints.wait()
+        with progress.timer.spending(SAVING):
+            checkpoints.wait()
+        if number > first:
+            progress.say(progress.summary(number))
     return number, state
+
+
+def _compiling(
+    shapes: set[tuple[Bucket, int]], number: int, read: Step, progress: Progress
+) -> contextlib.AbstractContextManager:
+    """The context of step ``number``, which compiles if its shape is not in ``shapes`` yet."""
+    bucket, queries = read.batch.bucket, read.batch.query_rows.shape[1]
+    if (bucket, queries) in shapes:
+        return contextlib.nullcontext()
+    shapes.add((bucket, queries))
+    what = f"training step for {bucket.text} text + {sum(bucket.images)} image slots"
+    return progress.compiling(what, number, text=bucket.text, images=bucket.images)
 
 
 def _restaged(state: Any, config: LlavaConfig, schedule: DropSchedule) -> Any:
@@ -273,31 +328,3 @@ def _restaged(state: Any, config: LlavaConfig, schedule: DropSchedule) -> Any:
         return isinstance(x, dict) and "stages" in x
 
     return jax.tree.map(lambda x: restage(x, config, schedule) if is_tree(x) else x, state, is_leaf=is_tree)
-
-
-def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """Global arrays from a tree with the rows of this process."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
-
-
-class _Stop:
-    """Records requests to stop the run: SIGTERM to any process, or Ctrl-C."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __enter__(self) -> "_Stop":
-        # With several processes, jax handles SIGTERM itself, so that all of them stop at the same step.
-        signals = [signal.SIGINT, *([signal.SIGTERM] if jax.process_count() == 1 else [])]
-        self._before = {number: signal.signal(number, self._ask) for number in signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        self._asked = True
-
-    def requested(self, step: int) -> bool:
-        return self._asked or multihost_utils.reached_preemption_sync_point(step)

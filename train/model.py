@@ -1,8 +1,9 @@
 """Open the model that training starts from, and write the trained model."""
 
 import dataclasses
+import functools
 import pathlib
-import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.model.lora import add_lora, merge_lora
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.placement import place
+from pdrop_jax.paths import as_path, in_bucket, remove_folder
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import validated
 from pdrop_jax.train.checkpoints import Checkpoints, Trained, changes
@@ -35,12 +37,12 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
     Raises:
       UserError: the checkpoint cannot be read, or the recipe does not fit it.
     """
-    _check_groups(model, LlavaConfig.load(pathlib.Path(model.start)))
+    _check_groups(model, LlavaConfig.load(as_path(model.start)))
     if (model.layers is None) != (model.ratios is None):
         raise UserError("model.layers and model.ratios must be given together: set both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
-    checkpoint.files_to_copy(pathlib.Path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
+    checkpoint.files_to_copy(as_path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
     if data.template not in (None, "plain"):  # pretraining leaves no way to ask
         config = dataclasses.replace(config, template=data.template)
     if data.image_aspect and config.family != "LLaVA":
@@ -81,36 +83,43 @@ def _check_groups(model: ModelRecipe, config: LlavaConfig) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def for_inference(params: Params, dtype: Any) -> Params:
+    """Parameters in ``dtype`` with LoRA adapters merged."""
+    return jax.tree.map(lambda x: x.astype(dtype), merge_lora(params))
+
+
 def write_model(
     folder: pathlib.Path, config: LlavaConfig, params: Params, model: ModelRecipe, metadata: Trained
 ) -> None:
     """Writes the trained model as a checkpoint in the compute dtype, with LoRA adapters merged.
 
-    All processes must call it. An existing model in ``folder`` is only replaced once the new one is complete.
+    All processes must call it. On the local disk, an existing model is only replaced once the new one is complete.
 
     Raises:
       UserError: a parameter is NaN or infinite, or the disk has no room for the new model next to the old one.
       OSError: the disk is full or not writable.
     """
-    dtype = jnp.dtype(model.dtype)
-    params = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), merge_lora(params)))(params)
+    params = for_inference(params, dtype=jnp.dtype(model.dtype))
     if bad := not_finite(params):
         raise UserError(
             f"the model after {metadata.step:,} steps is not written to {folder}: {len(bad)} of its arrays contain NaN "
             f"or infinity, the first is {bad[0]}; lower optimizer.learning_rate"
         )
     new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
+    if in_bucket(folder):  # which cannot rename; the run can write its model again from its last checkpoint
+        new = folder
     main = jax.process_index() == 0
     if main:  # left by a run that was killed here
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(new)
+        remove_folder(old)
     multihost_utils.sync_global_devices("leftovers of an earlier run removed")
     checkpoint.save(new, config, params, companions=model.start, training=dataclasses.asdict(metadata))
-    if main:
+    if main and new != folder:
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
     multihost_utils.sync_global_devices("model written")
 
 

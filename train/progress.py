@@ -1,78 +1,109 @@
-"""Progress of a run: a JSON Lines log, a progress bar on a terminal, and TensorBoard if it is installed."""
+"""Progress of a run: its log, the lines and the bar on stderr, and warnings."""
 
 import contextlib
-import json
+import dataclasses
 import pathlib
+import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from pdrop_jax.analysis.chips import CHIPS, DEVICE_KINDS
+from pdrop_jax.compilation_cache import CompilationStats
 from pdrop_jax.errors import UserError, printable
-from pdrop_jax.io import check_file
+from pdrop_jax.train.log_file import LogFile, log_errors
+from pdrop_jax.train.recipe import Recipe
 from pdrop_jax.train.step import Metrics
+from pdrop_jax.train.timing import COMPILING, DATA, Timer, peak_flops
+from pdrop_jax.train.trouble import COMPARE_EVERY, LossWatch, slow_hosts
+from pdrop_jax.train.writers import open_writers
 
-FILE = "log.jsonl"
-DAMAGED = "log.damaged.jsonl"
-
-# Dense bfloat16 peak of a device in FLOP/s, from the vendors' data sheets.
-PEAKS = {kind: CHIPS[chip].flops for kind, chip in DEVICE_KINDS.items()} | {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-}
-
-
-def peak_flops() -> float | None:
-    """Peak FLOP/s of all devices together; None if the device kind is unknown."""
-    peak = PEAKS.get(jax.devices()[0].device_kind)
-    return peak and peak * jax.device_count()
+COUNTS = ("tokens", "pictures", "macs")  # what is added up over the steps of a line
+HOST_NAME = 64  # bytes of a host's name that are shown
 
 
 class Progress:
-    """Logs the steps after ``first``, up to ``steps``. Only process 0 writes.
+    """Context manager that reports the steps after ``first``, up to ``steps``. Only process 0 writes.
 
-    Lines of steps after ``first`` are removed from an existing log: they come from a run that was killed after its last
-    checkpoint, and those steps are run again.
+    See ``LogFile`` for what happens to an existing log.
 
-    Args:
-      every: number of steps between log lines.
+    Attributes:
+      timer: where the time goes; the loop tells it.
+      main: whether this is process 0.
+      events: names of the events that the log has of step ``first``; empty in other processes.
     """
 
-    def __init__(self, folder: pathlib.Path, first: int, steps: int, every: int) -> None:
+    def __init__(self, folder: pathlib.Path, first: int, steps: int, recipe: Recipe) -> None:
         self.main = jax.process_index() == 0
-        self.every, self.steps = every, steps
-        self._path = folder / FILE
-        self._board: Any = None
-        self._bar = tqdm(initial=first, total=steps, unit=" steps", disable=None if self.main else True)
-        self._since, self._tokens, self._macs = time.perf_counter(), 0, 0.0
-        self._invalid: Counter[str] = Counter()
+        self.steps, self._recipe, self._folder = steps, recipe, folder
+        self._writers, self._log = [], None
+        self._loss_watch = LossWatch()
+        self.events: set[str] = set()
         if self.main:
-            with self._writing():
-                _keep_before(self._path, first)
-                self._file = self._path.open("a")
-                self._board = _tensorboard(folder)
+            self._log = LogFile(folder, first)
+            self._loss_watch = LossWatch(self._log.losses)
+            self.events = self._log.events
+            with log_errors(folder):
+                self._writers = open_writers(folder, recipe.log.wandb, dataclasses.asdict(recipe))
+        self._bar = tqdm(initial=first, total=steps, unit=" steps", disable=None if self.main else True)
+        self.timer = Timer()
+        self._first = first
+        self._line, self._total = dict.fromkeys(COUNTS, 0.0), dict.fromkeys((*COUNTS, "seconds"), 0.0)
+        self._invalid: Counter[str] = Counter()
+        self._since, self._spent, self._host = 0.0, dict[str, float](), (first, 0.0, 0.0)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._bar.close()
-        with contextlib.suppress(*([UserError] if kind else [])), self._writing():
-            if self._board:
-                self._board.close()
-            if self.main:
-                self._file.close()
+        self.timer.close()
+        with contextlib.suppress(*([UserError] if kind else [])):
+            with log_errors(self._folder):
+                for writer in self._writers:
+                    writer.close()
+            if self._log:
+                self._log.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line on stderr, above the progress bar if there is one."""
+        if self.main:
+            self._bar.write(printable(text, keep="\n"), file=sys.stderr)
+            sys.stderr.flush()
 
     def event(self, event: str, step: int, **values: Any) -> None:
-        """Logs an event, such as a compilation or a saved checkpoint."""
-        self._write({"event": event, "step": step, **values})
+        """Logs an event, such as a saved checkpoint."""
+        if self._log:
+            self._log.write({"event": event, "step": step, **values})
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends scalars to TensorBoard and W&B."""
+        with log_errors(self._folder):
+            for writer in self._writers:
+                writer.write(step, values)
+
+    def warn(self, event: str, step: int, text: str, **values: Any) -> None:
+        """Logs an event that the user should know of, and prints it."""
+        self.event(event, step, **values)
+        self.say(f"warning: step {step:,}: {text}")
+
+    @contextlib.contextmanager
+    def compiling(self, what: str, step: int, **values: Any) -> Iterator[None]:
+        """Context in which ``what`` is compiled, or read from the compilation cache; logs an event with ``values``."""
+        self.say(f"compiling   {what} …")
+        began = time.perf_counter()
+        with CompilationStats() as stats, self.timer.spending(COMPILING):
+            yield
+        seconds, cached = time.perf_counter() - began, not stats.compiled
+        how = f"read from the compilation cache, {stats.seconds_saved:,.0f} s saved" if cached else "compiled"
+        self.say(f"compiling   {what}: {seconds:.1f} s, {how}")
+        self.event("compiled", step, **values, seconds=seconds, cached=cached)
 
     def step(self, number: int, metrics: Metrics, macs: float, learning_rate: float, invalid: Counter[str]) -> Metrics:
         """Logs step ``number``, counted from 1.
@@ -87,97 +118,133 @@ class Progress:
           The metrics, on the host.
         """
         values: Metrics = jax.device_get(metrics)
-        now = time.perf_counter()
-        self._tokens += int(values.tokens)
-        self._macs += macs
+        _add(self._line, {"tokens": int(values.tokens), "pictures": int(values.pictures), "macs": macs})
         self._invalid += invalid
         self._bar.update()
-        if number % self.every and number < self.steps:
-            return values
-        seconds = max(now - self._since, 1e-9)
-        line: dict[str, Any] = {
-            "step": number,
-            "loss": float(values.loss),
-            "grad_norm": float(values.grad_norm),
-            "learning_rate": learning_rate,
-            "targets": int(values.targets),
-            "tokens": int(values.tokens),
-            "skipped": int(values.skipped),
-            "invalid": dict(self._invalid),
-            "macs": macs,
-            "tokens_per_second": self._tokens / seconds,
-            "seconds": seconds,
-        }
-        peak = peak_flops()
-        if peak:
-            line["mfu"] = 2 * self._macs / seconds / peak
-        self._since, self._tokens, self._macs = now, 0, 0.0
-        self._invalid.clear()
-        self._write(line)
-        shown = {"loss": f"{line['loss']:.4f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
-        self._bar.set_postfix(shown | ({"MFU": f"{100 * line['mfu']:.1f} %"} if peak else {}))
-        if self._board:
-            with self._writing():
-                for name, value in line.items():
-                    if isinstance(value, int | float) and name != "step":
-                        self._board.add_scalar(name, np.float32(value), number)
+        loss = float(values.loss)
+        if values.skipped_in_row:
+            text = (
+                f"the gradient is not finite, so the step was skipped; steps skipped in a row: {values.skipped_in_row}"
+            )
+            self.warn("not_finite", number, text)
+        if (limit := self._loss_watch.limit(loss)) is not None:
+            text = f"the loss is {loss:.4f}, far above the recent ones (median + 10 MAD is {limit:.4f})"
+            self.warn("loss_spike", number, text, limit=limit)
+        if jax.process_count() > 1 and number % COMPARE_EVERY == 0:
+            self._compare_hosts(number)
+        if number % self._recipe.run.log_every == 0 or number >= self.steps:
+            line = {
+                "step": number,
+                "loss": loss,
+                "grad_norm": float(values.grad_norm),
+                "learning_rate": learning_rate,
+                "targets": int(values.targets),
+                "tokens": int(values.tokens),
+                "pictures": int(values.pictures),
+                "skipped": int(values.skipped),
+                "invalid": dict(self._invalid),
+                "macs": macs,
+                **self._lap(),
+            }
+            self._report(number, line)
         return values
 
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.main:
-            with self._writing():
-                self._file.write(json.dumps(line) + "\n")
-                self._file.flush()
+    def _lap(self) -> dict[str, float]:
+        """Times and rates of the steps since the last line."""
+        now, spent = self.timer.seconds, dict(self.timer.spent)
+        seconds = max(now - self._since, 1e-9)
+        own = {name: spent[name] - self._spent.get(name, 0.0) for name in spent}
+        data = own.pop(DATA, 0.0)
+        steps = max(seconds - sum(own.values()), 1e-9)
+        found = {"seconds": seconds, "data_seconds": data, "compute_seconds": steps - data, **rates(self._line, steps)}
+        _add(self._total, self._line | {"seconds": steps})
+        self._since, self._spent = now, spent
+        self._line = dict.fromkeys(COUNTS, 0.0)
+        self._invalid.clear()
+        return found
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"the log in {self._path.parent} cannot be written ({error.strerror}): free disk space and run the "
-                "same command again to resume from the last checkpoint"
-            ) from None
+    def _report(self, number: int, line: dict[str, Any]) -> None:
+        if self._log:
+            self._log.write(line)
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        self.scalars(number, numbers)
+        shown = {"loss": f"{line['loss']:.4f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
+        self._bar.set_postfix(shown | ({"MFU": f"{100 * line['mfu']:.1f} %"} if "mfu" in line else {}))
+        if self._bar.disable and (number in (self._first + 1, self.steps) or self._is_due(number)):
+            waiting = line["data_seconds"] / (line["data_seconds"] + line["compute_seconds"])
+            left = self.timer.step_seconds / (number - self._first) * (self.steps - number)
+            self.say(
+                f"step {number:,}/{self.steps:,}: loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, "
+                f"{rates_text(line)}, waiting for data {waiting:.0%}, {duration(left)} left"
+            )
 
+    def _is_due(self, number: int) -> bool:
+        """Whether a line is printed: after every ``log.print_every`` steps, at the next line of the log."""
+        every, lines = self._recipe.log.print_every, self._recipe.run.log_every
+        return number // every > (number - lines) // every
 
-def read_line(raw: bytes) -> dict[str, Any] | None:
-    """Parses a line of a log; None if it is damaged."""
-    try:
-        line = json.loads(raw.decode())
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+    def _compare_hosts(self, number: int) -> None:
+        """Names the hosts that the others wait for. All processes must call it at the same step."""
+        first, host, seconds = self._host
+        self._host = number, self.timer.host, self.timer.step_seconds
+        steps = number - first
+        own = np.array([self.timer.host - host, self._host[2] - seconds], np.float32) / steps
+        name = socket.gethostname().encode()[:HOST_NAME].ljust(HOST_NAME)
+        every, names = multihost_utils.process_allgather((own, np.frombuffer(name, np.uint8)))
+        waits, step_seconds = every[:, 0].tolist(), float(every[0, 1])
+        for process in slow_hosts(waits, step_seconds):
+            host_name = bytes(names[process]).decode(errors="replace").strip()
+            self.warn(
+                "slow_host",
+                number,
+                f"host {host_name} (process {process}) keeps the others waiting: its devices waited for it for "
+                f"{waits[process]:.3f} s of a step's {step_seconds:.3f} s, since step {first:,}",
+                process=process,
+                host=host_name,
+                seconds=waits[process],
+            )
 
-
-def _keep_before(path: pathlib.Path, first: int) -> None:
-    """Removes lines of steps after ``first`` and an incomplete last line from a log.
-
-    Damaged lines are moved to a separate file, with a warning.
-    """
-    if not path.exists():
-        return
-    check_file(path)
-    damaged, aside = [], path.with_suffix(".unfinished")
-    with path.open("rb") as old, aside.open("wb") as new:
-        for raw in old:
-            line = read_line(raw)
-            if line is None and raw.endswith(b"\n"):
-                damaged.append(raw)
-            elif line is not None and line["step"] <= first:
-                new.write(raw.rstrip(b"\n") + b"\n")
-    if damaged:
-        with path.with_name(DAMAGED).open("ab") as file:
-            file.writelines(damaged)
-        print(
-            f"warning: moved damaged lines of {printable(path)} to {DAMAGED} in the same folder: {len(damaged)}",
-            file=sys.stderr,
+    def summary(self, last: int) -> str:
+        """What the steps up to ``last`` took, as text; empty if there were none."""
+        if last == self._first:
+            return ""
+        total, spent = self.timer.seconds, self.timer.spent
+        shares = {"computing": total - sum(spent.values()), **spent}
+        parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares.items() if seconds)
+        speed = rates(self._total, self._total["seconds"]) if self._total["seconds"] else {}
+        return "\n".join(
+            [
+                f"time        {duration(total)} for {last - self._first:,} steps: {parts}",
+                *([f"speed       {rates_text(speed)}"] if speed else []),
+            ]
         )
-    aside.replace(path)
 
 
-def _tensorboard(folder: pathlib.Path) -> Any:
-    try:
-        from tensorboard.summary import Writer
-    except ImportError:
-        return None
-    return Writer(str(folder / "tensorboard"))
+def _add(into: dict[str, float], values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        into[name] += value
+
+
+def rates(counts: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Tokens and pictures per second, and the MFU where the peak of the devices is known.
+
+    Args:
+      counts: number of tokens and pictures, and the "macs", all of the same steps.
+    """
+    found = {f"{name}_per_second": counts[name] / seconds for name in ("tokens", "pictures")}
+    peak = peak_flops()
+    return found | ({"mfu": 2 * counts["macs"] / seconds / peak} if peak else {})
+
+
+def rates_text(found: Mapping[str, float]) -> str:
+    text = f"{found['tokens_per_second']:,.0f} tokens/s, {found['pictures_per_second']:,.1f} pictures/s"
+    return text + (f", MFU {found['mfu']:.1%}" if "mfu" in found else "")
+
+
+def duration(seconds: float) -> str:
+    """ "1:02:03" for 3,723 seconds, "12.3 s" below a minute."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,7 +1,8 @@
 """Recipe: the full configuration of a training run, as frozen dataclasses read from TOML or JSON.
 
-A file has the tables ``[model]``, ``[data]``, ``[optimizer]``, ``[run]`` and ``[mesh]``; settings that it leaves out
-take their default. Files in ``presets/`` can be loaded by name.
+A file has the tables ``[model]``, ``[data]``, ``[optimizer]``, ``[run]``, ``[mesh]``, ``[validation]``,
+``[evaluation]`` and ``[log]``; settings that it leaves out take their default. Files in ``presets/`` can be loaded by
+name.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from pdrop_jax.config import Group, Projection, Remat
 from pdrop_jax.errors import UserError
+from pdrop_jax.eval.benchmarks import Benchmark
 from pdrop_jax.io import parse_json, read_bytes
 from pdrop_jax.schema import NO_OTHER_KEYS, Share, validated
 
@@ -169,6 +171,52 @@ class MeshRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationRecipe:
+    """The loss on held-out conversations, computed during training. They are read as section ``data`` says."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    conversations: Path | None = None  # None: no validation
+    images: Path | None = None  # None uses data.images
+    every: Steps = 500  # steps between validations; the last step is always validated
+    batches: Steps = 16  # batches of run.batch_size / run.grad_accum_steps rows, the same ones every time
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRecipe:
+    """A question file that is answered during training, greedily, and scored as ``pdrop score`` does."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    questions: Path | None = None  # question file, as for pdrop eval; None: no evaluation
+    images: Path | None = None  # None uses data.images
+    benchmark: Benchmark | None = None
+    annotations: Path | None = None  # file or folder with the annotations of these questions
+    split: Name = "test"  # for scienceqa
+    every: Steps = 500  # steps between evaluations; the last step is always evaluated
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 8  # questions per batch
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
+
+    def __post_init__(self) -> None:
+        if len({x is None for x in (self.questions, self.benchmark, self.annotations)}) > 1:
+            raise UserError(
+                "evaluation.questions, evaluation.benchmark and evaluation.annotations must be given together: "
+                "set all three or none"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogRecipe:
+    """Where a run reports besides its log file and TensorBoard."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    print_every: Steps = 20  # steps between lines on stderr if it is not a terminal, which has a progress bar instead
+    # Project of Weights & Biases, "project" or "entity/project"; None: not used.
+    wandb: Annotated[str, Field(pattern=r"^([\w.-]{1,64}/)?[\w.-]{1,128}$")] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """All sections of a recipe."""
 
@@ -179,6 +227,9 @@ class Recipe:
     run: RunRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()
     mesh: MeshRecipe = MeshRecipe()
+    validation: ValidationRecipe = ValidationRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    log: LogRecipe = LogRecipe()
 
 
 def load_recipe(path: str | pathlib.Path, settings: Iterable[str] = ()) -> Recipe:
@@ -259,10 +310,8 @@ FREE = (
     "data.sources.conversations",
     "data.sources.images",
     "model.start",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
 )
+FREE_SECTIONS = ("mesh", "validation", "evaluation", "log")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -273,8 +322,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
         for name in {**before, **after}
-        if re.sub(r"\.\d+", "", name) not in FREE and before.get(name) != after.get(name)
+        if not _is_free(name) and before.get(name) != after.get(name)
     ]
+
+
+def _is_free(name: str) -> bool:
+    return name.partition(".")[0] in FREE_SECTIONS or re.sub(r"\.\d+", "", name) in FREE
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import Implementation, LlavaConfig, Remat
 from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import Params, path_name, spec_of
 from pdrop_jax.model.placement import constrain_params
+from pdrop_jax.sharding import batch_sharding
 
 # Along fsdp every product needs its weight gathered, or its gradient summed and scattered. The TPU compiler does that
 # piece by piece while the product runs, but by default not for products with few tokens, which are those of the later
@@ -58,6 +61,7 @@ class Metrics:
       grad_norm: global gradient norm before clipping, float32.
       targets: number of target tokens, int32.
       tokens: number of valid slots of the batch, including image tokens, int32.
+      pictures: number of images of the batch, int32.
       skipped: number of steps so far that were skipped for a non-finite gradient, int32.
       skipped_in_row: number of consecutive skipped steps up to this one, int32.
     """
@@ -66,6 +70,7 @@ class Metrics:
     grad_norm: jax.Array
     targets: jax.Array
     tokens: jax.Array
+    pictures: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
 
@@ -165,18 +170,24 @@ def _train_step(
     with jax.named_scope("optimizer"):
         updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-    tokens = jnp.asarray(batch.length).sum()
     metrics = Metrics(
         loss=loss,
         grad_norm=optax.tree.norm(gradient),
         targets=targets,
-        tokens=tokens,
+        tokens=jnp.asarray(batch.length).sum(),
+        pictures=jnp.asarray(batch.image_id).max(1, initial=0).sum(),
         skipped=moments.total_notfinite,
         skipped_in_row=moments.notfinite_count,
     )
     # Keep the sharding of the state: a different sharding would make the next step recompile.
     trained, moments = constrain_params(config, (trained, moments))
     return TrainState(step=state.step + 1, trained=trained, frozen=state.frozen, optimizer=moments), metrics
+
+
+def place_rows(batch: Batch, mesh: Mesh) -> Batch:
+    """Global arrays from a batch with the rows of this process."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 _jitted = functools.partial(

@@ -14,7 +14,7 @@ from examples.demo.evaluate import evaluate, table
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, exit_on_error, printable
 from pdrop_jax.io import read_bytes
-from pdrop_jax.train.progress import FILE, read_line
+from pdrop_jax.train.log_file import FILE, read_line
 from pdrop_jax.train.result import model_of
 
 NUMBERS = ("loss", "seconds", "macs")  # keys in the line of a step

@@ -43,3 +43,10 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
+
+# Dense bfloat16 peak of a device in FLOP/s by its kind, from the vendors' data sheets.
+PEAK_FLOPS = {kind: CHIPS[chip].flops for kind, chip in DEVICE_KINDS.items()} | {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+}

@@ -65,7 +65,9 @@ def tower_macs(config: LlavaConfig, bucket: Bucket) -> tuple[int, int]:
     tokens = vision.class_tokens + vision.num_patches
     tower = config.vision_layers * _layer(tokens, V, N, N, H, 2 * V * F)
     tower += vision.num_patches * 3 * vision.patch_size**2 * V
-    projector = (config.image_tokens + config.frame_tokens) * (V * D + (config.projector_layers - 1) * D**2)
+    projector = (config.image_tokens + config.frame_tokens) * (
+        vision.projector_inputs * D + (config.projector_layers - 1) * D**2
+    )
     return bucket.crops * tower, bucket.crops * projector
 
 

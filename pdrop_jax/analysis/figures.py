@@ -145,6 +145,10 @@ def _rows(
 
 def _panels(picture: Image.Image, image: ImageTokens, config: LlavaConfig) -> list[tuple[int, int, int]]:
     """(first crop, rows, columns) of the parts of an image that are drawn: the whole image, and its tiles."""
+    if image.grid:
+        rows, columns = image.grid
+        tiles = [(0, rows, columns)] if rows * columns > 1 else []
+        return [(len(image.crops) - 1, 1, 1), *tiles]
     if config.tiling is None or len(image.crops) == 1:
         return [(0, 1, 1)]
     return [(0, 1, 1), (1, *grid_shape((picture.height, picture.width), config.tiling, config.crop_tower.image_size))]

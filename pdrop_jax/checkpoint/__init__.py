@@ -1,6 +1,14 @@
 """Checkpoints on disk; ``store`` describes the folder, ``storage`` the arrays in it."""
 
-from pdrop_jax.checkpoint.folders import COMPANIONS, PROCESSOR, TOKENIZER, copy_files, files_to_copy, new_folder
+from pdrop_jax.checkpoint.folders import (
+    COMPANIONS,
+    PROCESSOR,
+    TOKENIZER,
+    copy_files,
+    files_to_copy,
+    locally,
+    new_folder,
+)
 from pdrop_jax.checkpoint.store import (
     SOURCE,
     TRAINING,
@@ -27,6 +35,7 @@ __all__ = [
     "files_to_copy",
     "fingerprint",
     "load",
+    "locally",
     "new_folder",
     "restore",
     "save",

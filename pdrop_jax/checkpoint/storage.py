@@ -2,53 +2,64 @@
 
 ::
 
-    params/               written by orbax, array by array, for models of any size
+    params/0, 1, …        written by orbax, a group of arrays at a time, for models of any size
+    arrays.json           group, shape and dtype of each array; orbax takes dozens of requests to a bucket to tell
     sizes.json            size in bytes of each file in params/, to report truncated files before orbax reads them
     checksums.json        checksum of each array
 
-    params.safetensors    replaces all three: a single file for small models, with the checksums in its metadata
+    params.safetensors    replaces them all: a single file for small models, with the checksums in its metadata
 
 Both formats store the same arrays under the same names, such as ``stages.0.mlp.up.kernel``. Empty arrays, which occur
-in the empty stage before a drop at layer 0, are not stored. Checkpoints of the first release have no checksums; reading
-one prints a note on stderr that it is not verified.
+in the empty stage before a drop at layer 0, are not stored. Checkpoints of the first release have all arrays in params/
+itself and no checksums; reading one prints a note on stderr that it is not verified.
 """
 
 import contextlib
 import ctypes
-import errno
+import dataclasses
 import functools
 import json
-import logging
 import math
 import pathlib
 import sys
-import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from pydantic import Field
+from safetensors import SafetensorError
 
 from pdrop_jax.checkpoint.checksums import Checksums, Stored, checksums, verify
+from pdrop_jax.checkpoint.noise import silence_library_noise
+from pdrop_jax.checkpoint.remote import orbax_context, orbax_path
+from pdrop_jax.checkpoint.tensor_files import DTYPES, open_tensors, save_tensors
 from pdrop_jax.errors import UserError
-from pdrop_jax.io import check_file, parse_json, read_json
+from pdrop_jax.io import parse_json, read_json
+from pdrop_jax.paths import files_below, in_bucket, reason
 from pdrop_jax.schema import validated
 
 PARAMS = "params"
 SIZES = "sizes.json"
+ARRAYS = "arrays.json"
 CHECKSUMS = "checksums.json"
 SINGLE_FILE = "params.safetensors"
 GROUP_BYTES = 256 * 2**20  # small arrays are written and read together, since each call takes some milliseconds
+REMOTE_GROUP_BYTES = 2**30  # of a bucket, where each call makes about a hundred requests one after the other
 CHUNK_BYTES = 16 * 2**20  # orbax writes chunk by chunk; otherwise its buffers would be as large as the array
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # names of safetensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What ``arrays.json`` says about an array."""
+
+    group: Annotated[int, Field(ge=0, lt=2**20)]
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**40)], ...]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
 
 Arrays = dict[str, jax.Array]
 Targets = Mapping[str, jax.ShapeDtypeStruct]
@@ -130,23 +141,35 @@ def write(folder: pathlib.Path, arrays: Iterable[tuple[str, Any]]) -> None:
     Raises:
       OSError: the disk is full or not writable.
     """
-    context = ocp.Context()
+    context = orbax_context(folder)
     context.memory.deepcopy_host_arrays = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     # Compression saves a fifth of the size of bfloat16 weights, but halves the write speed.
     context.array.saving.use_compression = False
+    limit = REMOTE_GROUP_BYTES if in_bucket(folder) else GROUP_BYTES
     group: dict[str, Any] = {}
     found: Checksums = {}
+    places: dict[str, Place] = {}
+
+    def save_group() -> None:
+        number = len({place.group for place in places.values()})
+        places.update({name: Place(number, tuple(x.shape), x.dtype.name) for name, x in group.items()})
+        found.update(checksums(group))
+        ocp.save(orbax_path(folder / PARAMS / str(number)), unflatten_dict(group, sep="."))
+        group.clear()
+        trim_memory()
+
     with context, _writing(folder):
         for name, x in arrays:
             if 0 not in x.shape:
                 group[name] = x
             del x  # otherwise it stays alive while the next one is created
-            if sum(x.nbytes for x in group.values()) >= GROUP_BYTES:
-                found |= _save_group(folder, group)
-        found |= _save_group(folder, group)
-        ocp.partial.finalize(folder.absolute() / PARAMS)
+            if sum(x.nbytes for x in group.values()) >= limit:
+                save_group()
+        if group:
+            save_group()
     if jax.process_index() == 0:
+        (folder / ARRAYS).write_text(json.dumps({name: dataclasses.asdict(x) for name, x in places.items()}) + "\n")
         (folder / CHECKSUMS).write_text(json.dumps(found, indent=2) + "\n")
         (folder / SIZES).write_text(json.dumps(_sizes(folder), indent=2) + "\n")
 
@@ -164,7 +187,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     """Writes ``arrays`` with their checksums. Raises OSError as ``write`` does."""
     with _writing(path.parent):
         metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums(arrays))}
-        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata)
+        save_tensors(path, arrays, metadata)
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -199,9 +222,11 @@ def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder} is damaged: {len(damaged)} of {len(expected)} files are missing or have a different size, "
             f"the first is {damaged[0]}; copy or convert it again"
         )
+    if (places := _places(folder)) is not None:
+        return {name: jax.ShapeDtypeStruct(place.shape, jnp.dtype(place.dtype)) for name, place in places.items()}
     silence_library_noise()
-    with _reading(folder):
-        tree = ocp.metadata(folder.absolute() / PARAMS).metadata
+    with _reading(folder), orbax_context(folder):
+        tree = ocp.metadata(orbax_path(folder / PARAMS)).metadata
         if tree is None:
             raise ValueError("its array metadata cannot be read")
     return flatten_dict(tree, sep=".")
@@ -209,10 +234,24 @@ def _stored_by_orbax(folder: pathlib.Path) -> dict[str, Any]:
 
 def _read_by_orbax(folder: pathlib.Path, targets: Targets) -> Arrays:
     silence_library_noise()
-    context = ocp.Context()
+    context = orbax_context(folder)
     context.pytree.loading.partial_load = True
+    places = _places(folder)
+    groups: dict[pathlib.Path, dict[str, Any]] = {}
+    for name, x in targets.items():
+        group = folder / PARAMS if places is None else folder / PARAMS / str(places[name].group)
+        groups.setdefault(group, {})[name] = x
+    found: Arrays = {}
     with _reading(folder), context:
-        return flatten_dict(ocp.load(folder.absolute() / PARAMS, unflatten_dict(targets, sep=".")), sep=".")
+        for group, wanted in groups.items():
+            found |= flatten_dict(ocp.load(orbax_path(group), unflatten_dict(wanted, sep=".")), sep=".")
+    return found
+
+
+def _places(folder: pathlib.Path) -> dict[str, Place] | None:
+    """The index of the arrays; None if all of them are in params/ itself."""
+    path = folder / ARRAYS
+    return validated(dict[str, Place], read_json(path), str(path)) if path.exists() else None
 
 
 def _groups(wanted: Targets) -> Iterator[list[str]]:
@@ -230,17 +269,7 @@ def _groups(wanted: Targets) -> Iterator[list[str]]:
 
 
 def _sizes(folder: pathlib.Path) -> dict[str, int]:
-    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _save_group(folder: pathlib.Path, group: dict[str, Any]) -> Checksums:
-    found = checksums(group)
-    if group:
-        ocp.partial.save(folder.absolute() / PARAMS, unflatten_dict(group, sep="."))
-        group.clear()
-        trim_memory()
-    return found
+    return {f"{PARAMS}/{name}": size for name, size in files_below(folder / PARAMS).items()}
 
 
 def _stored_in_file(folder: pathlib.Path) -> dict[str, Any]:
@@ -273,8 +302,7 @@ def _checksums_of_file(path: pathlib.Path) -> Checksums | None:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[Any]:
-    check_file(path)
-    with _reading(path), safe_open(path, "np") as file:
+    with _reading(path), open_tensors(path) as file:
         yield file
 
 
@@ -298,50 +326,10 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, SafetensorError) as error:  # how orbax and safetensors report operating system errors
+    except Exception as error:
+        if in_bucket(folder):
+            raise UserError(f"{folder} cannot be written: {reason(folder, error)}") from None
+        if not isinstance(error, ValueError | SafetensorError):
+            raise
+        # how orbax and safetensors report errors of the operating system
         raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0].rpartition(': ')[2]}") from None
-
-
-@functools.cache  # once per process: some of these messages only arrive while the interpreter shuts down
-def silence_library_noise() -> None:
-    """Hides what libraries print about a failed read or write besides the exception, which we report in one line.
-
-    A filter on the loggers alone was tried and is not enough: at the first failure orbax closes its event loop while
-    other reads and writes are pending, and each of these fails later in a TensorStore thread. TensorStore passes such
-    failures to PyErr_WriteUnraisable or PyErr_Print, so they reach ``sys.unraisablehook`` or ``sys.excepthook`` and
-    never a logger. The hooks below pass on everything else unchanged.
-    """
-    for name in ("absl", "asyncio"):  # orbax logs through absl; asyncio logs its tasks that nobody awaited
-        logging.getLogger(name).addFilter(_is_not_from_orbax)
-    sys.unraisablehook = functools.partial(_skip_orbax, sys.unraisablehook)
-    sys.excepthook = functools.partial(_skip_closed_loop, sys.excepthook)
-    threading.excepthook = functools.partial(_skip_full_disk, threading.excepthook)
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")  # jax continues without it
-
-
-def _is_not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in f"{record.pathname} {record.getMessage()}"
-
-
-def _is_closed_loop(error: BaseException | None) -> bool:
-    return type(error) is RuntimeError and str(error) == "Event loop is closed"
-
-
-def _skip_orbax(report: Any, found: Any) -> None:
-    """``sys.unraisablehook`` without orbax's closed event loop and the coroutines that it abandoned."""
-    code = getattr(found.object, "cr_code", None)
-    if not (_is_closed_loop(found.exc_value) or (code and "orbax" in code.co_filename)):
-        report(found)
-
-
-def _skip_closed_loop(
-    report: Any, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    if not _is_closed_loop(error):
-        report(kind, error, traceback)
-
-
-def _skip_full_disk(report: Any, found: threading.ExceptHookArgs) -> None:
-    """``threading.excepthook`` for TensorBoard's writer thread: its next call raises the same error in our thread."""
-    if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL_DISK):
-        report(found)

@@ -33,6 +33,7 @@ from pdrop_jax.model.placement import shardings
 from pdrop_jax.model.quantization import is_quantized, quantize_decoder
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import DropSchedule
 
 UNUSED = "unused.safetensors"
@@ -67,7 +68,7 @@ def save(
         raise UserError("the parameters carry LoRA adapters, which a checkpoint cannot hold: call merge_lora first")
     along = (*COMPANIONS, UNUSED, SOURCE)
     if companions is not None:
-        files_to_copy(pathlib.Path(companions), along)  # before anything is written
+        files_to_copy(as_path(companions), along)  # before anything is written
     arrays = flatten_dict(params, sep=".")
     if any(map(is_quantized, arrays.values())):
         raise UserError("the parameters are quantized, which a checkpoint cannot hold: load them without quantize")
@@ -76,11 +77,11 @@ def save(
         (storage.write_single_file if single_file else storage.write)(new, arrays.items())
         if jax.process_index():
             return
-        config.save(new)
         if training is not None:
             (new / TRAINING).write_text(json.dumps(training, indent=2) + "\n")
         if companions is not None:
-            copy_files(pathlib.Path(companions), new, along)
+            copy_files(as_path(companions), new, along)
+        config.save(new)  # last, see ``new_folder``
 
 
 def load(
@@ -110,7 +111,7 @@ def load(
     """
     if quantize not in (None, "int8"):
         raise UserError(f"weights cannot be quantized to {quantize!r}: choose 'int8'")
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     config = LlavaConfig.load(folder)
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     find_score(result)
@@ -135,7 +136,7 @@ def training(folder: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
       UserError: the file is damaged.
     """
-    path = pathlib.Path(folder) / TRAINING
+    path = as_path(folder) / TRAINING
     return read_json(path) if path.exists() else None
 
 
@@ -145,10 +146,11 @@ def fingerprint(folder: str | os.PathLike) -> str:
     Raises:
       UserError: ``folder`` is not a checkpoint.
     """
+    folder = as_path(folder)
     digest = hashlib.blake2b(digest_size=16)
-    arrays = storage.SINGLE_FILE if storage.is_single_file(pathlib.Path(folder)) else storage.SIZES
+    arrays = storage.SINGLE_FILE if storage.is_single_file(folder) else storage.SIZES
     for name in ("config.json", arrays):
-        digest.update(read_bytes(pathlib.Path(folder) / name))
+        digest.update(read_bytes(folder / name))
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import io
 import os
+import pathlib
 import re
 import sys
 import warnings
@@ -13,7 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdrop_jax.cli.platforms import skip_missing_tpu
+from pdrop_jax.compilation_cache import enable_in_environment
 from pdrop_jax.errors import UserError, exit_on_error, printable
+from pdrop_jax.paths import as_path
 
 COMMANDS = {
     "generate": "answer questions about images",
@@ -56,6 +59,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="tyro")
     warnings.filterwarnings("ignore", module="PIL")  # the sizes of pictures are checked in pdrop_jax.inputs.images
     skip_missing_tpu()
+    enable_in_environment()
     module = importlib.import_module(f"pdrop_jax.cli.{name}")
     with exit_on_error(f"pdrop {name}: "):
         code = parsed(module.run, f"pdrop {name}", sys.argv[2:])()
@@ -73,7 +77,8 @@ def parsed(run: Callable[..., int | None], prog: str, args: Sequence[str]) -> Ca
 
     @functools.wraps(run)
     def bound(*values: Any, **options: Any) -> Any:
-        return functools.partial(run, *values, **options)
+        # tyro makes gs:/bucket of gs://bucket
+        return functools.partial(run, *map(_located, values), **{name: _located(x) for name, x in options.items()})
 
     said = io.StringIO()
     try:
@@ -83,6 +88,10 @@ def parsed(run: Callable[..., int | None], prog: str, args: Sequence[str]) -> Ca
         if not end.code:
             raise
         raise UserError(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
+
+
+def _located(value: Any) -> Any:
+    return as_path(value) if isinstance(value, pathlib.Path) else value
 
 
 def _unboxed(box: str) -> str:

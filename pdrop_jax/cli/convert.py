@@ -8,6 +8,7 @@ import tyro
 from pdrop_jax.cli.options import LAYERS, File, Flag, Source, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import parse_schedule
 
 
@@ -66,7 +67,7 @@ def run(
             raise UserError("--llm requires a vision tower: add --vision DIR")
         check_new_folder(source)
         kinds = {"linear": 1, "mlp2x_gelu": 2, None: None}
-        out = pathlib.Path(source)
+        out = as_path(source)
         opened = open_parts(
             llm, vision, schedule, projector=projector, projector_layers=kinds[projector_type], seed=seed
         )

@@ -50,7 +50,7 @@ def run(
     from pdrop_jax.analysis.cost import cost_of
     from pdrop_jax.config import VisionConfig
     from pdrop_jax.convert.pretrained import config_of
-    from pdrop_jax.inputs.anyres import levels
+    from pdrop_jax.inputs.anyres import largest_picture
     from pdrop_jax.inputs.buckets import bucket_for
     from pdrop_jax.model.scores import find_score
     from pdrop_jax.schedule import DropSchedule
@@ -58,7 +58,7 @@ def run(
     config = config_of(model)
     if image_tokens is None and not isinstance(config.vision, VisionConfig):
         raise UserError(f"{printable(model)} takes pictures of any size: pass --image-tokens, for example 1024")
-    tokens = levels(config)[-1][1] if image_tokens is None else image_tokens
+    tokens = largest_picture(config) if image_tokens is None else image_tokens
     if tokens < 1 or text_tokens < 1:
         raise UserError(f"--image-tokens and --text-tokens must be at least 1, got {tokens} and {text_tokens}")
     if max(tokens, text_tokens) > MOST_TOKENS:

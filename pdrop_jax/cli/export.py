@@ -10,6 +10,7 @@ import tyro
 from pdrop_jax.cli.options import Flag, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
+from pdrop_jax.paths import as_path, in_bucket
 
 
 def run(
@@ -40,17 +41,20 @@ def run(
         raise UserError("--single-file requires --format pdrop")
     if private and push_to_hub is None:
         raise UserError("--private requires --push-to-hub OWNER/NAME")
+    if push_to_hub is not None and in_bucket(out):
+        raise UserError("--push-to-hub uploads a local folder: write to one and copy it to the bucket afterwards")
     check_new_folder(out)
 
     from pdrop_jax.convert import upload
     from pdrop_jax.convert.cache import model_folder
 
     with contextlib.ExitStack() as at_end:
-        if is_run(pathlib.Path(model)):
-            scratch = at_end.enter_context(tempfile.TemporaryDirectory(dir=model))
-            folder = model_of(pathlib.Path(model), pathlib.Path(scratch))
+        if is_run(as_path(model)):
+            beside = None if in_bucket(model) else model
+            scratch = at_end.enter_context(tempfile.TemporaryDirectory(dir=beside))
+            folder = model_of(as_path(model), pathlib.Path(scratch))
         else:
-            folder = pathlib.Path(model_folder(model))
+            folder = as_path(model_folder(model))
         LlavaConfig.load(folder)
         if push_to_hub is not None:
             upload.make_repository(push_to_hub, private)

@@ -29,6 +29,7 @@ from pdrop_jax.cli.options import (
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_outputs, read_json
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import parse_schedule
 
 
@@ -67,8 +68,8 @@ def run(
     """
     prompts, pictures = _prompts_of(prompt, messages), read_images(image)
     if picture or heatmap:
-        files = [found for found in pictures if isinstance(found, pathlib.Path)]
-        inputs = [*files, *video, *(pathlib.Path(name) for name in (model, messages) if name)]
+        files = [found for found in pictures if not isinstance(found, str | bytes)]
+        inputs = [*files, *video, *(as_path(name) for name in (model, messages) if name)]
         _check_pictures(picture, heatmap, len(prompts), bool(image or messages), inputs, overwrite)
     images = _images_of(len(prompts), pictures)
 

@@ -12,6 +12,7 @@ import tyro
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import PRESETS
 
 IMAGE_BYTES = 2**29  # that are read from stdin
@@ -67,8 +68,8 @@ ConfigModel = Annotated[
     str,
     _option(
         "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, qwen2.5-vl-3b to -72b, qwen3-vl-2b to -32b, "
-        "gemma-3-4b to -27b, or a checkpoint of which only the config is read: a folder, or OWNER/NAME[@REVISION] on "
-        "the Hugging Face Hub.",
+        "gemma-3-4b to -27b, internvl3-1b to -78b, smolvlm2-256m to -2.2b, or a checkpoint of which only the config is "
+        "read: a folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub.",
         "NAME|DIR|ID",
         "llava-1.5-7b",
     ),
@@ -127,7 +128,7 @@ def read_images(images: tuple[str, ...]) -> list[Any]:
         piped = sys.stdin.buffer.read(IMAGE_BYTES + 1)
         if len(piped) > IMAGE_BYTES:
             raise UserError(f"--image -: stdin has more than {IMAGE_BYTES:,} bytes")
-    return [piped if name == "-" else name if is_data_url(name) else pathlib.Path(name) for name in images]
+    return [piped if name == "-" else name if is_data_url(name) else as_path(name) for name in images]
 
 
 @contextlib.contextmanager

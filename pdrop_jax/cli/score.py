@@ -3,16 +3,16 @@
 import dataclasses
 import json
 import pathlib
-from typing import Literal
 
 import tyro
 
 from pdrop_jax.cli.options import File, Json
 from pdrop_jax.errors import UserError, printable
+from pdrop_jax.eval.benchmarks import Benchmark
 
 
 def run(
-    benchmark: tyro.conf.Positional[Literal["pope", "textvqa", "gqa", "vqav2", "scienceqa", "mme"]],
+    benchmark: tyro.conf.Positional[Benchmark],
     answers: pathlib.Path,
     annotations: pathlib.Path,
     questions: File = None,
@@ -31,18 +31,13 @@ def run(
     if (benchmark == "pope") != (questions is not None):
         raise UserError("pope needs --questions FILE, and no other benchmark takes it")
 
-    from pdrop_jax.eval import scoring
+    from pdrop_jax.eval.scoring import score
 
-    if questions is not None:
-        score = scoring.score_pope(answers, questions, annotations)
-    elif benchmark == "scienceqa":
-        score = scoring.score_scienceqa(answers, annotations, split)
-    else:
-        score = getattr(scoring, f"score_{benchmark}")(answers, annotations)
+    report = score(benchmark, answers, annotations, questions=questions, split=split)
     if json_output:
-        print(json.dumps(dataclasses.asdict(score)))
+        print(json.dumps(dataclasses.asdict(report)))
         return
-    for name, values in (("all", {**score.values, "answers": score.answers}), *score.groups.items()):
+    for name, values in (("all", {**report.values, "answers": report.answers}), *report.groups.items()):
         print(f"{printable(name):24}{'   '.join(f'{key} {_shown(key, number)}' for key, number in values.items())}")
 
 

@@ -21,6 +21,7 @@ from pdrop_jax.generation.result import Generation
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import smallest_bucket
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.messages import read_conversation
 from pdrop_jax.inputs.processor import Processor
@@ -59,11 +60,13 @@ def plan_batches(
         for number, question in enumerate(bar):
             count = len(question.images)
             try:
-                ids = np.array(processor.prompts().ids(read_conversation(question.text, question.images)[0]), np.int32)
+                messages, _ = read_conversation(question.text, question.images)
                 sizes = [
                     measure(image, processor.image_processor, config, alone=count == 1) for image in question.images
                 ]
-                bucket = smallest_bucket([len(ids) - count], [sizes], config, max_new_tokens)
+                ids = np.array(processor.prompts().ids(messages, [size.texts for size in sizes]), np.int32)
+                text = int((ids != IMAGE_PLACEHOLDER).sum())
+                bucket = smallest_bucket([text], [sizes], config, max_new_tokens)
             except UserError as error:
                 raise _of(question, error) from None
             buckets.setdefault(bucket, []).append((number, ids))

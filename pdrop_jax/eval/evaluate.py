@@ -28,12 +28,13 @@ from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.convert.cache import model_folder
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.eval.batching import answer_all, check_batch_size
-from pdrop_jax.eval.journal import AnswerRecord, Journal, unfinished
+from pdrop_jax.eval.journal import AnswerRecord, Journal, remove_unfinished, unfinished
 from pdrop_jax.eval.questions import Question, read_lines, read_questions
 from pdrop_jax.generation.engine import check_implementation
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_output
+from pdrop_jax.paths import as_path, in_bucket
 from pdrop_jax.schedule import DropSchedule
 
 # Names of the keys of ``describe`` in messages.
@@ -106,14 +107,15 @@ def evaluate(
     asked = read_questions(questions, images, outside_images)
     inputs = [questions, *(image for question in asked for image in question.images), *([model] if overwrite else ())]
     target = check_output(out, overwrite=True, inputs=inputs, makes_folder=True)
-    check_output(unfinished(target), overwrite=True, inputs=inputs, makes_folder=True)
-    folder = pathlib.Path(model_folder(model, dtype))
+    if not in_bucket(target):  # where it is a folder of objects
+        check_output(unfinished(target), overwrite=True, inputs=inputs, makes_folder=True)
+    folder = as_path(model_folder(model, dtype))
     metadata = describe(folder, schedule, dtype, quantize, sampling, batch_size)
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
-        unfinished(target).unlink(missing_ok=True)  # left by a run that was killed right after renaming its answers
-        return Evaluation(pathlib.Path(out), len(asked), 0, time.perf_counter() - began)
+        remove_unfinished(target)  # left by a run that was killed right after renaming its answers
+        return Evaluation(as_path(out), len(asked), 0, time.perf_counter() - began)
     with Journal(target, overwrite) as journal:
         check_answers(journal.path, journal.answers.values(), asked, ids, metadata)
         answered = {n for n, answer_id in enumerate(ids) if answer_id in journal.answers}
@@ -135,7 +137,7 @@ def evaluate(
                     journal.append(_line(asked[n], text, ids[n], folder, metadata) for n, text in new)
                     bar.update(len(new))
         journal.finish(ids)
-    return Evaluation(pathlib.Path(out), len(asked), len(asked) - before, time.perf_counter() - began)
+    return Evaluation(as_path(out), len(asked), len(asked) - before, time.perf_counter() - began)
 
 
 def describe(

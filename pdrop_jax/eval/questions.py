@@ -1,6 +1,7 @@
 """Question files: LLaVA's JSON lines, and its JSON list of conversations (ScienceQA)."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, without_tags
 from pdrop_jax.inputs.images import Picture
 from pdrop_jax.io import inside, parse_json, read_bytes, read_json
+from pdrop_jax.paths import as_path, in_bucket, names_in
 
 MOST_NAMES = 3  # in an error message
 
@@ -49,8 +51,8 @@ def read_questions(
       UserError: the file or an image does not exist, a line is malformed, an id is repeated and is not the name of its
         image, an image lies outside its folder, or tags and images differ in number.
     """
-    folder = pathlib.Path(images)
-    questions = [_question(record, where, folder, outside_images) for where, record in _records(pathlib.Path(path))]
+    folder = as_path(images)
+    questions = [_question(record, where, folder, outside_images) for where, record in _records(as_path(path))]
     if not questions:
         raise UserError(f"{path} holds no questions")
     seen: dict[str, Question] = {}
@@ -151,12 +153,14 @@ def _names_its_picture(question: Question) -> bool:
 
 def _check_pictures(questions: list[Question]) -> None:
     there: dict[str, bool] = {}
+    names = functools.cache(names_in)
     missing = []
     for question in questions:
         for image in question.images:
             name = str(image)
             if name not in there:
-                there[name] = os.path.isfile(name)
+                path = as_path(name)
+                there[name] = path.name in names(path.parent) if in_bucket(path) else os.path.isfile(path)
             if not there[name]:
                 missing.append(f"{name} of question {question.id!r}, {question.where}")
     if missing:

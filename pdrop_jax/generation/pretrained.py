@@ -18,6 +18,7 @@ from pdrop_jax.model.quantization import is_quantized
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.model.tiles import tile
+from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import DropSchedule
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo"  # a small trained model that comes with the package
@@ -69,10 +70,11 @@ def load(
     """
     if folder == DEMO and not DEMO.exists():
         raise UserError("this installation has no demo model: pass the folder of a checkpoint, --model DIR")
+    folder = as_path(folder)
     config, params = load_checkpoint(
-        pathlib.Path(folder), schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
+        folder, schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
     )
-    processor = Processor.load(pathlib.Path(folder), config)
+    processor = Processor.load(folder, config)
     return Model(config, arrange(config, params, mesh), processor, mesh)
 
 

@@ -17,18 +17,27 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 
 NEWLINE = -1  # table entry for the newline vector
 SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tiling.max_tiles allows
 
 
 class ImageSize(NamedTuple):
-    """The space that an image needs in a batch: crops and tokens, and whether the crops are frames of a video."""
+    """The space that an image needs in a batch: crops and tokens, and whether the crops are frames of a video.
+
+    ``texts`` stand around its parts: in front of each of them, and behind the last. They are empty for an image in one
+    part without captions.
+    """
 
     crops: int
     tokens: int
     video: bool = False
+    texts: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> int:
+        """Placeholders that stand for the image."""
+        return max(1, len(self.texts) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +58,10 @@ class ImageTokens:
       positions: (n, 3) int32, time, row and column of each token for M-RoPE, counted from the image's first; else None.
       extent: positions that the image, or each of its parts, takes in its row of tokens.
       captions: if the image stands in the text in several parts of as many tokens, the text in front of each part: the
-        timestamps of a video (Qwen3-VL), and what precedes a picture with crops, or one of them (Gemma 3). Otherwise
-        empty.
+        timestamps of a video (Qwen3-VL), what precedes a picture with crops, or one of them (Gemma 3), and the places
+        of tiles (SmolVLM). Otherwise empty.
+      ending: text behind the last of these parts.
+      grid: rows and columns of the tiles that the crops begin with, if the model tiles in a way of its own.
       is_crop: whether the image is cut from one before it in its row, in whose place in the messages it stands too.
     """
 
@@ -62,6 +73,8 @@ class ImageTokens:
     positions: np.ndarray | None = None
     extent: int = 0
     captions: tuple[str, ...] = ()
+    ending: str = ""
+    grid: tuple[int, int] | None = None
     is_crop: bool = False
 
     def __len__(self) -> int:
@@ -69,7 +82,8 @@ class ImageTokens:
 
     @property
     def size(self) -> ImageSize:
-        return ImageSize(len(self.crops), len(self.index), self.video)
+        texts = (*self.captions, self.ending) if self.captions else ()
+        return ImageSize(len(self.crops), len(self.index), self.video, texts)
 
     @property
     def parts(self) -> int:
@@ -86,13 +100,10 @@ class ImageTokens:
 
 
 def captions_of(images: Iterable[ImageTokens]) -> list[tuple[str, ...]]:
-    """The captions at each place that an image has in the messages: its own, and those of its crops."""
+    """``ImageSize.texts`` at each place that an image has in the messages, with those of its crops."""
     found: list[tuple[str, ...]] = []
     for image in images:
-        if image.is_crop:
-            found[-1] += image.captions
-        else:
-            found.append(image.captions)
+        found.append((*found.pop()[:-1], *image.size.texts) if image.is_crop else image.size.texts)
     return found
 
 
@@ -216,15 +227,13 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     """The sizes that an image in a bucket can have, ascending: (crops, tokens).
 
     The overview alone, then with 1, 2, 4, 8, … tiles up to the largest of the model's resolutions, so that few shapes
-    are compiled. Pictures of any size have the levels of their tower.
+    are compiled. Without LLaVA's tiling, they are the levels of the tower.
     """
-    if isinstance(config.vision, QwenVisionConfig):
-        return config.vision.levels(config.text.max_length)
-    tiling, vision = config.tiling, config.vision
-    tile, side = vision.image_size, vision.patches_a_side
-    alone = (1, config.image_tokens + (tiling is not None))
+    tiling = config.tiling
     if tiling is None:
-        return [alone]
+        return [(crops, n + config.keep_class_token) for crops, n in config.vision.levels(config.text.max_length)]
+    tile, side = config.crop_tower.image_size, config.crop_tower.patches_a_side
+    alone = (1, config.image_tokens + 1)
     grids = [(height // tile, width // tile) for height, width in tiling.pinpoints]
     most = max(rows * columns for rows, columns in grids)
     sizes = [min(1 << n, most) for n in range((most - 1).bit_length() + 1)]
@@ -237,6 +246,11 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
 
     found = {n: [tokens(*grid) for grid in grids if math.prod(grid) <= n] for n in sizes}
     return [alone, *((1 + n, max(sizes)) for n, sizes in found.items() if sizes)]
+
+
+def largest_picture(config: LlavaConfig) -> int:
+    """Tokens of the largest picture of a model whose tower takes crops, as its released processor makes it."""
+    return config.crop_tower.largest_picture or levels(config)[-1][1]
 
 
 @functools.lru_cache(4096)  # a data set has few sizes among many pictures

@@ -8,7 +8,6 @@ import numpy as np
 from pdrop_jax.batch import IGNORE, Batch, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import NEWLINE, ImageTokens
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 
@@ -49,12 +48,13 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
     feature_weight = np.zeros((B, S, T), np.float32)
     image_id = np.zeros((B, S), np.int32)
     length = np.zeros(B, np.int32)
-    crops = np.zeros((B, C, *crop_shape(config)), np.float32)
+    crops = np.zeros((B, C, *config.vision.crop_shape), np.float32)
     layout = positions = None
-    if isinstance(config.vision, QwenVisionConfig):
-        layout = np.zeros((B, C, config.vision.window_patches, config.vision.layout_values), np.int32)
+    if config.vision.layout_values:
+        layout = np.zeros((B, C, config.vision.crop_shape[0], config.vision.layout_values), np.int32)
     if config.text.mrope_sections:
         positions = np.zeros((B, S, 3), np.int32)
+    crop_features = config.vision.crop_features + config.keep_class_token
     query_rows = np.full((B, queries), -1, np.int32)
     labels = np.full((B, S), IGNORE, np.int32) if any(row.labels is not None for row in rows) else None
     for b, row in enumerate(rows):
@@ -67,10 +67,10 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         used = frames = 0
         for m, image in enumerate(row.images, 1):
             index, feature_weight[b, :n][images == m] = image.widened(T)
-            first, features = 0, crop_features(config)
+            first, features = 0, crop_features
             if image.video and config.frame_tokens:
                 first, features = C * features, config.frame_tokens
-            newline = C * (crop_features(config) + config.frame_tokens)
+            newline = C * (crop_features + config.frame_tokens)
             feature_index[b, :n][images == m] = np.where(index == NEWLINE, newline, first + used * features + index)
             crops[b, used : used + len(image.crops)] = image.crops
             if layout is not None and image.layout is not None:
@@ -102,18 +102,6 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         patch_layout=layout,
         positions=positions,
     )
-
-
-def crop_shape(config: LlavaConfig) -> tuple[int, ...]:
-    """The shape of a crop: a square picture (h, w, 3), or a window of patches (U, F)."""
-    if isinstance(config.vision, QwenVisionConfig):
-        return config.vision.window_patches, config.vision.patch_values
-    return config.vision.image_size, config.vision.image_size, 3
-
-
-def crop_features(config: LlavaConfig) -> int:
-    """The number of features that the tower makes of a crop."""
-    return config.vision.window_tokens if isinstance(config.vision, QwenVisionConfig) else config.image_tokens
 
 
 def mrope_positions(row: Row) -> np.ndarray:
@@ -184,7 +172,7 @@ def _query_rows(labels: np.ndarray, image_id: np.ndarray) -> np.ndarray:
 
 
 def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> None:
-    ids, shape, vocab_size = np.asarray(row.ids), crop_shape(config), config.text.vocab_size
+    ids, shape, vocab_size = np.asarray(row.ids), config.vision.crop_shape, config.text.vocab_size
     placeholders = int((ids == IMAGE_PLACEHOLDER).sum())
     text = ids[ids != IMAGE_PLACEHOLDER]
     if not len(ids):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from tokenizers.pre_tokenizers import Metaspace
 
@@ -12,6 +12,7 @@ from pdrop_jax.errors import UserError
 IMAGE_TAG = "<image>"
 IMAGE_PLACEHOLDER = -200  # stands for a whole image in a row of token ids, or for a part of one that has captions
 
+Kind = Literal["image", "video"]
 Turn = tuple[str, str | None]  # question and answer; None is the answer that the model has to generate
 
 
@@ -32,6 +33,24 @@ class Template:
     max_turns: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class ImagePlaces:
+    """What a model's own chat template writes where an image stands.
+
+    Attributes:
+      placeholders: for an image and for a video, a token that stands for all of its tokens. A processor of transformers
+        calls them ``image_token`` and ``video_token``.
+      marks: directly before and after a placeholder; each part of an image with captions has its own.
+      writes_marks: whether the template writes them. Otherwise it writes the placeholder alone, in whose place the
+        processor puts the marks with the image's tokens between them.
+    """
+
+    placeholders: Mapping[Kind, str]
+    marks: tuple[str, str] = ("", "")
+    writes_marks: bool = True
+
+
+LLAVA_PLACES = ImagePlaces({"image": "<image>", "video": "<video>"})
 TEMPLATES = {
     "vicuna_v1": Template(
         first_question=(
@@ -143,13 +162,19 @@ def write_captions(text: str, captions: Sequence[Sequence[str]], place: str = re
     """``text`` in which an image whose parts stand apart is written out: each part's caption, and a place of its own.
 
     Args:
-      captions: of each image in ``text``, of each of its parts; empty for an image in one part.
+      captions: of each image in ``text``, in front of each of its parts and behind the last; empty for an image in one
+        part without captions.
       place: regular expression of what stands for an image.
     """
     if not any(captions):
         return text
     images = iter(captions)
-    return re.sub(place, lambda found: "".join(caption + found[0] for caption in next(images) or ("",)), text)
+
+    def written(found: re.Match[str]) -> str:
+        *before, behind = next(images) or ("", "")
+        return "".join(caption + found[0] for caption in before) + behind
+
+    return re.sub(place, written, text)
 
 
 def without_tags(text: str, tag: str = IMAGE_TAG) -> str:

@@ -13,24 +13,19 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.gemma3 import inputs as gemma3
-from pdrop_jax.families.gemma3.config import GemmaVisionConfig
-from pdrop_jax.families.qwen2_vl import inputs as qwen2_vl
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
-from pdrop_jax.families.qwen3_vl import inputs as qwen3_vl
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
 from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
+from pdrop_jax.inputs.families import FAMILIES
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.io import check_file
+from pdrop_jax.paths import as_path, in_bucket
 
 Encoded = str | os.PathLike | bytes | io.IOBase  # a path or a data: URL, or what a file holds
 Picture = Encoded | Image.Image | np.ndarray
@@ -53,9 +48,7 @@ class Video:
 
 
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
-ImageProcessor: TypeAlias = (
-    CLIPImageProcessorPil | SiglipImageProcessorPil | Tiler | Qwen2VLImageProcessorPil | Gemma3ImageProcessorPil
-)
+ImageProcessor: TypeAlias = Any  # one of these, or what a family's ``load_processor`` returns
 
 MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, so time grows with its square
 
@@ -70,11 +63,9 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
       UserError: the description cannot be read, is neither like CLIP's (resize the short edge, crop the centre) nor
         like SigLIP's (resize both edges), or its crops or tiles do not have the model's sizes.
     """
-    if isinstance(config.vision, QwenVisionConfig):
-        return qwen2_vl.load_processor(folder, config.vision)
-    if isinstance(config.vision, GemmaVisionConfig):
-        return gemma3.load_processor(folder, config.vision)
-    side = config.vision.image_size
+    if family := FAMILIES.get(config.family):
+        return family.load_processor(folder, config)
+    side = config.crop_tower.image_size
     square = {"height": side, "width": side}
     siglip = config.vision.kind == "siglip"
     settings = read_settings(folder) or (
@@ -168,7 +159,7 @@ def _opened(file: Encoded) -> Iterator[Image.Image]:
         opened = _decoded(io.BytesIO(file) if isinstance(file, bytes) else file, "the picture")
     else:
         check_file(file)
-        opened = _decoded(file, str(file))
+        opened = _decoded(as_path(file).open("rb") if in_bucket(file) else file, str(file))
     with opened as image:
         yield image
 
@@ -254,12 +245,23 @@ def measure_size(
     size: Callable[[], tuple[int, int]], processor: ImageProcessor, config: LlavaConfig, *, alone: bool
 ) -> ImageSize:
     """``measure`` by the function ``size``, (height, width) in pixels, which is called only if that matters."""
-    gemma3.check_no_crops(processor)
-    if isinstance(processor, Qwen2VLImageProcessorPil):
-        return qwen2_vl.measure(size(), processor, config)
+    check_no_crops(processor, config)
+    family = FAMILIES.get(config.family)
+    if family and family.measure:
+        return family.measure(size(), processor, config)
     if config.tiling is None or (config.tiling.alone and not alone):
         return ImageSize(*levels(config)[0])
     return ImageSize(*count(size(), config))
+
+
+def check_no_crops(processor: ImageProcessor, config: LlavaConfig) -> None:
+    """Raises UserError if a picture may become several, which data sets and questions in files cannot have."""
+    family = FAMILIES.get(config.family)
+    if family and family.cuts(processor):
+        raise UserError(
+            "pan-and-scan is for prompts only, but a data set takes each picture as one: set do_pan_and_scan to false "
+            "in preprocessor_config.json"
+        )
 
 
 def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig, *, alone: bool = True) -> ImageTokens:
@@ -272,10 +274,8 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     Raises:
       UserError: the image is too narrow to be tiled.
     """
-    if isinstance(processor, Qwen2VLImageProcessorPil):
-        return qwen2_vl.picture_tokens(image, processor, config)
-    if isinstance(processor, Gemma3ImageProcessorPil):
-        return whole(gemma3.pixels(image, processor), config)
+    if family := FAMILIES.get(config.family):
+        return family.picture_tokens(image, processor, config)
     if config.tiling is None:
         return whole(to_crop(image, processor, config.image_aspect), config)
     if config.tiling.alone and not alone:
@@ -284,12 +284,14 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 
 
-def blank(config: LlavaConfig) -> ImageTokens:
-    """A grey picture, the smallest that a model takes."""
-    if isinstance(config.vision, QwenVisionConfig):
-        return qwen2_vl.blank(config.vision)
-    size = config.vision.image_size
-    return whole(np.zeros((size, size, 3), np.float32), config)
+def blank(config: LlavaConfig, parts: int = 1) -> ImageTokens:
+    """A grey picture, the smallest that a model takes; in several ``parts`` it has one token in each."""
+    family = FAMILIES.get(config.family)
+    image = family.blank(config) if family and family.blank else None
+    image = image or whole(np.zeros(config.vision.crop_shape, np.float32), config)
+    if parts == 1:
+        return image
+    return dataclasses.replace(image, index=np.repeat(image.index[:1], parts, axis=0), captions=("",) * parts)
 
 
 def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfig) -> ImageTokens:
@@ -300,11 +302,10 @@ def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfi
     """
     if not video.frames:
         raise UserError("a video needs at least one frame, got none")
-    if isinstance(processor, Qwen2VLImageProcessorPil):
-        family = qwen3_vl if config.vision.kind == "qwen3_vl" else qwen2_vl
+    if family := FAMILIES.get(config.family):
+        if family.video_tokens is None:
+            raise UserError(f"a {config.family} model takes no videos: pass the frames as pictures")
         return family.video_tokens([open_image(frame) for frame in video.frames], video.fps, processor, config)
-    if isinstance(processor, Gemma3ImageProcessorPil):
-        raise UserError("a gemma3 model takes no videos: pass the frames as pictures")
     aspect = "square" if config.tiling else config.image_aspect
     own = plain(processor)
     return pooled(np.stack([to_crop(open_image(frame), own, aspect) for frame in video.frames]), config)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.chat_template import IMAGE_TAG, Turn
+from pdrop_jax.inputs.chat_template import IMAGE_TAG, Kind, Turn
 from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
 from pdrop_jax.inputs.images import Picture, Video, decode_image
 
 Role = Literal["system", "user", "assistant"]
-Kind = Literal["image", "video"]
 Prompt = str | Sequence[Turn] | Sequence[Mapping[str, Any]]
 Opener = Callable[[Any, str], Any]  # makes a picture of what a content names, and of how errors refer to that content
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,38 +18,20 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import (
     IMAGE_PLACEHOLDER,
     IMAGE_TAG,
+    ImagePlaces,
+    Kind,
     check_unicode,
     token_ids,
     without_tags,
     write_captions,
 )
-from pdrop_jax.inputs.messages import Kind, Medium, Message, Role, plural
+from pdrop_jax.inputs.messages import Medium, Message, Role, plural
 from pdrop_jax.inputs.targets import Example, TrainingText, tokenize_chunks
 from pdrop_jax.io import check_file, read_json
 
 OWN = "own"  # LlavaConfig.template of a model that is asked with its own chat template
 PROBE = "PdropProbe"  # a text that no template contains
 JINJA_BYTES = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class ImagePlaces:
-    """What a chat template writes where an image stands.
-
-    Attributes:
-      placeholders: for an image and for a video, a token that stands for all of its tokens. A processor of transformers
-        calls them ``image_token`` and ``video_token``.
-      marks: directly before and after a placeholder; each part of an image with captions has its own.
-      writes_marks: whether the template writes them. Otherwise it writes the placeholder alone, in whose place the
-        processor puts the marks with the image's tokens between them.
-    """
-
-    placeholders: Mapping[Kind, str]
-    marks: tuple[str, str] = ("", "")
-    writes_marks: bool = True
-
-
-LLAVA_PLACES = ImagePlaces({"image": "<image>", "video": "<video>"})
 
 
 def find_chat_template(folder: pathlib.Path) -> str | None:
@@ -109,13 +91,18 @@ class ModelTemplate:
         Args:
           captions: see ``chat_template.write_captions``.
         """
-        before, after = map(re.escape, self.places.marks)
-        text = write_captions(self.render(messages), captions, f"{before}(?:{self._rendered.pattern}){after}")
+        text = write_captions(self.render(messages), captions, self.place)
         check_unicode(text)
         if not self._are_tokens(text):
             return token_ids(self.tokenizer, self._rendered.sub(IMAGE_TAG, text))
         ids = self.tokenizer(text, verbose=False, **self._special(text))["input_ids"]
         return [IMAGE_PLACEHOLDER if i in self._place_ids else i for i in ids]
+
+    @functools.cached_property
+    def place(self) -> str:
+        """Regular expression of what stands for an image in ``render``, with the marks around it."""
+        before, after = map(re.escape, self.places.marks)
+        return f"{before}(?:{self._rendered.pattern}){after}"
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""

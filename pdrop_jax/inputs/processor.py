@@ -3,25 +3,24 @@
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.gemma3 import config as gemma3
-from pdrop_jax.families.gemma3.inputs import crops, cuts, with_captions
-from pdrop_jax.families.qwen2_vl import config as qwen2_vl
 from pdrop_jax.inputs.anyres import ImageTokens, captions_of
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
-from pdrop_jax.inputs.chat_template import TEMPLATES
+from pdrop_jax.inputs.chat_template import LLAVA_PLACES, TEMPLATES
+from pdrop_jax.inputs.families import FAMILIES
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
 from pdrop_jax.inputs.messages import Prompt, read_conversation
-from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ImagePlaces, find_chat_template
+from pdrop_jax.inputs.model_template import OWN, find_chat_template
 from pdrop_jax.inputs.prompts import PromptTemplate, prompt_template
-from pdrop_jax.inputs.tokenizer import load_tokenizer
+from pdrop_jax.inputs.tokenizer import OPENED, load_tokenizer
+from pdrop_jax.io import local_copy
+from pdrop_jax.paths import as_path
 
 Entry = Picture | Video | Sequence[Picture | Video] | None  # the images of a prompt
 
@@ -49,9 +48,9 @@ class Processor:
           UserError: the tokenizer or the chat template is missing or cannot be read; see also
             ``images.load_image_processor``.
         """
-        folder = pathlib.Path(folder)
-        tokenizer, image_processor = load_tokenizer(folder), load_image_processor(folder, config)
-        processor = cls(config, tokenizer, image_processor, find_chat_template(folder))
+        with local_copy(as_path(folder), OPENED) as place:
+            tokenizer, image_processor = load_tokenizer(place), load_image_processor(place, config)
+            processor = cls(config, tokenizer, image_processor, find_chat_template(place))
         processor.prompts()
         return processor
 
@@ -108,22 +107,26 @@ class Processor:
         return self._prompts_named(self.config.template)
 
     def _prompts_named(self, template: str) -> PromptTemplate:
-        return prompt_template(template, self.tokenizer, self.chat_template, _places(self.config))
+        family = FAMILIES.get(self.config.family)
+        places = family.places if family else LLAVA_PLACES
+        return prompt_template(template, self.tokenizer, self.chat_template, places)
 
     def all_tokens(self, images: Sequence[Picture | Video]) -> list[ImageTokens]:
         """``tokens`` of the images of one row; with pan-and-scan each image is followed by its crops."""
-        alone, found = len(images) == 1, list[ImageTokens]()
+        alone, found, family = len(images) == 1, list[ImageTokens](), FAMILIES.get(self.config.family)
         for image in images:
             shown = [image] if isinstance(image, Video) else self.with_crops(image)
-            found += with_captions([self.tokens(picture, alone) for picture in shown])
+            tokens = [self.tokens(picture, alone) for picture in shown]
+            found += family.with_captions(tokens) if family else tokens
         return found
 
     def with_crops(self, image: Picture) -> list[Picture]:
         """An image, followed by its crops if the image processor has pan-and-scan on."""
-        if not cuts(self.image_processor):
+        family = FAMILIES.get(self.config.family)
+        if not family or not family.cuts(self.image_processor):
             return [image]
         whole = open_image(image)
-        return [whole, *crops(whole, self.image_processor)]
+        return [whole, *family.crops(whole, self.image_processor)]
 
     def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
         """The model's input for an image; ``alone`` says whether its row has no other."""
@@ -193,11 +196,3 @@ def as_list(entry: Entry) -> Sequence[Picture | Video]:
     if entry is None:
         return []
     return [entry] if isinstance(entry, Picture | Video) else entry
-
-
-def _places(config: LlavaConfig) -> ImagePlaces:
-    if isinstance(config.vision, qwen2_vl.QwenVisionConfig):
-        return ImagePlaces(qwen2_vl.PLACEHOLDERS, qwen2_vl.MARKS)
-    if isinstance(config.vision, gemma3.GemmaVisionConfig):
-        return ImagePlaces(gemma3.PLACEHOLDERS, gemma3.MARKS, writes_marks=False)
-    return LLAVA_PLACES

@@ -5,11 +5,15 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import (
+    IMAGE_TAG,
+    LLAVA_PLACES,
+    ImagePlaces,
     Turn,
     render,
     template_named,
@@ -18,7 +22,7 @@ from pdrop_jax.inputs.chat_template import (
     write_captions,
 )
 from pdrop_jax.inputs.messages import Message
-from pdrop_jax.inputs.model_template import LLAVA_PLACES, OWN, ImagePlaces, ModelTemplate
+from pdrop_jax.inputs.model_template import OWN, ModelTemplate
 from pdrop_jax.inputs.targets import Example, TrainingText, ends_answers, tokenize, training_text
 
 
@@ -49,6 +53,11 @@ class LlavaTemplate:
           captions: see ``chat_template.write_captions``.
         """
         return token_ids(self.tokenizer, write_captions(self.render(messages), captions))
+
+    @property
+    def place(self) -> str:
+        """Regular expression of what stands for an image in ``render``."""
+        return re.escape(IMAGE_TAG)
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""

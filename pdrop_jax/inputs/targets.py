@@ -13,6 +13,7 @@ that do not add up.
 import bisect
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from pdrop_jax.inputs.chat_template import (
     surplus_bos,
     template_named,
     without_tags,
+    write_captions,
 )
 
 ROLES = ("human", "gpt")  # of questions and of answers
@@ -60,6 +62,22 @@ class Example:
 
     ids: np.ndarray
     labels: np.ndarray
+
+
+def with_captions(text: TrainingText, captions: Sequence[Sequence[str]], place: str) -> TrainingText:
+    """``text`` after ``chat_template.write_captions``; its spans move along."""
+    if not any(captions):
+        return text
+    grown = [
+        (found.end(), len(write_captions(found[0], [texts], place)) - len(found[0]))
+        for found, texts in zip(re.finditer(place, text.text), captions, strict=True)
+    ]
+
+    def moved(offset: int) -> int:
+        return offset + sum(more for end, more in grown if end <= offset)
+
+    spans = [(moved(start), moved(stop)) for start, stop in text.spans]
+    return TrainingText(write_captions(text.text, captions, place), spans)
 
 
 def turns_of(messages: Any, several: bool = False) -> list[Turn]:

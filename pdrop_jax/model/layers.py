@@ -19,6 +19,7 @@ from pdrop_jax.model.specs import Params
 from pdrop_jax.sharding import constrain
 
 HIDDEN = ("batch", "sequence", None)
+QK_NORM_EPS = 1e-6  # of a vision tower, whatever its other norms have (InternViT)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
 
@@ -118,28 +119,35 @@ def gated_mlp(params: Params, x: jax.Array, activation: Literal["silu", "gelu_ta
 
 
 def vision_embedding(config: VisionConfig, params: Params, pixels: jax.Array) -> jax.Array:
-    """Patches and positions, for CLIP with a class token and a norm. (P, h, w, 3) -> (P, T, D)."""
+    """Patches and positions, for CLIP and InternViT behind a class token. (P, h, w, 3) -> (P, T, D)."""
     strides = (config.patch_size, config.patch_size)
     patches = jax.lax.conv_general_dilated(
         pixels, params["patch"]["kernel"], strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     P, _, _, D = patches.shape
     tokens = patches.reshape(P, -1, D)
-    if config.kind == "siglip":
-        return tokens + params["patch"]["bias"] + params["position"]
-    class_token = jnp.broadcast_to(params["class_token"], (P, 1, D))
-    return layer_norm(
-        params["norm"], jnp.concatenate([class_token, tokens], axis=1) + params["position"], config.norm_eps
-    )
+    if "bias" in params["patch"]:
+        tokens = tokens + params["patch"]["bias"]
+    if config.class_tokens:
+        tokens = jnp.concatenate([jnp.broadcast_to(params["class_token"], (P, 1, D)), tokens], axis=1)
+    tokens = tokens + params["position"]
+    return layer_norm(params["norm"], tokens, config.norm_eps) if "norm" in params else tokens
 
 
 def vision_layer(config: VisionConfig, params: Params, x: jax.Array, implementation: Implementation) -> jax.Array:
-    """A CLIP or SigLIP encoder layer: pre-norm, full attention. (P, T, D) -> (P, T, D)."""
-    h = layer_norm(params["attention_norm"], x, config.norm_eps)
+    """A layer of a vision transformer: pre-norm, full attention. (P, T, D) -> (P, T, D)."""
+    norm = rms_norm if config.rms_norm else layer_norm
+    h = norm(params["attention_norm"], x, config.norm_eps)
     q, k, v = (linear(params["attention"][name], h) for name in "qkv")
-    out = attention(q, k, v, causal=False, implementation=implementation)
-    x = x + linear(params["attention"]["o"], out, inputs=2)
-    return x + vision_mlp(config, params["mlp"], layer_norm(params["mlp_norm"], x, config.norm_eps))
+    if config.qk_norm:
+        q, k = (
+            rms_norm(params["attention"][f"{name}_norm"], y.reshape(x.shape), QK_NORM_EPS).reshape(y.shape)
+            for name, y in (("q", q), ("k", k))
+        )
+    out = linear(params["attention"]["o"], attention(q, k, v, causal=False, implementation=implementation), inputs=2)
+    x = x + (out * params["attention_scale"]["scale"] if config.layer_scale else out)
+    out = vision_mlp(config, params["mlp"], norm(params["mlp_norm"], x, config.norm_eps))
+    return x + (out * params["mlp_scale"]["scale"] if config.layer_scale else out)
 
 
 def vision_mlp(config: VisionConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -154,7 +162,7 @@ def activate(activation: Activation, x: jax.Array) -> jax.Array:
 
 def projector(params: Params, x: jax.Array) -> jax.Array:
     """Vision features to token embeddings: linear layers with GELU between them. (P, T, D_vision) -> (P, T, D)."""
-    for n in range(len(params)):
+    for n in range(sum(name.startswith("linear_") for name in params)):
         x = linear(params[f"linear_{n}"], jax.nn.gelu(x, approximate=False) if n else x)
     return x
 

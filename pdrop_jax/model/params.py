@@ -18,19 +18,30 @@ import functools
 import math
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.families.gemma3 import params as gemma3
-from pdrop_jax.families.gemma3.config import GemmaVisionConfig
+from pdrop_jax.families.internvl import params as internvl
 from pdrop_jax.families.qwen2_vl import params as qwen2_vl
+from pdrop_jax.families.smolvlm import params as smolvlm
 from pdrop_jax.model.specs import Params as Params
 from pdrop_jax.model.specs import ParamSpec as ParamSpec
 from pdrop_jax.model.specs import Specs, attention_specs, linear_specs, norm_specs
+from pdrop_jax.model.vision_specs import crop_tower_specs
+
+# LlavaConfig.family -> the declarations of its tower and projector, in place of ``crop_tower_specs``.
+FAMILIES: dict[str, Callable[[LlavaConfig], Specs]] = {
+    "gemma3": gemma3.specs,
+    "internvl": internvl.specs,
+    **dict.fromkeys(("smolvlm", "idefics3"), smolvlm.specs),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), qwen2_vl.specs),
+}
 
 
 def decoder_layer_specs(config: TextConfig) -> Specs:
@@ -51,42 +62,6 @@ def decoder_layer_specs(config: TextConfig) -> Specs:
     }
 
 
-def vision_layer_specs(config: VisionConfig) -> Specs:
-    D, N, H, F = config.hidden_size, config.num_heads, config.head_dim, config.intermediate_size
-    return {
-        "attention_norm": norm_specs(D, "vision", bias=True),
-        "attention": attention_specs(D, N, N, H, "vision", heads=None, qkv_bias=True, output_bias=True),
-        "mlp_norm": norm_specs(D, "vision", bias=True),
-        "mlp": {
-            "up": linear_specs((D, F), ("model", None), "vision", bias=True),
-            "down": linear_specs((F, D), (None, "model"), "vision", bias=True),
-        },
-    }
-
-
-def vision_embedding_specs(config: VisionConfig) -> Specs:
-    D, P, clip = config.hidden_size, config.patch_size, config.kind == "clip"
-    slots = config.class_tokens + config.num_patches
-    specs = {
-        "patch": linear_specs((P, P, 3, D), (None, None, None, "model"), "vision", inputs=(0, 1, 2), bias=not clip),
-        "position": ParamSpec((slots, D), (None, "model"), "embedding", "vision"),
-    }
-    if clip:
-        specs["class_token"] = ParamSpec((D,), (None,), "embedding", "vision")
-        specs["norm"] = norm_specs(D, "vision", bias=True)
-    return specs
-
-
-def projector_specs(vision_size: int, D: int, num_layers: int) -> Specs:
-    """Layers alternate between the two ways to shard a matrix, so that what one leaves sharded the next sums over."""
-
-    def layer(n: int) -> Specs:
-        axes = ("mlp", "model") if n % 2 else ("model", "mlp")
-        return linear_specs((D if n else vision_size, D), axes, "projector", bias=True)
-
-    return {f"linear_{n}": layer(n) for n in range(num_layers)}
-
-
 @functools.cache
 def param_specs(config: LlavaConfig) -> Specs:
     """The declaration of every array, as a nested dict. Not to be changed: it is made once for each config."""
@@ -97,23 +72,15 @@ def param_specs(config: LlavaConfig) -> Specs:
 
     ranges = config.schedule.layer_ranges(config.text.num_layers)
     decoder_layer = decoder_layer_specs(config.text)
-    if isinstance(config.vision, VisionConfig):
-        embed, layer = vision_embedding_specs(config.vision), vision_layer_specs(config.vision)
-        projector = projector_specs(config.vision.hidden_size, D, config.projector_layers)
-    else:
-        embed, layer = qwen2_vl.embedding_specs(config.vision), qwen2_vl.layer_specs(config.vision)
-        projector = qwen2_vl.merger_specs(config.vision, D)
-    if isinstance(config.vision, GemmaVisionConfig):
-        projector = gemma3.projector_specs(config.vision, D)
+    tower = FAMILIES.get(config.family, crop_tower_specs)(config)
+    vision = dict(tower["vision"])
     specs: Specs = {
-        "vision": {"embed": embed, "layers": stack(layer, config.vision_layers)},
-        "projector": projector,
+        "vision": {"embed": vision.pop("embed"), "layers": stack(vision.pop("layer"), config.vision_layers), **vision},
+        "projector": tower["projector"],
         "embed": {"embedding": ParamSpec((V, D), ("vocab", "model"), "embedding", "llm")},
         "stages": {str(s): stack(decoder_layer, stop - start) for s, (start, stop) in enumerate(ranges)},
         "norm": norm_specs(D, "llm", plus_one=config.text.norm_plus_one),
     }
-    if isinstance(config.vision, GemmaVisionConfig):
-        specs["vision"]["norm"] = gemma3.last_norm_specs(config.vision)
     if config.tiling:
         specs["newline"] = {"embedding": ParamSpec((D,), (None,), "embedding", "llm")}
     if not config.text.tie_embeddings:

@@ -25,7 +25,7 @@ def rope_tables(config: TextConfig, positions: jax.Array, local: bool = False) -
     inverse = 1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     if scaling is not None and scaling.kind == "linear":
         inverse = inverse / scaling.factor
-    elif scaling is not None:
+    elif scaling is not None and scaling.kind == "llama3":
         # Long wavelengths are stretched by the factor, short ones are kept, those between are blended (Llama 3.1).
         turns = scaling.original_max_length * inverse / (2 * jnp.pi)
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

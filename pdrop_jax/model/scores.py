@@ -200,4 +200,6 @@ def find_score(config: LlavaConfig) -> TokenScore:
         raise UserError(f"score {name!r} needs the layer before a drop, and there is none before layer 0")
     if score.class_attention and not config.vision.class_tokens:
         raise UserError(f"score {name!r} needs a class token, and a {config.vision.kind} tower has none")
+    if score.class_attention and config.family != "LLaVA":
+        raise UserError(f"score {name!r} needs a token for each patch, and an {config.family} model merges patches")
     return score

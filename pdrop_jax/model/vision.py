@@ -1,16 +1,17 @@
 """Pictures to token embeddings: the vision tower up to the selected hidden state, then the projector."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pdrop_jax.batch import Batch
-from pdrop_jax.config import Implementation, LlavaConfig, Remat
-from pdrop_jax.families.gemma3.config import GemmaVisionConfig
+from pdrop_jax.config import Implementation, LlavaConfig, Remat, VisionConfig
 from pdrop_jax.families.gemma3.tower import soft_tokens
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
+from pdrop_jax.families.internvl import tower as internvl
 from pdrop_jax.families.qwen2_vl.tower import patch_features
+from pdrop_jax.families.smolvlm import tower as smolvlm
 from pdrop_jax.model.layers import (
     layer_norm,
     layer_of,
@@ -23,6 +24,15 @@ from pdrop_jax.model.layers import (
 )
 from pdrop_jax.model.params import Params
 from pdrop_jax.sharding import constrain
+
+# LlavaConfig.family -> from the last hidden state of its crops to their tokens, in place of LLaVA's projector.
+CROP_TOKENS: dict[str, Callable[[LlavaConfig, Params, jax.Array], jax.Array]] = {
+    "gemma3": soft_tokens,
+    "internvl": internvl.tile_tokens,
+    **dict.fromkeys(("smolvlm", "idefics3"), smolvlm.tile_tokens),
+}
+# LlavaConfig.family -> the features of patches, for a tower that takes no square crops.
+PATCH_FEATURES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), patch_features)
 
 
 def vision_features(
@@ -77,11 +87,10 @@ def tower_features(
     With ``class_attention`` also as many numbers (B, P, 1), see ``image_features``.
     """
     crops = jnp.asarray(batch.crops)
-    if isinstance(config.vision, QwenVisionConfig):
+    if not isinstance(config.vision, VisionConfig):
         assert batch.patch_layout is not None
-        return patch_features(
-            config.vision, params, crops, jnp.asarray(batch.patch_layout), implementation, remat
-        ), None
+        layout, features = jnp.asarray(batch.patch_layout), PATCH_FEATURES[config.family]
+        return features(config.vision, params, crops, layout, implementation, remat), None
     return image_features(config, params, crops, implementation, remat, class_attention)
 
 
@@ -120,8 +129,8 @@ def image_features(
         parts = jnp.split(x, [config.image_tokens], axis=1)
         return jnp.concatenate([part.reshape(B, C * part.shape[1], part.shape[2]) for part in parts], axis=1)
 
-    if isinstance(config.vision, GemmaVisionConfig):
-        return constrain(by_row(soft_tokens(config.vision, params, x)), "batch", None, None), None
+    if tokens := CROP_TOKENS.get(config.family):
+        return constrain(by_row(tokens(config, params, x)), "batch", None, None), None
     x = by_row(projector(params["projector"], pool(x)))
     attention = None if attention is None else by_row(pool(attention[..., None]))
     if config.tiling:

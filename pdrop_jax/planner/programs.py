@@ -15,11 +15,9 @@ from pdrop_jax.analysis.cost import decode_macs, prefill_macs, training_macs
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.generation.engine import State, decode, start
 from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.assemble import crop_shape
 from pdrop_jax.model import cache
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.model.placement import abstract
@@ -195,18 +193,18 @@ def abstract_batch(config: LlavaConfig, mesh: Mesh, bucket: Bucket, rows: int, t
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
     S, T = bucket.slots, config.features_per_token
-    layout = config.vision.layout_values if isinstance(config.vision, QwenVisionConfig) else None
+    crop, layout = config.vision.crop_shape, config.vision.layout_values
     return Batch(
         token_ids=leaf(S),
         feature_index=leaf(S, T),
         image_id=leaf(S),
         length=leaf(),
-        crops=leaf(bucket.crops, *crop_shape(config), dtype=jnp.float32),
+        crops=leaf(bucket.crops, *crop, dtype=jnp.float32),
         query_rows=leaf(QUERIES if training else 1),
         labels=leaf(S) if training else None,
         bucket=bucket,
         feature_weight=leaf(S, T, dtype=jnp.float32) if T > 1 else None,
-        patch_layout=leaf(bucket.crops, crop_shape(config)[0], layout) if layout else None,
+        patch_layout=leaf(bucket.crops, crop[0], layout) if layout else None,
         positions=leaf(S, 3) if config.text.mrope_sections else None,
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -140,7 +141,7 @@ def test_companions_travel_along(saved, params, tmp_path):
         (saved / name).write_text(name)
     checkpoint.save(tmp_path / "out", CONFIG, params, companions=saved)
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"config.json", "params", "sizes.json", "checksums.json", *names} - {"notes.txt"}
+    assert found == {"config.json", "params", "arrays.json", "sizes.json", "checksums.json", *names} - {"notes.txt"}
 
 
 def linked(folder, name, target):
@@ -223,7 +224,7 @@ def test_a_failed_save_leaves_nothing(params, tmp_path, monkeypatch):
     def full(*_args):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand details")
 
-    monkeypatch.setattr(ocp.partial, "finalize", full)
+    monkeypatch.setattr(ocp, "save", full)
     with pytest.raises(OSError, match=r"No space left on device$"):
         checkpoint.save(tmp_path / "out", CONFIG, params)
     assert not list(tmp_path.iterdir())
@@ -255,8 +256,9 @@ def test_each_array_is_gone_when_the_next_is_made(tmp_path, monkeypatch):
         return x
 
     storage.write(tmp_path, ((f"stages.{n}.scale", array(n)) for n in range(4)))
-    found = ocp.load(tmp_path / "params")
-    assert [x["scale"][0, 0] for x in found["stages"].values()] == [0, 1, 2, 3]
+    found = [ocp.load(tmp_path / "params" / str(n)) for n in range(4)]
+    assert [x["stages"][str(n)]["scale"][0, 0] for n, x in enumerate(found)] == [0, 1, 2, 3]
+    assert list(storage.stored(tmp_path)) == [f"stages.{n}.scale" for n in range(4)]
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
@@ -270,7 +272,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("pattern", ["manifest.ocdbt", "_METADATA", "d/*"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut short"])
 def test_damaged_files_are_named(damage, pattern, saved):
-    file = next(path for path in (saved / "params" / "state").glob(pattern) if path.is_file())
+    file = next(path for path in (saved / "params" / "0" / "state").glob(pattern) if path.is_file())
     if damage == "gone":
         file.unlink()
     else:
@@ -283,7 +285,7 @@ def test_damaged_files_are_named(damage, pattern, saved):
 
 
 def test_what_orbax_cannot_read_is_one_line(saved, capfd):
-    metadata = saved / "params" / "state" / "_METADATA"
+    metadata = saved / "params" / "0" / "state" / "_METADATA"
     metadata.write_bytes(b"x" * metadata.stat().st_size)
     with pytest.raises(
         UserError, match=r"the arrays in .* cannot be read \(.*\): convert the checkpoint again"
@@ -353,3 +355,12 @@ def test_what_cannot_be_quantized(saved, params, tmp_path):
         checkpoint.load(saved, quantize="int4")
     with pytest.raises(UserError, match="are quantized, which a checkpoint cannot hold"):
         checkpoint.save(tmp_path / "int8", CONFIG, quantize_decoder(CONFIG, params))
+
+
+def test_arrays_of_the_first_release_are_all_in_one_place(params, tmp_path):
+    checkpoint.save(tmp_path / "new", CONFIG, params)
+    shutil.copytree(tmp_path / "new" / "params" / "0", tmp_path / "old" / "params")
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
+    sizes = json.loads((tmp_path / "new" / "sizes.json").read_text())
+    (tmp_path / "old" / "sizes.json").write_text(json.dumps({k.replace("/0/", "/", 1): v for k, v in sizes.items()}))
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(tmp_path / "old")[1], params)

@@ -162,7 +162,7 @@ def test_unused_tensors_are_verified(tmp_path):
     assert len(damaged) - refused <= len('"format":"pt","checksums.json":')
 
 
-@pytest.mark.parametrize("name", ["params.safetensors", "sizes.json", "checksums.json", "config.json"])
+@pytest.mark.parametrize("name", ["params.safetensors", "arrays.json", "sizes.json", "checksums.json", "config.json"])
 def test_a_fifo_is_not_waited_for(name, whole, tmp_path):
     folder, _ = whole
     source = folder / ("single" if name == "params.safetensors" else "folder")

@@ -1,57 +1,17 @@
-"""The ``pdrop`` command in the process of the tests."""
+"""A Hub for the ``pdrop`` command."""
 
-import dataclasses
 import json
 import os
 import pathlib
 import shutil
-import sys
 import time
-from collections.abc import Callable
 
 import huggingface_hub
 import pytest
 from hub_server import serve
 
-from pdrop_jax.cli import main
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TOKENIZER = pathlib.Path(__file__).parents[2] / "examples" / "tiny_tokenizer"
-
-
-@dataclasses.dataclass
-class Result:
-    code: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def pdrop(monkeypatch, capfd) -> Callable[..., Result]:
-    """Runs the command in this process, which has compiled the model already; see also ``test_a_real_process``."""
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["pdrop", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return Result(int(end.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def fails(pdrop) -> Callable[..., str]:
-    """Runs the command and gives the one line that a user's mistake prints: exit code 2, nothing on stdout."""
-
-    def run(*args: object) -> str:
-        result = pdrop(*args)
-        assert result.code == 2, result
-        assert result.stdout == ""
-        (line,) = result.stderr.strip().splitlines()
-        return line
-
-    return run
 
 
 @pytest.fixture

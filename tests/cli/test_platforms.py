@@ -29,12 +29,19 @@ def test_when_jax_is_told_to_use_the_cpu(monkeypatch, libtpu, tpu, plugin, befor
     assert environ == after
 
 
-def test_an_answer_without_settings_prints_nothing_else():
+def test_an_answer_without_settings_prints_nothing_else(tmp_path):
+    """And its programs are kept: the second answer finds all of them in the cache."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    environ["PDROP_CACHE"] = str(tmp_path)
     command = [*PDROP, "generate", "--prompt", "Hi", "--max-new-tokens", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environ)
-    assert result.stderr == ""
-    assert len(result.stdout.splitlines()) == 1
+    kept = []
+    for _ in range(2):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environ)
+        assert result.stderr == ""
+        assert len(result.stdout.splitlines()) == 1
+        kept.append(sorted(os.listdir(tmp_path / "compilation")))
+    assert len(kept[0]) > 1
+    assert kept[0] == kept[1]
 
 
 def test_the_version():

@@ -181,7 +181,7 @@ def full(*_args, **_kwargs):
 @pytest.mark.parametrize("step", ["arrays", "unused", "config"])
 def test_a_full_disk_leaves_nothing_behind(step, hf, tmp_path, monkeypatch):
     where = {
-        "arrays": (storage.ocp.partial, "finalize"),
+        "arrays": (storage.ocp, "save"),
         "unused": (importer, "write_safetensors"),
         "config": (importer.LlavaConfig, "save"),
     }

@@ -275,7 +275,7 @@ def test_files_travel_along(hf, tmp_path):
     summary = convert(hf, tmp_path / "out")
     assert summary.has_tokenizer
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    arrays = {"params", "sizes.json", "checksums.json", "unused.safetensors", "source.json"}
+    arrays = {"params", "arrays.json", "sizes.json", "checksums.json", "unused.safetensors", "source.json"}
     assert found == {*names, "preprocessor_config.json", "config.json", *arrays}
     assert summary.config.image_aspect == "pad"
 

@@ -185,7 +185,8 @@ def test_companions_come_from_their_part(parts, tmp_path):
     edit_json(parts / "llm" / "generation_config.json", eos_token_id=[5, 7])
     config, _ = join(parts, tmp_path / "out", template="llava_llama_2", schedule=DropSchedule((1,), (0.5,)))
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    arrays = {"config.json", "params", "sizes.json", "checksums.json", "unused.safetensors", "source.json"}
+    arrays = {"config.json", "params", "arrays.json", "sizes.json", "checksums.json", "source.json"}
+    arrays.add("unused.safetensors")
     assert found - arrays == {"tokenizer.model", "generation_config.json", "preprocessor_config.json"}
     assert (config.eos_token_ids, config.template) == ((5, 7), "llava_llama_2")
     assert config.schedule == DropSchedule((1,), (0.5,), "dense")

@@ -3,6 +3,7 @@
 import pytest
 import tiny_gemma
 import tiny_qwen
+import tiny_tiles
 
 from pdrop_jax.convert.importer import convert
 
@@ -14,6 +15,18 @@ def folders(tmp_path_factory):
     found = {}
     for kind in tiny_qwen.KINDS:
         theirs = tiny_qwen.save(kind, root / kind)
+        convert(theirs, root / f"{kind}-ours")
+        found[kind] = theirs, root / f"{kind}-ours"
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiles(tmp_path_factory):
+    """kind -> (the folder of transformers, the converted one)."""
+    root = tmp_path_factory.mktemp("tiles")
+    found = {}
+    for kind in tiny_tiles.KINDS:
+        theirs = tiny_tiles.save(kind, root / kind)
         convert(theirs, root / f"{kind}-ours")
         found[kind] = theirs, root / f"{kind}-ours"
     return found

@@ -10,9 +10,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, LLAVA_PLACES, ImagePlaces
 from pdrop_jax.inputs.messages import read_conversation
-from pdrop_jax.inputs.model_template import LLAVA_PLACES, ImagePlaces, ModelTemplate, find_chat_template
+from pdrop_jax.inputs.model_template import ModelTemplate, find_chat_template
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 # What llava-hf/llava-1.5-7b-hf ships: images first, no system prompt, no end of an answer.

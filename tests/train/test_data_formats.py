@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import random
 import shutil
+import sys
 import tarfile
 import zipfile
 
@@ -186,6 +187,15 @@ def test_files_of_other_kinds_are_named(tmp_path, kind):
     assert FOREIGN[kind] in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("parquet", "pyarrow.parquet", "parquet"), ("packed_json", "grain", "train")]
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(folder, monkeypatch, name, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"which is not installed: pip install 'pdrop-jax\[{extra}\]'$"):
+        opened(folder[1][name][0])
 
 
 # --- damage

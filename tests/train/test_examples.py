@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import ImageSize
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, TEMPLATES, render, token_ids
 from pdrop_jax.inputs.prompts import LlavaTemplate
 from pdrop_jax.inputs.targets import Example, ends_answers, tokenize, training_text, turns_of
@@ -289,25 +290,41 @@ def test_a_record_of_several_pictures(find):
         read_example(two | {"conversations": messages("<image><image>", "b")}, PLAIN, find)
 
 
+def sizes(*tokens):
+    return [ImageSize(1, n) for n in tokens]
+
+
 def test_rows_are_cut_where_the_expanded_row_ends():
     ids = np.array([1, IMAGE_PLACEHOLDER, 7, 8, 9], np.int32)
     example = Example(ids, np.array([IGNORE, IGNORE, IGNORE, 8, 9], np.int32))
-    assert fit(example, 8, [4], "skip") is example
-    cut = fit(example, 7, [4], "truncate")
+    assert fit(example, 8, sizes(4), "skip") == (example, 1)
+    cut, _ = fit(example, 7, sizes(4), "truncate")
     assert cut.ids.tolist() == [1, IMAGE_PLACEHOLDER, 7, 8]
     assert cut.labels.tolist() == [IGNORE, IGNORE, IGNORE, 8]
     with pytest.raises(InvalidRecord, match="no target"):
-        fit(example, 6, [4], "truncate")
+        fit(example, 6, sizes(4), "truncate")
     with pytest.raises(InvalidRecord, match="too long"):
-        fit(example, 7, [4], "skip")
+        fit(example, 7, sizes(4), "skip")
 
 
 def test_an_image_that_is_cut_goes_altogether():
     example = Example(np.array([1, 7, 8, IMAGE_PLACEHOLDER, 9]), np.array([IGNORE, 7, 8, IGNORE, 9]))
-    assert fit(example, 5, [4], "truncate").ids.tolist() == [1, 7, 8]
+    assert fit(example, 5, sizes(4), "truncate")[0].ids.tolist() == [1, 7, 8]
     two = Example(np.array([IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER, 9]), np.array([IGNORE, 7, IGNORE, 9]))
-    assert fit(two, 8, [3, 4], "truncate").ids.tolist() == [IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER]
-    assert fit(two, 7, [3, 4], "truncate").ids.tolist() == [IMAGE_PLACEHOLDER, 7]
+    assert fit(two, 8, sizes(3, 4), "truncate")[0].ids.tolist() == [IMAGE_PLACEHOLDER, 7, IMAGE_PLACEHOLDER]
+    assert fit(two, 7, sizes(3, 4), "truncate")[0].ids.tolist() == [IMAGE_PLACEHOLDER, 7]
+
+
+def test_an_image_in_parts_goes_with_all_of_them():
+    """Two tiles of three tokens each, with a text before each of them."""
+    ids = np.array([7, 8, 1, IMAGE_PLACEHOLDER, 2, IMAGE_PLACEHOLDER, 3, 9])
+    example = Example(ids, np.where(np.arange(8) == 7, 9, np.where(np.arange(8) == 1, 8, IGNORE)))
+    tiles = [ImageSize(2, 6, texts=("a", "b", "c"))]
+    assert fit(example, 12, tiles, "skip")[1] == 1
+    for room in (6, 9):  # the second tile is cut, or the first
+        cut, left = fit(example, room, tiles, "truncate")
+        assert (cut.ids.tolist(), left) == ([7, 8, 1], 0)
+    assert fit(example, 10, tiles, "truncate")[1] == 1
 
 
 def test_a_target_that_nothing_predicts_is_none():

@@ -18,7 +18,17 @@ import jax
 import numpy as np
 import pytest
 from command import PDROP
-from tiny_run import arrays_of, events, losses, recipe_in, write_data, write_start
+from tiny_run import (
+    arrays_of,
+    evaluation_in,
+    events,
+    losses,
+    recipe_in,
+    scalars,
+    write_data,
+    write_questions,
+    write_start,
+)
 
 from pdrop_jax import checkpoint
 from pdrop_jax.train.result import model_of
@@ -82,7 +92,8 @@ def same(one, other):
 
 def test_a_run_that_is_killed_twenty_times_ends_the_same(folder):
     """Killed at a random moment of a step or as soon as a save has begun, wherever the run then is."""
-    recipe = {"run_steps": 120, "run_save_every": 3}
+    validation = {"validation_conversations": str(folder / "data/data.json"), "validation_every": 30}
+    recipe = {"run_steps": 120, "run_save_every": 3, **validation}
     finish(begin(folder, "whole", **recipe))
     rng = random.Random(0)
     run, kills, while_saving = folder / "killed", 0, 0
@@ -105,7 +116,9 @@ def test_a_run_that_is_killed_twenty_times_ends_the_same(folder):
     assert while_saving >= 5
     said = finish(begin(folder, "killed", **recipe))
     assert "is damaged" not in said
-    assert losses(run) == losses(folder / "whole")
+    assert "programs    0 compiled, " in said  # a restarted run finds all of them in the cache
+    assert scalars(run) == scalars(folder / "whole")
+    assert len([line for line in scalars(run) if line.get("event") == "validation"]) == 4
     same(run, folder / "whole")
 
 
@@ -191,7 +204,9 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     said = finish(begin(folder, "full", limit=100_000, **recipe), code=2)
     assert len([line for line in said.splitlines() if line.startswith("pdrop train:")]) == 1
     assert "Traceback" not in said
-    assert [line.split()[0] for line in said.splitlines()] == [*SAID, "resumed", "pdrop"]  # no word of anybody else
+    words = [line.split()[0] for line in said.splitlines()]
+    steps = ["step"] * words.count("step")
+    assert words == [*SAID, "resumed", "compiling", "compiling", *steps, "pdrop"]  # no word of anybody else
     assert "cannot be written" in said
     assert "free disk space and run the same command again" in said
     assert (folder / "full/checkpoints/2").exists()
@@ -210,12 +225,20 @@ def begin_two(folder, name, **changes):
 
 
 def test_two_processes_are_one_with_the_same_batch(folder):
-    finish(begin(folder, "one", run_grad_accum_steps=2))
-    for process in begin_two(folder, "two", run_grad_accum_steps=2):
+    write_questions(folder)
+    checks = {"validation_conversations": str(folder / "data/data.json"), **evaluation_in(folder)}
+    finish(begin(folder, "one", run_grad_accum_steps=2, **checks))
+    for process in begin_two(folder, "two", run_grad_accum_steps=2, **checks):
         finish(process)
     one, two = losses(folder / "one"), losses(folder / "two")
     assert [step for step, _ in one] == [step for step, _ in two]
     np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-5)
+    names = ("validation_loss", "validation_targets", "gqa_accuracy")
+    results = [{n: x[n] for x in scalars(folder / run) for n in names if n in x} for run in ("one", "two")]
+    assert set(results[0]) == set(names)
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    answers = [(folder / run / "evaluation/6.jsonl").read_text() for run in ("one", "two")]
+    assert answers[0] == answers[1]
     finish(begin(folder, "two", run_grad_accum_steps=2))  # and goes on as one: it has nothing left to do
 
 

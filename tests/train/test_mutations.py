@@ -12,8 +12,9 @@ import pytest
 from tiny_run import recipe_in, write_data, write_start
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.train.log_file import read_line
 from pdrop_jax.train.loop import open_job
-from pdrop_jax.train.progress import Progress, read_line
+from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.recipe import Recipe, load_recipe
 from pdrop_jax.train.step import Metrics
 
@@ -126,7 +127,7 @@ def test_a_recipe_with_another_part_is_refused(folder, tmp_path, part):
     recipe = dataclasses.asdict(recipe_in(folder))
     for name, value in VALUES.items():
         found = loaded(tmp_path / "recipe.json", {**recipe, part: value} if part else value)
-        if part in ("optimizer", "mesh") and value == {}:  # they have a default for every key
+        if part not in ("", "model", "data", "run") and value == {}:  # they have a default for every key
             assert isinstance(found, Recipe)
         else:
             assert isinstance(found, str), name
@@ -187,11 +188,11 @@ LINES = [
     b'{"step": ' + b"9" * 10_000 + b"}",
     bytes(300),
 ]
-METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), *map(jnp.int32, (7, 100, 0, 0)))
+METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), *map(jnp.int32, (7, 100, 3, 0, 0)))
 
 
 def written_log(folder, steps=6):
-    with Progress(folder, 0, steps, 1) as log:
+    with Progress(folder, 0, steps, recipe_in(folder)) as log:
         for number in range(1, steps + 1):
             log.step(number, METRICS, 1e9, 0.25, Counter(corrupt=1))
     return (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
@@ -199,7 +200,7 @@ def written_log(folder, steps=6):
 
 def kept_and_moved(folder, first=4):
     """The lines of a log that is resumed, and those that were set aside."""
-    with Progress(folder, first, 6, 1):
+    with Progress(folder, first, 6, recipe_in(folder)):
         pass
     aside = folder / "log.damaged.jsonl"
     moved = aside.read_bytes().splitlines(keepends=True) if aside.exists() else []
@@ -209,6 +210,7 @@ def kept_and_moved(folder, first=4):
 
 def test_damaged_lines_of_a_log_are_set_aside(tmp_path, capsys):
     whole = written_log(tmp_path)
+    capsys.readouterr()
     for at in (0, 2, 6):
         for damaged in LINES:
             (tmp_path / "log.jsonl").write_bytes(b"".join([*whole[:at], damaged + b"\n", *whole[at:]]))
@@ -216,7 +218,7 @@ def test_damaged_lines_of_a_log_are_set_aside(tmp_path, capsys):
             assert capsys.readouterr().err == (
                 f"warning: moved damaged lines of {tmp_path}/log.jsonl to log.damaged.jsonl in the same folder: 1\n"
             )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "tensorboard"]
 
 
 def test_no_bit_of_a_log_stops_a_resume(tmp_path):

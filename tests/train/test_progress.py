@@ -11,13 +11,15 @@ from collections import Counter
 
 import jax.numpy as jnp
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import recipe_in
 
 from pdrop_jax.checkpoint import storage
-from pdrop_jax.train import progress
+from pdrop_jax.train import progress, timing, writers
 from pdrop_jax.train.progress import Progress
 from pdrop_jax.train.step import Metrics
 
-METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), jnp.int32(7), jnp.int32(100), jnp.int32(0), jnp.int32(0))
+METRICS = Metrics(jnp.float32(2.5), jnp.float32(1.5), *map(jnp.int32, (7, 100, 3, 0, 0)))
 
 
 def lines(folder):
@@ -25,7 +27,7 @@ def lines(folder):
 
 
 def run(folder, first, last, every=1, steps=9):
-    with Progress(folder, first, steps, every) as log:
+    with Progress(folder, first, steps, recipe_in(folder, run_log_every=every)) as log:
         for number in range(first + 1, last + 1):
             log.step(number, METRICS, 1e9, 0.25, Counter(corrupt=1))
         log.event("saved", last)
@@ -45,6 +47,7 @@ def test_a_line_of_several_steps_counts_them_all(tmp_path):
     assert (four["step"], six["step"]) == (4, 6)
     assert (four["invalid"], six["invalid"]) == ({"corrupt": 4}, {"corrupt": 2})
     assert four["tokens_per_second"] == pytest.approx(400 / four["seconds"])
+    assert four["pictures_per_second"] == pytest.approx(12 / four["seconds"])
     assert "mfu" not in four
 
 
@@ -57,23 +60,23 @@ def test_mfu_where_the_peak_is_known(tmp_path, monkeypatch):
 
 def test_peaks_are_of_all_devices(monkeypatch):
     devices = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 8
-    monkeypatch.setattr(progress.jax, "devices", lambda: devices)
-    monkeypatch.setattr(progress.jax, "device_count", lambda: 8)
-    assert progress.peak_flops() == 8 * 197e12
+    monkeypatch.setattr(timing.jax, "devices", lambda: devices)
+    monkeypatch.setattr(timing.jax, "device_count", lambda: 8)
+    assert timing.peak_flops() == 8 * 197e12
     devices[0].device_kind = "abacus"
-    assert progress.peak_flops() is None
+    assert timing.peak_flops() is None
 
 
 def test_tensorboard_gets_the_numbers_if_it_is_installed(tmp_path):
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(tmp_path, 0, 2)
-    board = loader.EventAccumulator(str(tmp_path / "tensorboard"))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(e.step, float(e.tensor_proto.float_val[0])) for e in board.Tensors("loss")] == [(1, 2.5), (2, 2.5)]
 
 
 def test_without_tensorboard_there_is_the_log(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    find = writers.importlib.util.find_spec
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
     run(tmp_path, 0, 2)
     assert not (tmp_path / "tensorboard").exists()
     assert len(lines(tmp_path)) == 3

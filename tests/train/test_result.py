@@ -12,8 +12,8 @@ from tiny_run import CONFIG, recipe_in, write_data, write_start
 from pdrop_jax import checkpoint
 from pdrop_jax.cli.export import run as export
 from pdrop_jax.errors import UserError
-from pdrop_jax.train import loop
 from pdrop_jax.train.loop import train
+from pdrop_jax.train.stopping import StopRequest
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_finished_run_is_its_model(folder, capsys):
 def test_adapters_of_a_run_that_goes_on_are_merged(folder, monkeypatch, capsys):
     recipe = recipe_in(folder, model_groups=("lora",), model_lora_rank=2, model_lora_alpha=4.0, run_steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Stop, "requested", lambda _, step: step == 3)
+        patch.setattr(StopRequest, "requested", lambda _, step: step == 3)
         train(recipe)
     export(folder / "run", folder / "out", "pdrop")
     assert "after 3 steps" in capsys.readouterr().out

@@ -9,14 +9,23 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import CONFIG, arrays_of, compiled_in, events, losses, recipe_in, write_data, write_start
+from tiny_run import (
+    CONFIG,
+    arrays_of,
+    compiled_in,
+    events,
+    losses,
+    recipe_in,
+    stop_after,
+    write_data,
+    write_start,
+)
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import init_params
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.train import loop
 from pdrop_jax.train.checkpoints import Trained
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.model import write_model
@@ -45,10 +54,6 @@ def whole(parts):
     return parts / "run"
 
 
-def stop_after(monkeypatch, steps):
-    monkeypatch.setattr(loop._Stop, "requested", lambda _, step: step == steps)
-
-
 def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, arrays_of(one), arrays_of(other))
 
@@ -73,7 +78,7 @@ def test_what_the_log_says_of_a_step(whole):
     assert line["skipped"] == 0
     assert line["invalid"] == {}
     assert 0 < line["learning_rate"] < 1e-2
-    assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
+    assert line["tokens_per_second"] == pytest.approx(line["tokens"] / (line["data_seconds"] + line["compute_seconds"]))
 
 
 def test_a_finished_run_is_left_alone(whole, parts):

@@ -7,6 +7,7 @@ import numpy as np
 
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.anyres import ImageSize
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.messages import Message, WrongCount, read_dialogue, read_turns
 from pdrop_jax.inputs.prompts import PromptTemplate
@@ -90,23 +91,32 @@ def read_example(record: Any, prompts: PromptTemplate, find: Callable[[Any], str
 
 
 def fit(
-    example: Example, max_length: int, image_tokens: Sequence[int], too_long: Literal["truncate", "skip"]
-) -> Example:
-    """Truncates ``example`` to ``max_length`` positions, counting each image with its number of ``image_tokens``.
+    example: Example, max_length: int, images: Sequence[ImageSize], too_long: Literal["truncate", "skip"]
+) -> tuple[Example, int]:
+    """Truncates ``example`` to ``max_length`` positions, which its ``images`` share.
 
     LLaVA's code may truncate in the middle of an image. Here the whole image is removed in that case. No target is
     affected, because nothing follows a truncated image.
 
+    Returns:
+      The example, and how many of its images are left.
+
     Raises:
       InvalidRecord: the example is too long and ``too_long`` is "skip", or no target is left.
     """
-    slots = np.ones(len(example.ids), int)
-    slots[example.ids == IMAGE_PLACEHOLDER] = image_tokens
+    slots, places = np.ones(len(example.ids), int), np.flatnonzero(example.ids == IMAGE_PLACEHOLDER)
+    parts = np.array([image.parts for image in images], int)
+    slots[places] = np.repeat([image.tokens for image in images] // np.maximum(parts, 1), parts)
     n = int(np.searchsorted(np.cumsum(slots), max_length, side="right"))
+    left = len(images)
     if n < len(slots):
         if too_long == "skip":
             raise InvalidRecord(TOO_LONG)
+        ends = np.cumsum(parts)
+        left = int(np.searchsorted(ends, np.searchsorted(places, n), side="right"))
+        if left < len(images):
+            n = min(n, int(places[ends[left] - parts[left]]))  # the first part of the first image that does not fit
         example = Example(example.ids[:n], example.labels[:n])
     if not (example.labels[1:] != IGNORE).any():  # no earlier token can predict the first one
         raise InvalidRecord(NO_TARGET)
-    return example
+    return example, left

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from pdrop_jax.batch import IGNORE, Bucket
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError, printable
-from pdrop_jax.families.gemma3.inputs import check_no_crops
 from pdrop_jax.inputs import Processor, Row
-from pdrop_jax.inputs.anyres import ImageTokens
+from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.images import as_tokens, blank, measure_size, read_image
+from pdrop_jax.inputs.images import as_tokens, blank, check_no_crops, measure_size, read_image
 from pdrop_jax.inputs.prompts import PromptTemplate
+from pdrop_jax.inputs.targets import with_captions
 from pdrop_jax.train.data.batches import Planned, Sizes, batches_of, shapes_of
 from pdrop_jax.train.data.examples import fit, read_example
 from pdrop_jax.train.data.invalid import CORRUPT, InvalidRecord, Report, check_report
@@ -89,8 +89,12 @@ class Dataset:
         found = [image for image in read if image is not None]
         if len(found) == len(read):
             return Row(ids, found, labels), None
-        grey = blank(self.config)
-        return Row(ids, [grey if image is None else image for image in read], np.full_like(labels, IGNORE)), CORRUPT
+        # A picture that stands in the text in several parts has one for each of its crops.
+        in_parts = int((ids == IMAGE_PLACEHOLDER).sum()) > len(read)
+        parts = [crops if in_parts else 1 for crops, _ in sizes]
+        pairs = zip(read, parts, strict=True)
+        images = [blank(self.config, n) if image is None else image for image, n in pairs]
+        return Row(ids, images, np.full_like(labels, IGNORE)), CORRUPT
 
     def _image(self, number: int, reference: str, size: list[int], alone: bool) -> ImageTokens | None:
         """Loads an image of row ``number``; None if it cannot be read, or not with its ``size`` in crops and tokens."""
@@ -169,7 +173,7 @@ def open_dataset(data: DataRecipe, config: LlavaConfig, folder: str | os.PathLik
         raise UserError(
             f"data.max_length is {data.max_length}, but the model has {config.text.max_length} positions: lower it"
         )
-    check_no_crops(processor.image_processor)
+    check_no_crops(processor.image_processor, config)
     rows = _Rows(data, processor, prompts)
     sources = [open_source(source.conversations, source.images) for source in data.all_sources]
     for source in sources:
@@ -231,36 +235,37 @@ class _Rows:
             report.seen += 1
             try:
                 text, pictures = read_example(record, self.prompts, find)
-                read.append((number, text, pictures, self._sizes(source, pictures)))
-            except InvalidRecord as error:
-                report.add(number, error)
-        examples = self.prompts.tokenize([text for _, text, _, _ in read])
-        for (number, _, pictures, sizes), example in zip(read, examples, strict=True):
-            try:
-                example = fit(example, self.data.max_length, [tokens for _, tokens in sizes], self.data.too_long)
+                sizes = self._sizes(source, pictures)
             except InvalidRecord as error:
                 report.add(number, error)
                 continue
-            images = int((example.ids == IMAGE_PLACEHOLDER).sum())
+            text = with_captions(text, [size.texts for size in sizes], self.prompts.place)
+            read.append((number, text, pictures, sizes))
+        examples = self.prompts.tokenize([text for _, text, _, _ in read])
+        for (number, _, pictures, sizes), example in zip(read, examples, strict=True):
+            try:
+                example, images = fit(example, self.data.max_length, sizes, self.data.too_long)
+            except InvalidRecord as error:
+                report.add(number, error)
+                continue
             runs = _runs(example.labels != IGNORE)
             self.ids.append(example.ids)
             self.spans.append(runs.ravel())
-            self.images.append(np.array(sizes[:images]).ravel())
+            self.images.append(np.array([(size.crops, size.tokens) for size in sizes[:images]]).ravel())
             self.pictures.append(np.frombuffer(SEPARATOR.join(pictures).encode() if images else b"", np.uint8))
             self.records.append(number)
-            self.sizes.append((len(example.ids) - images, int((runs[:, 0] > 0).sum())))
+            text_tokens = int((example.ids != IMAGE_PLACEHOLDER).sum())
+            self.sizes.append((text_tokens, int((runs[:, 0] > 0).sum())))
 
-    def _sizes(self, source: Source, pictures: list[str]) -> list[tuple[int, int]]:
-        """Crops and tokens of each."""
+    def _sizes(self, source: Source, pictures: list[str]) -> list[ImageSize]:
         processor, alone = self.processor.image_processor, len(pictures) == 1
         try:
-            sizes = [
+            return [
                 measure_size(functools.partial(source.size, name), processor, self.config, alone=alone)
                 for name in pictures
             ]
         except UserError as error:
             raise InvalidRecord(CORRUPT, str(error)) from None
-        return [(size.crops, size.tokens) for size in sizes]
 
     def build(self) -> Dataset:
         text, queries = np.array(self.sizes, np.int32).T

@@ -21,6 +21,7 @@ from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs.images import decode_image
 from pdrop_jax.inputs.messages import Message
 from pdrop_jax.io import check_file, read_bytes, write_file, written_aside
+from pdrop_jax.paths import in_bucket
 from pdrop_jax.train.data.examples import read_record
 from pdrop_jax.train.data.invalid import CORRUPT, NO_FILE, InvalidRecord, Report, check_report
 from pdrop_jax.train.data.sources.manifest import (
@@ -98,6 +99,8 @@ def pack(
       UserError: a file is damaged, no record is valid, the disk is full, or ``out`` holds something else.
     """
     import_grain()  # which brings the package that writes ArrayRecord
+    if in_bucket(out):
+        raise UserError(f"{out}: shards are written to a local disk only: name a local folder and copy it")
     out = pathlib.Path(out)
     manifest = _begin(out, Manifest(fingerprint(source.files), records_per_shard, outside_images), source)
     done = {shard.number: shard for shard in manifest.shards if shard.is_in(out)}

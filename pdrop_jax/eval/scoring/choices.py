@@ -1,13 +1,13 @@
 """ScienceQA: multiple choice, answered with a letter."""
 
 import os
-import pathlib
 import re
 
 from pdrop_jax.eval.questions import value
 from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read_answers
 from pdrop_jax.inputs.chat_template import IMAGE_TAG
 from pdrop_jax.io import read_json
+from pdrop_jax.paths import as_path
 
 LETTERS = "ABCDE"
 
@@ -22,7 +22,7 @@ def score_scienceqa(answers: str | os.PathLike, annotations: str | os.PathLike, 
     Raises:
       UserError: a file is malformed, the split does not exist, or answers are missing, unexpected or duplicated.
     """
-    folder = pathlib.Path(annotations)
+    folder = as_path(annotations)
     problems, splits = read_json(folder / "problems.json"), folder / "pid_splits.json"
     found = read_answers(answers)
     wanted = value(read_json(splits), split, list, str(splits))

@@ -3,12 +3,12 @@
 import collections
 import dataclasses
 import os
-import pathlib
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import read_lines, value
+from pdrop_jax.paths import as_path
 
 MOST_NAMES = 3  # ids listed in an error message
 
@@ -46,7 +46,7 @@ def read_answers(path: str | os.PathLike) -> list[ScoredAnswer]:
       UserError: the file cannot be read, a line is malformed, or there are no answers.
     """
     answers = []
-    for number, line in read_lines(pathlib.Path(path)):
+    for number, line in read_lines(as_path(path)):
         where = f"{path} line {number}"
         answer_id, text = value(line, "question_id", (str, int), where), value(line, "text", str, where)
         answers.append(ScoredAnswer(str(answer_id), text, value({"prompt": "", **line}, "prompt", str, where), where))

@@ -12,6 +12,7 @@ from pdrop_jax.eval.questions import value
 from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read_answers
 from pdrop_jax.eval.scoring.normalise import VQA_COMMA, evalai, without_articles, without_punctuation
 from pdrop_jax.io import read_json
+from pdrop_jax.paths import as_path
 
 ENOUGH = 3  # matching annotators for full accuracy
 
@@ -37,7 +38,7 @@ def score_textvqa(answers: str | os.PathLike, annotations: str | os.PathLike) ->
     Raises:
       UserError: a file is malformed, or answers and annotations are not of the same questions.
     """
-    path = pathlib.Path(annotations)
+    path = as_path(annotations)
     truths = {}
     wanted = []
     for number, item in enumerate(_records(read_json(path), "data", path), 1):
@@ -76,7 +77,7 @@ def score_vqav2(answers: str | os.PathLike, annotations: str | os.PathLike) -> S
     Raises:
       UserError: a file is malformed, or answers and annotations are not of the same questions.
     """
-    path = pathlib.Path(annotations)
+    path = as_path(annotations)
     records = {}
     for number, item in enumerate(_records(read_json(path), "annotations", path), 1):
         records[str(value(item, "question_id", (str, int), f"{path} record {number}"))] = item
@@ -110,7 +111,7 @@ def score_gqa(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
     Raises:
       UserError: a file is malformed, or answers and annotations are not of the same questions.
     """
-    path = pathlib.Path(annotations)
+    path = as_path(annotations)
     questions = read_json(path)
     found = read_answers(answers)
     check_complete(answers, [answer.id for answer in found], questions)

@@ -8,6 +8,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import read_lines, value
 from pdrop_jax.eval.scoring.files import ScoreReport, check_complete, mean, read_answers
 from pdrop_jax.io import read_bytes
+from pdrop_jax.paths import as_path
 
 PERCEPTION = (
     "existence",
@@ -41,7 +42,7 @@ def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotat
     lines = read_answers(answers)
     found = {line.id: line.text for line in lines}
     asked: dict[str, list[tuple[str, str, str]]] = {}
-    for number, line in read_lines(pathlib.Path(questions)):
+    for number, line in read_lines(as_path(questions)):
         where = f"{questions} line {number}"
         question_id = str(value(line, "question_id", (str, int), where))
         question = (question_id, value(line, "text", str, where), where)
@@ -49,7 +50,7 @@ def score_pope(answers: str | os.PathLike, questions: str | os.PathLike, annotat
     check_complete(answers, [line.id for line in lines], [name for part in asked.values() for name, _, _ in part])
     groups = {}
     for category, part in sorted(asked.items()):
-        path = pathlib.Path(annotations) / f"coco_pope_{category}.json"
+        path = as_path(annotations) / f"coco_pope_{category}.json"
         labels = list(read_lines(path))
         if len(labels) != len(part):
             raise UserError(
@@ -105,7 +106,7 @@ def score_mme(answers: str | os.PathLike, annotations: str | os.PathLike) -> Sco
     Raises:
       UserError: a file is malformed, or answers and annotations are not of the same questions.
     """
-    truths = _mme_truths(pathlib.Path(annotations))
+    truths = _mme_truths(as_path(annotations))
     lines = read_answers(answers)
     found = {_mme_key(line.id, line.prompt): line.text for line in lines}
     check_complete(answers, [_mme_key(line.id, line.prompt) for line in lines], truths)

@@ -4,14 +4,17 @@ import dataclasses
 import math
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.convert.hf_parts import rope_scaling_from_hf, rope_scaling_to_hf, vision_from_hf, vision_to_hf
 from pdrop_jax.convert.hf_schema import Rope, Section, one_of
 from pdrop_jax.convert.names import DECODER, LINEAR, SAME, VISION, Naming, Table, norm
+from pdrop_jax.convert.waves import one_crop
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.gemma3.config import GemmaVisionConfig
+from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.schema import (
     Heads,
     Layers,
@@ -192,6 +195,14 @@ def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> di
         },
         "vision_config": vision_to_hf(vision) | {"torch_dtype": dtype},
     }
+
+
+fixed_image = one_crop
+
+
+def torch_inputs(config: LlavaConfig, image: ImageTokens, shown: np.ndarray) -> dict[str, np.ndarray]:
+    """What transformers' class takes beside the ids for ``fixed_image``; ``shown`` (1, n) is 1 at its tokens."""
+    return {"pixel_values": image.crops.transpose(0, 3, 1, 2).copy(), "token_type_ids": shown}
 
 
 @dataclasses.dataclass(frozen=True)

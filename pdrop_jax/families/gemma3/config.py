@@ -8,12 +8,9 @@ from pydantic import Field
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import Heads, Layers, NormEps, Pixels, TokenId, Width
 from pdrop_jax.text_config import RopeScaling, TextConfig
-from pdrop_jax.vision_config import Activation, VisionConfig
+from pdrop_jax.vision_config import Activation, Kind, VisionConfig
 
 GemmaSize = Literal["4b", "12b", "27b"]
-# What the chat template writes for an image, and what the processor writes in place of that around its tokens.
-PLACEHOLDERS: dict[Literal["image", "video"], str] = {"image": "<start_of_image>"}
-MARKS = "\n\n<start_of_image>", "<end_of_image>\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +30,7 @@ class GemmaVisionConfig(VisionConfig):
     num_heads: Heads = 16
     norm_eps: NormEps = 1e-6
     activation: Activation = "gelu_tanh"
-    kind: Literal["clip", "siglip"] = "siglip"
+    kind: Kind = "siglip"
     tokens_a_side: Annotated[int, Field(ge=1, le=256)] = 16
     start_token_id: TokenId = 255999
     end_token_id: TokenId = 256000
@@ -45,6 +42,10 @@ class GemmaVisionConfig(VisionConfig):
                 f"{self.patches_a_side} patches a side cannot be averaged to {self.tokens_a_side} tokens a side: the "
                 "first must be a multiple of the second"
             )
+
+    @property
+    def family(self) -> str:
+        return "gemma3"
 
     @property
     def features_a_side(self) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from pdrop_jax.config import LlavaConfig, TextConfig
@@ -12,12 +13,15 @@ from pdrop_jax.convert.hf_schema import Section, Text, one_of
 from pdrop_jax.convert.names import DECODER, LINEAR, MERGE, Naming, Table, Transform, dense, norm
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl.config import Kind, QwenVisionConfig
+from pdrop_jax.families.qwen2_vl.inputs import lay_out
+from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.schema import Heads, Layers, Pixels, TokenId, Width, validated
 
 KINDS: dict[Kind, str] = {  # model_type -> class of transformers
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
+FIXED_GRID = 1, 12, 20  # frames, rows and columns of patches of ``fixed_image``
 # transformers' defaults for missing keys of the language model.
 TEXT_DEFAULTS = {
     "vocab_size": 152064,
@@ -219,6 +223,26 @@ def tower_rows(tower: str, config: QwenVisionConfig) -> Table:
         **dense("vision.layers.attention.o", f"{block}attn.proj", MERGE),
         **norm("vision.layers.mlp_norm", f"{block}norm2"),
     }
+
+
+def fixed_image(config: LlavaConfig) -> ImageTokens:
+    """A picture by which a converted model is compared with PyTorch's: its patches all differ."""
+    vision = config.vision
+    assert isinstance(vision, QwenVisionConfig)
+    return lay_out(_waves(vision), FIXED_GRID, vision)
+
+
+def torch_inputs(config: LlavaConfig, image: ImageTokens, shown: np.ndarray) -> dict[str, np.ndarray]:
+    """What transformers' class takes beside the ids for ``fixed_image``; ``shown`` (1, n) is 1 at its tokens."""
+    vision = config.vision
+    assert isinstance(vision, QwenVisionConfig)
+    return {"pixel_values": _waves(vision), "image_grid_thw": np.array([FIXED_GRID]), "mm_token_type_ids": shown}
+
+
+def _waves(config: QwenVisionConfig) -> np.ndarray:
+    """(n, F) float32, the patches of ``fixed_image``."""
+    n = np.arange(math.prod(FIXED_GRID), dtype=np.float32)[:, None]
+    return np.sin(n * 0.7 + np.arange(config.patch_values, dtype=np.float32) * (n + 1) * 0.01)
 
 
 @dataclasses.dataclass(frozen=True)

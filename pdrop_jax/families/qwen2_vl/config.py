@@ -13,9 +13,6 @@ from pdrop_jax.text_config import TextConfig
 
 Kind = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(max_length=1024)]
-# What the chat template writes for an image and a video, and the marks around it.
-PLACEHOLDERS: dict[Literal["image", "video"], str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-MARKS = "<|vision_start|>", "<|vision_end|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,10 @@ class QwenVisionConfig:
             )
 
     @property
+    def family(self) -> str:
+        return self.kind
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
@@ -101,6 +102,15 @@ class QwenVisionConfig:
     @property
     def window_tokens(self) -> int:
         return self.window_side**2
+
+    @property
+    def crop_features(self) -> int:
+        """Features of a window, which is what the tower takes in place of a crop."""
+        return self.window_tokens
+
+    @property
+    def crop_shape(self) -> tuple[int, ...]:
+        return self.window_patches, self.patch_values
 
     @property
     def window_patches(self) -> int:

@@ -21,6 +21,8 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
+from pdrop_jax.inputs.chat_template import ImagePlaces
+from pdrop_jax.inputs.family import HostFamily
 from pdrop_jax.inputs.image_settings import Deviation, Mean, read_settings
 
 Area = Annotated[int, Field(ge=1, le=2**26)]  # pixels of a picture
@@ -56,7 +58,7 @@ class Settings(BaseModel):
     merge_size: Annotated[int, Field(ge=1, le=64)] | None = None
 
 
-def load_processor(folder: pathlib.Path, config: QwenVisionConfig) -> Qwen2VLImageProcessorPil:
+def load_processor(folder: pathlib.Path, config: LlavaConfig) -> Qwen2VLImageProcessorPil:
     """The image processor described in ``folder``, or transformers' default one.
 
     Raises:
@@ -64,7 +66,7 @@ def load_processor(folder: pathlib.Path, config: QwenVisionConfig) -> Qwen2VLIma
     """
     settings = read_settings(folder, Settings)
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
-        expected = getattr(config, key)
+        expected = getattr(config.vision, key)
         if settings.setdefault(key, expected) != expected:
             raise UserError(
                 f"the image processor in {folder} has {key} {settings[key]}, but the vision tower has {expected}: copy "
@@ -204,7 +206,19 @@ def lay_out(
     )
 
 
-def blank(config: QwenVisionConfig) -> ImageTokens:
+def blank(config: LlavaConfig) -> ImageTokens:
     """A grey picture of one token."""
-    patches = np.zeros((config.merge_size**2, config.patch_values), np.float32)
-    return lay_out(patches, (1, config.merge_size, config.merge_size), config)
+    vision = config.vision
+    assert isinstance(vision, QwenVisionConfig)
+    patches = np.zeros((vision.merge_size**2, vision.patch_values), np.float32)
+    return lay_out(patches, (1, vision.merge_size, vision.merge_size), vision)
+
+
+FAMILY = HostFamily(
+    places=ImagePlaces({"image": "<|image_pad|>", "video": "<|video_pad|>"}, ("<|vision_start|>", "<|vision_end|>")),
+    load_processor=load_processor,
+    picture_tokens=picture_tokens,
+    measure=measure,
+    video_tokens=video_tokens,
+    blank=blank,
+)

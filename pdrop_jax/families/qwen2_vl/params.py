@@ -1,7 +1,17 @@
 """The arrays of Qwen's vision tower and of the merger behind it."""
 
+from pdrop_jax.config import LlavaConfig
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.model.specs import ParamSpec, Specs, linear_specs, norm_specs
+
+
+def specs(config: LlavaConfig) -> Specs:
+    vision = config.vision
+    assert isinstance(vision, QwenVisionConfig)
+    return {
+        "vision": {"embed": embedding_specs(vision), "layer": layer_specs(vision)},
+        "projector": merger_specs(vision, config.text.hidden_size),
+    }
 
 
 def embedding_specs(config: QwenVisionConfig) -> Specs:

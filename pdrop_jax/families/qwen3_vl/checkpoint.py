@@ -145,6 +145,9 @@ def vision_to_hf(config: QwenVisionConfig, width: int) -> dict[str, Any]:
     }
 
 
+fixed_image, torch_inputs = qwen2_vl.fixed_image, qwen2_vl.torch_inputs
+
+
 @dataclasses.dataclass(frozen=True)
 class Qwen3Naming(Naming):
     """Names of a whole model; ``projector`` is the merger."""

@@ -36,3 +36,6 @@ def times(frames: int, fps: float, depth: int) -> list[float]:
     """Seconds halfway between the first and the last frame of each step of ``depth`` frames."""
     last = frames - 1
     return [(n / fps + min(n + depth - 1, last) / fps) / 2 for n in range(0, frames, depth)]
+
+
+FAMILY = dataclasses.replace(qwen2_vl.FAMILY, video_tokens=video_tokens)

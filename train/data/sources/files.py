@@ -7,6 +7,7 @@ from typing import BinaryIO, Literal, get_args
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file
+from pdrop_jax.paths import as_path, in_bucket
 
 Format = Literal["JSON", "Parquet", "tar", "ArrayRecord"]
 
@@ -52,7 +53,7 @@ def open_binary(path: str | os.PathLike) -> BinaryIO:
     """The contents of a regular file. Raises UserError as ``check_file`` does."""
     check_file(path)
     try:
-        return pathlib.Path(path).open("rb")
+        return as_path(path).open("rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -96,10 +97,10 @@ def files_of(path: str) -> list[str]:
     Raises:
       UserError: there are no files, or files of several formats or splits, or shards are missing by their names.
     """
-    place = pathlib.Path(path)
+    place = as_path(path)
     if place.is_dir():
         found = _shards_in(place)
-    elif not os.path.lexists(path) and set(place.name) & set("*?["):
+    elif set(place.name) & set("*?[") and not (place.exists() if in_bucket(path) else os.path.lexists(path)):
         found = sorted(entry for entry in place.parent.glob(place.name) if entry.is_file())
         if not found:
             raise UserError(f"{path} matches no files")

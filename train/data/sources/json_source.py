@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.paths import as_path
 from pdrop_jax.train.data.sources.files import check_format, open_binary
 from pdrop_jax.train.data.sources.source import Source
 
@@ -17,7 +18,7 @@ class JsonSource(Source):
     def records(self) -> Iterator[Any]:
         for path in self.files:
             check_format(path, "JSON")
-            yield from read_records(pathlib.Path(path))
+            yield from read_records(as_path(path))
 
 
 def read_records(path: pathlib.Path) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 import os
 
+from pdrop_jax.errors import UserError
+from pdrop_jax.paths import in_bucket, is_dir
 from pdrop_jax.train.data.sources.files import Format, files_of, format_of
 from pdrop_jax.train.data.sources.json_source import JsonSource
 from pdrop_jax.train.data.sources.manifest import SUFFIX, check_complete
@@ -29,9 +31,13 @@ def open_source(path: str, images: str | None = None) -> Source:
         shards are incomplete; or ``images`` is not a folder.
     """
     files = files_of(path)
-    if os.path.isdir(path) and files[0].endswith(SUFFIX):
+    if is_dir(path) and files[0].endswith(SUFFIX):
         check_complete(path, files)
     kind = SOURCES[format_of(files[0])]
+    if kind is PackedSource and in_bucket(path):
+        raise UserError(
+            f"{path} holds ArrayRecord shards, which are read from a local disk only: copy them to a folder"
+        )
     images = os.path.dirname(files[0]) or "." if images is None else images
     check_images_folder(images)
     return kind(path, files, images)

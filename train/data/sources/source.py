@@ -17,6 +17,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
 from pdrop_jax.inputs.images import image_size
 from pdrop_jax.io import inside
+from pdrop_jax.paths import is_dir, names_in
 from pdrop_jax.train.data.invalid import BAD_ENTRY, NO_FILE, OUTSIDE, InvalidRecord
 
 PICTURE_BYTES = 2**28  # largest file of a picture
@@ -119,12 +120,7 @@ def file_finder(folder: str, outside: bool = False) -> Callable[[str], bool]:
         raises InvalidRecord for such names. Only names are checked: a symbolic link in ``folder`` may point anywhere.
     """
 
-    @functools.cache
-    def names(parent: str) -> frozenset[str]:
-        try:
-            return frozenset(os.listdir(parent))
-        except (OSError, ValueError):
-            return frozenset()
+    names = functools.cache(names_in)
 
     def is_file(name: str) -> bool:
         if not outside and name and not inside(folder, name):
@@ -137,5 +133,5 @@ def file_finder(folder: str, outside: bool = False) -> Callable[[str], bool]:
 
 def check_images_folder(path: str) -> None:
     """Raises UserError if ``path`` is not a folder."""
-    if not os.path.isdir(path):
+    if not is_dir(path):
         raise UserError(f"data.images is {path}, which is not a folder: set it to the folder of the images")

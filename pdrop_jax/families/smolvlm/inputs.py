@@ -1,0 +1,125 @@
+"""Pictures for SmolVLM, on the host: tiles with texts between them, and the whole picture behind them.
+
+A picture is resized to whole tiles (transformers' own processor). Each tile has its place in the grid in front of it::
+
+    <fake_token_around_image><row_1_col_1> tile 1 <fake_token_around_image><row_1_col_2> tile 2
+    <fake_token_around_image><row_2_col_1> tile 3 …
+
+    <fake_token_around_image><global-img> the whole <fake_token_around_image>
+
+To a drop all of them are one image, as the steps of a video are.
+"""
+
+import dataclasses
+import math
+import pathlib
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from transformers.models.smolvlm.image_processing_pil_smolvlm import (
+    SmolVLMImageProcessorPil,
+    get_resize_output_image_size,
+)
+
+from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.families.internvl.inputs import check_length, crops_as_tokens
+from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
+from pdrop_jax.inputs.chat_template import ImagePlaces
+from pdrop_jax.inputs.family import HostFamily
+from pdrop_jax.inputs.image_settings import Settings, read_settings
+
+MARK = "<fake_token_around_image>"
+WHOLE = f"{MARK}<global-img>"
+
+
+class LongestEdge(BaseModel):
+    """A size by its longest edge in pixels."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    longest_edge: Annotated[int, Field(ge=1, le=4096)]
+
+
+class SmolSettings(Settings):
+    """The keys of preprocessor_config.json that affect pixels and tiles."""
+
+    size: LongestEdge | None = None  # type: ignore[assignment]
+    max_image_size: LongestEdge | None = None
+    do_image_splitting: bool | None = None
+
+
+def load_processor(folder: pathlib.Path, config: LlavaConfig) -> SmolVLMImageProcessorPil:
+    """The image processor described in ``folder``, or one with up to four tiles a side.
+
+    Raises:
+      UserError: the description cannot be read, or its tiles are not those of the model.
+    """
+    side = config.crop_tower.image_size
+    defaults = {"size": {"longest_edge": min(4 * side, 4096)}, "max_image_size": {"longest_edge": side}}
+    settings = defaults | read_settings(folder, SmolSettings)
+    try:
+        processor = SmolVLMImageProcessorPil(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the image processor in {folder} cannot be read: {' '.join(str(error).split())}") from None
+    if not processor.do_resize or processor.do_center_crop or settings["max_image_size"]["longest_edge"] != side:
+        raise UserError(
+            f"the image processor in {folder} does not resize pictures to tiles of the vision tower's {side}x{side} "
+            "pixels: copy the preprocessor_config.json of this model"
+        )
+    return processor
+
+
+def grid_of(size: tuple[int, int], processor: Any, config: LlavaConfig) -> tuple[int, int]:
+    """Rows and columns of tiles of a picture of ``size`` (height, width) pixels; one tile is the whole picture."""
+    tile = config.crop_tower.image_size
+    if not processor.do_image_splitting:
+        return 1, 1
+    no_pixels = np.broadcast_to(np.uint8(0), size)  # the function takes an array for its shape
+    height, width = get_resize_output_image_size(no_pixels, processor.size.longest_edge)
+    aspect = width / height
+    if width >= height:
+        columns = math.ceil(width / tile)
+        return math.ceil(int(columns * tile / aspect) / tile), columns
+    rows = math.ceil(height / tile)
+    return rows, math.ceil(int(rows * tile * aspect) / tile)
+
+
+def measure(size: tuple[int, int], processor: Any, config: LlavaConfig) -> ImageSize:
+    """Crops and tokens of a picture of ``size`` (height, width) pixels. Raises UserError as ``picture_tokens``."""
+    rows, columns = grid_of(size, processor, config)
+    bound = f"size.longest_edge, now {processor.size.longest_edge}"
+    found = check_length(size, rows * columns + (rows * columns > 1), config, bound)
+    return found._replace(texts=(*captions_of(rows, columns), MARK))
+
+
+def picture_tokens(image: Image.Image, processor: Any, config: LlavaConfig) -> ImageTokens:
+    """The model's input for an RGB image.
+
+    Raises:
+      UserError: it has more tokens than the model has positions.
+    """
+    size = image.size[::-1]
+    measure(size, processor, config)
+    grid = grid_of(size, processor, config)
+    pixels = processor(image, do_pad=True, return_tensors="np")["pixel_values"][0]
+    return dataclasses.replace(crops_as_tokens(pixels, config, grid), captions=captions_of(*grid), ending=MARK)
+
+
+def captions_of(rows: int, columns: int) -> tuple[str, ...]:
+    """The texts in front of each tile and of the whole picture."""
+    if rows * columns == 1:
+        return (WHOLE,)
+    places = [(row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)]
+    tiles = ["\n" * (column == 1 < row) + f"{MARK}<row_{row}_col_{column}>" for row, column in places]
+    return (*tiles, f"\n\n{WHOLE}")
+
+
+FAMILY = HostFamily(
+    places=ImagePlaces({"image": "<image>"}),
+    load_processor=load_processor,
+    picture_tokens=picture_tokens,
+    measure=measure,
+)
