@@ -47,7 +47,7 @@ class Engine:
       memory: bytes of device memory for the slots, on a mesh of all its devices together. Parameters and the
         activations of a prefill come on top. See ``slots.slot_bytes``.
       max_new_tokens: largest ``Sampling.max_new_tokens`` of a request; slots are made for it.
-      max_prompt_tokens: makes buckets for prompts of up to so many tokens, text and one image; see
+      max_prompt_tokens: makes buckets for prompts of up to so many tokens, an image and text beside it; see
         ``buckets.prompt_buckets``.
       buckets: the allowed buckets, in place of ``max_prompt_tokens``.
       max_waiting: number of requests that may wait for a slot.

@@ -175,9 +175,8 @@ def generate(
     """
     check_implementation(implementation)
     batch = model.processor(prompts, images, max_new_tokens=sampling.max_new_tokens)
-    return generate_batch(
-        model, with_rows(batch, power_of_two(len(prompts))), sampling, len(prompts), implementation, stream
-    )
+    padded, rows = with_rows(batch, power_of_two(len(prompts))), len(prompts)
+    return generate_batch(model, padded, sampling, rows=rows, implementation=implementation, stream=stream)
 
 
 def check_implementation(implementation: Implementation) -> None:
@@ -190,6 +189,7 @@ def generate_batch(
     model: Model,
     batch: Batch,
     sampling: Sampling = Sampling(),
+    *,
     rows: int | None = None,
     implementation: Implementation = "auto",
     stream: Callable[[int, str], None] | None = None,

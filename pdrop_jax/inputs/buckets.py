@@ -52,22 +52,20 @@ def smallest_bucket(
 
 
 def prompt_buckets(config: LlavaConfig, most: int) -> list[Bucket]:
-    """A few buckets for all prompts of up to ``most`` tokens, without an image or with one.
+    """A few buckets for prompts of up to ``most`` tokens: the largest image that leaves 32 to the text, and text.
 
-    Text slots are 64, 256, 1024, … and what remains of ``most``. Of the levels that an image can have, those are taken
-    that are at least twice as large as the one before, and the largest that leaves 32 slots to the text.
+    Text slots are 64, 256, 1024, … and what remains of ``most`` beside that image. Text alone is not longer either: it
+    would be as long in the later stages, where image tokens are few. Of the levels that an image can have, those are
+    taken that are at least twice as large as the one before, and the largest.
     """
     known = [level for level in levels(config) if level[1] + MIN_TEXT_SLOTS <= most]
     taken = list[tuple[int, int]]()
     for level in known:
         if not taken or level[1] >= 2 * taken[-1][1] or level == known[-1]:
             taken.append(level)
-    found = []
-    for images in ([], *([level] for level in taken)):
-        rest = most - sum(tokens for _, tokens in images)
-        texts = [4**n for n in range(3, 16) if 4**n < rest]
-        found += [bucket_of(text, images, config) for text in (*texts, rest)]
-    return found
+    longest = most - max((tokens for _, tokens in known), default=0)
+    texts = [*(4**n for n in range(3, 16) if 4**n < longest), longest]
+    return [bucket_of(text, images, config) for images in ([], *([level] for level in taken)) for text in texts]
 
 
 def bucket_among(buckets: Sequence[Bucket], row: Row) -> Bucket:
