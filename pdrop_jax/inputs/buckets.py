@@ -90,14 +90,14 @@ def bucket_among(buckets: Sequence[Bucket], row: Row) -> Bucket:
     if text > most_text:
         problem = f"{text} text tokens, but the buckets hold at most {most_text}"
     elif len(tokens) > most_images:
-        problem = f"{len(tokens)} pictures, but the buckets hold at most {most_images}"
+        problem = f"{len(tokens)} pictures, but the buckets hold {most_images or 'none'}"
     else:
         known = ", ".join(f"{b.text} + {list(b.images)} in {b.crops}" for b in buckets)
         problem = (
             f"{text} text tokens and pictures of {tokens} tokens in {crops} crops, which no bucket holds together "
             f"(text + pictures in crops: {known})"
         )
-    raise UserError(f"the prompt has {problem}: shorten it, or allow larger buckets")
+    raise UserError(f"the prompt has {problem}: shorten it, or make the engine with larger buckets")
 
 
 def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaConfig) -> Bucket:

@@ -117,7 +117,7 @@ def test_pieces_come_while_the_answer_grows(engine):
         (("Say", b"no picture", Sampling(3)), "cannot be read as a picture"),
         (("<image>", None, Sampling(3)), "1 <image> tag but 0 pictures"),
         (("a word" * 40, None, Sampling(3)), r"has \d+ text tokens, but the buckets hold at most 64"),
-        (("Say", [RED] * 3, Sampling(3)), "has 3 pictures, but the buckets hold at most 2"),
+        (("Say", [RED] * 3, Sampling(3)), "has 3 pictures, but the buckets hold 2"),
         (("Say", None, Sampling(11)), "max_new_tokens is 11, but the engine's slots hold 10"),
         (("a " * 500, None, Sampling(3)), "the model has 256"),
     ],

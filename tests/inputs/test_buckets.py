@@ -106,7 +106,7 @@ def test_what_no_bucket_holds():
     buckets = [Bucket(64), Bucket(32, (576,))]
     for row, words in (
         (Row([1] * 65), "the prompt has 65 text tokens, but the buckets hold at most 64"),
-        (Row([IMAGE_PLACEHOLDER] * 2, [image] * 2), "the prompt has 2 pictures, but the buckets hold at most 1"),
+        (Row([IMAGE_PLACEHOLDER] * 2, [image] * 2), "the prompt has 2 pictures, but the buckets hold 1"),
         (
             Row([1] * 33 + [IMAGE_PLACEHOLDER], [image]),
             r"33 text tokens and pictures of \[576\] tokens in 1 crops, which",
