@@ -62,7 +62,7 @@ def open_validation(recipe: Recipe, config: LlavaConfig, mesh: Mesh) -> Validati
     if wanted.conversations is None:
         return None
     data = dataclasses.replace(
-        recipe.data, conversations=wanted.conversations, images=wanted.images or recipe.data.images
+        recipe.data, conversations=wanted.conversations, images=wanted.images or recipe.data.images, sources=()
     )
     dataset = open_dataset(data, config, recipe.model.start)
     rows = run.batch_size // run.grad_accum_steps

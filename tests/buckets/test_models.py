@@ -35,19 +35,20 @@ def equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_out_and_back(pdrop, bucket):
-    """Exported to a bucket, converted from there to the same bucket, and asked about a picture in it."""
-    assert pdrop("export", DEMO, bucket / "hf", "--format", "hf").stdout.startswith(f"{bucket}/hf: ")
-    assert pdrop("convert", bucket / "hf", bucket / "model").stdout.startswith(f"{bucket}/model: ")
+def test_out_and_back(pdrop, name):
+    """Exported to a bucket, converted from there to one of the other kind, and asked about a picture in the first."""
+    first, bucket = as_path(f"gs://{name}"), as_path(f"s3://{name}")
+    assert pdrop("export", DEMO, first / "hf", "--format", "hf").stdout.startswith(f"{first}/hf: ")
+    assert pdrop("convert", first / "hf", bucket / "model").stdout.startswith(f"{bucket}/model: ")
     dense = DropSchedule.none()
     found, expected = (checkpoint.load(folder, schedule=dense)[1] for folder in (bucket / "model", DEMO))
     equal(found["stages"], expected["stages"])
-    (bucket / "0.png").upload(PICTURES / "0.png")
+    (first / "0.png").upload(PICTURES / "0.png")
     ask = ("generate", "--prompt", "What is this?", "--max-new-tokens", 4, "--layers", "none")
-    there = pdrop(*ask, "--model", bucket / "model", "--image", bucket / "0.png", "--picture", bucket / "kept.png")
+    there = pdrop(*ask, "--model", bucket / "model", "--image", first / "0.png", "--picture", bucket / "kept.png")
     assert there.stdout.splitlines()[0] == pdrop(*ask, "--image", PICTURES / "0.png").stdout.splitlines()[0]
     assert (bucket / "kept.png").stat().st_size > 1000
-    assert not [name for name in files_below(bucket) if "pdrop" in name]
+    assert not [file for place in (first, bucket) for file in files_below(place) if "pdrop" in file]
 
 
 def test_a_folder_is_complete_or_no_model(bucket, params):
@@ -74,8 +75,9 @@ def stop_half_way(folder):
         raise UserError("stop")
 
 
-@pytest.mark.parametrize("single", [False, True], ids=["orbax", "safetensors"])
-def test_damage_is_found(single, bucket, params):
+@pytest.mark.parametrize(("single", "scheme"), [(False, "gs"), (True, "s3")], ids=["orbax", "safetensors"])
+def test_damage_is_found(single, scheme, name, params):
+    bucket = as_path(f"{scheme}://{name}")
     checkpoint.save(bucket / "model", CONFIG, params, single_file=single)
     equal(checkpoint.load(bucket / "model")[1], params)
     sizes = {name: size for name, size in files_below(bucket / "model").items() if name.startswith("params")}
@@ -113,8 +115,9 @@ def test_headers_that_are_none(content, says, name):
         RemoteTensors(path).get_tensor("x")
 
 
-def test_answers(bucket, tmp_path, params):
+def test_answers(name, tmp_path, params):
     """A run that was killed after three answers is finished; its output is that of a local run."""
+    bucket = as_path(f"gs://{name}")
     checkpoint.save(tmp_path / "model", CONFIG, params, companions=TOKENIZER)
     for path in PICTURES.glob("*.png"):
         (bucket / "pictures" / path.name).upload(path)

@@ -41,8 +41,9 @@ def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, arrays_of(one), arrays_of(other))
 
 
-def test_everything_in_a_bucket(local, bucket, monkeypatch):
+def test_everything_in_a_bucket(local, name, monkeypatch):
     """Stopped and resumed, it has the losses and the model of the local run."""
+    bucket = as_path(f"s3://{name}")
     upload(local / "data", bucket / "data")
     upload(local / "start", bucket / "start")
     everything = {
