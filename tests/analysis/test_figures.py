@@ -217,7 +217,8 @@ def test_mistakes_with_pictures(generate, model, monkeypatch, tmp_path, args, wo
 
 
 def test_without_a_model_the_demo_is_asked(generate, monkeypatch, tmp_path):
-    monkeypatch.setattr("pdrop_jax.generation.pretrained.DEMO", tmp_path / "demo")
+    for module in ("generation", "convert"):
+        monkeypatch.setattr(f"pdrop_jax.{module}.pretrained.DEMO", tmp_path / "demo")
     code, stdout, stderr = generate("--prompt", "Who?")
     assert (code, stdout) == (2, "")
     assert "--model" in stderr

@@ -16,10 +16,10 @@ from tiny_run import arrays_of, losses, recipe_in, write_data, write_start
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.paths import as_path, files_below
-from pdrop_jax.train import loop
 from pdrop_jax.train.checkpoints import Checkpoints
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.recipe import RunRecipe
+from pdrop_jax.train.stopping import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_everything_in_a_bucket(local, name, monkeypatch):
     }
     run = bucket / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Stop, "requested", lambda _, step: step == 3)
+        patch.setattr(StopRequest, "requested", lambda _, step: step == 3)
         train(recipe_in(local, **everything))
     assert losses(run) == losses(local / "run")[:3]
     train(recipe_in(local, **everything))

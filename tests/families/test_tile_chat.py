@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 from checks import check_conversation
-from test_tiles import check_inputs
+from test_tile_models import check_inputs
 from tiny_tiles import SIDE, photo, torch_inputs_of
 
 from pdrop_jax.analysis.figures import answer_picture
