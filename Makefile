@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
+# Python compiles a module when it is first imported. Most of those that pip would compile never are.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .PHONY: demo test test-newest lint types docs format clean
 
