@@ -11,4 +11,4 @@ gcloud compute tpus tpu-vm describe "$name" --zone "$zone" > /dev/null 2>&1 ||
         --version v2-alpha-tpuv5-lite --spot
 gcloud compute tpus tpu-vm scp --recurse . "$name:pdrop-jax" --zone "$zone" --worker all
 on_all_hosts "python3 -m venv venv && venv/bin/pip install --quiet 'pdrop-jax/.[train,gcs,tpu]'"
-on_all_hosts "PDROP_CACHE=$bucket/cache venv/bin/pdrop train llava-1.5-finetune --mesh fsdp=16 --set model.start=$bucket/start data.conversations=$bucket/shards run.folder=$bucket/run"
+on_all_hosts "PDROP_CACHE=$bucket/cache venv/bin/pdrop train llava-1.5-finetune --mesh fsdp=16 --set model.start=$bucket/start data.conversations=$bucket/chat.json data.images=$bucket/images data.workers=4 run.folder=$bucket/run"

@@ -4,4 +4,4 @@ set -euo pipefail
 cluster=$1 bucket=$2 registry=$3
 xpk workload create --cluster "$cluster" --workload llava-finetune --tpu-type v5litepod-16 --num-slices 1 \
     --docker-image "$registry/pdrop-jax:tpu" --max-restarts 20 --env "PDROP_CACHE=$bucket/cache" --command \
-    "pdrop train llava-1.5-finetune --mesh fsdp=16 --set model.start=$bucket/start data.conversations=$bucket/shards run.folder=$bucket/run"
+    "pdrop train llava-1.5-finetune --mesh fsdp=16 --set model.start=$bucket/start data.conversations=$bucket/chat.json data.images=$bucket/images data.workers=4 run.folder=$bucket/run"
