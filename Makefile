@@ -1,7 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles a module when it is first imported. Most of those that pip would compile never are.
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
 .PHONY: demo test test-newest lint types docs format clean
 
