@@ -16,7 +16,7 @@ from pdrop_jax.convert.hf_parts import (
     vision_from_hf,
     vision_to_hf,
 )
-from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, Preprocessor, Resolutions, one_of
+from pdrop_jax.convert.hf_schema import GenerationSettings, Llava, Preprocessor, one_of
 from pdrop_jax.convert.names import NAMINGS, Naming
 from pdrop_jax.convert.original_config import original_from_hf, original_type
 from pdrop_jax.errors import UserError
@@ -148,17 +148,6 @@ def _hugging_face(
             "video_token_id": video_id and _first(found.video_token_index, found.video_token_id, video_id),
         },
     )
-
-
-def _tiling(points: Any, order: list[int], *, rounded: bool) -> Tiling:
-    """``order`` is the position of height and width in a resolution."""
-    try:
-        found = validated(Resolutions, points or [], "image_grid_pinpoints")
-    except UserError:
-        raise UserError(
-            f"image_grid_pinpoints {str(points)[:60]!r} is not a list of resolutions [a, b] in pixels"
-        ) from None
-    return Tiling(tuple((point[order[0]], point[order[1]]) for point in found), rounded=rounded)
 
 
 def _hf_tiling(found: Llava) -> Tiling | None:

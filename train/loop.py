@@ -286,7 +286,7 @@ def _run(
                 log(*pending)
             pending = number, metrics, read
             if trace.after(number, state):
-                progress.say(f"profile     written to {trace.folder}")
+                progress.say(f"profile     written to {as_path(run.folder) / trace.folder.name}")
             checkpoints.wait(block=False)
             stopping = stop.requested(number)
             saving = stopping or number % run.save_every == 0 or number == job.steps

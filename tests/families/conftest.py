@@ -8,28 +8,24 @@ import tiny_tiles
 from pdrop_jax.convert.importer import convert
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
+def converted(tiny, root):
     """kind -> (the folder of transformers, the converted one)."""
-    root = tmp_path_factory.mktemp("qwen")
     found = {}
-    for kind in tiny_qwen.KINDS:
-        theirs = tiny_qwen.save(kind, root / kind)
+    for kind in tiny.KINDS:
+        theirs = tiny.save(kind, root / kind)
         convert(theirs, root / f"{kind}-ours")
         found[kind] = theirs, root / f"{kind}-ours"
     return found
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return converted(tiny_qwen, tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="session")
 def tiles(tmp_path_factory):
-    """kind -> (the folder of transformers, the converted one)."""
-    root = tmp_path_factory.mktemp("tiles")
-    found = {}
-    for kind in tiny_tiles.KINDS:
-        theirs = tiny_tiles.save(kind, root / kind)
-        convert(theirs, root / f"{kind}-ours")
-        found[kind] = theirs, root / f"{kind}-ours"
-    return found
+    return converted(tiny_tiles, tmp_path_factory.mktemp("tiles"))
 
 
 @pytest.fixture(scope="session")

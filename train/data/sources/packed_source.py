@@ -31,13 +31,8 @@ class PackedSource(Source):
     def __init__(self, path: str, files: list[str], images: str) -> None:
         super().__init__(path, files, images)
         import_grain()
-        self.__setstate__({})
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "files": self.files, "images": self.images}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    def make_caches(self) -> None:
         self._open = functools.lru_cache(OPEN_FILES)(self._open_file)
 
     def records(self) -> Iterator[Any]:

@@ -28,13 +28,8 @@ class ParquetSource(Source):
     def __init__(self, path: str, files: list[str], images: str) -> None:
         super().__init__(path, files, images)
         import_pyarrow()
-        self.__setstate__({})
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "files": self.files, "images": self.images}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    def make_caches(self) -> None:
         self._lock = threading.Lock()
         self._open = functools.lru_cache(OPEN_FILES)(self._open_file)
         self._column = functools.lru_cache(1)(self._read_column)

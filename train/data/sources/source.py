@@ -51,6 +51,17 @@ class Source(abc.ABC):
 
     def __init__(self, path: str, files: list[str], images: str) -> None:
         self.path, self.files, self.images = path, files, images
+        self.make_caches()
+
+    def make_caches(self) -> None:  # noqa: B027, most formats keep nothing
+        """Sets what a source keeps to read faster, here and in a pickled copy, which does not get it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "files": self.files, "images": self.images}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.make_caches()
 
     @abc.abstractmethod
     def records(self) -> Iterator[Any]:
