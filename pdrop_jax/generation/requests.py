@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from pdrop_jax.batch import Batch
+from pdrop_jax.generation.reuse import Reusable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.processor import Processor, TextStream
 
@@ -25,6 +26,7 @@ class Completion:
         a closing engine ended it; then the answer is as far as it had come.
       stage_lengths: [stage], number of valid prompt tokens that the stage saw; empty if the request never ran.
       kept: [stage boundary][image], indices of the kept image tokens, counted within the image.
+      cached: prompt tokens, a picture among them, whose first stage an earlier request had left in the prefix cache.
       queue_seconds: from the request to its prefill, or to its end if it never ran.
       first_token_seconds: from the request to its first token; None if there was none.
       seconds: from the request to its end.
@@ -35,6 +37,7 @@ class Completion:
     finish_reason: FinishReason
     stage_lengths: list[int]
     kept: list[list[list[int]]]
+    cached: int
     queue_seconds: float
     first_token_seconds: float | None
     seconds: float
@@ -117,6 +120,7 @@ class Request:
 
     Attributes:
       batch: the prompt as a batch of one row, in its bucket.
+      reusable: what of it the engine's caches may hold.
       submitted, admitted, first: ``time.perf_counter`` at the request, its prefill and its first token.
     """
 
@@ -125,12 +129,14 @@ class Request:
     batch: Batch
     processor: Processor
     text: TextStream
+    reusable: Reusable
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     admitted: float | None = None
     first: float | None = None
     ids: list[int] = dataclasses.field(default_factory=list)
     stage_lengths: list[int] = dataclasses.field(default_factory=list)
     kept: list[list[list[int]]] = dataclasses.field(default_factory=list)
+    cached: int = 0
 
     @classmethod
     def of(
@@ -138,10 +144,11 @@ class Request:
         batch: Batch,
         sampling: Sampling,
         processor: Processor,
+        reusable: Reusable,
         stream: Callable[[str], None] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> "Request":
-        return cls(Handle(stream, wake), sampling, batch, processor, processor.stream())
+        return cls(Handle(stream, wake), sampling, batch, processor, processor.stream(), reusable)
 
     def take(self, step: int, ids: list[int], stopped: bool) -> bool:
         """Passes on what is new of the first ``step`` tokens, ``ids`` without the stop token; True at the end."""
@@ -168,6 +175,7 @@ class Request:
             finish_reason=reason,
             stage_lengths=self.stage_lengths,
             kept=self.kept,
+            cached=self.cached,
             queue_seconds=(self.admitted or now) - self.submitted,
             first_token_seconds=None if self.first is None else self.first - self.submitted,
             seconds=now - self.submitted,
