@@ -109,7 +109,11 @@ def images_of(pool: ImageEmbeddings, entries: jax.Array, image_id: jax.Array) ->
     own = image_id[..., None] == jnp.arange(1, entries.shape[1] + 1)  # (B, S, M)
     place = jnp.where(own, jnp.cumsum(own, axis=1) - 1, 0).sum(-1)  # of a token in its image; its parts may be apart
     entry = jnp.take_along_axis(entries, jnp.maximum(image_id - 1, 0), axis=1)
-    return jax.tree.map(lambda x: x[entry, place], pool)
+
+    def pick(x: jax.Array) -> jax.Array:
+        return jnp.where(jnp.reshape(image_id > 0, image_id.shape + (1,) * (x.ndim - 2)), x[entry, place], 0)
+
+    return jax.tree.map(pick, pool)
 
 
 def remember(pool: Prefixes, entries: jax.Array, output: DecoderOutput) -> Prefixes:
