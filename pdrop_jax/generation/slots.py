@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.generation.engine import ROUNDED, State, first_token, placed
+from pdrop_jax.generation.logprobs import no_logprobs
 from pdrop_jax.generation.next_token import TokenSampler
 from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.cache import empty_caches, grow
@@ -33,19 +34,25 @@ class SlotShape:
     Attributes:
       capacity: largest number of new tokens.
       sizes: for each stage C_s, the tokens that its cache holds: those of a prompt of the largest bucket, and the new.
+      top_logprobs: number of most likely tokens that are recorded for each new token; 0 records nothing.
     """
 
     capacity: int
     sizes: tuple[int, ...]
+    top_logprobs: int = 0
 
 
 def slot_shape(
-    config: LlavaConfig, buckets: Sequence[Bucket], max_new_tokens: int, implementation: Implementation = "auto"
+    config: LlavaConfig,
+    buckets: Sequence[Bucket],
+    max_new_tokens: int,
+    implementation: Implementation = "auto",
+    top_logprobs: int = 0,
 ) -> SlotShape:
     """The shape of a slot for prompts of any of ``buckets``."""
     plans = [config.schedule.plan(config.text.num_layers, bucket, aligned(implementation)) for bucket in buckets]
     largest = (max(stage.slots for stage in stages) for stages in zip(*plans, strict=True))
-    return SlotShape(max_new_tokens, tuple(size + max_new_tokens for size in largest))
+    return SlotShape(max_new_tokens, tuple(size + max_new_tokens for size in largest), top_logprobs)
 
 
 def slot_bytes(config: LlavaConfig, shape: SlotShape, dtype: DTypeLike, slots: int = 1) -> int:
@@ -77,6 +84,7 @@ def _empty(config: LlavaConfig, slots: int, shape: SlotShape, dtype: DTypeLike) 
             done=jnp.ones(slots, bool),
             key=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
             model=model,
+            logprobs=no_logprobs(slots, shape.capacity, shape.top_logprobs),
         )
     )
 
@@ -97,6 +105,7 @@ def admit(
     seeds: jax.Array,
     sampler: TokenSampler,
     stop_ids: jax.Array,
+    allowed: jax.Array | None = None,
     *,
     implementation: Implementation = "auto",
 ) -> tuple[State, tuple[jax.Array, ...], tuple[DropRecord, ...]]:
@@ -106,13 +115,15 @@ def admit(
       slots: (R,) int32, the slot of each row of the batch. Rows that repeat another one, slot included, are padding.
       seeds: (R,) uint32.
       sampler: of the batch's rows, see ``next_token.rows_sampler``.
+      allowed: of the batch's rows, see ``next_token.only``.
 
     Returns:
       (state, lengths of the prompts in each stage (R,) int32, drop records).
     """
     logits, model, drops = prefill(config, params, batch, 0, implementation=implementation)
     keys = jax.vmap(jax.random.key)(seeds)
-    new = first_token(logits, model, state.tokens.shape[1], keys, sampler, stop_ids)
+    most = 0 if state.logprobs is None else state.logprobs.ids.shape[2]
+    new = first_token(logits, model, state.tokens.shape[1], keys, sampler, stop_ids, allowed, most)
     return placed(jax.tree.map(functools.partial(_insert, slots), state, new)), model.lengths, drops
 
 
