@@ -120,7 +120,8 @@ def device_mesh(mesh: tuple[str, ...]) -> Any:
 
 
 def read_images(images: tuple[str, ...]) -> list[Any]:
-    """What ``--image`` names: paths, ``data:`` URLs as they are, and the bytes of stdin for each ``-``."""
+    """What ``--image`` names: paths, ``data:`` URLs as they are, and the bytes of http(s) URLs and of stdin, ``-``."""
+    from pdrop_jax.inputs.download import download, is_http_url
     from pdrop_jax.inputs.encoded import is_data_url
 
     piped = None
@@ -128,7 +129,15 @@ def read_images(images: tuple[str, ...]) -> list[Any]:
         piped = sys.stdin.buffer.read(IMAGE_BYTES + 1)
         if len(piped) > IMAGE_BYTES:
             raise UserError(f"--image -: stdin has more than {IMAGE_BYTES:,} bytes")
-    return [piped if name == "-" else name if is_data_url(name) else as_path(name) for name in images]
+
+    def read(name: str) -> Any:
+        if name == "-":
+            return piped
+        if is_http_url(name):
+            return download(name, "--image")
+        return name if is_data_url(name) else as_path(name)
+
+    return list(map(read, images))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ gives it alone.
 
 import atexit
 import collections
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -15,6 +16,7 @@ from pdrop_jax.batch import Bucket
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import check_implementation, on_devices
+from pdrop_jax.generation.logprobs import TOP_LOGPROBS
 from pdrop_jax.generation.lru import CacheCounts
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.requests import Handle, Request
@@ -22,6 +24,7 @@ from pdrop_jax.generation.reuse import ImageCache, PrefixCache, Reusable
 from pdrop_jax.generation.running import RunningBatch
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.slots import slot_bytes, slot_shape
+from pdrop_jax.generation.stopping import Constraint
 from pdrop_jax.inputs.assemble import assemble
 from pdrop_jax.inputs.buckets import bucket_among, choose_bucket, prompt_buckets
 from pdrop_jax.inputs.messages import Prompt
@@ -62,6 +65,10 @@ class Engine:
         rounding. Unused where nothing can be ranked again: a drop before the first layer, or a score of what is not
         cached (``TokenScore.of_stage_output``).
       implementation: attention implementation of the prefill, see ``model.attention``.
+      extras: whether requests may have constraints and log-probabilities, for which another program is compiled. While
+        one with a constraint runs, all requests decode token by token.
+      turn: a context in which the engine uses the device. Engines that share a device take turns with one
+        ``turns.Turns``.
 
     Raises:
       UserError: a number is out of range, ``memory`` holds no slot, or a cache not what a prefill needs at once.
@@ -81,6 +88,8 @@ class Engine:
         image_cache: int = 0,
         prefix_cache: int = 0,
         implementation: Implementation = "auto",
+        extras: bool = False,
+        turn: contextlib.AbstractContextManager | None = None,
     ) -> None:
         check_implementation(implementation)
         if slots is not None and memory is not None:
@@ -107,8 +116,10 @@ class Engine:
             raise UserError("an engine needs at least one bucket, got none")
         self._model, self._max_new_tokens, self._max_waiting = model, max_new_tokens, max_waiting
         self.buckets = tuple(dict.fromkeys(buckets))
+        self._extras, self._turn = extras, turn or contextlib.nullcontext()
+        most = min(TOP_LOGPROBS, config.text.vocab_size) if extras else 0
         with on_devices(model):
-            shape = slot_shape(config, self.buckets, max_new_tokens, implementation)
+            shape = slot_shape(config, self.buckets, max_new_tokens, implementation, most)
         one = slot_bytes(config, shape, model.dtype)
         if memory is not None and memory < one:
             raise UserError(
@@ -119,11 +130,13 @@ class Engine:
         rows = 1 << (min(prefill_rows, slots).bit_length() - 1)  # a power of two, rounded down
         self.slots, self.memory = slots, slots * one
         images = prefixes = None
-        if image_cache and any(bucket.images for bucket in self.buckets):
-            images = ImageCache(model, self.buckets, image_cache, rows, implementation)
-        if prefix_cache and any(bucket.images for bucket in self.buckets) and PrefixCache.applies(config):
-            prefixes = PrefixCache(model, self.buckets, prefix_cache, rows, implementation)
-        self._batch = RunningBatch(model, slots, shape, rows, implementation, images, prefixes)
+        shown = any(bucket.images for bucket in self.buckets)
+        with self._turn:
+            if image_cache and shown:
+                images = ImageCache(model, self.buckets, image_cache, rows, implementation)
+            if prefix_cache and shown and PrefixCache.applies(config):
+                prefixes = PrefixCache(model, self.buckets, prefix_cache, rows, implementation)
+            self._batch = RunningBatch(model, slots, shape, rows, implementation, images, prefixes)
         self._waiting: collections.deque[Request] = collections.deque()
         self._changed = threading.Condition()
         self._starting = threading.Lock()
@@ -132,8 +145,23 @@ class Engine:
         self._error: BaseException | None = None
 
     def __repr__(self) -> str:
-        counts = f"{len(self._batch.running)} running, {len(self._waiting)} waiting"
+        counts = f"{self.running} running, {self.waiting} waiting"
         return f"Engine({self._model!r}, slots={self.slots}, {len(self.buckets)} buckets, {counts})"
+
+    @property
+    def running(self) -> int:
+        """Number of requests that have a slot."""
+        return len(self._batch.running)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error on the device has stopped the engine."""
+        return self._error is not None
 
     @property
     def caches(self) -> dict[str, CacheCounts]:
@@ -156,7 +184,8 @@ class Engine:
         with self._starting:
             if self._thread or self._closing:
                 raise UserError("warm_up comes before the first request")
-            self._batch.compile(self.buckets)
+            with self._turn:
+                self._batch.compile(self.buckets)
 
     def submit(
         self,
@@ -165,6 +194,9 @@ class Engine:
         sampling: Sampling = Sampling(),
         *,
         stream: Callable[[str], None] | None = None,
+        stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
     ) -> Handle:
         """Queues a request. Images are read, and the prompt is tokenized, in the caller's thread.
 
@@ -172,6 +204,9 @@ class Engine:
           prompt, images, sampling: as of one row of ``generate``. It is sampled as it would be in a batch of its own.
           stream: called with new text while the answer grows, in the engine's thread: all requests wait for it. An
             error in it fails the request.
+          stop: the answer ends in front of the first of these strings.
+          constraint: what the answer must look like; of this request alone.
+          top_logprobs: report the log-probability of each token, and so many of the most likely ones in its place.
 
         Raises:
           EngineFull: ``max_waiting`` requests wait already.
@@ -184,6 +219,10 @@ class Engine:
                 f"max_new_tokens is {sampling.max_new_tokens}, but the engine's slots hold {self._max_new_tokens}: ask "
                 "for fewer, or make the engine with more"
             )
+        if not self._extras and (constraint is not None or top_logprobs is not None):
+            raise UserError("constraints and log-probabilities need an engine that is made with extras=True")
+        if top_logprobs is not None and not 0 <= top_logprobs <= TOP_LOGPROBS:
+            raise UserError(f"top_logprobs must be in 0..{TOP_LOGPROBS}, got {top_logprobs}")
         processor, config = self._model.processor, self._model.config
         row = processor.row(prompt, as_list(images))
         choose_bucket([row], config, sampling.max_new_tokens)  # checks the model's positions
@@ -191,7 +230,17 @@ class Engine:
             raise UserError("an engine of this model takes no videos: pass the frames as pictures, or use generate")
         bucket = bucket_among(self.buckets, row)
         reusable = Reusable.of(row, config, bucket) if self._batch.images or self._batch.prefixes else Reusable()
-        request = Request.of(assemble([row], config, bucket), sampling, processor, reusable, stream, self._wake)
+        request = Request.of(
+            assemble([row], config, bucket),
+            sampling,
+            processor,
+            reusable,
+            stream,
+            self._wake,
+            stop,
+            constraint,
+            top_logprobs,
+        )
         with self._starting, self._changed:
             self._check_open()
             self._waiting.append(request)
@@ -234,9 +283,10 @@ class Engine:
         try:
             with on_devices(self._model):
                 while self._work_comes():
-                    self._admit()
-                    if self._batch.running:
-                        self._batch.step()
+                    with self._turn:
+                        self._admit()
+                        if self._batch.running:
+                            self._batch.step()
         except BaseException as error:
             with self._changed:
                 self._error = error

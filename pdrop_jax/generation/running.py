@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,11 @@ from pdrop_jax.generation.engine import (
     stop_ids_of,
     until_stop,
 )
+from pdrop_jax.generation.logprobs import read_logprobs
 from pdrop_jax.generation.next_token import rows_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.requests import Request
-from pdrop_jax.generation.result import kept_tokens
+from pdrop_jax.generation.result import kept_tokens, token_scores
 from pdrop_jax.generation.reuse import ImageCache, PrefixCache, Reusable, rest_of
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.slots import SlotShape, admit, admit_after, empty_slots
@@ -57,6 +58,8 @@ class RunningBatch:
         self._stop_ids = stop_ids_of(model)
         self._prefill_rows = prefill_rows
         self._implementation: Implementation = implementation
+        self._extras = shape.top_logprobs > 0
+        self._words = -(-model.config.text.vocab_size // 32)
         with on_devices(model):
             self._state: Any = empty_slots(model.config, slots, shape, model.dtype)
 
@@ -78,6 +81,8 @@ class RunningBatch:
                 request = Request.of(assemble([Row([0])], config, bucket), Sampling(), processor, reusable)
                 self._prefill([request] * count, [0] * count, recall)
             self._decode()
+            if self._extras:
+                self._decode(extras=True)
             jax.block_until_ready(self._state)
 
     def admit(self, requests: Sequence[Request]) -> None:
@@ -98,7 +103,7 @@ class RunningBatch:
 
     def step(self) -> None:
         """Decodes a few tokens of all requests and passes them on."""
-        self._decode()
+        self._decode(extras=not all(request.plain for request in self.running.values()))
         self._deliver()
 
     def _admit_bucket(self, requests: dict[int, Request]) -> None:
@@ -128,6 +133,7 @@ class RunningBatch:
             np.array([request.sampling.seed for request in padded], np.uint32),
             rows_sampler([request.sampling for request in padded]),
             self._stop_ids,
+            self._allowed(dict(enumerate(padded)), len(padded)) if self._extras else None,
         )
         if recall:
             assert prefixes
@@ -163,26 +169,56 @@ class RunningBatch:
                 prefixes.pool = pool
         lengths, drops = jax.device_get((lengths, drops))
         stage_lengths, kept = np.stack(lengths, axis=1).tolist(), kept_tokens(batch, drops)
+        scores = token_scores(batch, drops)
         for r, request in enumerate(requests):
-            request.admitted, request.stage_lengths, request.kept = now, stage_lengths[r], kept[r]
+            request.admitted, request.stage_lengths = now, stage_lengths[r]
+            request.kept, request.scores = kept[r], scores[r]
             request.cached = reusable[r].prefix_slots if recall else 0
 
-    def _decode(self) -> None:
+    def _allowed(self, requests: Mapping[int, Request], rows: int) -> np.ndarray:
+        """See ``next_token.only``; rows without a constraint may have any token."""
+        allowed = np.full((rows, self._words), -1, np.int32)
+        for row, request in requests.items():
+            if request.allowed is not None:
+                allowed[row] = request.allowed
+        return allowed
+
+    def _decode(self, extras: bool = False) -> None:
+        """
+        Args:
+          extras: with log-probabilities and constraints. These know only one token ahead what they allow.
+        """
+        constrained = any(request.constraint for request in self.running.values())
+        every = 1 if constrained else STREAM_EVERY
         until, samplings = np.zeros(self.slots, np.int32), [Sampling()] * self.slots
         for slot, request in self.running.items():
             samplings[slot] = request.sampling
-            until[slot] = min(len(request.ids) + STREAM_EVERY, request.sampling.max_new_tokens)
-        sampler = rows_sampler(samplings)
-        self._state = decode(self._model.config, self._model.params, self._state, until, sampler, self._stop_ids)
+            until[slot] = min(len(request.ids) + every, request.sampling.max_new_tokens)
+        self._state = decode(
+            self._model.config,
+            self._model.params,
+            self._state,
+            until,
+            rows_sampler(samplings),
+            self._stop_ids,
+            self._allowed(self.running, self.slots) if extras else None,
+        )
 
     def _deliver(self) -> None:
         """Passes on new tokens. The slots of requests that end are free from then on."""
-        steps, done, tokens = jax.device_get((self._state.step, self._state.done, self._state.tokens))
+        asked = any(request.top_logprobs is not None for request in self.running.values())
+        state = self._state
+        steps, done, tokens, logprobs = jax.device_get(
+            (state.step, state.done, state.tokens, state.logprobs if asked else None)
+        )
         for slot, request in list(self.running.items()):
             step = int(steps[slot])
+            ids, most, new = until_stop(tokens[slot, :step], self._stop_ids), request.top_logprobs, []
+            if most is not None:
+                new = read_logprobs(logprobs, slot, range(len(request.ids), len(ids)), ids, most)
             try:
-                ended = request.take(step, until_stop(tokens[slot, :step], self._stop_ids), bool(done[slot]))
-            except Exception as error:  # of the caller's stream
+                ended = request.take(step, ids, bool(done[slot]), new)
+            except Exception as error:  # of the caller's stream or constraint
                 request.handle.finish(error)
                 ended = True
             if ended:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.generation.engine import ROUNDED, State, first_token, placed
+from pdrop_jax.generation.logprobs import no_logprobs
 from pdrop_jax.generation.next_token import TokenSampler
 from pdrop_jax.generation.pools import Prefixes, images_of, insert, recall, remember
 from pdrop_jax.model.attention import aligned
@@ -35,19 +36,25 @@ class SlotShape:
     Attributes:
       capacity: largest number of new tokens.
       sizes: for each stage C_s, the tokens that its cache holds: those of a prompt of the largest bucket, and the new.
+      top_logprobs: number of most likely tokens that are recorded for each new token; 0 records nothing.
     """
 
     capacity: int
     sizes: tuple[int, ...]
+    top_logprobs: int = 0
 
 
 def slot_shape(
-    config: LlavaConfig, buckets: Sequence[Bucket], max_new_tokens: int, implementation: Implementation = "auto"
+    config: LlavaConfig,
+    buckets: Sequence[Bucket],
+    max_new_tokens: int,
+    implementation: Implementation = "auto",
+    top_logprobs: int = 0,
 ) -> SlotShape:
     """The shape of a slot for prompts of any of ``buckets``."""
     plans = [config.schedule.plan(config.text.num_layers, bucket, aligned(implementation)) for bucket in buckets]
     largest = (max(stage.slots for stage in stages) for stages in zip(*plans, strict=True))
-    return SlotShape(max_new_tokens, tuple(size + max_new_tokens for size in largest))
+    return SlotShape(max_new_tokens, tuple(size + max_new_tokens for size in largest), top_logprobs)
 
 
 def slot_bytes(config: LlavaConfig, shape: SlotShape, dtype: DTypeLike, slots: int = 1) -> int:
@@ -79,6 +86,7 @@ def _empty(config: LlavaConfig, slots: int, shape: SlotShape, dtype: DTypeLike) 
             done=jnp.ones(slots, bool),
             key=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
             model=model,
+            logprobs=no_logprobs(slots, shape.capacity, shape.top_logprobs),
         )
     )
 
@@ -102,6 +110,7 @@ def admit(
     seeds: jax.Array,
     sampler: TokenSampler,
     stop_ids: jax.Array,
+    allowed: jax.Array | None = None,
     images: tuple[ImageEmbeddings, jax.Array] | None = None,
     prefixes: Prefixes | None = None,
     entries: jax.Array | None = None,
@@ -116,6 +125,7 @@ def admit(
       slots: (R,) int32, the slot of each row of the batch. Rows that repeat another one, slot included, are padding.
       seeds: (R,) uint32.
       sampler: of the batch's rows, see ``next_token.rows_sampler``.
+      allowed: of the batch's rows, see ``next_token.only``.
       images: a pool and the entries (R, M) int32 of the batch's images; None computes them from its crops.
       prefixes, entries: a pool, and the entries (R,) int32 that the first stage of each row is written to.
 
@@ -127,7 +137,7 @@ def admit(
     if prefixes is not None and entries is not None:
         prefixes = remember(prefixes, entries, output)
     logits = next_logits(config, params, output.buffer)
-    state = _enter(state, logits, output.state, slots, seeds, sampler, stop_ids)
+    state = _enter(state, logits, output.state, slots, seeds, sampler, stop_ids, allowed)
     return state, prefixes, output.state.lengths, output.drops
 
 
@@ -143,6 +153,7 @@ def admit_after(
     seeds: jax.Array,
     sampler: TokenSampler,
     stop_ids: jax.Array,
+    allowed: jax.Array | None,
     prefixes: Prefixes,
     entries: jax.Array,
     first: jax.Array,
@@ -163,7 +174,7 @@ def admit_after(
     logits, model, _, drops = rerank(
         config, params, rest, batch, cache, first, output, 0, implementation=implementation
     )
-    return _enter(state, logits, model, slots, seeds, sampler, stop_ids), model.lengths, drops
+    return _enter(state, logits, model, slots, seeds, sampler, stop_ids, allowed), model.lengths, drops
 
 
 def _enter(
@@ -174,7 +185,9 @@ def _enter(
     seeds: jax.Array,
     sampler: TokenSampler,
     stop_ids: jax.Array,
+    allowed: jax.Array | None,
 ) -> State:
     keys = jax.vmap(jax.random.key)(seeds)
-    new = first_token(logits, model, state.tokens.shape[1], keys, sampler, stop_ids)
+    most = 0 if state.logprobs is None else state.logprobs.ids.shape[2]
+    new = first_token(logits, model, state.tokens.shape[1], keys, sampler, stop_ids, allowed, most)
     return placed(jax.tree.map(functools.partial(insert, slots), state, new))

@@ -20,14 +20,14 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
-from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
+from pdrop_jax.inputs.encoded import is_url, read_url
 from pdrop_jax.inputs.families import FAMILIES
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.io import check_file
 from pdrop_jax.paths import as_path, in_bucket
 
-Encoded = str | os.PathLike | bytes | io.IOBase  # a path or a data: URL, or what a file holds
+Encoded = str | os.PathLike | bytes | io.IOBase  # a path or a URL, or what a file holds
 Picture = Encoded | Image.Image | np.ndarray
 _WARNINGS = threading.Lock()  # warning filters are global to the process
 
@@ -111,8 +111,8 @@ def open_image(picture: Picture) -> Image.Image:
     The alpha channel is dropped as in LLaVA's code, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
 
     Args:
-      picture: a path, a ``data:`` URL, the bytes of an image file, a binary file object, a Pillow image, or a uint8
-        array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
+      picture: a path, a ``data:`` or http(s) URL, the bytes of an image file, a binary file object, a Pillow image, or
+        a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
 
     Raises:
       UserError: the file does not exist, is not an image or is truncated; the image exceeds Pillow's limit for
@@ -153,8 +153,8 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 @contextlib.contextmanager
 def _opened(file: Encoded) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
-    if isinstance(file, str) and is_data_url(file):
-        file = decode_data_url(file, "the picture")
+    if isinstance(file, str) and is_url(file):
+        file = read_url(file, "the picture")
     if isinstance(file, bytes | io.IOBase):
         opened = _decoded(io.BytesIO(file) if isinstance(file, bytes) else file, "the picture")
     else:

@@ -90,7 +90,9 @@ def test_answers_do_not_depend_on_what_is_cached():
     assert sum(map(bool, cached)) == prefixes.hits
 
 
-@pytest.mark.parametrize(("caches", "score"), [({"image_cache": 4 * IMAGE}, "cls"), ({"prefix_cache": 8 * PREFIX}, "norm")])
+@pytest.mark.parametrize(
+    ("caches", "score"), [({"image_cache": 4 * IMAGE}, "cls"), ({"prefix_cache": 8 * PREFIX}, "norm")]
+)
 def test_each_cache_alone(caches, score):
     """One with the attention of the vision tower's class token, which is cached too."""
     with Engine(scored(score), 2, max_new_tokens=NEW, buckets=[TWO], prefill_rows=1, **caches) as engine:
