@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -21,12 +22,15 @@ def grammar_of(request: ChatRequest) -> str | None:
     if request.regex is not None:
         return llguidance.LLMatcher.grammar_from_regex(request.regex)
     if isinstance(request.response_format, JsonObject):
-        return llguidance.LLMatcher.grammar_from_json_schema({"type": "object"})
+        return _grammar_of_schema({"type": "object"})
     if isinstance(request.response_format, JsonOfSchema):
-        return llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(request.response_format.json_schema.json_schema)
-        )
+        return _grammar_of_schema(request.response_format.json_schema.json_schema)
     return None
+
+
+def _grammar_of_schema(schema: Any) -> str:
+    # With as much white space as JSON allows, a model may write nothing else.
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": " ?"})
 
 
 class Grammars:
@@ -65,7 +69,8 @@ class GrammarConstraint:
 def token_bytes(model: Model) -> list[bytes]:
     """The bytes of each of the V tokens inside an answer; empty for added and unused ones, which are no text."""
     tokenizer, size = model.processor.tokenizer, model.config.text.vocab_size
-    to_bytes = _byte_level if b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__() else _sentence_piece
+    decoder = tokenizer.backend_tokenizer.decoder
+    to_bytes = _byte_level if decoder and b"ByteLevel" in decoder.__getstate__() else _sentence_piece
     pieces: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     pieces += [None] * (size - len(pieces))
     added = tokenizer.added_tokens_decoder
