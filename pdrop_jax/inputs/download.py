@@ -21,7 +21,11 @@ from pdrop_jax.errors import UserError, printable
 
 REDIRECTS = 3
 SHOWN = 80  # characters of a URL in an error message
-HEADERS = {"User-Agent": "pdrop-jax", "Accept": "image/*", "Accept-Encoding": "identity"}
+HEADERS: dict[bytes | str, bytes | str] = {
+    "User-Agent": "pdrop-jax",
+    "Accept": "image/*",
+    "Accept-Encoding": "identity",
+}
 
 
 @dataclasses.dataclass(frozen=True)
