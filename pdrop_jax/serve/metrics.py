@@ -78,12 +78,12 @@ class _State(Collector):
 
     def _caches(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         labels = ["budget", "cache"]
-        counters = {
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             "hits": CounterMetricFamily("pdrop_reuse_hits", "Images and prefixes that were in a cache.", labels=labels),
             "misses": CounterMetricFamily("pdrop_reuse_misses", "Images and prefixes that were not.", labels=labels),
             "bytes": GaugeMetricFamily("pdrop_reuse_bytes", "Device memory of these caches.", labels=labels),
         }
-        for field, family in counters.items():
+        for field, family in families.items():
             for budget, engine in self._engines.items():
                 for name, counts in engine.caches.items():
                     family.add_metric([budget, name], getattr(counts, field))
