@@ -58,7 +58,7 @@ def service(models):
         slots=SLOTS,
         max_new_tokens=LONGEST,
         images=2,
-        downloads=DownloadRules(hosts=("127.0.0.1",), max_bytes=2**20, seconds=2),
+        downloads=DownloadRules(hosts=("127.0.0.1",), max_bytes=2**20, seconds=0.5),
         buckets=[Bucket(64, (144, 144))],  # one program for all prompts
         prefill_rows=1,
         max_waiting=WAITING,
