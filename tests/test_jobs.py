@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from pdrop_jax.cli import parsed
+from pdrop_jax.serve.app import create_app
 from pdrop_jax.train.recipe import load_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,8 +41,11 @@ def commands():
 
 def containers(path):
     for manifest in yaml.safe_load_all(path.read_text()):
-        for job in manifest["spec"]["replicatedJobs"]:
+        spec = manifest["spec"]
+        for job in spec.get("replicatedJobs", ()):
             yield from job["template"]["spec"]["template"]["spec"]["containers"]
+        if manifest["kind"] == "Deployment":
+            yield from spec["template"]["spec"]["containers"]
 
 
 def test_every_command_is_one_of_ours_with_options_and_settings_that_exist(monkeypatch):
@@ -70,9 +74,9 @@ def test_images_pass_hadolint_and_install_extras_that_exist(path):
     assert 'ENTRYPOINT ["pdrop"]' in path.read_text()
 
 
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
-def test_a_manifests_jobs_are_valid(path):
+def test_the_jobs_of_a_slice_are_valid():
     """JobSet is not part of Kubernetes' own schemas; the jobs in it are."""
+    path = JOBS / "jobset.yaml"
     for manifest in yaml.safe_load_all(path.read_text()):
         assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
         for job in manifest["spec"]["replicatedJobs"]:
@@ -83,3 +87,24 @@ def test_a_manifests_jobs_are_valid(path):
             rows, columns = spec["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
             chips = sum(int(each["resources"]["limits"]["google.com/tpu"]) for each in containers(path))
             assert spec["parallelism"] == spec["completions"] == int(rows) * int(columns) // chips
+
+
+def test_the_servers_replicas_are_valid_and_reached_by_their_service():
+    path = JOBS / "serve.yaml"
+    manifests = {each["kind"]: each for each in yaml.safe_load_all(path.read_text())}
+    for each in manifests.values():
+        kubernetes_validate.validate(each, "1.34", strict=True)
+    (container,) = containers(path)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    for kind in ("Service", "PodDisruptionBudget"):
+        selector = manifests[kind]["spec"]["selector"]
+        assert labels >= selector.get("matchLabels", selector).items()
+    assert {port["targetPort"] for port in manifests["Service"]["spec"]["ports"]} <= ports.keys()
+    routes = {getattr(route, "path", None) for route in create_app(None).routes}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        ask = container[probe]["httpGet"]
+        assert ask["path"] in routes
+        assert ports[ask["port"]] == 8000  # the port of `pdrop serve`, which the command does not change
+    assert "--port" not in container["command"]
+    assert {"name": "PDROP_API_KEY"}.items() <= container["env"][0].items()

@@ -32,7 +32,9 @@ def page(browser, url):
     page.set_default_timeout(30 * SECONDS)
     failures, elsewhere = [], []
     page.on("pageerror", failures.append)
-    page.on("request", lambda request: None if request.url.startswith((url, "data:")) else elsewhere.append(request.url))
+    page.on(
+        "request", lambda request: None if request.url.startswith((url, "data:")) else elsewhere.append(request.url)
+    )
     page.goto(url)
     page.get_by_label("API key").fill(KEY)
     page.get_by_label("API key").press("Tab")
@@ -155,7 +157,9 @@ def test_a_server_that_is_full_or_gone_or_wants_another_key(page, service, idle)
     for handle in held:
         handle.result(60)
     ask(page, "Q" * 300)
-    expect(notice(page)).to_have_text(re.compile(r"^The prompt has \d+ text tokens, but the buckets hold at most 64: .*\.$"))
+    expect(notice(page)).to_have_text(
+        re.compile(r"^The prompt has \d+ text tokens, but the buckets hold at most 64: .*\.$")
+    )
     page.get_by_label("API key").fill("another")
     ask(page)
     expect(notice(page)).to_have_text("This server wants an API key: enter it above, and ask again.")
