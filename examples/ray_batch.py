@@ -1,7 +1,7 @@
 """Answers a question about each picture of a Parquet data set, on all workers of a Ray cluster.
 
     python -m examples.ray_batch pictures/ answers/ --prompt "What is in the picture?" --workers 8 --gpus 1
-    python -m examples.ray_batch gs://bucket/vqa gs://bucket/out --prompt-column question --model ID --workers 4 --tpus 4
+    python -m examples.ray_batch gs://bucket/vqa gs://bucket/out --prompt-column question --model ID --tpus 4
 
 The data set is read, answered and written in pieces, so it may be larger than the cluster's memory. A worker that dies
 is replaced and its pieces are answered again. The output has the columns of the input, ``answer``, and ``error`` for

@@ -9,7 +9,6 @@ error that clients retry, and the others answer in the meantime. Needs ``pip ins
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import AsyncIterator
 
@@ -72,7 +71,7 @@ def application(flags: Flags) -> serve.Application:
     deployment = serve.deployment(name="pdrop", num_replicas=flags.replicas, ray_actor_options=options)
 
     @deployment
-    @serve.ingress(functools.partial(build, flags))
+    @serve.ingress(lambda: build(flags))  # called in each replica
     class Replica:
         pass
 
