@@ -79,6 +79,7 @@ function complain(error) {
   $("notice").hidden = error === null;
   $("notice").textContent = error === null ? "" : sentence(error);
   if (error?.status === 401) $("key-row").hidden = false;
+  if (error) $("notice").scrollIntoView({ block: "nearest" });
 }
 
 // ---- the picture
