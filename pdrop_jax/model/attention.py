@@ -5,7 +5,6 @@ Implementations: ``xla`` is the reference and handles everything; so does ``bloc
 own if it can handle the call and xla otherwise. A forced implementation that cannot raises an error.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -75,8 +74,10 @@ def attention(
     # A padding query far behind the valid keys has only padding in its window: were that hidden, it would have no key.
     # From valid queries the causal mask hides padding anyway.
     length = length if window is None else None
-    call = _dot_product_even if chosen == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2) else _dot_product
-    return call(q, k, v, length, causal, window, chosen)
+    call, even = (lambda *operands, run=run: run(*operands, causal, window, chosen) for run in (_dot_product, _even))
+    if chosen == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2):
+        call = _unless_differentiated(call, even)  # cuDNN has no gradient of odd lengths
+    return call(q, k, v, length)
 
 
 def attention_mask(
@@ -171,33 +172,20 @@ def _dot_product(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _dot_product_even(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None, *options: Any) -> jax.Array:
-    """``_dot_product`` whose gradient is computed with even numbers of queries and keys: cuDNN has no others."""
-    return _dot_product(q, k, v, length, *options)
-
-
-def _even_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None, causal: bool, window: int | None, chosen: Any
-) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
-    B, T = q.shape[:2]
-    S = k.shape[1]
+def _even(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None, causal: bool, *options: Any) -> jax.Array:
+    """``_dot_product`` with a query and a key of padding where their number is odd."""
+    T, S = q.shape[1], k.shape[1]
     if length is None and not causal:
-        length = jnp.full(B, S, jnp.int32)  # hides the padding, as the causal mask does
-
-    def padded(*operands: jax.Array) -> jax.Array:
-        q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in operands)
-        return _dot_product(q, k, v, length, causal, window, chosen)[:, :T]
-
-    return jax.vjp(padded, q, k, v)
+        length = jnp.full(len(q), S, jnp.int32)  # hides the padding, as the causal mask does
+    q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
+    return _dot_product(q, k, v, length, causal, *options)[:, :T]
 
 
-def _even_backward(*arguments: Any) -> tuple[jax.Array | None, ...]:
-    *_, gradient_of, cotangent = arguments
-    return *gradient_of(cotangent), None
-
-
-_dot_product_even.defvjp(_even_forward, _even_backward)
+def _unless_differentiated(call: Callable[..., jax.Array], otherwise: Callable[..., jax.Array]) -> Any:
+    """``call``, but ``otherwise``, which gives the same, in a computation that is differentiated."""
+    function = jax.custom_vjp(call)
+    function.defvjp(lambda *operands: jax.vjp(otherwise, *operands), lambda vjp, cotangent: vjp(cotangent))
+    return function
 
 
 @jax.named_scope("attention")
@@ -207,19 +195,36 @@ def segment_attention(
     """Two-way attention among the tokens of a segment, such as the patches of one picture in a buffer of several.
 
     Few tokens are taken at once. More are taken in blocks one after the other, or their scores would fill the memory,
-    and on a TPU by the flash kernel.
+    and on a TPU or a GPU by the flash kernel.
 
     Args:
       q, k, v: (B, T, N, H).
       segment: (B, T) int32; padding is a segment of its own, so that every query sees a key.
-      implementation: "splash", or "auto" on a TPU, takes the flash kernel for more than SEGMENT_BLOCK tokens.
+      implementation: "splash" or "cudnn", or "auto" where they run, takes the flash kernel for more than SEGMENT_BLOCK
+        tokens. cuDNN's runs where nothing is differentiated.
 
     Returns:
       (B, T, N, H), dtype of v.
     """
-    B, T, _, H = q.shape
-    if _is_splash(implementation) and T > SEGMENT_BLOCK:
+    T = q.shape[1]
+    if T <= SEGMENT_BLOCK:
+        return _segment_blocks(q, k, v, segment)
+    if _is_splash(implementation):
         return splash_two_way(q, k, v, segment)
+    if implementation == "cudnn" or (implementation == "auto" and _choose(q, False, None) == "cudnn"):
+        return _unless_differentiated(_segment_mask, _segment_blocks)(q, k, v, segment)
+    return _segment_blocks(q, k, v, segment)
+
+
+def _segment_mask(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, implementation: Literal["xla", "cudnn"] = "cudnn"
+) -> jax.Array:
+    seen = segment[:, None, :, None] == segment[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=implementation)
+
+
+def _segment_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
+    B, T, _, H = q.shape
     size = math.gcd(T, SEGMENT_BLOCK)
 
     def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:  # (B, size, N, H) and (B, size)

@@ -268,17 +268,28 @@ def test_gradients_with_the_padding_that_cudnn_needs(causal, length):
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape) / 20, np.float32)
     weights *= 1 if length is None else (jnp.arange(7) < length[:, None])[..., None, None]
 
-    def gradients(call):
-        return jax.value_and_grad(lambda *x: (call(*x, length, causal, None, "xla") * weights).sum(), (0, 1, 2))(
-            q, k, v
-        )
+    def plain(*operands):
+        return module._dot_product(*operands, causal, None, "xla")
 
-    (ours, our_gradients), (expected, gradients_expected) = map(
-        gradients, (module._dot_product_even, module._dot_product)
-    )
-    assert_close(ours, expected, atol=1e-6)
-    for mine, other in zip(our_gradients, gradients_expected, strict=True):
-        assert_close(mine, other, atol=1e-6)
+    def even(*operands):
+        return module._even(*operands, causal, None, "xla")
+
+    def gradients(call):
+        return jax.value_and_grad(lambda *x: (call(*x, length) * weights).sum(), (0, 1, 2))(q, k, v)
+
+    chosen = module._unless_differentiated(plain, even)
+    jax.tree.map(functools.partial(assert_close, atol=1e-6), gradients(chosen), gradients(plain))
+    eight_keys = f"[{','.join(map(str, (2, 8, 2, 8)))}]"
+    assert eight_keys in str(jax.make_jaxpr(lambda: gradients(chosen))())
+    assert eight_keys not in str(jax.make_jaxpr(lambda: chosen(q, k, v, length))())
+
+
+def test_segments_of_a_gpu_agree_with_the_blocks():
+    """The mask that cuDNN gets, here around the reference."""
+    q, k, v = qkv(2, 2, T=9, S=9)
+    segment = jnp.array([[1, 1, 1, 2, 2, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 2, 2]])
+    ours = module._segment_mask(q, k, v, segment, "xla")
+    assert_close(ours, segment_attention(q, k, v, segment), atol=1e-6)
 
 
 @pytest.mark.parametrize(("implementation", "multiple"), [("splash", TILE), ("auto", 1), ("xla", 1)])
