@@ -52,5 +52,5 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "ports are 0..65535"
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "ports are 0..65535"
         raise UserError(f"{host}:{port} cannot be served: {reason}") from None

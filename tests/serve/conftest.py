@@ -11,14 +11,12 @@ import pytest
 from served import KEY, LONGEST, SLOTS, WAITING, serving
 
 import pdrop_jax
+from pdrop_jax import checkpoint
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.download import DownloadRules
-from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import abstract_params
-from pdrop_jax.model.stacking import unstack
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.serve.budgets import models_for
 from pdrop_jax.serve.service import Service
@@ -34,10 +32,17 @@ CONFIG = LlavaConfig(
 
 
 @pytest.fixture(scope="session")
-def models():
-    rng = np.random.default_rng(0)
+def folder(tmp_path_factory):
+    """A checkpoint."""
+    folder, rng = tmp_path_factory.mktemp("serve") / "tiny", np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), abstract_params(CONFIG))
-    return models_for(Model(CONFIG, unstack(params), Processor.load(pdrop_jax.DEMO, CONFIG)), ["own", "dense"])
+    checkpoint.save(folder, CONFIG, params, companions=pdrop_jax.DEMO, single_file=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(folder):
+    return models_for(pdrop_jax.load(folder), ["own", "dense"])
 
 
 @pytest.fixture(scope="session")
