@@ -1,14 +1,16 @@
 """Takes docs/serve.png from a running server.
 
-    pdrop serve --schedule own dense tokens-48 tokens-24 --slots 2 --images 1 &
+    pdrop serve --schedule own dense tokens-48 tokens-24 --slots 1 --images 1 --max-prompt-tokens 208 &
     python docs/screenshot.py http://127.0.0.1:8000 docs/serve.png
 
 Needs the package playwright, and Debian's ``chromium``.
 """
 
+import io
 import shutil
 import sys
 
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 MOST = 300_000  # milliseconds that anything may take: at first the server compiles
@@ -23,7 +25,8 @@ def take(page: Page, path: str) -> None:
         expect(answers.nth(side)).not_to_be_empty()
         expect(page.locator("#pair dl").nth(side)).not_to_contain_text("–")  # noqa: RUF001  as long as there is no figure
     page.mouse.move(0, 0)
-    page.screenshot(path=path, full_page=True)
+    taken = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+    taken.convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
 
 
 def main(url: str, path: str) -> None:

@@ -87,10 +87,10 @@ class ImageCache:
     ) -> None:
         self._model, self._implementation = model, implementation
         # A picture of a bucket has the crops that the bucket's other pictures leave, or all of them if it is alone.
-        shapes = {(n, b.crops - other) for b in buckets for n in b.images for other in {0, len(b.images) - 1}}
+        others = {bucket: {0, min(len(bucket.images), bucket.crops) - 1} for bucket in buckets if bucket.images}
+        shapes = {(n, bucket.crops - m) for bucket, crops in others.items() for n in bucket.images for m in crops}
         self._shapes = [Bucket(0, (tokens,), crops) for tokens, crops in sorted(shapes)]
         tokens, needed = max(shapes)[0], rows * max(len(bucket.images) for bucket in buckets)
-        self._size = (model.config, tokens, model.dtype)
         one = pool_bytes(empty_images, model.config, 1, tokens, model.dtype)
         check_room("image_cache", nbytes, one, needed, "pictures")
         self._lru = Lru(nbytes // one)

@@ -98,8 +98,8 @@ class RunningBatch:
         self._deliver()
 
     def release(self) -> None:
-        """Gives the slots' memory back."""
-        self._state = None
+        """Gives the memory of slots and caches back."""
+        self._state = self.images = self.prefixes = None
 
     def step(self) -> None:
         """Decodes a few tokens of all requests and passes them on."""

@@ -81,6 +81,7 @@ def test_answers_do_not_depend_on_what_is_cached():
         answers = ask(engine, numbers)
         assert COMPILED[before:] == []
         counts = engine.caches
+    assert engine.caches == {}  # their memory is given back
     for n, answer in zip(numbers, answers, strict=True):
         assert (answer.token_ids, answer.kept, answer.stage_lengths) == expected()[n], ASKED[n]
     images, prefixes = counts["images"], counts["prefixes"]

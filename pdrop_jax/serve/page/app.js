@@ -328,10 +328,10 @@ function side(budget, growing, base) {
   const details = found?.details;
   const tokens = (d) => d.stages.reduce((n, s) => n + s.image_tokens * (s.layers[1] - s.layers[0]), 0) / model.layers;
   const rows = [
-    ["Image tokens a layer", tokens, (x) => x.toFixed(x < 100 ? 1 : 0)],
+    ["Tokens a layer", tokens, (x) => x.toFixed(x < 100 ? 1 : 0)],
     ["To the first token", (d) => d.prefill_ms, ms],
     ["Decoding", (d) => d.decode_ms, ms],
-    ["KV cache of a request", (d) => d.cache_bytes, (x) => (x < 2 ** 30 ? `${(x / 2 ** 20).toFixed(x < 1e8 ? 2 : 0)} MiB` : `${(x / 2 ** 30).toFixed(2)} GiB`)],
+    ["KV cache", (d) => d.cache_bytes, (x) => (x < 2 ** 30 ? `${(x / 2 ** 20).toFixed(x < 1e8 ? 2 : 0)} MiB` : `${(x / 2 ** 30).toFixed(2)} GiB`)],
   ];
   const list = document.createElement("dl");
   for (const [label, value, format] of rows) {
