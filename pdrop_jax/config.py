@@ -26,6 +26,7 @@ from pdrop_jax.text_config import Family as Family
 from pdrop_jax.text_config import RopeScaling as RopeScaling
 from pdrop_jax.text_config import TextConfig as TextConfig
 from pdrop_jax.vision_config import Activation as Activation
+from pdrop_jax.vision_config import EarlyCompression as EarlyCompression
 from pdrop_jax.vision_config import VisionConfig as VisionConfig
 
 FORMAT = "pdrop-jax-1"
@@ -42,7 +43,7 @@ MAX_PROJECTOR_LAYERS = 16
 # Choices of the model code that the command line and recipes offer too, without importing jax.
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of attention, see ``model.attention``
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
-Group = Literal["vision", "projector", "llm", "lora"]  # parts of the model that are trained together
+Group = Literal["vision", "compressor", "projector", "llm", "lora"]  # parts of the model that are trained together
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
 
 
@@ -124,6 +125,7 @@ class LlavaConfig:
                 f"select_layer {self.select_layer} names no hidden state of a vision tower of "
                 f"{self.vision.num_layers} layers"
             )
+        self._check_compression()
         if isinstance(self.vision, VisionConfig):
             self._check_crops(self.vision)
         self.schedule.check(self.text.num_layers)
@@ -137,6 +139,19 @@ class LlavaConfig:
                 f"{self.text.num_layers}"
             )
 
+    def _check_compression(self) -> None:
+        compression = self.vision.early_compression
+        if compression and isinstance(self.vision, VisionConfig) and self.family != "LLaVA":
+            raise UserError(
+                f"early compression is for CLIP, SigLIP and Qwen towers, but this model's is {self.vision.kind}"
+            )
+        if compression and compression.after >= self.vision_layers - 1:
+            last = self.vision_layers - 1
+            raise UserError(
+                f"early compression after layer {compression.after} leaves no layer behind it: the vision tower runs "
+                f"layers 0 to {last}" + (f", choose one of 0 to {last - 1}" if last else "")
+            )
+
     def _check_crops(self, vision: VisionConfig) -> None:
         tile = vision.image_size
         if self.tiling and (
@@ -148,11 +163,16 @@ class LlavaConfig:
             )
         if self.tiling and self.keep_class_token:
             raise UserError("tiles with class tokens are not supported: the feature selection must be patch")
+        if self.keep_class_token and vision.merge_size > 1 and self.family == "LLaVA":
+            raise UserError(
+                f"a class token cannot be merged with others, but squares of {vision.merge_size} features a side are: "
+                "the feature selection must be patch"
+            )
         if self.keep_class_token and not vision.class_tokens:
             raise UserError(f"a {vision.kind} tower has no class token to keep")
-        if self.frame_stride is not None and not 1 <= self.frame_stride <= vision.patches_a_side:
+        if self.frame_stride is not None and not 1 <= self.frame_stride <= vision.features_a_side:
             raise UserError(
-                f"frames of {vision.patches_a_side} features a side cannot be averaged over {self.frame_stride}"
+                f"frames of {vision.features_a_side} features a side cannot be averaged over {self.frame_stride}"
             )
 
     @property
@@ -193,7 +213,7 @@ class LlavaConfig:
     @property
     def frame_tokens(self) -> int:
         """Further features of a crop as a frame of a video, if those are averaged before the projector."""
-        return (self.crop_tower.patches_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
+        return (self.crop_tower.features_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
 
     @property
     def features_per_token(self) -> int:

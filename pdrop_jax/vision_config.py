@@ -1,7 +1,9 @@
 """The config of a vision tower that takes square crops."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, Width
@@ -10,6 +12,25 @@ Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Kind = Literal["clip", "siglip", "internvl", "smolvlm", "idefics3"]
 
 MAX_PATCHES_A_SIDE = 256
+WINDOW = 2  # patches a side of the squares that early compression makes one of
+
+MergeSize = Annotated[int, Field(ge=1, le=64)]
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyCompression:
+    """A module inside a vision tower that makes one patch of every 2 x 2 (LLaVA-UHD v4), see ``model.compression``.
+
+    Attributes:
+      after: the layer that it follows, counted from 0 as in LLaVA-UHD v4's code: after + 1 layers see all patches.
+      kind: "window" is LLaVA-UHD v4's module. The others are what its paper compares it with: "unshuffle" is an MLP
+        on the joined patches, "average" their mean, which has no weights.
+    """
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    after: Annotated[int, Field(ge=0, lt=1024)] = 6
+    kind: Literal["window", "unshuffle", "average"] = "window"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +42,8 @@ class VisionConfig:
       layer_scale: what attention and mlp add to a layer's input is scaled by a vector first (InternViT).
       rms_norm: RMSNorm in front of attention and mlp, in place of LayerNorm.
       qk_norm: RMSNorm of the queries and of the keys, over all heads at once.
+      early_compression: makes a quarter of the patches inside the tower; None keeps all.
+      merge_size: squares of so many features a side are joined and projected to one token.
     """
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -39,6 +62,8 @@ class VisionConfig:
     layer_scale: bool = False
     rms_norm: bool = False
     qk_norm: bool = False
+    early_compression: EarlyCompression | None = None
+    merge_size: MergeSize = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.patches_a_side <= MAX_PATCHES_A_SIDE:
@@ -51,10 +76,26 @@ class VisionConfig:
                 f"the vision tower's hidden size of {self.hidden_size} is not a multiple of its "
                 f"{self.num_heads} attention heads"
             )
+        if self.early_compression and self.patches_a_side % WINDOW:
+            raise UserError(
+                f"early compression takes windows of {WINDOW} x {WINDOW} patches, but this vision tower has "
+                f"{self.patches_a_side} patches a side ({self.image_size} pixels in patches of {self.patch_size}), "
+                "which is odd"
+            )
+        if self.compressed_side % self.merge_size:
+            raise UserError(
+                f"{self.compressed_side} patches a side cannot be merged by squares of {self.merge_size} a side: the "
+                "first must be a multiple of the second"
+            )
 
     @property
     def patches_a_side(self) -> int:
         return self.image_size // self.patch_size
+
+    @property
+    def compressed_side(self) -> int:
+        """Patches a side that the tower puts out."""
+        return self.patches_a_side // WINDOW if self.early_compression else self.patches_a_side
 
     @property
     def family(self) -> str:
@@ -64,7 +105,7 @@ class VisionConfig:
     @property
     def features_a_side(self) -> int:
         """Features a side of a crop: its tokens are made of these."""
-        return self.patches_a_side
+        return self.compressed_side // self.merge_size
 
     @property
     def crop_features(self) -> int:
@@ -105,7 +146,7 @@ class VisionConfig:
     @property
     def projector_inputs(self) -> int:
         """Numbers in a feature as the projector takes it."""
-        return self.hidden_size
+        return self.hidden_size * self.merge_size**2
 
     @property
     def head_dim(self) -> int:

@@ -36,6 +36,7 @@ def make_optimizer(config: LlavaConfig, recipe: OptimizerRecipe, steps: int) -> 
     """
     peaks = {
         "vision": recipe.vision_learning_rate,
+        "compressor": None,
         "projector": recipe.projector_learning_rate,
         "lora": None,
         "llm": None,

@@ -121,7 +121,7 @@ def pooled(crops: np.ndarray, config: LlavaConfig) -> ImageTokens:
     """
     if config.frame_tokens:
         return ImageTokens(crops, np.arange(len(crops) * config.frame_tokens, dtype=np.int32)[:, None], video=True)
-    side = config.crop_tower.patches_a_side
+    side = config.crop_tower.features_a_side
     features = np.arange(side**2, dtype=np.int32) + config.image_tokens - side**2  # without a class token
     index, weight = (x.reshape(-1, 4) for x in bilinear(features.reshape(side, side), -(-side // 2), -(-side // 2)))
     index = (index + np.arange(len(crops), dtype=np.int32)[:, None, None] * config.image_tokens).reshape(-1, 4)
@@ -140,7 +140,7 @@ def tiled(crops: np.ndarray, size: tuple[int, int], config: LlavaConfig) -> Imag
     """
     assert config.tiling
     vision = config.crop_tower
-    return ImageTokens(crops, *token_table(size, config.tiling, vision.image_size, vision.patches_a_side))
+    return ImageTokens(crops, *token_table(size, config.tiling, vision.image_size, vision.features_a_side))
 
 
 def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -232,7 +232,7 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     tiling = config.tiling
     if tiling is None:
         return [(crops, n + config.keep_class_token) for crops, n in config.vision.levels(config.text.max_length)]
-    tile, side = config.crop_tower.image_size, config.crop_tower.patches_a_side
+    tile, side = config.crop_tower.image_size, config.crop_tower.features_a_side
     alone = (1, config.image_tokens + 1)
     grids = [(height // tile, width // tile) for height, width in tiling.pinpoints]
     most = max(rows * columns for rows, columns in grids)
@@ -264,4 +264,4 @@ def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
         return levels(config)[0]
     tile = config.crop_tower.image_size
     rows, columns = grid_shape(size, config.tiling, tile)
-    return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.crop_tower.patches_a_side)[0])
+    return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.crop_tower.features_a_side)[0])
