@@ -19,8 +19,8 @@ from pdrop_jax.model.params import Params, abstract_params
 
 Shape = tuple[int, ...]
 ONLY_HERE = (
-    "no other library can load a model whose vision tower compresses or merges patches as LLaVA-UHD v4 does: use "
-    "--format pdrop"
+    "no other library can load a model that compresses, merges or slices pictures as LLaVA-UHD v4 does: use --format "
+    "pdrop"
 )
 
 

@@ -21,12 +21,14 @@ from pdrop_jax.families.smolvlm import config as smolvlm
 from pdrop_jax.io import UNFINISHED, read_json
 from pdrop_jax.paths import as_path, in_bucket, why_missing
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.schema import NO_OTHER_KEYS, Pixels, TokenId, validated
+from pdrop_jax.schema import NO_OTHER_KEYS, TokenId, validated
 from pdrop_jax.text_config import Family as Family
 from pdrop_jax.text_config import RopeScaling as RopeScaling
 from pdrop_jax.text_config import TextConfig as TextConfig
+from pdrop_jax.vision_config import MAX_TILES as MAX_TILES
 from pdrop_jax.vision_config import Activation as Activation
 from pdrop_jax.vision_config import EarlyCompression as EarlyCompression
+from pdrop_jax.vision_config import Tiling as Tiling
 from pdrop_jax.vision_config import VisionConfig as VisionConfig
 
 FORMAT = "pdrop-jax-1"
@@ -36,7 +38,6 @@ ALWAYS_THERE = {
     "text": ("vocab_size", "hidden_size", "num_layers"),
     "schedule": ("layers", "ratios"),
 }
-MAX_TILES = 1024
 MAX_PROJECTOR_LAYERS = 16
 
 
@@ -45,31 +46,6 @@ Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of atte
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
 Group = Literal["vision", "compressor", "projector", "llm", "lora"]  # parts of the model that are trained together
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Pictures of any size as tiles, LLaVA-NeXT's anyres; see ``inputs.anyres``.
-
-    Attributes:
-      pinpoints: (height, width) pixels of the resolutions that a picture is resized into.
-      max_tiles: features beyond those of this many tiles are bilinearly downsampled (OneVision's anyres_max_9); None
-        never downsamples.
-      rounded: round the number of features that a picture covers before truncating it, as Hugging Face's code does.
-      alone: tile a picture only if it is the only one of its row (OneVision).
-    """
-
-    __pydantic_config__ = NO_OTHER_KEYS
-
-    pinpoints: Annotated[tuple[tuple[Pixels, Pixels], ...], Field(max_length=MAX_TILES)]
-    max_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
-    rounded: bool = False
-    alone: bool = False
-
-    @classmethod
-    def next(cls, tile: int = 336) -> "Tiling":
-        """LLaVA-NeXT's five resolutions, of tiles of ``tile`` pixels."""
-        return cls(tuple((h * tile, w * tile) for h, w in ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))))
 
 
 def _tower_class(tower: Any) -> str:

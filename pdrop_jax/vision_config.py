@@ -1,4 +1,4 @@
-"""The config of a vision tower that takes square crops."""
+"""The config of a vision tower that takes square crops, and of how pictures become several crops."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -12,6 +12,8 @@ Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Kind = Literal["clip", "siglip", "internvl", "smolvlm", "idefics3"]
 
 MAX_PATCHES_A_SIDE = 256
+MAX_TILES = 1024
+MAX_SLICES = 9  # of a picture beside its thumbnail, as in MiniCPM-V; LLaVA-UHD has 6
 WINDOW = 2  # patches a side of the squares that early compression makes one of
 
 MergeSize = Annotated[int, Field(ge=1, le=64)]
@@ -31,6 +33,40 @@ class EarlyCompression:
 
     after: Annotated[int, Field(ge=0, lt=1024)] = 6
     kind: Literal["window", "unshuffle", "average"] = "window"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Pictures of any size as tiles, LLaVA-NeXT's anyres or LLaVA-UHD's slices; see ``inputs.anyres``.
+
+    Attributes:
+      pinpoints: (height, width) pixels of the resolutions that a picture is resized into.
+      max_tiles: features beyond those of this many tiles are bilinearly downsampled (OneVision's anyres_max_9); None
+        never downsamples.
+      rounded: round the number of features that a picture covers before truncating it, as Hugging Face's code does.
+      alone: tile a picture only if it is the only one of its row (OneVision).
+      choice: "area" takes the resolution that keeps the most pixels and pads (LLaVA-NeXT), "aspect" the grid nearest in
+        aspect to a picture and stretches (LLaVA-UHD), and leaves a picture of about one tile whole.
+    """
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    pinpoints: Annotated[tuple[tuple[Pixels, Pixels], ...], Field(max_length=MAX_TILES)]
+    max_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
+    rounded: bool = False
+    alone: bool = False
+    choice: Literal["area", "aspect"] = "area"
+
+    @classmethod
+    def next(cls, tile: int = 336) -> "Tiling":
+        """LLaVA-NeXT's five resolutions, of tiles of ``tile`` pixels."""
+        return cls(tuple((h * tile, w * tile) for h, w in ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))))
+
+    @classmethod
+    def slices(cls, tile: int = 336, most: int = MAX_SLICES) -> "Tiling":
+        """LLaVA-UHD's grids of 2 to ``most`` slices of ``tile`` pixels."""
+        grids = ((h, w) for h in range(1, most + 1) for w in range(1, most // h + 1) if h * w > 1)
+        return cls(tuple((h * tile, w * tile) for h, w in grids), choice="aspect")
 
 
 @dataclasses.dataclass(frozen=True)

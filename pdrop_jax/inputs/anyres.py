@@ -1,9 +1,12 @@
-"""Images of any size as tiles (LLaVA-NeXT's anyres), and the mapping from features to tokens.
+"""Images of any size as tiles (LLaVA-NeXT's anyres, LLaVA-UHD's slices), and the mapping from features to tokens.
 
 An image is resized and padded to the best of several resolutions and cut into tiles of the vision tower's size. The
 whole image, resized to one tile, is added as an overview. Its tokens are the features of the overview, then those of
 the tiles row by row across the image without the padding, with a newline vector after each row. One table of indices,
 computed here with numpy, describes all of that.
+
+Slices (``slices``) are tiles of the grid nearest in aspect, to which the image is stretched, so that nothing is padded;
+an image of about one tile has no slices, only the overview.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.slices import aspect_grid
 
 NEWLINE = -1  # table entry for the newline vector
 SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tiling.max_tiles allows
@@ -157,12 +161,14 @@ def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> 
       side: side length of a tile in features.
     """
     rows, columns = grid_shape(size, tiling, tile)
+    base = np.arange(side**2, dtype=np.int32)
+    if not rows:
+        return np.append(base, np.int32(NEWLINE))[:, None], None
     features = np.arange(side**2, (1 + rows * columns) * side**2, dtype=np.int32)
     grid = features.reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, columns * side)
     features = grid[unpadded(size, (rows * side, columns * side), tiling)]
     if not features.size:
         raise _too_narrow(size)
-    base = np.arange(side**2, dtype=np.int32)
     scale = math.sqrt(features.size / (tiling.max_tiles * side**2)) if tiling.max_tiles else 1.0
     if scale <= SHRINK_FROM:
         lines = np.pad(features, [(0, 0), (0, 1)], constant_values=NEWLINE)
@@ -176,7 +182,9 @@ def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> 
 
 
 def grid_shape(size: tuple[int, int], tiling: Tiling, tile: int) -> tuple[int, int]:
-    """(rows, columns) of tiles for an image of ``size`` (height, width)."""
+    """(rows, columns) of tiles for an image of ``size`` (height, width); (0, 0) if it is not cut into slices."""
+    if tiling.choice == "aspect":
+        return aspect_grid(size, tiling, tile)
     found = select_best_resolution(size, [list(point) for point in tiling.pinpoints])
     if found is None:
         raise _too_narrow(size)
@@ -192,6 +200,8 @@ def unpadded(size: tuple[int, int], features: tuple[int, int], tiling: Tiling) -
     """The rows and columns of ``features`` (height, width) that an image of ``size`` covers, without the padding."""
     height, width = size
     rows, columns = features
+    if tiling.choice == "aspect":
+        return slice(0, rows), slice(0, columns)
 
     def inside(length: float, whole: int) -> slice:
         # The original code truncates; Hugging Face's first rounds away floating-point error.

@@ -105,9 +105,10 @@ def with_compression(
 
 
 def is_compressed(config: LlavaConfig) -> bool:
-    """Whether the model has a tower or a connector of LLaVA-UHD v4, which no other library knows."""
+    """Whether the model compresses, merges or slices as LLaVA-UHD v4 does: no other library can load it."""
     merges = config.family == "LLaVA" and config.crop_tower.merge_size > 1
-    return config.vision.early_compression is not None or merges
+    slices = config.tiling is not None and config.tiling.choice == "aspect"
+    return config.vision.early_compression is not None or merges or slices
 
 
 def compressed_params(config: LlavaConfig, params: Params, new: Params) -> Params:
