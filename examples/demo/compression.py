@@ -11,8 +11,6 @@ import pathlib
 import statistics
 from typing import Annotated
 
-import jax
-import numpy as np
 import tyro
 
 from examples.demo.dataset import CONVERSATIONS, IMAGES, write_dataset
@@ -24,7 +22,6 @@ from pdrop_jax.errors import exit_on_error
 from pdrop_jax.generation.pretrained import DEMO
 from pdrop_jax.io import read_bytes
 from pdrop_jax.model.compression import compressed_params, with_compression
-from pdrop_jax.model.params import init_params
 from pdrop_jax.train.log_file import FILE, read_line
 from pdrop_jax.train.loop import train
 from pdrop_jax.train.recipe import load_recipe
@@ -57,8 +54,7 @@ def write_start(folder: pathlib.Path, name: str, seed: int) -> LlavaConfig:
     config = with_compression(plain, *VARIANTS[name])
     if not folder.exists():
         _, params = checkpoint.load(DEMO)
-        params = compressed_params(config, jax.tree.map(np.asarray, params), init_params(config, seed))
-        checkpoint.save(folder, config, params, companions=DEMO)
+        checkpoint.save(folder, config, compressed_params(config, params, seed), companions=DEMO)
     return config
 
 

@@ -111,26 +111,28 @@ def is_compressed(config: LlavaConfig) -> bool:
     return config.vision.early_compression is not None or merges or slices
 
 
-def compressed_params(config: LlavaConfig, params: Params, new: Params) -> Params:
+def compressed_params(config: LlavaConfig, params: Params, seed: int = 0) -> Params:
     """Parameters of the compressed ``config``, whose values come from those of the same model without compression.
 
     Args:
       params: numpy or jax arrays, with the tower's layers as one stack.
-      new: random parameters of ``config``; what a kind of module other than "window" starts with is taken from them.
+      seed: RNG seed of the weights of an "unshuffle" module, which are random.
     """
     vision, compression = dict(params["vision"]), config.vision.early_compression
     if compression:
-        first = compression.after + 1
-        stack = vision["layers"]
-        vision["layers"], vision["later_layers"] = (
-            jax.tree.map(lambda x, part=part: np.asarray(x)[part], stack) for part in (slice(first), slice(first, None))
-        )
+        first, stack = compression.after + 1, jax.tree.map(np.asarray, vision["layers"])
+        vision["layers"] = jax.tree.map(lambda x: x[:first], stack)
+        vision["later_layers"] = jax.tree.map(lambda x: x[first:], stack)
+        layer = jax.tree.map(lambda x: x[first - 1], flatten_dict(stack, sep="."))
         if compression.kind == "window":
-            layer = flatten_dict(jax.tree.map(lambda x: np.asarray(x[-1]), vision["layers"]), sep=".")
-            expanded = {name: expansion(name).values(x) for name, x in layer.items()}
-            vision["compressor"] = unflatten_dict(expanded, sep=".")
-        elif "compressor" in new["vision"]:
-            vision["compressor"] = new["vision"]["compressor"]
+            vision["compressor"] = unflatten_dict(
+                {name: expansion(name).values(x) for name, x in layer.items()}, sep="."
+            )
+        elif specs := compressor_specs(compression, {}, config.vision.hidden_size):
+            leaves, structure = jax.tree.flatten(specs)
+            keys, dtype = jax.random.split(jax.random.key(seed), len(leaves)), layer["mlp.up.kernel"].dtype
+            drawn = [np.asarray(spec.random(key, dtype)) for spec, key in zip(leaves, keys, strict=True)]
+            vision["compressor"] = jax.tree.unflatten(structure, drawn)
     projector = dict(params["projector"])
     if config.family == "LLaVA" and (count := config.crop_tower.merge_size**2) > 1:
         first_layer = projector["linear_0"]

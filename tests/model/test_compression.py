@@ -16,7 +16,7 @@ from pdrop_jax.model import layers
 from pdrop_jax.model.compression import compressed_params, with_compression
 from pdrop_jax.model.compressor import compress
 from pdrop_jax.model.layers import vision_attention, vision_layer, vision_mlp
-from pdrop_jax.model.params import abstract_params, init_params, spec_of
+from pdrop_jax.model.params import abstract_params, spec_of
 from pdrop_jax.model.stacking import unstack
 from pdrop_jax.model.vision import image_features, vision_features
 
@@ -28,7 +28,7 @@ KINDS = ("window", "unshuffle", "average")
 
 @functools.cache
 def params(config=COMPRESSED):
-    return compressed_params(config, params_of(PLAIN), init_params(config))
+    return compressed_params(config, params_of(PLAIN))
 
 
 @jax.jit
