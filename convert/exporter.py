@@ -59,7 +59,7 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
     """
     config = LlavaConfig.load(model)
     if is_compressed(config):
-        raise UserError(ONLY_HERE)
+        raise UserError(f"{ONLY_HERE}: use --format pdrop")
     dtype = dtype or checkpoint.abstract_arrays(model, config)["embed.embedding"].dtype.name
     linear = format == "original" and config.projector_layers == 1
     theirs = with_image_token(config) if format == "hf" else config

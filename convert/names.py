@@ -18,10 +18,7 @@ from pdrop_jax.model.compression import Expansion, averaging, expansion
 from pdrop_jax.model.params import Params, abstract_params
 
 Shape = tuple[int, ...]
-ONLY_HERE = (
-    "no other library can load a model that compresses, merges or slices pictures as LLaVA-UHD v4 does: use --format "
-    "pdrop"
-)
+ONLY_HERE = "no other library can load a model that compresses, merges or slices pictures as LLaVA-UHD v4 does"
 
 
 @dataclasses.dataclass(frozen=True)

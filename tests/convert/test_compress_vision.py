@@ -15,6 +15,7 @@ from pdrop_jax import checkpoint
 from pdrop_jax.config import EarlyCompression, LlavaConfig
 from pdrop_jax.convert.importer import write
 from pdrop_jax.convert.sources import open_source
+from pdrop_jax.convert.upload import write_card
 from pdrop_jax.model.compression import with_compression
 from pdrop_jax.model.vision import vision_features
 
@@ -110,6 +111,10 @@ def test_the_command_converts_and_refuses(folder, tmp_path, pdrop, fails):
     assert config.image_tokens == 1  # 16 times fewer
     assert "no other library can load" in fails("export", tmp_path / "out", tmp_path / "hf", "--format", "hf")
     assert "no other library can load" in fails("export", tmp_path / "out", tmp_path / "hf", "--format", "original")
+    exported = pdrop("export", tmp_path / "out", tmp_path / "ours", "--format", "pdrop")
+    assert "no other library can load" in exported.stdout
+    write_card(tmp_path / "ours", tmp_path / "out", "me/compressed", "pdrop")
+    assert "No other library can load" in (tmp_path / "ours" / "README.md").read_text()
     line = fails("convert", source, tmp_path / "no", "--compress-vision", 2)
     assert "early compression after layer 2 leaves no layer behind it: the vision tower runs layers 0 to 2" in line
     data = json.loads((source / "config.json").read_text())
