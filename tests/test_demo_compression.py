@@ -10,8 +10,12 @@ import pytest
 from examples.demo import compression
 from examples.demo.compression import VARIANTS, Result, run, table, write_start
 from pdrop_jax import checkpoint
-from pdrop_jax.config import EarlyCompression, LlavaConfig
-from pdrop_jax.model.params import abstract_params
+from pdrop_jax.config import EarlyCompression, LlavaConfig, Tiling
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.params import abstract_params, path_name
+from pdrop_jax.train.model import open_start
+from pdrop_jax.train.recipe import DataRecipe, ModelRecipe
+from pdrop_jax.train.step import split
 
 
 def test_every_variant_starts_from_the_trained_demo_with_a_quarter_of_its_tokens(tmp_path):
@@ -24,6 +28,24 @@ def test_every_variant_starts_from_the_trained_demo_with_a_quarter_of_its_tokens
         assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, abstract_params(config))
         layers.append(np.asarray(params["vision"]["layers"]["mlp"]["up"]["kernel"][0]))
     assert all(np.array_equal(layers[0], other) for other in layers)
+
+
+def test_what_training_makes_of_such_a_model(tmp_path):
+    plain, compressed = tmp_path / "plain", tmp_path / "compressed"
+    for folder, name in zip((plain, compressed), (next(iter(VARIANTS)), list(VARIANTS)[3]), strict=True):
+        write_start(folder, name, seed=0)
+    stage = ModelRecipe(str(compressed), ("compressor", "projector"))
+    config, params = open_start(stage, DataRecipe("-", image_aspect="slices"), seed=0)
+    assert config.tiling == Tiling.slices(168)
+    assert params["newline"]["embedding"].shape == (128,)
+    trained, _ = split(config, params, stage.groups)
+    names = {path_name(path) for path, x in jax.tree.leaves_with_path(trained)}
+    assert {name.partition(".mlp")[0].partition(".attention")[0] for name in names if "vision" in name} == {
+        "vision.compressor"
+    }
+    assert {name.partition(".")[0] for name in names} == {"vision", "projector"}
+    with pytest.raises(UserError, match='names "compressor", but the vision tower has none'):
+        open_start(ModelRecipe(str(plain), ("compressor",)), DataRecipe("-"), seed=0)
 
 
 def test_a_run_of_two_steps(tmp_path, monkeypatch, capsys):

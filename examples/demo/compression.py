@@ -65,7 +65,8 @@ def compare(out: pathlib.Path, name: str, seed: int, steps: int) -> Result:
     if done.exists():
         return Result(**json.loads(done.read_text()))
     config = write_start(place / "start", name, seed)
-    groups = ["vision", "compressor", "projector", "llm"]
+    module = ["compressor"] if config.vision.early_compression else []
+    groups = ["vision", *module, "projector", "llm"]
     settings = {
         "model.start": str(place / "start"),
         "model.groups": json.dumps(groups),
