@@ -53,7 +53,7 @@ def write_start(folder: pathlib.Path, name: str, seed: int) -> LlavaConfig:
     plain = LlavaConfig.load(DEMO)
     config = with_compression(plain, *VARIANTS[name])
     if not folder.exists():
-        _, params = checkpoint.load(DEMO)
+        _, params = checkpoint.load(DEMO, dtype="float32")
         checkpoint.save(folder, config, compressed_params(config, params, seed), companions=DEMO)
     return config
 

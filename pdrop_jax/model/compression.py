@@ -129,10 +129,12 @@ def compressed_params(config: LlavaConfig, params: Params, seed: int = 0) -> Par
                 {name: expansion(name).values(x) for name, x in layer.items()}, sep="."
             )
         elif specs := compressor_specs(compression, {}, config.vision.hidden_size):
-            leaves, structure = jax.tree.flatten(specs)
-            keys, dtype = jax.random.split(jax.random.key(seed), len(leaves)), layer["mlp.up.kernel"].dtype
-            drawn = [np.asarray(spec.random(key, dtype)) for spec, key in zip(leaves, keys, strict=True)]
-            vision["compressor"] = jax.tree.unflatten(structure, drawn)
+            dtype = layer["mlp.up.kernel"].dtype
+            drawn = {
+                name: spec.initial(f"vision.compressor.{name}", seed, dtype)
+                for name, spec in flatten_dict(specs, sep=".").items()
+            }
+            vision["compressor"] = unflatten_dict(drawn, sep=".")
     projector = dict(params["projector"])
     if config.family == "LLaVA" and (count := config.crop_tower.merge_size**2) > 1:
         first_layer = projector["linear_0"]

@@ -19,7 +19,6 @@ table (``convert.names``). The tree::
 import functools
 import math
 import re
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -145,11 +144,7 @@ def abstract_params(config: LlavaConfig, dtype: Any = jnp.float32) -> Params:
 
 def init_params(config: LlavaConfig, seed: int = 0, dtype: Any = jnp.float32) -> Params:
     """Random parameters, see ``ParamSpec.init``. The value of an array depends on its name and ``seed`` alone."""
-
-    def init(path: tuple, spec: ParamSpec) -> jax.Array:
-        return spec.random(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path_name(path).encode())), dtype)
-
-    return jax.tree.map_with_path(init, param_specs(config))
+    return jax.tree.map_with_path(lambda path, spec: spec.initial(path_name(path), seed, dtype), param_specs(config))
 
 
 def count(params: Params) -> int:
