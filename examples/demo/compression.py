@@ -18,12 +18,12 @@ from pdrop_jax import checkpoint
 from pdrop_jax.analysis.tower_cost import tower_macs
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import EarlyCompression, LlavaConfig
-from pdrop_jax.errors import exit_on_error
+from pdrop_jax.errors import UserError, exit_on_error
 from pdrop_jax.generation.pretrained import DEMO
 from pdrop_jax.io import read_bytes
 from pdrop_jax.model.compression import compressed_params, with_compression
 from pdrop_jax.train.log_file import FILE, read_line
-from pdrop_jax.train.loop import train
+from pdrop_jax.train.loop import MODEL, train
 from pdrop_jax.train.recipe import load_recipe
 
 RECIPE = pathlib.Path(__file__).parent / "recipe.toml"
@@ -83,6 +83,8 @@ def compare(out: pathlib.Path, name: str, seed: int, steps: int) -> Result:
         "run.save_every": "50",
     }
     train(load_recipe(RECIPE, [f"{key}={value}" for key, value in settings.items()]))
+    if not (place / MODEL).exists():
+        raise UserError(f"the run in {place} was stopped: the same command resumes it")
     lines = [read_line(line) or {} for line in read_bytes(place / FILE).splitlines()]
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
     macs = tower_macs(config, Bucket(0, (config.image_tokens,), 1)).vision
