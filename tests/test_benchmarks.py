@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from tiny_run import write_start
+from tiny_server import write_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -31,7 +32,11 @@ def run(monkeypatch, capsys):
 
 def run_as_shipped(name, *options):
     """The JSON objects that a benchmark prints, compiled with the settings of users rather than those of the tests."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return run_as_tested(name, *options, environment={k: value for k, value in os.environ.items() if k != "XLA_FLAGS"})
+
+
+def run_as_tested(name, *options, environment=None):
+    """The JSON objects that a benchmark prints in a process of its own."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -190,3 +195,19 @@ def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
     (tmp_path / "optax.py").write_text("raise ImportError('not here', name='optax')")
     with pytest.raises(AssertionError, match="the package optax is missing"):
         run_uninstalled("accelerator", "--parts", "training")
+
+
+def test_serving(tmp_path):
+    options = ["--requests", 2, "--clients", 2, "--new-tokens", 4, "--slots", 1, "--json"]
+    rows = run_as_tested("serving", "--model", write_model(tmp_path / "tiny"), *options)
+    servers = ["pdrop serve, PyramidDrop", "pdrop serve, dense", "FastAPI and transformers, dense"]
+    assert [(row["server"], row["clients"]) for row in rows] == [(server, 2) for server in servers]
+    assert all(0 < row["first_token_ms"] <= row["first_token_ms_95"] for row in rows)
+    assert all(row["requests_per_second"] > 0 and row["token_ms"] > 0 for row in rows)
+
+
+def test_soak(tmp_path):
+    options = ["--seconds", 4, "--good", 2, "--new-tokens", 4, "--slots", 1]
+    (found,) = run_as_tested("soak", "--model", write_model(tmp_path / "tiny"), *options)
+    assert found["wrong"] == []
+    assert all(found["requests"][kind] > 1 for kind in ("good", "bad", "cancelling", "vanishing"))
