@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -30,6 +31,7 @@ import tyro
 
 from pdrop_jax import checkpoint
 from pdrop_jax.config import config_of
+from pdrop_jax.convert.exporter import export
 from pdrop_jax.generation.engine import stop_ids_of
 from pdrop_jax.generation.pretrained import DEMO, load
 
@@ -167,7 +169,7 @@ async def measure(url: str, body: dict[str, Any], clients: int, requests: int) -
     return {
         "requests_per_second": len(times) / seconds,
         "first_token_ms": 1000 * statistics.median(firsts),
-        "first_token_ms_95": 1000 * firsts[int(0.95 * (len(firsts) - 1))],
+        "first_token_ms_95": 1000 * firsts[math.ceil(0.95 * (len(firsts) - 1))],
         "token_ms": 1000 * statistics.median((end - first) / (body["max_tokens"] - 1) for first, end in times),
     }
 
@@ -177,8 +179,7 @@ def main(flags: Flags) -> None:
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as servers:
         folder, exported = pathlib.Path(scratch) / "model", pathlib.Path(scratch) / "exported"
         write_endless(flags.model, folder)
-        export = ["-c", "from pdrop_jax.cli import main; main()", "export", folder, exported, "--format", "hf"]
-        subprocess.run([sys.executable, *map(str, export)], check=True, stdout=subprocess.DEVNULL)
+        export(folder, exported, "hf")
         ours, _ = servers.enter_context(running(*pdrop(folder, flags, "--schedule", "own", "dense")))
         theirs, _ = servers.enter_context(running("-m", "benchmarks.serving", "--transformers", str(exported)))
         contenders = {

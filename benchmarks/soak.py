@@ -32,6 +32,7 @@ GROWTH = 64 * 2**20  # bytes of memory that are no leak: allocators keep some of
 class Flags:
     model: pathlib.Path = DEMO
     seconds: float = 60
+    edge: int = 8000  # pixels of the largest picture that is answered
     good: int = 4  # clients of this kind at the same time, and of each bad kind
     slots: int = 4
     new_tokens: int = 32
@@ -73,11 +74,12 @@ class Soak:
     """
 
     def __init__(self, client: httpx.AsyncClient, flags: Flags) -> None:
-        self._client, self._until, self._tokens = client, time.monotonic() + flags.seconds, flags.new_tokens
+        self._client, self._tokens = client, flags.new_tokens
         self._large = [picture(9000, 9000), bomb(60_000, 60_000), bomb(9_000, 9_000)]
-        self._fitting, self._expected = picture(8000, 8000), ""
+        self._fitting, self._expected = picture(flags.edge, flags.edge), ""
         self.counts: dict[str, int] = {}
         self.wrong: list[str] = []
+        self._until = time.monotonic() + flags.seconds
 
     def body(self, **options: Any) -> dict[str, Any]:
         return {"messages": messages(PICTURE), "temperature": 0, "max_tokens": self._tokens, **options}
@@ -159,9 +161,9 @@ def memory(pid: int) -> int:
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
-async def soak(url: str, pid: int, flags: Flags) -> dict[str, Any]:
+async def soak(url: str, pid: int, flags: Flags, headers: dict[str, str] | None = None) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers=headers) as client:
         clients, samples = Soak(client, flags), []
 
         async def watch() -> None:

@@ -32,18 +32,14 @@ def run(monkeypatch, capsys):
 
 def run_as_shipped(name, *options):
     """The JSON objects that a benchmark prints, compiled with the settings of users rather than those of the tests."""
-    return run_as_tested(name, *options, environment={k: value for k, value in os.environ.items() if k != "XLA_FLAGS"})
-
-
-def run_as_tested(name, *options, environment=None):
-    """The JSON objects that a benchmark prints in a process of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def test_no_benchmark_is_forgotten():
-    tests = pathlib.Path(__file__).read_text()
+    tests = pathlib.Path(__file__).read_text() + (ROOT / "tests/serve/test_soak.py").read_text()
     for path in BENCHMARKS.glob("*.py"):
         assert f'("{path.stem}"' in tests, path.name
 
@@ -197,17 +193,10 @@ def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
         run_uninstalled("accelerator", "--parts", "training")
 
 
-def test_serving(tmp_path):
+def test_serving(run, tmp_path):
     options = ["--requests", 2, "--clients", 2, "--new-tokens", 4, "--slots", 1, "--json"]
-    rows = run_as_tested("serving", "--model", write_model(tmp_path / "tiny"), *options)
+    rows = [*map(json.loads, run("serving", "--model", write_model(tmp_path / "tiny"), *options).splitlines())]
     servers = ["pdrop serve, PyramidDrop", "pdrop serve, dense", "FastAPI and transformers, dense"]
     assert [(row["server"], row["clients"]) for row in rows] == [(server, 2) for server in servers]
     assert all(0 < row["first_token_ms"] <= row["first_token_ms_95"] for row in rows)
     assert all(row["requests_per_second"] > 0 and row["token_ms"] > 0 for row in rows)
-
-
-def test_soak(tmp_path):
-    options = ["--seconds", 4, "--good", 2, "--new-tokens", 4, "--slots", 1]
-    (found,) = run_as_tested("soak", "--model", write_model(tmp_path / "tiny"), *options)
-    assert found["wrong"] == []
-    assert all(found["requests"][kind] > 1 for kind in ("good", "bad", "cancelling", "vanishing"))
