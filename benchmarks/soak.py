@@ -161,13 +161,14 @@ def memory(pid: int) -> int:
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
-async def soak(url: str, pid: int, flags: Flags, headers: dict[str, str] | None = None) -> dict[str, Any]:
+async def soak(url: str, pid: int | None, flags: Flags, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    """What the clients saw of a server; its memory only if ``pid`` is its process."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers=headers) as client:
         clients, samples = Soak(client, flags), []
 
         async def watch() -> None:
-            while True:
+            while pid:
                 samples.append(memory(pid))
                 await asyncio.sleep(min(1.0, flags.seconds / 20))
 
@@ -176,15 +177,16 @@ async def soak(url: str, pid: int, flags: Flags, headers: dict[str, str] | None 
         await asyncio.gather(*(clients.repeat(kind, n) for n, kind in enumerate(["large", *kinds])))
         watching.cancel()
         await clients.finish(flags.slots)
-    quarter = len(samples) // 4
-    growth = int(statistics.median(samples[-quarter:]) - statistics.median(samples[quarter : 2 * quarter]))
+    quarter, growth = len(samples) // 4, 0
+    if quarter:
+        growth = int(statistics.median(samples[-quarter:]) - statistics.median(samples[quarter : 2 * quarter]))
     if growth > GROWTH:
         clients.wrong.append(f"memory grew by {growth:,} bytes from the second quarter of the time to the last")
     return {
         "seconds": flags.seconds,
         "requests": clients.counts,
         "memory_growth_bytes": growth,
-        "memory_bytes": samples[-1],
+        "memory_bytes": samples[-1] if samples else None,
         "wrong": clients.wrong,
     }
 
