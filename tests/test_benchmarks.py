@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from tiny_run import write_start
+from tiny_server import write_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -38,7 +39,7 @@ def run_as_shipped(name, *options):
 
 
 def test_no_benchmark_is_forgotten():
-    tests = pathlib.Path(__file__).read_text()
+    tests = pathlib.Path(__file__).read_text() + (ROOT / "tests/serve/test_soak.py").read_text()
     for path in BENCHMARKS.glob("*.py"):
         assert f'("{path.stem}"' in tests, path.name
 
@@ -195,3 +196,12 @@ def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
     (tmp_path / "optax.py").write_text("raise ImportError('not here', name='optax')")
     with pytest.raises(AssertionError, match="the package optax is missing"):
         run_uninstalled("accelerator", "--parts", "training")
+
+
+def test_serving(run, tmp_path):
+    options = ["--requests", 2, "--clients", 2, "--new-tokens", 4, "--slots", 1, "--json"]
+    rows = [*map(json.loads, run("serving", "--model", write_model(tmp_path / "tiny"), *options).splitlines())]
+    servers = ["pdrop serve, PyramidDrop", "pdrop serve, dense", "FastAPI and transformers, dense"]
+    assert [(row["server"], row["clients"]) for row in rows] == [(server, 2) for server in servers]
+    assert all(0 < row["first_token_ms"] <= row["first_token_ms_95"] for row in rows)
+    assert all(row["requests_per_second"] > 0 and row["token_ms"] > 0 for row in rows)
