@@ -92,6 +92,11 @@ def test_chat(run):
     assert [turn.split("|")[1].strip() for turn in turns] == ["1", "2", "3"]
 
 
+def test_reuse(run):
+    _, _, *rows = run("reuse", *SHAPE, "--image-tokens", 16).splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["no cache", "image cache", "image and prefix cache"]
+
+
 def test_quantized(run):
     rows = run("quantized", "--pictures", 1).splitlines()
     assert rows[0] == "|  | bfloat16 | int8 weights | float32 |"

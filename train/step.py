@@ -99,7 +99,7 @@ def init_state(
 
     Args:
       params: all parameters, of any float dtype.
-      groups: trained parameter groups, out of "vision", "projector", "llm" and "lora".
+      groups: trained parameter groups, out of "vision", "compressor", "projector", "llm" and "lora".
       dtype: compute dtype.
     """
     trained, frozen = split(config, params, groups)

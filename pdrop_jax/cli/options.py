@@ -108,7 +108,37 @@ Processes = Annotated[
 ]
 Process = Annotated[int | None, _option("Number of this process, from 0.", "N", "SLURM's, or 0", "process-id")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, _option("Print one JSON object instead of text.", name="json")]
+CompressVision = Annotated[
+    int | None,
+    _option(
+        "Make one of every 2 x 2 patches inside the vision tower, behind its layer K counted from 0 (LLaVA-UHD v4: 6). "
+        "The new weights are made of that layer's, so the model has to be trained.",
+        "K",
+        "the model's own",
+    ),
+]
+MergeSize = Annotated[
+    int | None,
+    _option(
+        "Join squares of N x N features of a CLIP or SigLIP tower to one token.",
+        "N",
+        "the model's own, 2 with --compress-vision",
+    ),
+]
 SamplingOptions = Annotated[Sampling, tyro.conf.arg(name="")]  # --max-new-tokens, --temperature, …
+
+
+def compressed(config: Any, after: int | None, merge_size: int | None) -> Any:
+    """A ``LlavaConfig`` with what --compress-vision and --merge-size ask for."""
+    from pdrop_jax.model.compression import with_compression
+    from pdrop_jax.vision_config import EarlyCompression
+
+    for option, number, least in (("--compress-vision", after, 0), ("--merge-size", merge_size, 1)):
+        if number is not None and number < least:
+            raise UserError(f"{option} must be at least {least}, got {number}")
+    if (after, merge_size) == (None, None):
+        return config
+    return with_compression(config, None if after is None else EarlyCompression(after), merge_size)
 
 
 def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pdrop_jax.cli.options import Attention, Dtype, Mesh, NoVerify, Quantize, de
 from pdrop_jax.errors import UserError
 
 KEY = "PDROP_API_KEY"
+MIB = 2**20
 
 
 def run(
@@ -23,6 +24,8 @@ def run(
     max_new_tokens: int = 256,
     max_prompt_tokens: Annotated[int | None, unset("N", "a large picture and 1024 tokens of text")] = None,
     images: int = 4,
+    image_cache: Annotated[int, tyro.conf.arg(metavar="MIB")] = 0,
+    prefix_cache: Annotated[int, tyro.conf.arg(metavar="MIB")] = 0,
     image_hosts: Annotated[tuple[str, ...], unset("HOST [HOST …]", "none")] = (),
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -47,6 +50,10 @@ def run(
       max_new_tokens: Largest number of tokens of an answer.
       max_prompt_tokens: Largest number of tokens of a prompt, images included.
       images: Largest number of images in a request.
+      image_cache: Device memory of each schedule, in MiB, for the embeddings of images, so that an image that was there
+        before is not encoded again.
+      prefix_cache: Device memory of each schedule, in MiB, for the first stage of prompts up to their last image, so
+        that another question about it reaches its first token sooner.
       image_hosts: Hosts that images may be downloaded from: names, *.NAME, addresses, or networks such as 10.0.0.0/8.
         Addresses that are not public have to be listed themselves.
     """
@@ -75,6 +82,8 @@ def run(
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens,
         images=images,
+        image_cache=image_cache * MIB,
+        prefix_cache=prefix_cache * MIB,
         downloads=rules,
         implementation=attention,
     )

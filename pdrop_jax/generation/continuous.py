@@ -17,8 +17,10 @@ from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import check_implementation, on_devices
 from pdrop_jax.generation.logprobs import TOP_LOGPROBS
+from pdrop_jax.generation.lru import CacheCounts
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.requests import Handle, Request
+from pdrop_jax.generation.reuse import ImageCache, PrefixCache, Reusable
 from pdrop_jax.generation.running import RunningBatch
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.slots import slot_bytes, slot_shape
@@ -56,6 +58,12 @@ class Engine:
       max_waiting: number of requests that may wait for a slot.
       prefill_rows: up to so many waiting requests of one bucket are prefilled at once, a power of two. Smaller ones are
         compiled too.
+      image_cache: bytes of device memory for the embeddings of pictures, so that a picture that was there before is
+        not encoded again; 0 is none.
+      prefix_cache: bytes of device memory for the first stage of prompts up to their last picture, so that another
+        question about it runs only its own tokens through that stage; 0 is none. Answers are the same up to float
+        rounding. Unused where nothing can be ranked again: a drop before the first layer, or a score of what is not
+        cached (``TokenScore.of_stage_output``).
       implementation: attention implementation of the prefill, see ``model.attention``.
       extras: whether requests may have constraints and log-probabilities, for which another program is compiled. While
         one with a constraint runs, all requests decode token by token.
@@ -63,7 +71,7 @@ class Engine:
         ``turns.Turns``.
 
     Raises:
-      UserError: a number is out of range or ``memory`` holds no slot.
+      UserError: a number is out of range, ``memory`` holds no slot, or a cache not what a prefill needs at once.
     """
 
     def __init__(
@@ -77,6 +85,8 @@ class Engine:
         buckets: Sequence[Bucket] | None = None,
         max_waiting: int = 256,
         prefill_rows: int = 4,
+        image_cache: int = 0,
+        prefix_cache: int = 0,
         implementation: Implementation = "auto",
         extras: bool = False,
         turn: contextlib.AbstractContextManager | None = None,
@@ -94,6 +104,9 @@ class Engine:
         }.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        for name, value in {"image_cache": image_cache, "prefix_cache": prefix_cache}.items():
+            if value < 0:
+                raise UserError(f"{name} must be at least 0, got {value}")
         config, positions = model.config, model.config.text.max_length
         if max_new_tokens >= positions:
             raise UserError(f"max_new_tokens is {max_new_tokens}, but the model has {positions} positions")
@@ -116,8 +129,14 @@ class Engine:
         slots = slots or (SLOTS if memory is None else memory // one)
         rows = 1 << (min(prefill_rows, slots).bit_length() - 1)  # a power of two, rounded down
         self.slots, self.memory = slots, slots * one
+        images = prefixes = None
+        shown = any(bucket.images for bucket in self.buckets)
         with self._turn:
-            self._batch = RunningBatch(model, slots, shape, rows, implementation)
+            if image_cache and shown:
+                images = ImageCache(model, self.buckets, image_cache, rows, implementation)
+            if prefix_cache and shown and PrefixCache.applies(config):
+                prefixes = PrefixCache(model, self.buckets, prefix_cache, rows, implementation)
+            self._batch = RunningBatch(model, slots, shape, rows, implementation, images, prefixes)
         self._waiting: collections.deque[Request] = collections.deque()
         self._changed = threading.Condition()
         self._starting = threading.Lock()
@@ -143,6 +162,12 @@ class Engine:
     def failed(self) -> bool:
         """Whether an error on the device has stopped the engine."""
         return self._error is not None
+
+    @property
+    def caches(self) -> dict[str, CacheCounts]:
+        """Counters of the caches that there are, "images" and "prefixes"."""
+        both = {"images": self._batch.images, "prefixes": self._batch.prefixes}
+        return {name: cache.counts for name, cache in both.items() if cache}
 
     def __enter__(self) -> "Engine":
         return self
@@ -203,8 +228,19 @@ class Engine:
         choose_bucket([row], config, sampling.max_new_tokens)  # checks the model's positions
         if config.features_per_token == 1 and any(image.weight is not None for image in row.images):
             raise UserError("an engine of this model takes no videos: pass the frames as pictures, or use generate")
-        batch = assemble([row], config, bucket_among(self.buckets, row))
-        request = Request.of(batch, sampling, processor, stream, self._wake, stop, constraint, top_logprobs)
+        bucket = bucket_among(self.buckets, row)
+        reusable = Reusable.of(row, config, bucket) if self._batch.images or self._batch.prefixes else Reusable()
+        request = Request.of(
+            assemble([row], config, bucket),
+            sampling,
+            processor,
+            reusable,
+            stream,
+            self._wake,
+            stop,
+            constraint,
+            top_logprobs,
+        )
         with self._starting, self._changed:
             self._check_open()
             self._waiting.append(request)

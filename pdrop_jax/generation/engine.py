@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ STREAM_EVERY = 4  # new tokens between two calls of ``stream``
 # By default XLA omits roundings to bfloat16 inside fusions, and what it fuses depends on the batch size: a row could
 # keep other tokens in a batch than alone (benchmarks/batches.py).
 ROUNDED = {"xla_allow_excess_precision": False}
+
+Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -87,12 +89,12 @@ def _append(
     )
 
 
-def placed(state: State) -> State:
-    """``state`` sharded over the mesh, if there is one: caches by rows and heads, everything else replicated.
+def placed(tree: Tree) -> Tree:
+    """A tree of arrays sharded over the mesh, if there is one: caches by rows and heads, everything else replicated.
 
-    A program that returns its state where it found it is not compiled again for it.
+    A program that returns its argument where it found it is not compiled again for it.
     """
-    return jax.tree.map(lambda x: constrain(x, *((None, *AXES) if x.ndim == 5 else (None,) * x.ndim)), state)
+    return jax.tree.map(lambda x: constrain(x, *((None, *AXES) if x.ndim == 5 else (None,) * x.ndim)), tree)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"), compiler_options=ROUNDED)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.generation.logprobs import TokenLogprobs
+from pdrop_jax.generation.reuse import Reusable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.stopping import Constraint, StopStream
 from pdrop_jax.inputs.processor import Processor
@@ -30,6 +31,7 @@ class Completion:
       stage_lengths: [stage], number of valid prompt tokens that the stage saw; empty if the request never ran.
       kept: [stage boundary][image], indices of the kept image tokens, counted within the image.
       scores: [stage boundary][image], float32 score of each of the image's tokens; NaN for tokens dropped earlier.
+      cached: prompt tokens, a picture among them, whose first stage an earlier request had left in the prefix cache.
       logprobs: of each token, if the request asked for them.
       queue_seconds: from the request to its prefill, or to its end if it never ran.
       first_token_seconds: from the request to its first token; None if there was none.
@@ -42,6 +44,7 @@ class Completion:
     stage_lengths: list[int]
     kept: list[list[list[int]]]
     scores: list[list[np.ndarray]]
+    cached: int
     logprobs: list[TokenLogprobs] | None
     queue_seconds: float
     first_token_seconds: float | None
@@ -135,6 +138,7 @@ class Request:
 
     Attributes:
       batch: the prompt as a batch of one row, in its bucket.
+      reusable: what of it the engine's caches may hold.
       top_logprobs: the number of most likely tokens to report at each token; None reports no log-probabilities.
       allowed: what ``constraint`` allows next.
       submitted, admitted, first: ``time.perf_counter`` at the request, its prefill and its first token.
@@ -143,6 +147,7 @@ class Request:
     handle: Handle
     sampling: Sampling
     batch: Batch
+    reusable: Reusable
     text: StopStream
     constraint: Constraint | None = None
     top_logprobs: int | None = None
@@ -154,6 +159,7 @@ class Request:
     stage_lengths: list[int] = dataclasses.field(default_factory=list)
     kept: list[list[list[int]]] = dataclasses.field(default_factory=list)
     scores: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
+    cached: int = 0
 
     @classmethod
     def of(
@@ -161,6 +167,7 @@ class Request:
         batch: Batch,
         sampling: Sampling,
         processor: Processor,
+        reusable: Reusable,
         stream: Callable[[str], None] | None = None,
         wake: Callable[[], None] = lambda: None,
         stop: Sequence[str] = (),
@@ -169,7 +176,7 @@ class Request:
     ) -> "Request":
         text = StopStream(processor.stream(), stop)
         allowed = constraint.allowed() if constraint else None
-        return cls(Handle(stream, wake), sampling, batch, text, constraint, top_logprobs, allowed)
+        return cls(Handle(stream, wake), sampling, batch, reusable, text, constraint, top_logprobs, allowed)
 
     @property
     def plain(self) -> bool:
@@ -218,6 +225,7 @@ class Request:
             stage_lengths=self.stage_lengths,
             kept=self.kept,
             scores=self.scores,
+            cached=self.cached,
             logprobs=None if self.top_logprobs is None else self.handle.logprobs,
             queue_seconds=(self.admitted or now) - self.submitted,
             first_token_seconds=None if self.first is None else self.first - self.submitted,

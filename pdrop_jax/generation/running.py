@@ -1,5 +1,6 @@
 """The batch that an ``Engine`` runs: requests in slots, some of which end while others begin. It knows no threads."""
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pdrop_jax.batch import Bucket
+from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation
 from pdrop_jax.generation.engine import (
     STREAM_EVERY,
@@ -23,8 +24,9 @@ from pdrop_jax.generation.next_token import rows_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.requests import Request
 from pdrop_jax.generation.result import kept_tokens, token_scores
+from pdrop_jax.generation.reuse import ImageCache, PrefixCache, Reusable, rest_of
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.generation.slots import SlotShape, admit, empty_slots
+from pdrop_jax.generation.slots import SlotShape, admit, admit_after, empty_slots
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import power_of_two
 
@@ -37,13 +39,21 @@ class RunningBatch:
 
     Attributes:
       running: the request in each slot that is not free.
+      images, prefixes: what earlier requests leave for later ones, or None.
     """
 
     def __init__(
-        self, model: Model, slots: int, shape: SlotShape, prefill_rows: int, implementation: Implementation
+        self,
+        model: Model,
+        slots: int,
+        shape: SlotShape,
+        prefill_rows: int,
+        implementation: Implementation,
+        images: ImageCache | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.running: dict[int, Request] = {}
-        self.slots = slots
+        self.slots, self.images, self.prefixes = slots, images, prefixes
         self._model = model
         self._stop_ids = stop_ids_of(model)
         self._prefill_rows = prefill_rows
@@ -63,11 +73,16 @@ class RunningBatch:
     def compile(self, buckets: Sequence[Bucket]) -> None:
         """Compiles all programs for requests in ``buckets``, with a progress bar. Nothing may be running."""
         rows = [1 << n for n in range(self._prefill_rows.bit_length())]
-        todo = [(bucket, count) for bucket in buckets for count in rows]
+        recalled = [(bucket, True) for bucket in buckets if bucket.images and self.prefixes]
+        todo = [(*p, count) for p in [*((bucket, False) for bucket in buckets), *recalled] for count in rows]
+        config, processor = self._model.config, self._model.processor
         with on_devices(self._model), tqdm(todo, "compiling", unit=" programs", disable=None, leave=False) as bar:
-            for bucket, count in bar:
-                batch = assemble([Row([0])], self._model.config, bucket)
-                self._prefill([Request.of(batch, Sampling(), self._model.processor)] * count, [0] * count)
+            if self.images:
+                self.images.compile()
+            for bucket, recall, count in bar:
+                reusable = Reusable(rest=rest_of([0], config, bucket))
+                request = Request.of(assemble([Row([0])], config, bucket), Sampling(), processor, reusable)
+                self._prefill([request] * count, [0] * count, recall)
             self._decode()
             if self._extras:
                 self._decode(extras=True)
@@ -82,43 +97,86 @@ class RunningBatch:
         for slot, request in new.items():
             buckets.setdefault(request.batch.bucket, []).append(slot)
         for slots in buckets.values():
-            for at in range(0, len(slots), self._prefill_rows):
-                part = slots[at : at + self._prefill_rows]
-                self._prefill([new[slot] for slot in part], part)
+            self._admit_bucket({slot: new[slot] for slot in slots})
         self._deliver()
 
     def release(self) -> None:
-        """Gives the slots' memory back."""
-        self._state = None
+        """Gives the memory of slots and caches back."""
+        self._state = self.images = self.prefixes = None
 
     def step(self) -> None:
         """Decodes a few tokens of all requests and passes them on."""
         self._decode(extras=not all(request.plain for request in self.running.values()))
         self._deliver()
 
-    def _prefill(self, requests: list[Request], slots: list[int]) -> None:
+    def _admit_bucket(self, requests: dict[int, Request]) -> None:
+        """Prefills requests of one bucket, those with a new prefix before others with the same."""
+        prefixes, waves = self.prefixes, [list(requests)]
+        if prefixes:
+            waves = prefixes.waves({slot: request.reusable for slot, request in requests.items()})
+        for wave in waves:
+            recalled = [slot for slot in wave if prefixes and prefixes.holds(requests[slot].reusable)]
+            others = [slot for slot in wave if slot not in recalled]
+            for slots, recall in ((recalled, True), (others, False)):  # others may take the place of what is recalled
+                for at in range(0, len(slots), self._prefill_rows):
+                    part = slots[at : at + self._prefill_rows]
+                    self._prefill([requests[slot] for slot in part], part, recall)
+
+    def _prefill(self, requests: list[Request], slots: list[int], recall: bool) -> None:
+        """Prefills requests of one bucket; with ``recall`` the first stage of their prefixes is cached."""
         now, count = time.perf_counter(), len(requests)
-        padding = power_of_two(count) - count
-        requests, slots = requests + requests[:1] * padding, slots + slots[:1] * padding
-        batch = jax.tree.map(lambda *rows: np.concatenate(rows), *(request.batch for request in requests))
-        self._state, lengths, drops = admit(
-            self._model.config,
-            self._model.params,
-            self._state,
-            rows_on_devices(self._model, batch),
-            np.array(slots, np.int32),
-            np.array([request.sampling.seed for request in requests], np.uint32),
-            rows_sampler([request.sampling for request in requests]),
+        rows = np.minimum(np.arange(power_of_two(count)), count - 1)  # the last one is repeated as padding
+        padded = [requests[r] for r in rows]
+        batch, reusable = joined([request.batch for request in padded]), [request.reusable for request in requests]
+        model, shown = self._model, len(batch.bucket.images)
+        prefixes, images = (self.prefixes, self.images) if shown else (None, None)
+        entries = prefixes.entries(reusable)[rows] if prefixes else None
+        common = (
+            np.array(slots, np.int32)[rows],
+            np.array([request.sampling.seed for request in padded], np.uint32),
+            rows_sampler([request.sampling for request in padded]),
             self._stop_ids,
-            self._allowed(dict(enumerate(requests)), len(requests)) if self._extras else None,
-            implementation=self._implementation,
+            self._allowed(dict(enumerate(padded)), len(padded)) if self._extras else None,
         )
+        if recall:
+            assert prefixes
+            self._state, lengths, drops = admit_after(
+                model.config,
+                model.params,
+                self._state,
+                rows_on_devices(model, without_crops(batch)),
+                *common,
+                prefixes.pool,
+                entries,
+                np.array([request.prefix_slots for request in reusable], np.int32)[rows],
+                rows_on_devices(model, joined([reusable[r].rest for r in rows])),
+                implementation=self._implementation,
+            )
+        else:
+            pictures = None
+            if images:
+                found = images.entries(reusable, shown)[rows]
+                pictures, batch = (images.pool, found), without_crops(batch)
+            self._state, pool, lengths, drops = admit(
+                model.config,
+                model.params,
+                self._state,
+                rows_on_devices(model, batch),
+                *common,
+                pictures,
+                prefixes and prefixes.pool,
+                entries,
+                implementation=self._implementation,
+            )
+            if prefixes:
+                prefixes.pool = pool
         lengths, drops = jax.device_get((lengths, drops))
         stage_lengths, kept = np.stack(lengths, axis=1).tolist(), kept_tokens(batch, drops)
         scores = token_scores(batch, drops)
-        for r, request in enumerate(requests[:count]):
+        for r, request in enumerate(requests):
             request.admitted, request.stage_lengths = now, stage_lengths[r]
             request.kept, request.scores = kept[r], scores[r]
+            request.cached = reusable[r].prefix_slots if recall else 0
 
     def _allowed(self, requests: Mapping[int, Request], rows: int) -> np.ndarray:
         """See ``next_token.only``; rows without a constraint may have any token."""
@@ -168,3 +226,13 @@ class RunningBatch:
                 ended = True
             if ended:
                 del self.running[slot]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches of one bucket as one batch."""
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+
+
+def without_crops(batch: Batch) -> Batch:
+    layout = None if batch.patch_layout is None else batch.patch_layout[:, :0]
+    return dataclasses.replace(batch, crops=batch.crops[:, :0], patch_layout=layout)

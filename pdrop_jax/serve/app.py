@@ -69,7 +69,8 @@ def create_app(service: Service, api_key: str | None = None, body_bytes: int = B
     @v1.get("/models")
     async def models() -> dict[str, Any]:
         budgets = {name: model.config.schedule.to_json() for name, model in service.models.items()}
-        pdrop = {"default": service.default_budget, "budgets": budgets}
+        layers = service.model.config.text.num_layers
+        pdrop = {"default": service.default_budget, "num_layers": layers, "budgets": budgets}
         about = {"id": service.name, "object": "model", "created": 0, "owned_by": "pdrop-jax", "pdrop": pdrop}
         return {"object": "list", "data": [about]}
 

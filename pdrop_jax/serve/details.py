@@ -40,6 +40,7 @@ def details(budget: str, model: Model, engine: Engine, media: Sequence[Any], ans
         "queue_ms": 1000 * answer.queue_seconds,
         "prefill_ms": 1000 * (first - answer.queue_seconds),
         "decode_ms": 1000 * (answer.seconds - first),
+        "cached_tokens": answer.cached,
         "cache_bytes": engine.memory // engine.slots,
     }
 

@@ -73,4 +73,18 @@ class _State(Collector):
             for budget, engine in self._engines.items():
                 family.add_metric([budget], value(engine))
             yield family
+        yield from self._caches()
         yield CounterMetricFamily("pdrop_compilations", "Programs that were compiled.", value=self._stats.compiled)
+
+    def _caches(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        labels = ["budget", "cache"]
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+            "hits": CounterMetricFamily("pdrop_reuse_hits", "Images and prefixes that were in a cache.", labels=labels),
+            "misses": CounterMetricFamily("pdrop_reuse_misses", "Images and prefixes that were not.", labels=labels),
+            "bytes": GaugeMetricFamily("pdrop_reuse_bytes", "Device memory of these caches.", labels=labels),
+        }
+        for field, family in families.items():
+            for budget, engine in self._engines.items():
+                for name, counts in engine.caches.items():
+                    family.add_metric([budget, name], getattr(counts, field))
+            yield family

@@ -81,11 +81,13 @@ class Responses:
         return {"token": content.decode("utf-8", "replace"), "bytes": list(content), "logprob": logprob}
 
 
-def usage(answers: Sequence[Completion]) -> dict[str, int]:
+def usage(answers: Sequence[Completion]) -> dict[str, Any]:
     """Tokens of the prompt, images before any drop included, and of all answers."""
+    cached = max((answer.cached for answer in answers), default=0)
+    details = {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
     prompt = max((answer.stage_lengths[0] for answer in answers if answer.stage_lengths), default=0)
     new = sum(len(answer.token_ids) for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, **details}
 
 
 def event(data: dict[str, Any]) -> str:

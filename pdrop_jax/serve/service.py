@@ -87,7 +87,7 @@ class Service:
       slots: of each engine.
       images: largest number of images in a request.
       downloads: what may be downloaded; by default nothing.
-      buckets, prefill_rows, max_waiting: see ``Engine``.
+      buckets, prefill_rows, max_waiting, image_cache, prefix_cache: of each engine, see ``Engine``.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class Service:
         buckets: Sequence[Bucket] | None = None,
         prefill_rows: int = 4,
         max_waiting: int = 256,
+        image_cache: int = 0,
+        prefix_cache: int = 0,
         implementation: Implementation = "auto",
     ) -> None:
         model = next(iter(models.values()))
@@ -121,6 +123,8 @@ class Service:
                 buckets=buckets,
                 max_waiting=max_waiting,
                 prefill_rows=prefill_rows,
+                image_cache=image_cache,
+                prefix_cache=prefix_cache,
                 implementation=implementation,
                 extras=True,
                 turn=turns,
