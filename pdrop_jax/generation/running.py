@@ -64,6 +64,9 @@ class RunningBatch:
         self._words = -(-model.config.text.vocab_size // 32)
         with on_devices(model):
             self._state: Any = empty_slots(model.config, slots, shape, model.dtype)
+            if model.mesh is None:  # as the states that programs return, or the first one would be compiled again
+                (device,) = jax.tree.leaves(model.params)[0].devices()
+                self._state = jax.device_put(self._state, device)
 
     @property
     def free(self) -> int:
