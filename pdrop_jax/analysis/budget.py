@@ -35,7 +35,7 @@ def schedule_for_budget(
       layers: drop after these many layers. None tries three sets of layers and takes the latest one that meets the
         budget while every drop keeps at least a quarter of the image tokens; if there is none, the one with the largest
         ratio.
-      itemsize: bytes per element of the KV cache.
+      itemsize: bytes per element of a KV cache that is not quantized.
 
     Raises:
       UserError: not exactly one budget is given, or no ratio meets it; the message states the smallest possible cost.

@@ -102,7 +102,7 @@ def cost_of(config: LlavaConfig, bucket: Bucket, itemsize: int = 2) -> Cost:
     """Cost of a prompt that fills ``bucket``, which has at most one image.
 
     Args:
-      itemsize: bytes per element of the KV cache.
+      itemsize: bytes per element of a KV cache that is not quantized.
     """
     text, schedule, image_tokens = config.text, config.schedule, sum(bucket.images)
     plan = schedule.plan(text.num_layers, bucket)
@@ -177,5 +177,11 @@ def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) ->
 
 
 def token_bytes(text: TextConfig, itemsize: int) -> int:
-    """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element."""
-    return 2 * text.num_kv_heads * text.head_dim * itemsize
+    """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element.
+
+    A quantized cache, ``text.cache_dtype``, has 8 or 4 bits per element (as on a TPU) and a float32 scale per head.
+    """
+    head = text.head_dim * itemsize
+    if text.cache_dtype is not None:
+        head = text.head_dim * {"int8": 8, "int4": 4}[text.cache_dtype] // 8 + 4
+    return 2 * text.num_kv_heads * head

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Annotated, Any
 
-from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, Ratios, Score, unset
+from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, QuantizeCache, Ratios, Score, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
 from pdrop_jax.schedule import parse_schedule
@@ -22,11 +22,14 @@ def run(
     cache_bytes: Annotated[float | None, unset("N")] = None,
     image_tokens: Annotated[int | None, unset("N")] = None,
     text_tokens: int = 64,
+    quantize_cache: QuantizeCache = None,
     plot: File = None,
     overwrite: Flag = False,
     json_output: Json = False,
 ) -> None:
-    """Print the cost of a prompt with one image, dense and with drops. KV cache sizes are for bfloat16.
+    """Print the cost of a prompt with one image, dense and with drops.
+
+    KV cache sizes are for bfloat16, or for int8 or int4 on a TPU with --quantize-cache.
 
     With a budget (--average-tokens, --macs or --cache-bytes), the drop ratios are computed, and --layers alone sets
     where tokens are dropped.
@@ -56,6 +59,7 @@ def run(
     from pdrop_jax.schedule import DropSchedule
 
     config = config_of(model)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=quantize_cache))
     if image_tokens is None and not isinstance(config.vision, VisionConfig):
         raise UserError(f"{printable(model)} takes pictures of any size: pass --image-tokens, for example 1024")
     tokens = largest_picture(config) if image_tokens is None else image_tokens

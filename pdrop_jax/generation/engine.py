@@ -82,7 +82,7 @@ def placed(state: State) -> State:
 
     A program that returns its state where it found it is not compiled again for it.
     """
-    return jax.tree.map(lambda x: constrain(x, *((None, *AXES) if x.ndim == 5 else (None,) * x.ndim)), state)
+    return jax.tree.map(lambda x: constrain(x, *(None, *AXES)[: x.ndim] if x.ndim > 3 else (None,) * x.ndim), state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"), compiler_options=ROUNDED)

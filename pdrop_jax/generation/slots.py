@@ -7,7 +7,6 @@ slot takes less memory there. Shapes never change: ``admit`` compiles once for a
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +22,7 @@ from pdrop_jax.model.cache import empty_caches, grow
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.params import Params
+from pdrop_jax.model.quantization import stored_bytes
 from pdrop_jax.model.vlm import prefill
 
 
@@ -57,7 +57,7 @@ def slot_bytes(config: LlavaConfig, shape: SlotShape, dtype: DTypeLike, slots: i
         slot_bytes(config, slot_shape(config, [bucket], 128), jnp.bfloat16)
     """
     state = jax.eval_shape(functools.partial(_empty, config, slots, shape, dtype))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return stored_bytes(state)
 
 
 def _empty(config: LlavaConfig, slots: int, shape: SlotShape, dtype: DTypeLike) -> State:
@@ -122,7 +122,7 @@ def _insert(slots: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     All of a slot is overwritten: what an earlier answer left there may be no number, and would be one of the products
     in which the mask's zeros are factors.
     """
-    axis = 1 if old.ndim == 5 else 0  # caches have layers in front
+    axis = 1 if old.ndim > 3 else 0  # caches have layers in front
     sizes = [(0, 0 if n == axis else a - b) for n, (a, b) in enumerate(zip(old.shape, new.shape, strict=True))]
     if any(after for _, after in sizes):
         new = jnp.pad(new, sizes)
