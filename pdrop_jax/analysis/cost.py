@@ -9,7 +9,8 @@ from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.schedule import DropSchedule
 
 # Built-in scores that compute attention of one query row in the next layer. "all_text" does so for every text token,
-# and the other built-in scores for none. The cost of user-defined scores is unknown and not counted.
+# "quota" for every token, and the other built-in scores for none. User-defined scores cost what nobody knows and are
+# not counted.
 ONE_ROW = ("pyramiddrop", "fastv", "feather", "last_text")
 
 
@@ -35,10 +36,12 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     plan = config.schedule.plan(text.num_layers, bucket)
     decoder = sum(stage.num_layers * _layer(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan)
     score = config.schedule.score
-    rows = bucket.text if score == "all_text" else 1
+
+    before = [stage.slots for stage in plan[:-1]]
+    rows = {"all_text": [bucket.text] * len(before), "quota": before}.get(score, [1] * len(before))
     # Key projections of all tokens, query projections, and their dot products.
-    ranking = sum(stage.slots * D * K * H + rows * (D * N * H + stage.slots * N * H) for stage in plan[:-1])
-    if not bucket.images or score not in (*ONE_ROW, "all_text"):
+    ranking = sum(n * D * K * H + q * (D * N * H + n * N * H) for n, q in zip(before, rows, strict=True))
+    if not bucket.images or score not in (*ONE_ROW, "all_text", "quota"):
         ranking = 0
     vision, projector = tower_macs(config, bucket)
     return PrefillMacs(
@@ -179,7 +182,8 @@ def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) ->
 def token_bytes(text: TextConfig, itemsize: int) -> int:
     """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element.
 
-    A quantized cache, ``text.cache_dtype``, has 8 or 4 bits per element (as on a TPU) and a float32 scale per head.
+    A quantized cache, ``text.cache_dtype``, has 8 or 4 bits per element (int4 on a CPU: 8) and a float32 scale per
+    head.
     """
     head = text.head_dim * itemsize
     if text.cache_dtype is not None:

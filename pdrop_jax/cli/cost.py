@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Print the cost of a prompt with one image, dense and with drops.
 
-    KV cache sizes are for bfloat16, or for int8 or int4 on a TPU with --quantize-cache.
+    KV cache sizes are for bfloat16, or with --quantize-cache for int8 or int4, half a byte as on a TPU or GPU.
 
     With a budget (--average-tokens, --macs or --cache-bytes), the drop ratios are computed, and --layers alone sets
     where tokens are dropped.

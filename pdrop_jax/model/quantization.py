@@ -11,10 +11,11 @@ Biases, norms, the embedding table, the head, the vision tower and the projector
   ``qvalue * scale``, rounded to the dtype of the activations, elsewhere by ``qvalue``, and scales the float32 sum.
 - w8a8, w4a8 and w4a4 also quantize the input of a product, when it is computed, with a scale for each token that
   follows from its largest element. The product is one of integers, summed in int32. w4a4 on a TPU multiplies int4;
-  everything else widens int4 to int8 first.
+  everything else widens int4 to int8 first. One product is simulated: XLA for GPUs cannot multiply a single row of
+  int8 by int4, so that both become bfloat16, which is exact, and the sum is in float32.
 
-Int4 takes half a byte in a TPU's memory. On CPUs and GPUs XLA keeps an int4 in a byte, so that 4 bits save nothing over
-8 there. Kernels sharded along fsdp are gathered in the dtype of the activations, so shard along tensor.
+An int4 takes half a byte on TPUs and GPUs, and a byte on CPUs, where 4 bits save nothing over 8. Kernels sharded along
+fsdp are gathered in the dtype of the activations, so shard along tensor.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ def quantize_decoder(config: LlavaConfig, params: Params, quantization: Quantiza
         if not (name.startswith("stages.") and name.endswith(".kernel")):
             return x
         inputs = tuple(i - len(spec_of(config, name).shape) for i in spec_of(config, name).inputs)
-        return QuantizedKernel(*_quantize(x, weights, inputs), activations)
+        return QuantizedKernel(*_quantize_weights(x, weights, inputs), activations)
 
     return jax.tree.map_with_path(quantize, params)
 
@@ -90,20 +91,29 @@ def quantize_decoder(config: LlavaConfig, params: Params, quantization: Quantiza
 def quantize_along(x: jax.Array, bits: int, axes: Iterable[int]) -> tuple[jax.Array, jax.Array]:
     """``x`` as integers, and their float32 scales, of size 1 along ``axes``: each slice along them has a scale.
 
+    Symmetric: the largest element of a slice is 2^(bits-1) - 1 steps. It must not lie halfway between two integers, as
+    that of a weight does: two programs would round it differently, and a token's keys would depend on what computed it.
+
     Raises:
       UserError: qwix is not installed.
     """
+    largest = 2 ** (bits - 1) - 1
+    return _quantize(x, bits, axes, f"absmax,{(largest + 0.5) / largest}")
+
+
+def _quantize(x: jax.Array, bits: int, axes: Iterable[int], calibration: str = "absmax") -> tuple[jax.Array, jax.Array]:
     try:
         import qwix  # needed for quantized models only
     except ImportError:
         raise UserError("quantization needs qwix, which is not installed: pip install 'pdrop-jax[quantize]'") from None
     apart = sorted(set(range(x.ndim)) - {axis % x.ndim for axis in axes})
-    found = qwix.quantize(x.astype(jnp.float32), f"int{bits}", channelwise_axes=apart)
+    wide = x.astype(jnp.float32)
+    found = qwix.quantize(wide, f"int{bits}", channelwise_axes=apart, calibration_method=calibration)
     return found.qvalue, found.scale
 
 
 # Under jit, or the whole stack would be in memory as float32.
-_quantize = functools.partial(jax.jit, static_argnums=(1, 2))(quantize_along)
+_quantize_weights = functools.partial(jax.jit, static_argnums=(1, 2))(_quantize)
 
 
 def quantized_product(x: jax.Array, kernel: QuantizedKernel, inputs: int) -> jax.Array:
@@ -139,7 +149,14 @@ def _integer_product(x: jax.Array, kernel: QuantizedKernel, bits: int, inputs: i
     def in_bytes(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
         return product(qx.astype(jnp.int8), qvalue.astype(jnp.int8))
 
-    y = jax.lax.platform_dependent(qx, kernel.qvalue, tpu=as_they_are, default=in_bytes).astype(jnp.float32)
+    def simulated(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
+        wide = qx.astype(jnp.bfloat16), qvalue.astype(jnp.bfloat16)
+        return jnp.tensordot(*wide, axes=inputs, preferred_element_type=jnp.float32).astype(jnp.int32)
+
+    single = math.prod(x.shape[:-inputs]) == 1 and kernel.qvalue.dtype == jnp.int4
+    y = jax.lax.platform_dependent(
+        qx, kernel.qvalue, tpu=as_they_are, cuda=simulated if single else in_bytes, default=in_bytes
+    ).astype(jnp.float32)
     outputs = kernel.scale.shape[inputs:]
     return (y * x_scale.reshape(*x.shape[:-inputs], *[1] * len(outputs)) * kernel.scale.reshape(outputs)).astype(
         x.dtype
@@ -154,6 +171,6 @@ def stored_bytes(tree: Any) -> int:
     """Bytes that arrays, or abstract ones, take in this platform's memory, see the top of this module."""
 
     def bits(dtype: Any) -> int:
-        return 4 if dtype == jnp.int4 and platform() == "tpu" else 8 * dtype.itemsize
+        return 4 if dtype == jnp.int4 and platform() != "cpu" else 8 * dtype.itemsize
 
     return sum(math.prod(x.shape) * bits(x.dtype) // 8 for x in jax.tree.leaves(tree))
