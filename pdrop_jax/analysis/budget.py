@@ -30,8 +30,9 @@ class Budget:
     @classmethod
     def of(cls, average_tokens: float | None, macs: float | None, cache_bytes: float | None) -> "Budget":
         """Raises UserError unless exactly one is given."""
-        budgets = {"average tokens": average_tokens, "MACs": macs, "cache bytes": cache_bytes}
-        given = [cls(name, value) for name, value in budgets.items() if value is not None]
+        every: list[tuple[Literal["average tokens", "MACs", "cache bytes"], float | None]]
+        every = [("average tokens", average_tokens), ("MACs", macs), ("cache bytes", cache_bytes)]
+        given = [cls(name, value) for name, value in every if value is not None]
         if len(given) != 1:
             raise UserError(f"give exactly one budget, of average tokens, MACs or cache bytes: got {len(given)}")
         return given[0]

@@ -83,7 +83,8 @@ def quantize_decoder(config: LlavaConfig, params: Params, quantization: Quantiza
         if not (name.startswith("stages.") and name.endswith(".kernel")):
             return x
         inputs = tuple(i - len(spec_of(config, name).shape) for i in spec_of(config, name).inputs)
-        return QuantizedKernel(*_quantize_weights(x, weights, inputs), activations)
+        qvalue, scale = _quantize_weights(x, weights, inputs)
+        return QuantizedKernel(qvalue, scale, activations)
 
     return jax.tree.map_with_path(quantize, params)
 

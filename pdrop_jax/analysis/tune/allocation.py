@@ -16,6 +16,7 @@ from pdrop_jax.config import TextConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.schedule import DropSchedule
 
+Numbers = Sequence[float] | np.ndarray
 TAU = 0.5  # of the softmax: the least sensitive layer drops e^(0.8 / TAU) = 5 times as much as the most sensitive one
 FIRST = 2  # layers before the first candidate
 LAST = 1 / 8  # of the layers, behind the last candidate
@@ -27,7 +28,7 @@ class BudgetTooSmall(UserError):
     """Dropping all image tokens costs more than the budget."""
 
 
-def rescaled_sensitivity(values: Sequence[float]) -> np.ndarray:
+def rescaled_sensitivity(values: Numbers) -> np.ndarray:
     """S_l (L,) clipped to its 10th and 90th percentile and scaled to .1 … .9; .5 everywhere if all are alike."""
     low, high = np.percentile(values, [10, 90])
     if high <= low:
@@ -35,7 +36,7 @@ def rescaled_sensitivity(values: Sequence[float]) -> np.ndarray:
     return 0.1 + 0.8 * (np.clip(values, low, high) - low) / (high - low)
 
 
-def candidate_layers(attention: Sequence[float], first: int = FIRST) -> tuple[int, ...]:
+def candidate_layers(attention: Numbers, first: int = FIRST) -> tuple[int, ...]:
     """The contiguous range of drop layers in which text attends to the picture.
 
     Args:
@@ -59,7 +60,7 @@ def drop_shares(sensitivity: np.ndarray, tau: float = TAU) -> np.ndarray:
     return weights / weights.sum()
 
 
-def cumulative_ratios(shares: Sequence[float], floor: float) -> tuple[float, ...]:
+def cumulative_ratios(shares: Numbers, floor: float) -> tuple[float, ...]:
     """r_i = max(floor, 1 - (1 - floor) * (pi_1 + … + pi_i)): what is kept after each drop, ``floor`` at the end."""
     kept = 1 - (1 - floor) * np.cumsum(shares)
     kept[-1] = floor
@@ -67,7 +68,7 @@ def cumulative_ratios(shares: Sequence[float], floor: float) -> tuple[float, ...
 
 
 def allocate(
-    text: TextConfig, schedule: DropSchedule, shares: Sequence[float], budget: Budget, image_tokens: int
+    text: TextConfig, schedule: DropSchedule, shares: Numbers, budget: Budget, image_tokens: int
 ) -> DropSchedule:
     """``schedule`` with the largest ratios in the proportion of ``shares`` whose cost is within the budget.
 

@@ -101,6 +101,7 @@ def _measure(
     image = jnp.asarray(batch.image_id) > 0
     (exact,) = forward_hidden(dense, params, batch, keep_hidden=True).layer_inputs
     out = forward_hidden(watched, watched_params, batch, keep_hidden=True)
+    assert exact is not None
     ours = jnp.concatenate([x for x in out.layer_inputs if x is not None])
     S = image.shape[1]
 

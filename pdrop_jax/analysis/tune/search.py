@@ -93,7 +93,9 @@ def _start(config: LlavaConfig, params: Params, batch: Batch) -> tuple[TokenBuff
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned("auto"))
     buffer = embed(config, params, batch, plan[0].slots)
     out = run_stages(config, params["stages"], plan, buffer, batch.bucket.images, keep_hidden=True)
-    return buffer, out.layer_inputs[0]
+    (inputs,) = out.layer_inputs
+    assert inputs is not None
+    return buffer, inputs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=ROUNDED)
