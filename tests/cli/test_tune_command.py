@@ -10,13 +10,11 @@ import pytest
 
 from pdrop_jax.analysis.effects import divergence
 from pdrop_jax.analysis.tune.calibrate import read_samples
-from pdrop_jax.analysis.tune.search import Objective
+from pdrop_jax.analysis.tune.search import Objective, _prefill
 from pdrop_jax.checkpoint import load as load_checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.eval.questions import read_questions
-from pdrop_jax.generation.engine import generate_batch
 from pdrop_jax.generation.pretrained import DEMO, load, reschedule
-from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.stacking import restage
 from pdrop_jax.schedule import DropSchedule
 
@@ -80,8 +78,8 @@ def test_a_search_is_within_the_budget_and_no_worse_than_its_start(pdrop, tmp_pa
     objective = Objective(exact, deployed, [sample], DropSchedule((), (), "dense", "norm"))
 
     def first_token(model, schedule):
-        logits = generate_batch(reschedule(model, schedule), sample.batch, Sampling(1)).first_logits
-        return np.asarray(jax.nn.log_softmax(logits))
+        model = reschedule(model, schedule)
+        return np.asarray(jax.nn.log_softmax(_prefill(model.config, model.params, sample.batch, 0)[0]))
 
     kl = divergence(first_token(exact, DropSchedule.none()), first_token(deployed, schedule)).mean()
     assert said["kl"] == pytest.approx(kl, rel=1e-3)

@@ -217,7 +217,7 @@ DECODE = ("--mode", "decode", "--mesh", "data=4", "tensor=2", "--batch", "8", "-
 
 @pytest.mark.parametrize(
     ("quantize", "cache", "bits", "operands"),
-    [("int8", None, 8, None), ("w8a8", "int8", 8, ("s8", "s8")), ("w4a4", "int4", 4, ("s4", "s4"))],
+    [("int8", None, 8, None), ("w8a8", "int8", 8, ("s8", "s8"))],
 )
 def test_quantized_arrays_take_their_bits_and_no_plain_copy(
     folder, plain_decode, tmp_path, quantize, cache, bits, operands
