@@ -14,6 +14,7 @@ from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation
 from pdrop_jax.generation.engine import (
     STREAM_EVERY,
+    committed,
     decode,
     on_devices,
     rows_on_devices,
@@ -63,10 +64,7 @@ class RunningBatch:
         self._unsent: list[Callable[[], None]] = []
         self._words = -(-model.config.text.vocab_size // 32)
         with on_devices(model):
-            self._state: Any = empty_slots(model.config, slots, shape, model.dtype)
-            if model.mesh is None:  # as the states that programs return, or the first one would be compiled again
-                (device,) = jax.tree.leaves(model.params)[0].devices()
-                self._state = jax.device_put(self._state, device)
+            self._state: Any = committed(model, empty_slots(model.config, slots, shape, model.dtype))
 
     @property
     def free(self) -> int:
