@@ -71,6 +71,12 @@ def write_tokens(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax
     return StageCache(write(cache.k, layer, k, first), write(cache.v, layer, v, first))
 
 
+def write_slots(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, slots: jax.Array) -> StageCache:
+    """``write_tokens`` for slots (B, T) that are in no order."""
+    rows, layer = jnp.arange(len(slots))[:, None], jnp.asarray(layer)
+    return StageCache(cache.k.at[layer, rows, :, slots].set(k), cache.v.at[layer, rows, :, slots].set(v))
+
+
 def scatter_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
     """``old`` (L_s, B, K, C, H) with ``new`` (B, T, K, H) in one layer's slots from ``first`` (B,) on."""
     rows = jnp.arange(first.shape[0])[:, None]
