@@ -26,6 +26,7 @@ from pdrop_jax.text_config import Family as Family
 from pdrop_jax.text_config import RopeScaling as RopeScaling
 from pdrop_jax.text_config import TextConfig as TextConfig
 from pdrop_jax.vision_config import Activation as Activation
+from pdrop_jax.vision_config import StandbyConfig as StandbyConfig
 from pdrop_jax.vision_config import VisionConfig as VisionConfig
 
 FORMAT = "pdrop-jax-1"
@@ -42,7 +43,7 @@ MAX_PROJECTOR_LAYERS = 16
 # Choices of the model code that the command line and recipes offer too, without importing jax.
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of attention, see ``model.attention``
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
-Group = Literal["vision", "projector", "llm", "lora"]  # parts of the model that are trained together
+Group = Literal["vision", "projector", "llm", "lora", "standby"]  # parts of the model that are trained together
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
 
 
@@ -112,6 +113,7 @@ class LlavaConfig:
     # A video's frames are averaged over squares of so many features a side before the projector, as in Hugging Face's
     # LLaVA-NeXT-Video; None: their features are resized to half a side behind it.
     frame_stride: int | None = None
+    standby: StandbyConfig | None = None  # the tower's standby tokens, for what is shown with mode "standby"
     template: str = "vicuna_v1"  # "own" is the chat template in the checkpoint's folder, see inputs.prompts
     image_token_id: TokenId | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
     video_token_id: TokenId | None = None  # id of "<video>", likewise
@@ -126,6 +128,8 @@ class LlavaConfig:
             )
         if isinstance(self.vision, VisionConfig):
             self._check_crops(self.vision)
+        elif self.standby:
+            raise UserError(f"standby tokens are for LLaVA's towers, but this model's is {self.vision.kind}")
         self.schedule.check(self.text.num_layers)
         if self.schedule.positions == "auto":
             positions: Literal["dense", "original"] = "original" if self.text.mrope_sections else "dense"
@@ -194,6 +198,11 @@ class LlavaConfig:
     def frame_tokens(self) -> int:
         """Further features of a crop as a frame of a video, if those are averaged before the projector."""
         return (self.crop_tower.patches_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
+
+    @property
+    def standby_tokens(self) -> int:
+        """Tokens of a crop that is shown with mode "standby"."""
+        return self.standby.tokens if self.standby else 0
 
     @property
     def features_per_token(self) -> int:

@@ -1,7 +1,9 @@
 """The config of a vision tower that takes square crops."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, Width
@@ -10,6 +12,23 @@ Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Kind = Literal["clip", "siglip", "internvl", "smolvlm", "idefics3"]
 
 MAX_PATCHES_A_SIDE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class StandbyConfig:
+    """Standby tokens of a tower, see ``model.standby``.
+
+    Attributes:
+      tokens: of each picture or frame.
+      temporal_layers: the last so many layers of the tower have attention over time behind them.
+      frames: in a block of frames that see each other.
+    """
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    tokens: Literal[8, 16, 32] = 16
+    temporal_layers: Annotated[int, Field(ge=1, le=1024)] = 5
+    frames: Annotated[int, Field(ge=1, le=1024)] = 8
 
 
 @dataclasses.dataclass(frozen=True)

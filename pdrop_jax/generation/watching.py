@@ -32,7 +32,7 @@ from pdrop_jax.inputs.anyres import ImageTokens, captions_of
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.frames import frame_tokens, open_frames
+from pdrop_jax.inputs.frames import frame_tokens, open_frames, with_standby
 from pdrop_jax.inputs.images import Picture, Video
 from pdrop_jax.inputs.messages import Medium, Message, Prompt, check_order, read_conversation
 from pdrop_jax.inputs.prompts import PromptTemplate
@@ -119,7 +119,9 @@ class Stream:
     def _begin(self, first: Image.Image) -> None:
         config, model = self._model.config, self._model
         self._size = first.size
-        image = frame_tokens(first, model.processor.image_processor, config)
+        self._block: list[ImageTokens] = []
+        image = self._tokens(first)
+        self._block = []
         self._captions = captions_of([image])
         ids = self._ids([Message("user", (Medium(), self._options.question))])
         at = ids.index(IMAGE_PLACEHOLDER)
@@ -137,9 +139,20 @@ class Stream:
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         return self._prompts.ids(messages, self._captions)
 
+    def _tokens(self, frame: Image.Image) -> ImageTokens:
+        """The model's input for a frame, with the frames before it that its standby tokens see."""
+        config = self._model.config
+        image = frame_tokens(frame, self._model.processor.image_processor, config)
+        if not config.standby:
+            return image
+        if len(self._block) == config.standby.frames:
+            self._block = []
+        self._block.append(image)
+        return with_standby(self._block, config)
+
     def _see(self, frame: Image.Image) -> None:
         config, layout = self._model.config, self.layout
-        image = frame_tokens(frame, self._model.processor.image_processor, config)
+        image = self._tokens(frame)
         bucket = Bucket(layout.text + layout.standby, (layout.frame - layout.standby,), len(image.crops))
         batch = assemble([Row([IMAGE_PLACEHOLDER, *self._tail], [image])], config, bucket)
         with on_devices(self._model):
@@ -254,11 +267,13 @@ def _layout(config: LlavaConfig, image: ImageTokens, options: WatchOptions, pref
     n, most = len(image), config.text.max_length
     extent = image.extent if config.text.mrope_sections else n
     ratio = options.ratio if options.ratio is not None else min([r for r in config.schedule.ratios if r], default=0.125)
-    kept = max(1, keep_count(n, ratio))
+    kept = image.standby or max(1, keep_count(n, ratio))
+    if image.standby and options.ratio is not None:
+        raise UserError(f"the bank of this model holds its {kept} standby tokens of a frame: leave ratio out")
     spare = min(256, most // 4)  # positions for questions and answers
 
     def layout(window: int, bank: int) -> Layout:
-        return Layout(prefix, n, 0, extent, kept, window, bank, text)
+        return Layout(prefix, n, image.standby, extent, kept, window, bank, text)
 
     def room(window: int, bank: int) -> int:
         return most - text - layout(window, bank).positions(config)

@@ -23,6 +23,7 @@ from pdrop_jax.model.layers import (
     vision_layer,
 )
 from pdrop_jax.model.params import Params
+from pdrop_jax.model.standby import first_tokens, seen_crops, standby_layer
 from pdrop_jax.sharding import constrain
 
 # LlavaConfig.family -> from the last hidden state of its crops to their tokens, in place of LLaVA's projector.
@@ -42,9 +43,12 @@ def vision_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
+    standby: Params | None = None,
+    clips: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
 
+    With ``standby``, its parameters, and ``clips``, see ``Batch``, the standby tokens follow: (P, T + m, D_vision).
     The tower's last norm is not part of any hidden state, as in transformers.
 
     Args:
@@ -54,13 +58,19 @@ def vision_features(
     # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
     x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "crops", None, None, None))
 
-    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
-        x = carry[0]
-        out = vision_layer(config.crop_tower, layer, x, implementation)
-        return (constrain(out, "crops", None, None), x if class_attention else None), None
+    seen = None if clips is None else seen_crops(clips)
 
-    start = (x, x if class_attention else None)
-    (x, last_input), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
+    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
+        x, _, extra = carry
+        out = vision_layer(config.crop_tower, layer, x, implementation)
+        if standby is not None and seen is not None:
+            extra = standby_layer(config, standby, layer, n, x, extra, seen, implementation)
+        return (constrain(out, "crops", None, None), x if class_attention else None, extra), None
+
+    extra = None if standby is None or seen is None else first_tokens(standby, len(x))
+    start = (x, x if class_attention else None, extra)
+    (x, last_input, extra), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
+    x = x if extra is None else jnp.concatenate([x, extra], axis=1)
     if last_input is None:
         return x, None
     return x, class_attention_of(config, layer_of(params["layers"], -1), last_input)
@@ -91,7 +101,8 @@ def tower_features(
         assert batch.patch_layout is not None
         layout, features = jnp.asarray(batch.patch_layout), PATCH_FEATURES[config.family]
         return features(config.vision, params, crops, layout, implementation, remat), None
-    return image_features(config, params, crops, implementation, remat, class_attention)
+    clips = None if batch.clips is None else jnp.asarray(batch.clips)
+    return image_features(config, params, crops, implementation, remat, class_attention, clips)
 
 
 @jax.named_scope("tower")
@@ -102,6 +113,7 @@ def image_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
+    clips: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The crops of each row as its pool of feature vectors.
 
@@ -110,14 +122,18 @@ def image_features(
 
     Returns:
       (B, C * (image_tokens + frame_tokens), D), dtype of the parameters: the features of all crops, then their
-      features as frames of a video; where images are tiled, one more vector, the newline. With ``class_attention``
-      also as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
+      features as frames of a video; with ``clips`` those of their standby tokens; where images are tiled, one more
+      vector, the newline. With ``class_attention`` also as many numbers (B, ..., 1) float32, see ``vision_features``; 0
+      for the newline.
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
-    x, attention = vision_features(config, params["vision"], pixels, implementation, remat, class_attention)
+    x, attention = vision_features(
+        config, params["vision"], pixels, implementation, remat, class_attention, params.get("standby"), clips
+    )
     x = constrain(x, "batch", None, None)
+    x, extra = (x, None) if clips is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
     D, side = config.text.hidden_size, config.crop_tower.patches_a_side
 
     def pool(x: jax.Array) -> jax.Array:
@@ -133,6 +149,10 @@ def image_features(
         return constrain(by_row(tokens(config, params, x)), "batch", None, None), None
     x = by_row(projector(params["projector"], pool(x)))
     attention = None if attention is None else by_row(pool(attention[..., None]))
+    if extra is not None:
+        extra = projector(params["standby"]["projector"], extra).reshape(B, -1, D)
+        x = jnp.concatenate([x, extra], axis=1)
+        attention = None if attention is None else jnp.pad(attention, [(0, 0), (0, extra.shape[1]), (0, 0)])
     if config.tiling:
         newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, D))
         x = jnp.concatenate([x, newline], axis=1)
