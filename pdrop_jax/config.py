@@ -128,8 +128,8 @@ class LlavaConfig:
             )
         if isinstance(self.vision, VisionConfig):
             self._check_crops(self.vision)
-        elif self.standby:
-            raise UserError(f"standby tokens are for LLaVA's towers, but this model's is {self.vision.kind}")
+        if self.standby and self.family != "LLaVA":
+            raise UserError(f"standby tokens are for LLaVA's towers, but this model is of the family {self.family}")
         self.schedule.check(self.text.num_layers)
         if self.schedule.positions == "auto":
             positions: Literal["dense", "original"] = "original" if self.text.mrope_sections else "dense"

@@ -190,3 +190,11 @@ def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
     (tmp_path / "optax.py").write_text("raise ImportError('not here', name='optax')")
     with pytest.raises(AssertionError, match="the package optax is missing"):
         run_uninstalled("accelerator", "--parts", "training")
+
+
+def test_stream(run):
+    """Memory and tokens are those of the first part that fills window and bank."""
+    found = json.loads(run("stream", "--frames", 30, "--parts", 2, "--json"))["results"]
+    assert [row["frames"] for row in found] == [16, 31]
+    assert {(row["window"], row["cache_mb"]) for row in found} == {(1, found[0]["cache_mb"])}
+    assert run("stream", "--frames", 1, "--parts", 1).splitlines()[0].startswith("| frames | in focus, in the bank |")

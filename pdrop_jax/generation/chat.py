@@ -39,7 +39,7 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Answer, kept_tokens
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.timer import Timer
-from pdrop_jax.generation.watching import Frames, Stream, Watched, turn_key
+from pdrop_jax.generation.watching import Frames, Stream, Watched
 from pdrop_jax.inputs.anyres import ImageTokens, captions_of
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
@@ -122,27 +122,25 @@ class Session:
         """Watches frames of a stream; ``ask`` then answers about what is held of it, at any time.
 
         The newest frames are in focus, with all their tokens. Of a frame that leaves this window, the bank keeps the
-        tokens that PyramidDrop keeps longest, and a full bank forgets its oldest frame.
+        tokens that PyramidDrop keeps longest, or its standby tokens. A question does not see earlier ones.
 
         Args:
           frames: a ``Video``, a list of pictures or anything that yields them, all of one size.
           window: frames in focus (default: 8, or as many as half of the model's positions hold).
           bank: tokens of the bank in the first stage (default: 8192, or what the model's positions leave).
-          ratio: share of a frame's tokens that the bank keeps (default: the schedule's smallest, or 0.125).
+          ratio: share of a frame's tokens that the bank keeps (default: the schedule's last).
           question: ranks the tokens of a frame when it comes (default: "What happens?").
 
         Raises:
-          UserError: a frame is no picture or differs in size, the window or the bank holds no frame or needs more
-            positions than the model has, a later call changes an option, or the session has been asked without a
-            stream. The frames before a faulty one are watched.
+          UserError: a frame is no picture or differs in size, the window or the bank holds no frame or needs too many
+            positions, or a later call changes an option. Frames before a faulty one are watched.
         """
-        given = {"window": window, "bank": bank, "ratio": ratio, "question": question}
         with self._only_one():
             if self._messages and self._stream is None:
                 raise UserError("this session has been asked without a stream: watch with a new one")
             stream = self._stream or Stream(self._model, self._prompts, self._mode == "keep", self._implementation)
             try:
-                stream.watch(frames, given)
+                stream.watch(frames, {"window": window, "bank": bank, "ratio": ratio, "question": question})
             finally:
                 self._stream = stream if stream.frames else None
             return stream.watched
@@ -176,8 +174,8 @@ class Session:
         """
         with self._only_one():
             if self._stream:
-                messages, answer = self._stream.ask(self._messages, question, as_list(image), sampling, stream)
-                self._messages = [*messages, Message("assistant", (self._prompts.without_places(answer.text),))]
+                messages, answer = self._stream.ask(question, as_list(image), sampling, stream, len(self.turns) + 1)
+                self._messages += [*messages, Message("assistant", (self._prompts.without_places(answer.text),))]
                 return answer
             return self._ask(question, image, sampling, stream)
 
@@ -244,7 +242,7 @@ class Session:
                 model,
                 first,
                 np.int32(back),
-                turn_key(sampling, messages),
+                jax.random.fold_in(jax.random.key(sampling.seed), sum(message.role == "user" for message in messages)),
                 token_sampler(sampling),
                 stop_ids_of(self._model),
                 slots=whole.bucket.slots,

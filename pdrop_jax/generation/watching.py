@@ -34,7 +34,7 @@ from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.frames import frame_tokens, open_frames, with_standby
 from pdrop_jax.inputs.images import Picture, Video
-from pdrop_jax.inputs.messages import Medium, Message, Prompt, check_order, read_conversation
+from pdrop_jax.inputs.messages import Medium, Message, Prompt, read_conversation
 from pdrop_jax.inputs.prompts import PromptTemplate
 from pdrop_jax.model import streaming
 from pdrop_jax.model.cache import cache_bytes
@@ -115,6 +115,7 @@ class Stream:
             self._see(frame)
         if not self.frames:
             raise UserError("a stream needs at least one frame, got none")
+        jax.block_until_ready(self._state)
 
     def _begin(self, first: Image.Image) -> None:
         config, model = self._model.config, self._model
@@ -150,14 +151,18 @@ class Stream:
         self._block.append(image)
         return with_standby(self._block, config)
 
-    def _see(self, frame: Image.Image) -> None:
-        config, layout = self._model.config, self.layout
-        image = self._tokens(frame)
+    def _batch(self, frame: Image.Image) -> Batch:
+        """A frame with the standing question behind it, without padding."""
+        layout, image = self.layout, self._tokens(frame)
         bucket = Bucket(layout.text + layout.standby, (layout.frame - layout.standby,), len(image.crops))
-        batch = assemble([Row([IMAGE_PLACEHOLDER, *self._tail], [image])], config, bucket)
-        with on_devices(self._model):
-            batch = rows_on_devices(self._model, batch)
-            self._state = _watch(config, self._model.params, layout, self._state, batch, self._offsets)
+        return assemble([Row([IMAGE_PLACEHOLDER, *self._tail], [image])], self._model.config, bucket)
+
+    def _see(self, frame: Image.Image) -> None:
+        model, batch = self._model, self._batch(frame)
+        jax.block_until_ready(self._state)  # the frame before: no more than one waits for the device
+        with on_devices(model):
+            batch = rows_on_devices(model, batch)
+            self._state = _watch(model.config, model.params, self.layout, self._state, batch, self._offsets)
         self.frames += 1
 
     @property
@@ -176,34 +181,34 @@ class Stream:
 
     def ask(
         self,
-        before: Sequence[Message],
         question: Prompt,
         pictures: Sequence[Any],
         sampling: Sampling,
         stream: Callable[[str], None] | None,
+        turn: int,
     ) -> tuple[list[Message], Answer]:
-        """The conversation with one more question, and the answer; the first question has the place of the frames.
+        """The messages of a question, which are all that the model sees beside what is held, and the answer.
 
-        Arguments and errors are those of ``Session.ask``.
+        Arguments and errors are those of ``Session.ask``; ``turn`` counts the questions, for sampling.
         """
-        asked, pictures = read_conversation(question, pictures)
+        messages, pictures = read_conversation(question, pictures)
         if pictures:
             raise UserError("a session that watches a stream takes no other pictures: start a new one for them")
-        messages = [*before, *asked]
-        check_order([message.role for message in messages])
         first = next(number for number, message in enumerate(messages) if message.role == "user")
-        if not messages[first].media:
-            messages[first] = Message("user", (Medium(), *messages[first].parts))
-        return messages, self._answer(messages, sampling, stream)
+        messages[first] = Message("user", (Medium(), *messages[first].parts))
+        key = jax.random.fold_in(jax.random.key(sampling.seed), turn)
+        return messages, self._answer(messages, sampling, key, stream)
 
-    def _answer(self, messages: Sequence[Message], sampling: Sampling, stream: Callable[[str], None] | None) -> Answer:
+    def _answer(
+        self, messages: Sequence[Message], sampling: Sampling, key: jax.Array, stream: Callable[[str], None] | None
+    ) -> Answer:
         model, config, layout = self._model, self._model.config, self.layout
         ids = self._ids(messages)
         at = ids.index(IMAGE_PLACEHOLDER)
         if ids[:at] != self._prefix:
             raise UserError(
-                "the chat template writes what precedes the frames differently as the conversation goes on: start a "
-                "new session"
+                "the chat template writes something else in front of the frames for these messages than for a "
+                "question: ask a plain question, without a system message or earlier turns"
             )
         row = Row(ids[at + 1 :])
         held, max_new_tokens = self.watched, sampling.max_new_tokens
@@ -225,7 +230,7 @@ class Stream:
                 self._state,
                 rows_on_devices(model, chunk),
                 self._offsets,
-                turn_key(sampling, messages),
+                key,
                 token_sampler(sampling),
                 stop_ids_of(model),
                 capacity=capacity,
@@ -247,11 +252,6 @@ class Stream:
             decode_seconds=timer.lap(),
             cache_bytes=size,
         )
-
-
-def turn_key(sampling: Sampling, messages: Sequence[Message]) -> jax.Array:
-    """The PRNG key of a turn of a conversation, which ends with its question."""
-    return jax.random.fold_in(jax.random.key(sampling.seed), sum(message.role == "user" for message in messages))
 
 
 def _check_rerank(config: LlavaConfig) -> None:

@@ -54,10 +54,15 @@ def standby_layer(
     # A kernel for as many queries as keys cannot run this.
     own: Implementation = "auto" if implementation == "splash" else implementation
     x = x + linear(layer["attention"]["o"], attention(q, k, v, causal=False, implementation=own), inputs=2)
-    mlp, first = jax.tree.map(lambda x: x[n], params["mlps"]), config.vision_layers - temporal_layers(config)
+    mlp, first = _row(params["mlps"], n), config.vision_layers - temporal_layers(config)
     x = x + vision_mlp(vision, mlp, layer_norm(layer["mlp_norm"], x, vision.norm_eps))
-    time = jax.tree.map(lambda x: x[jnp.maximum(n - first, 0)], params["temporal"])
+    time = _row(params["temporal"], jnp.maximum(n - first, 0))
     return x + jnp.where(n >= first, over_time(vision, time, x, seen), 0)
+
+
+def _row(stack: Params, n: jax.Array | int) -> Params:
+    """A layer of a stack by a number that a scan counts."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[n], stack)
 
 
 def over_time(config: VisionConfig, params: Params, x: jax.Array, seen: jax.Array) -> jax.Array:
