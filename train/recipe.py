@@ -44,7 +44,7 @@ class ModelRecipe:
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    start: Path  # checkpoint folder in the pdrop format
+    start: Path  # checkpoint folder; `pdrop train` also takes a PyTorch one, or owner/name[@revision] on the Hub
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=5)] = ("projector", "llm")
     # Drop schedule: layers, ratios and score. If layers and ratios are None, the checkpoint's schedule is used.
     layers: Annotated[tuple[Layer, ...], Field(max_length=64)] | None = None
