@@ -12,7 +12,7 @@ and the frames that are adjacent are those of a block, so that a frame needs not
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.config import Implementation, LlavaConfig, VisionConfig
+from pdrop_jax.config import LlavaConfig, VisionConfig
 from pdrop_jax.model.attention import attention
 from pdrop_jax.model.layers import layer_norm, linear, vision_mlp
 from pdrop_jax.model.specs import Params
@@ -33,7 +33,6 @@ def standby_layer(
     patches: jax.Array,
     x: jax.Array,
     seen: jax.Array,
-    implementation: Implementation,
 ) -> jax.Array:
     """What layer number ``n`` of the tower makes of the standby tokens.
 
@@ -51,9 +50,8 @@ def standby_layer(
     h, among = (layer_norm(layer["attention_norm"], y, vision.norm_eps) for y in (x, patches))
     q = linear(layer["attention"]["q"], h)
     k, v = (jnp.concatenate([linear(layer["attention"][name], y) for y in (among, h)], axis=1) for name in ("k", "v"))
-    # A kernel for as many queries as keys cannot run this.
-    own: Implementation = "auto" if implementation == "splash" else implementation
-    x = x + linear(layer["attention"]["o"], attention(q, k, v, causal=False, implementation=own), inputs=2)
+    # Few queries: no kernel helps.
+    x = x + linear(layer["attention"]["o"], attention(q, k, v, causal=False, implementation="xla"), inputs=2)
     mlp, first = _row(params["mlps"], n), config.vision_layers - temporal_layers(config)
     x = x + vision_mlp(vision, mlp, layer_norm(layer["mlp_norm"], x, vision.norm_eps))
     time = _row(params["temporal"], jnp.maximum(n - first, 0))

@@ -64,7 +64,7 @@ def vision_features(
         x, _, extra = carry
         out = vision_layer(config.crop_tower, layer, x, implementation)
         if standby is not None and seen is not None:
-            extra = standby_layer(config, standby, layer, n, x, extra, seen, implementation)
+            extra = standby_layer(config, standby, layer, n, x, extra, seen)
         return (constrain(out, "crops", None, None), x if class_attention else None, extra), None
 
     extra = None if standby is None or seen is None else first_tokens(standby, len(x))

@@ -56,7 +56,7 @@ def test_a_standby_token_is_a_token_of_its_crop_that_patches_do_not_see():
     params, rng = params_of(CONFIG), np.random.default_rng(1)
     layer = jax.tree.map(lambda x: x[0], params["vision"]["layers"])
     x, s = (jnp.asarray(rng.standard_normal((6, n, 16)), jnp.float32) for n in (17, 8))
-    ours = standby_layer(CONFIG, params["standby"], layer, 0, x, s, seen_crops(jnp.asarray(APART)), "auto")
+    ours = standby_layer(CONFIG, params["standby"], layer, 0, x, s, seen_crops(jnp.asarray(APART)))
     whole = jnp.concatenate([x, s], axis=1)
     h = layer_norm(layer["attention_norm"], whole, VISION.norm_eps)
     q, k, v = (linear(layer["attention"][name], h) for name in "qkv")

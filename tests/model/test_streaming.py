@@ -185,3 +185,34 @@ def test_the_state_is_updated_in_place():
     ).compile()
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes == size
+
+
+GEMMA = dataclasses.replace(MHA, two_way_images=True, full_layers=(1,), sliding_window=24, local_rope_theta=100.0)
+QWEN = dataclasses.replace(MHA, mrope_sections=(2, 1, 1))
+GRID = np.stack([np.zeros(16), *np.divmod(np.arange(16), 4)], axis=1).astype(np.int32)  # time, row and column
+
+
+@pytest.mark.parametrize(("text", "keeps_images"), [(GEMMA, True), (QWEN, False)], ids=["gemma", "qwen"])
+def test_a_frame_in_the_bank_is_where_it_was(text, keeps_images):
+    """A bank that keeps all tokens changes nothing, where positions and windows go by more than the stage's slots."""
+    config, mrope, answers = llava_config(text), text.mrope_sections is not None, []
+    params = params_of(config)
+
+    def positioned(batch, positions):
+        return dataclasses.replace(batch, positions=np.asarray(positions, np.int32)[None]) if mrope else batch
+
+    def line(start, count):
+        return np.repeat(np.arange(start, start + count)[:, None], 3, axis=1)
+
+    for window, bank in ((1, 2), (3, 1)):
+        extent = 4 if mrope else 16
+        layout = dataclasses.replace(LAYOUT, window=window, bank=bank, kept=16, extent=extent)
+        offsets = GRID if mrope else OFFSETS
+        prefix = positioned(text_batch(PREFIX), line(0, 2))
+        state = begin(config, params, layout, prefix, offsets, keeps_images=keeps_images)
+        for number in range(3):
+            frame = positioned(frame_batch(number), np.concatenate([GRID, line(4, 3)]))
+            state = watch(config, params, layout, state, frame, offsets)
+        question = positioned(text_batch(QUESTION), line(0, 4))
+        answers.append(answer(config, params, layout, state, question, offsets, new_slots=4)[0])
+    assert_close(*answers)
