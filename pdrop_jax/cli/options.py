@@ -1,6 +1,7 @@
 """Options that several subcommands share, each declared once, and progress messages on a terminal."""
 
 import contextlib
+import os
 import pathlib
 import sys
 import time
@@ -11,6 +12,7 @@ import tyro
 
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
+from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import PRESETS
@@ -95,6 +97,16 @@ NoVerify = Annotated[
 OutsideImages = Annotated[
     bool, tyro.conf.FlagCreatePairsOff, _option('Allow images outside the --images folder, such as "../1.png".')
 ]
+Processes = Annotated[
+    int | None,
+    _option(
+        "Number of processes that share the questions, each on devices of its own and with the same command.",
+        "N",
+        "SLURM's, or 1",
+        "num-processes",
+    ),
+]
+Process = Annotated[int | None, _option("Number of this process, from 0.", "N", "SLURM's, or 0", "process-id")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, _option("Print one JSON object instead of text.", name="json")]
 SamplingOptions = Annotated[Sampling, tyro.conf.arg(name="")]  # --max-new-tokens, --temperature, …
 
@@ -117,6 +129,17 @@ def device_mesh(mesh: tuple[str, ...]) -> Any:
     from pdrop_jax.sharding import make_mesh
 
     return make_mesh(mesh_sizes(mesh))
+
+
+def share_of(processes: int | None, process: int | None) -> Share:
+    """The share of this process, from ``--num-processes`` and ``--process-id`` or else from SLURM."""
+    from pdrop_jax.train.processes import under_slurm
+
+    if (processes is None) != (process is None):
+        raise UserError("--num-processes and --process-id must be given together: give both or none")
+    if processes is None or process is None:
+        _, processes, process = under_slurm(os.environ) or ("", 1, 0)
+    return Share(process, processes)
 
 
 def read_images(images: tuple[str, ...]) -> list[Any]:

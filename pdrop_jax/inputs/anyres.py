@@ -93,12 +93,14 @@ class ImageTokens:
         return max(1, len(self.captions))
 
     def widened(self, taps: int) -> tuple[np.ndarray, np.ndarray]:
-        """``index`` and ``weight`` as (n, ``taps``); a token that is not blended has one feature of weight 1."""
-        if self.weight is not None:
-            return self.index, self.weight
-        weight = np.zeros((len(self), taps), np.float32)
-        weight[:, 0] = 1
-        return np.repeat(self.index, taps, axis=1), weight
+        """``index`` and ``weight`` as (n, ``taps``), those that are added with weight 0.
+
+        A token that is not blended has one feature of weight 1.
+        """
+        weight = np.eye(1, self.index.shape[1], dtype=np.float32) if self.weight is None else self.weight
+        padded = np.zeros((len(self), taps), np.float32)
+        padded[:, : weight.shape[1]] = weight
+        return np.pad(self.index, [(0, 0), (0, taps - self.index.shape[1])], mode="edge"), padded
 
 
 def captions_of(images: Iterable[ImageTokens]) -> list[tuple[str, ...]]:

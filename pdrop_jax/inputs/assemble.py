@@ -42,7 +42,7 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
     B, S, C = len(rows), bucket.slots, bucket.crops
-    T = 4 if any(image.weight is not None for row in rows for image in row.images) else config.features_per_token
+    T = max([config.features_per_token, *(image.index.shape[1] for row in rows for image in row.images)])
     token_ids = np.zeros((B, S), np.int32)
     feature_index = np.full((B, S, T), -1, np.int32)
     feature_weight = np.zeros((B, S, T), np.float32)
