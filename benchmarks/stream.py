@@ -49,22 +49,24 @@ def main(flags: Flags) -> None:
     if flags.json:
         print(json.dumps({"flags": dataclasses.asdict(flags) | {"model": str(flags.model)}, "results": rows}, indent=2))
         return
-    print("| frames | in focus, in the bank | cache | process | a frame | first token of an answer |")
-    print("|---|---|---|---|---|---|")
+    print("| frames | in focus, in the bank | cache | process | a frame, processor time | a frame | first token |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['frames']:,} | {row['window']}, {row['bank']} | {row['cache_mb']:.2f} MB "
-            f"| {row['process_mb']:,.0f} MB | {1e3 * row['seconds']:.1f} ms | {1e3 * row['answer_seconds']:.1f} ms |"
+            f"| {row['process_mb']:,.0f} MB | {1e3 * row['processor_seconds']:.1f} ms "
+            f"| {1e3 * row['seconds']:.1f} ms | {1e3 * row['answer_seconds']:.1f} ms |"
         )
 
 
 def part(session: Session, source: Any, frames: int) -> dict[str, Any]:
     """Watches ``frames`` frames one by one and asks once."""
-    seconds = []
+    seconds, processor = [], time.process_time()
     for _ in range(frames):
         began = time.perf_counter()
         held = session.watch([next(source)])
         seconds.append(time.perf_counter() - began)
+    processor = time.process_time() - processor
     answer = session.ask(QUESTION, sampling=Sampling(8))
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return {
@@ -74,6 +76,7 @@ def part(session: Session, source: Any, frames: int) -> dict[str, Any]:
         "cache_mb": held.cache_bytes / 1e6,
         "process_mb": kilobytes / 1e3,
         "seconds": statistics.median(seconds),
+        "processor_seconds": processor / frames,
         "answer_seconds": answer.prefill_seconds,
     }
 
