@@ -64,6 +64,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, hf, tmp_path,
 
 def test_standby_tokens_are_added_and_left_out_of_exports(hf, tmp_path, monkeypatch, capfd):
     """They begin as copies of the tower's MLPs and of the projector."""
+    rewrite(hf, as_version_4)
     ours = tmp_path / "ours"
     assert not pdrop(monkeypatch, "convert", hf, ours, "--standby", "8", "--seed", "3")
     assert "Its 8 standby tokens are untrained (seed 3): train them before use" in capfd.readouterr().out

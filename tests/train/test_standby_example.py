@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from examples.demo.grids import SIDE, draw_grid
-from examples.standby.__main__ import NAMES, draw_picture, draw_video, table, training_batch
+from examples.standby.train import NAMES, draw_picture, draw_video, table, training_batch
 from examples.standby.ways import TOKENS, WAYS
 
 

@@ -1,4 +1,4 @@
-"""``python -m examples.standby``: trains 16 standby tokens, and beside them two plain ways to show 16 tokens.
+"""``python -m examples.standby.train``: trains 16 standby tokens, and beside them two plain ways to show 16 tokens.
 
 Each way begins as the demo model, is trained for as many steps on the same pictures, and answers the demo's questions
 about test pictures. A row is a picture and its conversation, or with ``--frames`` a video and a question about a frame.
@@ -172,4 +172,4 @@ def run(
 
 if __name__ == "__main__":
     with exit_on_error():
-        tyro.cli(run, prog="python -m examples.standby")
+        tyro.cli(run, prog="python -m examples.standby.train")
