@@ -39,11 +39,15 @@ class Flags:
     repeats: int = 5
     json: bool = False
 
-    def model(self) -> Model:
-        shape = Shape(self.layers, self.hidden, self.mlp, self.heads, image_tokens=self.image_tokens)
+    def model(self, **tower: int) -> Model:
+        """Args:
+        tower: fields of the vision tower's config.
+        """
+        shape = Shape(self.layers, self.hidden, self.mlp, self.heads, image_tokens=self.image_tokens).config()
         quarters = tuple(self.layers * n // 4 for n in (1, 2, 3))
         schedule = DropSchedule(quarters, (0.5, 0.25, 0.125))
-        config = dataclasses.replace(shape.config(), schedule=schedule, template="mistral_instruct")
+        vision = dataclasses.replace(shape.crop_tower, **tower)
+        config = dataclasses.replace(shape, vision=vision, schedule=schedule, template="mistral_instruct")
         params = arrange(config, init_params(config))
         return Model(config, params, Processor.load(TOKENIZER, config))
 

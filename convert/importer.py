@@ -84,7 +84,9 @@ def write(
     arrays = leaves(config, source.naming)
     dtype = dtype or default_dtype(source)
     itemsize = np.dtype(DTYPES[dtype]).itemsize
-    with checkpoint.new_folder(out, sum(math.prod(x.shape) for x in tensors.values()) * itemsize) as new:
+    unrun = [tensors[name].shape for name in unrun_shapes(config, source.naming) if name in tensors]
+    size = sum(math.prod(shape) for shape in [*(leaf.shape for leaf in arrays), *unrun]) * itemsize
+    with checkpoint.new_folder(out, size) as new:
         _copy_companions(source, tokenizer, new)
         config = dataclasses.replace(config, template=_template(template, config.template, new))
         storage.write(new, itertools.chain(_stacks(arrays, tensors, dtype), _standby(source, dtype, seed)))

@@ -57,7 +57,7 @@ def validated(kind: type[T], data: Any, where: str, prefix: str = "") -> T:
     except RecursionError:
         raise UserError(f"{where} is nested too deeply") from None
     except ValidationError as error:
-        raise UserError(_message(error, kind, data, where, prefix)) from None
+        raise UserError(error_line(error, kind, data, where, prefix)) from None
     except ValueError:  # Python does not print an integer of thousands of digits, which TOML can express in hexadecimal
         raise UserError(f"{where} is malformed: a number has too many digits") from None
 
@@ -67,7 +67,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: str) -> str:
+def error_line(error: ValidationError, kind: type, data: Any, where: str, prefix: str = "") -> str:
+    """One line about the first thing that is wrong with ``data``; arguments are those of ``validated``."""
     errors = error.errors(include_url=False)
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     # An unknown key comes first: where a key is misspelt, the right one is missing as well.
@@ -81,6 +82,12 @@ def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: 
         return f"{where} has no {', '.join(missing)}"
     if found["type"] in unknown:
         return f"{where} has an unknown key {key}{_suggestion(kind, found['loc'])}"
+    if found["type"] == "union_tag_invalid":
+        known = found["ctx"]
+        key = f"{key}.{known['discriminator'][1:-1]}"
+        return f"{where}: {key} is {known['tag']!r}, it must be one of {known['expected_tags']}"
+    if found["type"] == "union_tag_not_found":
+        return f"{where} has no {key}.{found['ctx']['discriminator'][1:-1]}"
     if found["type"] == "value_error":  # raised by a __post_init__
         return f"{where}: {found['ctx']['error']}"
     value = found["input"]
@@ -92,9 +99,10 @@ def _message(error: ValidationError, kind: type, data: Any, where: str, prefix: 
 
 def _keys(loc: Iterable[int | str], data: Any) -> Iterator[str]:
     """The parts of ``loc`` that are keys of ``data`` or missing from it; pydantic also adds the members of a union."""
-    for part in loc:
+    parts = list(loc)
+    for number, part in enumerate(parts, 1):
         if isinstance(data, dict):
-            if str(part)[:1].isupper() and part not in data:
+            if part not in data and (str(part)[:1].isupper() or number < len(parts)):
                 continue
             data = data.get(str(part))
         elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):

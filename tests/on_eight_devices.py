@@ -297,7 +297,8 @@ def test_requests_on_a_mesh_are_answered_as_on_one_device():
     with jax.set_mesh(mesh):
         cut = jax.device_put(params, shardings(CHAT, params, mesh))
     buckets = [Bucket(32), Bucket(32, (16,))]
-    with Engine(Model(CHAT, cut, processor, mesh), 4, max_new_tokens=6, buckets=buckets, prefill_rows=2) as engine:
+    options = {"prefill_rows": 2, "image_cache": 2**20, "prefix_cache": 2**20}
+    with Engine(Model(CHAT, cut, processor, mesh), 4, max_new_tokens=6, buckets=buckets, **options) as engine:
         engine.warm_up()
         cache = engine._batch._state.model.caches[0].k
         assert cache.sharding.shard_shape((1, 4, 2, 9, 8)) == (1, 1, 1, 9, 8)
@@ -305,6 +306,7 @@ def test_requests_on_a_mesh_are_answered_as_on_one_device():
         handles = [engine.submit(*row, Sampling(6 - n)) for n, row in enumerate(asked)]
         assert [handle.result().token_ids for handle in handles] == [ids[: 6 - n] for n, ids in enumerate(expected)]
         assert COMPILED[before:] == []
+        assert [counts.hits for counts in engine.caches.values()] == [0, 2]
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from tiny_run import write_start
+from tiny_server import write_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -38,7 +39,7 @@ def run_as_shipped(name, *options):
 
 
 def test_no_benchmark_is_forgotten():
-    tests = pathlib.Path(__file__).read_text()
+    tests = pathlib.Path(__file__).read_text() + (ROOT / "tests/serve/test_soak.py").read_text()
     for path in BENCHMARKS.glob("*.py"):
         assert f'("{path.stem}"' in tests, path.name
 
@@ -89,6 +90,11 @@ def test_data(run):
 def test_chat(run):
     _, _, *turns = run("chat", *SHAPE, "--image-tokens", 16, "--new-tokens", 2).splitlines()
     assert [turn.split("|")[1].strip() for turn in turns] == ["1", "2", "3"]
+
+
+def test_reuse(run):
+    _, _, *rows = run("reuse", *SHAPE, "--image-tokens", 16).splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["no cache", "image cache", "image and prefix cache"]
 
 
 def test_quantized(run):
@@ -197,3 +203,12 @@ def test_stream(run):
     found = json.loads(run("stream", "--frames", 30, "--parts", 2, "--json"))["results"]
     assert [row["frames"] for row in found] == [16, 31]
     assert {(row["window"], row["cache_mb"]) for row in found} == {(1, found[0]["cache_mb"])}
+
+
+def test_serving(run, tmp_path):
+    options = ["--requests", 2, "--clients", 2, "--new-tokens", 4, "--slots", 1, "--json"]
+    rows = [*map(json.loads, run("serving", "--model", write_model(tmp_path / "tiny"), *options).splitlines())]
+    servers = ["pdrop serve, PyramidDrop", "pdrop serve, dense", "FastAPI and transformers, dense"]
+    assert [(row["server"], row["clients"]) for row in rows] == [(server, 2) for server in servers]
+    assert all(0 < row["first_token_ms"] <= row["first_token_ms_95"] for row in rows)
+    assert all(row["requests_per_second"] > 0 and row["token_ms"] > 0 for row in rows)

@@ -50,8 +50,9 @@ MAY_IMPORT = {
     "pdrop_jax.families.*.tower": MODEL,
     "pdrop_jax.families.*.inputs": BASE | {"pdrop_jax.inputs"},
     "pdrop_jax.families.*.checkpoint": LIBRARY | {"pdrop_jax.convert", "pdrop_jax.families.*.inputs"},
+    "pdrop_jax.serve": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache"},
     "pdrop_jax.planner": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.train"},
-    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.compilation_cache", "pdrop_jax.planner"},
+    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.compilation_cache", "pdrop_jax.planner", "pdrop_jax.serve"},
 }
 
 

@@ -244,7 +244,8 @@ def _run(
 ) -> tuple[int, TrainState]:
     """Runs steps first + 1..steps, or fewer if asked to stop. Returns the number of steps taken and the new state."""
     run, model, dtype = job.recipe.run, job.recipe.model, jnp.dtype(job.recipe.model.dtype)
-    rate = learning_rate(job.recipe.optimizer.learning_rate, job.recipe.optimizer.warmup, job.steps)
+    optimizer = job.recipe.optimizer
+    rate = learning_rate(optimizer.learning_rate, optimizer.warmup, job.steps, optimizer.final_share)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
     number, pending, shapes = first, None, set[tuple[Bucket, int]]()
     step = train_step_for(jax.default_backend(), run.batch_size // _parts(job.mesh, run))

@@ -99,7 +99,7 @@ def init_state(
 
     Args:
       params: all parameters, of any float dtype.
-      groups: trained parameter groups, out of "vision", "projector", "llm", "lora" and "standby".
+      groups: trained parameter groups, out of those of ``config.Group``.
       dtype: compute dtype.
     """
     trained, frozen = split(config, params, groups)

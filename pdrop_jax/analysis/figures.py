@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.analysis.patches import View, views_of
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageTokens, grid_shape
 from pdrop_jax.inputs.images import Picture, open_image
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.io import check_output, write_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # supported file name endings
 LONG_EDGE = 336  # pixels; smaller images are enlarged by an integer factor
-TOKEN = 28  # pixels a side that a token of a picture of any size is drawn with
 GAP = 8  # pixels between the panels
 TEXT = 14  # font size of captions, pixels
 DIM = 0.2  # brightness of a dropped patch, relative
@@ -87,9 +85,9 @@ def answer_picture(
       UserError: there is no image.
     """
 
-    def panels(number: int, cells: Cells, image: ImageTokens) -> list[Panel]:
-        stages = [np.arange(len(image)), *(np.array(images[number], int) for images in kept)]
-        return _dimmed([_covered(*cells, tokens) for tokens in stages])
+    def panels(number: int, view: View) -> list[Panel]:
+        stages = [np.arange(len(view.cell)), *(np.array(images[number], int) for images in kept)]
+        return _dimmed([view.covered(tokens) for tokens in stages])
 
     return _rows(pictures, processor, panels)
 
@@ -108,100 +106,27 @@ def score_picture(
     if not scores:
         raise UserError("there are no scores to draw: nothing is dropped by this schedule")
 
-    def panels(number: int, cells: Cells, image: ImageTokens) -> list[Panel]:
-        return _heated([_hottest(*cells, images[number]) for images in scores])
+    def panels(number: int, view: View) -> list[Panel]:
+        return _heated([view.hottest(images[number]) for images in scores])
 
     return _rows(pictures, processor, panels)
 
 
-def _rows(
-    pictures: Sequence[Picture], processor: Processor, panels: Callable[[int, "Cells", ImageTokens], list[Panel]]
-) -> Image.Image:
+def _rows(pictures: Sequence[Picture], processor: Processor, panels: Callable[[int, View], list[Panel]]) -> Image.Image:
     if not pictures:
         raise UserError("there is no picture to draw the tokens of: give one, --image FILE")
     bands = []
     pictures = [crop for picture in pictures for crop in processor.with_crops(picture)]
     for number, picture in enumerate(pictures):
         image = processor.tokens(picture, alone=len(pictures) == 1)
-        if image.positions is not None:  # one grid of tokens, as large as the picture is resized to
-            cells = _own_grid(image.positions)
-            rows, columns = cells[2]
-            seen = open_image(picture).resize((columns * TOKEN, rows * TOKEN), Image.Resampling.BICUBIC)
-            bands.append(_band(seen, panels(number, cells, image)))
-            continue
-        for first, rows, columns in _panels(open_image(picture), image, processor.config):
-            crops = image.crops[first : first + rows * columns]
-            seen = as_seen(crops.reshape(rows, columns, *crops.shape[1:]), processor)
-            bands.append(
-                _band(seen, panels(number, _cells(image.index, first, rows, columns, processor.config), image))
-            )
+        for view in views_of(open_image(picture), image, processor):
+            bands.append(_band(view.picture, panels(number, view)))
     canvas = Image.new("RGB", (max(band.width for band in bands), sum(band.height for band in bands)), "white")
     top = 0
     for band in bands:
         canvas.paste(band, (0, top))
         top += band.height
     return canvas
-
-
-def _panels(picture: Image.Image, image: ImageTokens, config: LlavaConfig) -> list[tuple[int, int, int]]:
-    """(first crop, rows, columns) of the parts of an image that are drawn: the whole image, and its tiles."""
-    if image.grid:
-        rows, columns = image.grid
-        tiles = [(0, rows, columns)] if rows * columns > 1 else []
-        return [(len(image.crops) - 1, 1, 1), *tiles]
-    if config.tiling is None or len(image.crops) == 1:
-        return [(0, 1, 1)]
-    return [(0, 1, 1), (1, *grid_shape((picture.height, picture.width), config.tiling, config.crop_tower.image_size))]
-
-
-Cells = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # see ``_cells``
-
-
-def _cells(index: np.ndarray, first: int, rows: int, columns: int, config: LlavaConfig) -> Cells:
-    """Where the tokens of features ``index`` (n, T) lie on crops ``first`` on, laid out as (rows, columns) of them.
-
-    Returns:
-      (cell (n, T) in the grid of patches, whether a feature lies on it at all (n, T), (rows, columns) of patches).
-    """
-    side, features = config.crop_tower.features_a_side, config.image_tokens
-    patch = index % features - (features - side**2)  # a class token, where it is kept, covers no part of the picture
-    crop = index // features - first
-    here = (index >= 0) & (patch >= 0) & (crop >= 0) & (crop < rows * columns)
-    y = crop // columns * side + patch // side
-    x = crop % columns * side + patch % side
-    return y * columns * side + x, here, (rows * side, columns * side)
-
-
-def _own_grid(positions: np.ndarray) -> Cells:
-    """``_cells`` of a picture whose tokens have positions (n, 3), in time, rows and columns."""
-    _, rows, columns = positions.max(0) + 1
-    return positions[:, 1:2] * columns + positions[:, 2:], np.ones((len(positions), 1), bool), (rows, columns)
-
-
-def _covered(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], tokens: np.ndarray) -> tuple[np.ndarray, int]:
-    """The mask of the patches that ``tokens`` cover, and the number of tokens that cover any."""
-    mask = np.zeros(grid, bool)
-    mask.flat[cell[tokens][here[tokens]]] = True
-    return mask, int(here[tokens].any(1).sum())
-
-
-def _hottest(cell: np.ndarray, here: np.ndarray, grid: tuple[int, int], scores: np.ndarray) -> np.ndarray:
-    """For each patch the largest score of the tokens on it, from scores (n,); NaN if there is none."""
-    heat = np.full(grid, np.nan, np.float32)
-    tokens, taps = np.nonzero(here)
-    np.fmax.at(heat.reshape(-1), cell[tokens, taps], scores[tokens])
-    return heat
-
-
-def as_seen(crops: np.ndarray, processor: Processor) -> Image.Image:
-    """Joins normalised crops (rows, columns, h, w, 3) into the image that their tokens cover."""
-    settings = processor.image_processor
-    if settings.do_normalize:
-        crops = crops * np.array(settings.image_std) + np.array(settings.image_mean)
-    scale = 1 / settings.rescale_factor if settings.do_rescale else 1.0
-    rows, columns, h, w, _ = crops.shape
-    pixels = crops.swapaxes(1, 2).reshape(rows * h, columns * w, 3) * scale
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike, overwrite: bool = False) -> None:

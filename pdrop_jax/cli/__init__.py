@@ -21,6 +21,7 @@ from pdrop_jax.paths import as_path
 COMMANDS = {
     "generate": "answer questions about images",
     "chat": "chat about images in the terminal",
+    "serve": "answer over HTTP, in OpenAI's form",
     "eval": "answer a file of questions",
     "score": "score a file of answers by a benchmark's rules",
     "train": "train a model from a recipe",

@@ -1,12 +1,13 @@
 """``pdrop convert``: convert a PyTorch checkpoint, or build a new LLaVA from its parts."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import LAYERS, File, Flag, Source, unset
+from pdrop_jax.cli.options import LAYERS, CompressVision, File, Flag, MergeSize, Source, compressed, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
 from pdrop_jax.paths import as_path
@@ -30,6 +31,8 @@ def run(
     layers: Annotated[tuple[str, ...] | None, unset(LAYERS)] = None,
     ratios: Annotated[tuple[float, ...] | None, unset("R [R …]")] = None,
     standby: Annotated[Literal[8, 16, 32] | None, unset("{8,16,32}")] = None,
+    compress_vision: CompressVision = None,
+    merge_size: MergeSize = None,
     check: Flag = False,
 ) -> None:
     """Convert a LLaVA checkpoint (original or Hugging Face), or build one to train: --llm DIR --vision DIR OUT.
@@ -62,6 +65,9 @@ def run(
     from pdrop_jax.convert.sources import open_parts, open_source
 
     schedule = parse_schedule(layers, ratios)
+    if check and (compress_vision, merge_size) != (None, None):
+        raise UserError("--check compares with the PyTorch model, which compresses nothing: leave out --check")
+    change = functools.partial(compressed, after=compress_vision, merge_size=merge_size)
     if llm is not None:
         if out is not None:
             raise UserError(
@@ -73,7 +79,13 @@ def run(
         kinds = {"linear": 1, "mlp2x_gelu": 2, None: None}
         out = as_path(source)
         opened = open_parts(
-            llm, vision, schedule, projector=projector, projector_layers=kinds[projector_type], seed=seed
+            llm,
+            vision,
+            schedule,
+            projector=projector,
+            projector_layers=kinds[projector_type],
+            seed=seed,
+            change=change,
         )
     else:
         if out is None:
@@ -83,7 +95,7 @@ def run(
             raise UserError(
                 "--projector-type requires --llm; the projector type of a checkpoint is set by its config.json"
             )
-        opened = open_source(source, vision, schedule, projector=projector)
+        opened = open_source(source, vision, schedule, projector=projector, change=change)
     if standby is not None:
         config = dataclasses.replace(opened.config, standby=StandbyConfig(standby))
         opened = dataclasses.replace(opened, config=config)
@@ -94,6 +106,8 @@ def run(
         f"{printable(out)}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}; "
         f"image tokens kept: {drops or 'all, dense'}; prompt template: {summary.config.template}"
     )
+    if (compress_vision, merge_size) != (None, None):
+        print("The vision tower or its connector was changed: train the model before use")
     if llm is not None and projector is None:
         print(f"The projector is randomly initialized (seed {seed}); train it before use")
     if standby is not None:

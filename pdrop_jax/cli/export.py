@@ -70,12 +70,15 @@ def _export(model: pathlib.Path, out: pathlib.Path, format: Any, dtype: Any, sin
     """Writes ``out`` and returns what to print about it."""
     if format == "pdrop":
         from pdrop_jax import checkpoint
+        from pdrop_jax.convert.names import ONLY_HERE
+        from pdrop_jax.model.compression import is_compressed
         from pdrop_jax.model.params import count
 
         config, params = checkpoint.load(model, dtype=dtype)
         about = checkpoint.training(model)
         checkpoint.save(out, config, params, companions=model, single_file=single_file, training=about)
-        return f"{printable(out)}: {count(params):,} parameters"
+        only_here = f"; {ONLY_HERE}" if is_compressed(config) else ""
+        return f"{printable(out)}: {count(params):,} parameters{only_here}"
     from pdrop_jax.convert.exporter import export
 
     summary = export(model, out, format, dtype=dtype)

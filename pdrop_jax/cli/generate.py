@@ -58,9 +58,9 @@ def run(
     Args:
       prompt: Question, or a batch of questions.
       messages: JSON file with a conversation in place of --prompt: a list of messages in the form of OpenAI and Hugging
-        Face, ending with the question; or a list of such lists, as a batch. Images are data: URLs or paths.
+        Face, ending with the question; or a list of such lists, as a batch. Images are URLs or paths.
       image: Images of the question. With several questions: one image for all of them, or one for each. "-" is an image
-        on stdin, and data: URLs are read too.
+        on stdin; data:, http:// and https:// URLs are read too.
       video: Frames of a video, in order. They count as one image and come after the images of each question.
       picture: Write a figure of the image patches kept at each stage (one question only).
       heatmap: Write a figure of the token scores behind each drop (one question only).

@@ -108,7 +108,37 @@ Processes = Annotated[
 ]
 Process = Annotated[int | None, _option("Number of this process, from 0.", "N", "SLURM's, or 0", "process-id")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, _option("Print one JSON object instead of text.", name="json")]
+CompressVision = Annotated[
+    int | None,
+    _option(
+        "Make one of every 2 x 2 patches inside the vision tower, behind its layer K counted from 0 (LLaVA-UHD v4: 6). "
+        "The new weights are made of that layer's, so the model has to be trained.",
+        "K",
+        "the model's own",
+    ),
+]
+MergeSize = Annotated[
+    int | None,
+    _option(
+        "Join squares of N x N features of a CLIP or SigLIP tower to one token.",
+        "N",
+        "the model's own, 2 with --compress-vision",
+    ),
+]
 SamplingOptions = Annotated[Sampling, tyro.conf.arg(name="")]  # --max-new-tokens, --temperature, …
+
+
+def compressed(config: Any, after: int | None, merge_size: int | None) -> Any:
+    """A ``LlavaConfig`` with what --compress-vision and --merge-size ask for."""
+    from pdrop_jax.model.compression import with_compression
+    from pdrop_jax.vision_config import EarlyCompression
+
+    for option, number, least in (("--compress-vision", after, 0), ("--merge-size", merge_size, 1)):
+        if number is not None and number < least:
+            raise UserError(f"{option} must be at least {least}, got {number}")
+    if (after, merge_size) == (None, None):
+        return config
+    return with_compression(config, None if after is None else EarlyCompression(after), merge_size)
 
 
 def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:
@@ -143,7 +173,8 @@ def share_of(processes: int | None, process: int | None) -> Share:
 
 
 def read_images(images: tuple[str, ...]) -> list[Any]:
-    """What ``--image`` names: paths, ``data:`` URLs as they are, and the bytes of stdin for each ``-``."""
+    """What ``--image`` names: paths, ``data:`` URLs as they are, and the bytes of http(s) URLs and of stdin, ``-``."""
+    from pdrop_jax.inputs.download import download, is_http_url
     from pdrop_jax.inputs.encoded import is_data_url
 
     piped = None
@@ -151,7 +182,15 @@ def read_images(images: tuple[str, ...]) -> list[Any]:
         piped = sys.stdin.buffer.read(IMAGE_BYTES + 1)
         if len(piped) > IMAGE_BYTES:
             raise UserError(f"--image -: stdin has more than {IMAGE_BYTES:,} bytes")
-    return [piped if name == "-" else name if is_data_url(name) else as_path(name) for name in images]
+
+    def read(name: str) -> Any:
+        if name == "-":
+            return piped
+        if is_http_url(name):
+            return download(name, "--image")
+        return name if is_data_url(name) else as_path(name)
+
+    return list(map(read, images))
 
 
 @contextlib.contextmanager

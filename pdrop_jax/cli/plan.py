@@ -6,7 +6,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, Ratios, mesh_sizes, progress, unset
+from pdrop_jax.cli.options import (
+    CompressVision,
+    ConfigModel,
+    File,
+    Flag,
+    Json,
+    Layers,
+    MergeSize,
+    Ratios,
+    compressed,
+    mesh_sizes,
+    progress,
+    unset,
+)
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output, write_file
 from pdrop_jax.schedule import parse_schedule
@@ -26,6 +39,8 @@ def run(
     grad_accum_steps: int = 1,
     layers: Layers = None,
     ratios: Ratios = None,
+    compress_vision: CompressVision = None,
+    merge_size: MergeSize = None,
     quantize: Annotated[Literal["int8"] | None, unset("{int8}", "no")] = None,
     dense: bool = True,
     suggest: Flag = False,
@@ -69,7 +84,7 @@ def run(
     from pdrop_jax.planner import programs
     from pdrop_jax.schedule import DropSchedule
 
-    config = config_of(model)
+    config = compressed(config_of(model), compress_vision, merge_size)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     slots = bucket_for(bucket[0], bucket[1:], config)
     job = programs.Program(

@@ -54,7 +54,7 @@ from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.multi_turn import FirstStage
 from pdrop_jax.model.params import Params
-from pdrop_jax.model.scores import find_score, given
+from pdrop_jax.model.scores import find_score
 
 Mode = Literal["keep", "rerank"]
 
@@ -87,8 +87,7 @@ class Session:
         if mode not in get_args(Mode):
             raise UserError(f"mode must be 'keep' or 'rerank', got {mode!r}")
         check_implementation(implementation)
-        score = find_score(model.config)
-        if score.last_layer or score.class_attention or score.precompute is given:
+        if not find_score(model.config).of_stage_output:
             raise UserError(
                 f"a conversation cannot use score {model.config.schedule.score!r}: its inputs are not cached"
             )

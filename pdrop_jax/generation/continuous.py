@@ -7,6 +7,7 @@ gives it alone.
 
 import atexit
 import collections
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -15,11 +16,15 @@ from pdrop_jax.batch import Bucket
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import check_implementation, on_devices
+from pdrop_jax.generation.logprobs import TOP_LOGPROBS
+from pdrop_jax.generation.lru import CacheCounts
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.requests import Handle, Request
+from pdrop_jax.generation.reuse import ImageCache, PrefixCache, Reusable
 from pdrop_jax.generation.running import RunningBatch
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.slots import slot_bytes, slot_shape
+from pdrop_jax.generation.stopping import Constraint
 from pdrop_jax.inputs.assemble import assemble
 from pdrop_jax.inputs.buckets import bucket_among, choose_bucket, prompt_buckets
 from pdrop_jax.inputs.messages import Prompt
@@ -53,10 +58,20 @@ class Engine:
       max_waiting: number of requests that may wait for a slot.
       prefill_rows: up to so many waiting requests of one bucket are prefilled at once, a power of two. Smaller ones are
         compiled too.
+      image_cache: bytes of device memory for the embeddings of pictures, so that a picture that was there before is
+        not encoded again; 0 is none.
+      prefix_cache: bytes of device memory for the first stage of prompts up to their last picture, so that another
+        question about it runs only its own tokens through that stage; 0 is none. Answers are the same up to float
+        rounding. Unused where nothing can be ranked again: a drop before the first layer, or a score of what is not
+        cached (``TokenScore.of_stage_output``).
       implementation: attention implementation of the prefill, see ``model.attention``.
+      extras: whether requests may have constraints and log-probabilities, for which another program is compiled. While
+        one with a constraint runs, all requests decode token by token.
+      turn: a context in which the engine uses the device. Engines that share a device take turns with one
+        ``turns.Turns``.
 
     Raises:
-      UserError: a number is out of range or ``memory`` holds no slot.
+      UserError: a number is out of range, ``memory`` holds no slot, or a cache not what a prefill needs at once.
     """
 
     def __init__(
@@ -70,7 +85,11 @@ class Engine:
         buckets: Sequence[Bucket] | None = None,
         max_waiting: int = 256,
         prefill_rows: int = 4,
+        image_cache: int = 0,
+        prefix_cache: int = 0,
         implementation: Implementation = "auto",
+        extras: bool = False,
+        turn: contextlib.AbstractContextManager | None = None,
     ) -> None:
         check_implementation(implementation)
         if slots is not None and memory is not None:
@@ -85,6 +104,9 @@ class Engine:
         }.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        for name, value in {"image_cache": image_cache, "prefix_cache": prefix_cache}.items():
+            if value < 0:
+                raise UserError(f"{name} must be at least 0, got {value}")
         config, positions = model.config, model.config.text.max_length
         if max_new_tokens >= positions:
             raise UserError(f"max_new_tokens is {max_new_tokens}, but the model has {positions} positions")
@@ -94,8 +116,10 @@ class Engine:
             raise UserError("an engine needs at least one bucket, got none")
         self._model, self._max_new_tokens, self._max_waiting = model, max_new_tokens, max_waiting
         self.buckets = tuple(dict.fromkeys(buckets))
+        self._extras, self._turn = extras, turn or contextlib.nullcontext()
+        most = min(TOP_LOGPROBS, config.text.vocab_size) if extras else 0
         with on_devices(model):
-            shape = slot_shape(config, self.buckets, max_new_tokens, implementation)
+            shape = slot_shape(config, self.buckets, max_new_tokens, implementation, most)
         one = slot_bytes(config, shape, model.dtype)
         if memory is not None and memory < one:
             raise UserError(
@@ -105,7 +129,14 @@ class Engine:
         slots = slots or (SLOTS if memory is None else memory // one)
         rows = 1 << (min(prefill_rows, slots).bit_length() - 1)  # a power of two, rounded down
         self.slots, self.memory = slots, slots * one
-        self._batch = RunningBatch(model, slots, shape, rows, implementation)
+        images = prefixes = None
+        shown = any(bucket.images for bucket in self.buckets)
+        with self._turn:
+            if image_cache and shown:
+                images = ImageCache(model, self.buckets, image_cache, rows, implementation)
+            if prefix_cache and shown and PrefixCache.applies(config):
+                prefixes = PrefixCache(model, self.buckets, prefix_cache, rows, implementation)
+            self._batch = RunningBatch(model, slots, shape, rows, implementation, images, prefixes)
         self._waiting: collections.deque[Request] = collections.deque()
         self._changed = threading.Condition()
         self._starting = threading.Lock()
@@ -114,8 +145,29 @@ class Engine:
         self._error: BaseException | None = None
 
     def __repr__(self) -> str:
-        counts = f"{len(self._batch.running)} running, {len(self._waiting)} waiting"
+        counts = f"{self.running} running, {self.waiting} waiting"
         return f"Engine({self._model!r}, slots={self.slots}, {len(self.buckets)} buckets, {counts})"
+
+    @property
+    def running(self) -> int:
+        """Number of requests that have a slot."""
+        return len(self._batch.running)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error on the device has stopped the engine."""
+        return self._error is not None
+
+    @property
+    def caches(self) -> dict[str, CacheCounts]:
+        """Counters of the caches that there are, "images" and "prefixes"."""
+        both = {"images": self._batch.images, "prefixes": self._batch.prefixes}
+        return {name: cache.counts for name, cache in both.items() if cache}
 
     def __enter__(self) -> "Engine":
         return self
@@ -132,7 +184,8 @@ class Engine:
         with self._starting:
             if self._thread or self._closing:
                 raise UserError("warm_up comes before the first request")
-            self._batch.compile(self.buckets)
+            with self._turn:
+                self._batch.compile(self.buckets)
 
     def submit(
         self,
@@ -141,6 +194,9 @@ class Engine:
         sampling: Sampling = Sampling(),
         *,
         stream: Callable[[str], None] | None = None,
+        stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
     ) -> Handle:
         """Queues a request. Images are read, and the prompt is tokenized, in the caller's thread.
 
@@ -148,6 +204,9 @@ class Engine:
           prompt, images, sampling: as of one row of ``generate``. It is sampled as it would be in a batch of its own.
           stream: called with new text while the answer grows, in the engine's thread: all requests wait for it. An
             error in it fails the request.
+          stop: the answer ends in front of the first of these strings.
+          constraint: what the answer must look like; of this request alone.
+          top_logprobs: report the log-probability of each token, and so many of the most likely ones in its place.
 
         Raises:
           EngineFull: ``max_waiting`` requests wait already.
@@ -160,13 +219,28 @@ class Engine:
                 f"max_new_tokens is {sampling.max_new_tokens}, but the engine's slots hold {self._max_new_tokens}: ask "
                 "for fewer, or make the engine with more"
             )
+        if not self._extras and (constraint is not None or top_logprobs is not None):
+            raise UserError("constraints and log-probabilities need an engine that is made with extras=True")
+        if top_logprobs is not None and not 0 <= top_logprobs <= TOP_LOGPROBS:
+            raise UserError(f"top_logprobs must be in 0..{TOP_LOGPROBS}, got {top_logprobs}")
         processor, config = self._model.processor, self._model.config
         row = processor.row(prompt, as_list(images))
         choose_bucket([row], config, sampling.max_new_tokens)  # checks the model's positions
         if config.features_per_token == 1 and any(image.weight is not None for image in row.images):
             raise UserError("an engine of this model takes no videos: pass the frames as pictures, or use generate")
-        batch = assemble([row], config, bucket_among(self.buckets, row))
-        request = Request.of(batch, sampling, processor, stream, self._wake)
+        bucket = bucket_among(self.buckets, row)
+        reusable = Reusable.of(row, config, bucket) if self._batch.images or self._batch.prefixes else Reusable()
+        request = Request.of(
+            assemble([row], config, bucket),
+            sampling,
+            processor,
+            reusable,
+            stream,
+            self._wake,
+            stop,
+            constraint,
+            top_logprobs,
+        )
         with self._starting, self._changed:
             self._check_open()
             self._waiting.append(request)
@@ -209,9 +283,10 @@ class Engine:
         try:
             with on_devices(self._model):
                 while self._work_comes():
-                    self._admit()
-                    if self._batch.running:
-                        self._batch.step()
+                    with self._turn:
+                        self._admit()
+                        if self._batch.running:
+                            self._batch.step()
         except BaseException as error:
             with self._changed:
                 self._error = error

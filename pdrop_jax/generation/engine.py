@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import numpy as np
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation.next_token import TokenSampler, sample, token_sampler
+from pdrop_jax.generation.logprobs import Logprobs, no_logprobs, record
+from pdrop_jax.generation.next_token import TokenSampler, only, sample, token_sampler
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation, kept_tokens, token_scores
 from pdrop_jax.generation.sampling import Sampling
@@ -38,6 +39,8 @@ STREAM_EVERY = 4  # new tokens between two calls of ``stream``
 # keep other tokens in a batch than alone (benchmarks/batches.py).
 ROUNDED = {"xla_allow_excess_precision": False}
 
+Tree = TypeVar("Tree")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -50,6 +53,7 @@ class State:
       done: (B,) bool, rows that have sampled a stop token.
       key: PRNG key of the whole call, or (B,), one for each row.
       model: caches and lengths.
+      logprobs: of the new tokens that were sampled with ``allowed``; None if nobody asks for them.
     """
 
     tokens: jax.Array
@@ -57,17 +61,25 @@ class State:
     done: jax.Array
     key: jax.Array
     model: DecodeState
+    logprobs: Logprobs | None = None
 
 
 @jax.named_scope("head")
 def _append(
-    state: State, logits: jax.Array, sampler: TokenSampler, stop_ids: jax.Array, active: jax.Array | bool
+    state: State,
+    logits: jax.Array,
+    sampler: TokenSampler,
+    stop_ids: jax.Array,
+    active: jax.Array | bool,
+    allowed: jax.Array | None = None,
 ) -> State:
     """``state`` with one more token of each row that is ``active`` (B,); the others stay as they are."""
     fold = jax.random.fold_in
     key = jax.vmap(fold)(state.key, state.step) if state.key.ndim else fold(state.key, state.step.max())
-    token = sample(logits, key, sampler)
+    token = sample(logits if allowed is None else only(logits, allowed), key, sampler)
     here = (jnp.arange(state.tokens.shape[1]) == state.step[:, None]) & jnp.reshape(active, (-1, 1))
+    if allowed is not None and state.logprobs is not None:
+        state = dataclasses.replace(state, logprobs=record(state.logprobs, logits, token, here))
     stopped = (token[:, None] == stop_ids).any(1) & active
     return dataclasses.replace(
         state,
@@ -77,12 +89,12 @@ def _append(
     )
 
 
-def placed(state: State) -> State:
-    """``state`` sharded over the mesh, if there is one: caches by rows and heads, everything else replicated.
+def placed(tree: Tree) -> Tree:
+    """A tree of arrays sharded over the mesh, if there is one: caches by rows and heads, everything else replicated.
 
-    A program that returns its state where it found it is not compiled again for it.
+    A program that returns its argument where it found it is not compiled again for it.
     """
-    return jax.tree.map(lambda x: constrain(x, *((None, *AXES) if x.ndim == 5 else (None,) * x.ndim)), state)
+    return jax.tree.map(lambda x: constrain(x, *((None, *AXES) if x.ndim == 5 else (None,) * x.ndim)), tree)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"), compiler_options=ROUNDED)
@@ -111,13 +123,20 @@ def start(
 
 
 def first_token(
-    logits: jax.Array, model: DecodeState, capacity: int, key: jax.Array, sampler: TokenSampler, stop_ids: jax.Array
+    logits: jax.Array,
+    model: DecodeState,
+    capacity: int,
+    key: jax.Array,
+    sampler: TokenSampler,
+    stop_ids: jax.Array,
+    allowed: jax.Array | None = None,
+    top_logprobs: int = 0,
 ) -> State:
     """The state with one new token of each row, sampled from ``logits`` (B, V)."""
     B = logits.shape[0]
-    zero = jnp.zeros(B, jnp.int32)
-    state = State(jnp.zeros((B, capacity), jnp.int32), zero, jnp.zeros(B, bool), key, model)
-    return placed(_append(state, logits, sampler, stop_ids, True))
+    zero, logprobs = jnp.zeros(B, jnp.int32), no_logprobs(B, capacity, top_logprobs)
+    state = State(jnp.zeros((B, capacity), jnp.int32), zero, jnp.zeros(B, bool), key, model, logprobs)
+    return placed(_append(state, logits, sampler, stop_ids, True, allowed))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",), compiler_options=ROUNDED)
@@ -128,10 +147,14 @@ def decode(
     until: jax.Array,
     sampler: TokenSampler,
     stop_ids: jax.Array,
+    allowed: jax.Array | None = None,
 ) -> State:
     """Decodes until every row is done or has ``until`` () or (B,) int32 new tokens. Consumes ``state``.
 
     A row that is done, or has its tokens, waits for the others: it repeats its last token in the same slots.
+
+    Args:
+      allowed: see ``next_token.only``; the same for all steps of the call. With it the state's ``logprobs`` are filled.
     """
 
     def active(state: State) -> jax.Array:
@@ -140,7 +163,7 @@ def decode(
     def one(state: State) -> State:
         last = jnp.take_along_axis(state.tokens, state.step[:, None] - 1, axis=1)[:, 0]
         logits, model = decode_step(config, params, last, state.model, state.step - 1)
-        return _append(dataclasses.replace(state, model=model), logits, sampler, stop_ids, active(state))
+        return _append(dataclasses.replace(state, model=model), logits, sampler, stop_ids, active(state), allowed)
 
     return placed(jax.lax.while_loop(lambda state: active(state).any(), one, state))
 

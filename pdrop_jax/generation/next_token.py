@@ -71,6 +71,16 @@ def sample(logits: jax.Array, key: jax.Array, sampler: TokenSampler) -> jax.Arra
     return jax.lax.cond(hot.any(), draw, lambda: best)  # sorting a vocabulary takes time
 
 
+def only(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """``logits`` (B, V) with -inf for the tokens that are not allowed.
+
+    Args:
+      allowed: (B, ceil(V / 32)) int32, bit ``i % 32`` of word ``i // 32`` is token i's.
+    """
+    token = jnp.arange(logits.shape[-1])
+    return jnp.where(allowed[:, token // 32] >> (token % 32) & 1, logits, -jnp.inf)
+
+
 def _candidates(
     logits: jax.Array, temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.cache import empty_caches, grow
 from pdrop_jax.model.decoder import DecodeState
-from pdrop_jax.model.multi_turn import FirstStage
+from pdrop_jax.model.multi_turn import FirstStage, empty_first_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,5 @@ def empty_past(model: Model, keeps_images: bool) -> Past:
     index = tuple(jnp.zeros((1, 0), jnp.int32) for _ in caches) if config.text.by_slots else None
     if keeps_images:
         return Past([], 0, DecodeState(caches, lengths, delta, index), None, [])
-    A, D, drops = config.additions, config.text.hidden_size, config.schedule.layers
-    early = bool(drops) and drops[0] < A  # a drop comes before everything is added
-    first = FirstStage(jnp.zeros((1, 0, D), dtype), jnp.zeros((1, 0, A, D), dtype) if early else None)
+    first = empty_first_stage(config, 1, 0, dtype)
     return Past([], 0, DecodeState(caches[:1], lengths, delta, index and index[:1]), first, [])

@@ -17,13 +17,16 @@ from jax.typing import DTypeLike
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.generation.engine import ROUNDED, State, first_token, placed
+from pdrop_jax.generation.logprobs import no_logprobs
 from pdrop_jax.generation.next_token import TokenSampler
+from pdrop_jax.generation.pools import Prefixes, images_of, insert, recall, remember
 from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.cache import empty_caches, grow
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
+from pdrop_jax.model.multi_turn import rerank
 from pdrop_jax.model.params import Params
-from pdrop_jax.model.vlm import prefill
+from pdrop_jax.model.vlm import ImageEmbeddings, next_logits, run_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +36,25 @@ class SlotShape:
     Attributes:
       capacity: largest number of new tokens.
       sizes: for each stage C_s, the tokens that its cache holds: those of a prompt of the largest bucket, and the new.
+      top_logprobs: number of most likely tokens that are recorded for each new token; 0 records nothing.
     """
 
     capacity: int
     sizes: tuple[int, ...]
+    top_logprobs: int = 0
 
 
 def slot_shape(
-    config: LlavaConfig, buckets: Sequence[Bucket], max_new_tokens: int, implementation: Implementation = "auto"
+    config: LlavaConfig,
+    buckets: Sequence[Bucket],
+    max_new_tokens: int,
+    implementation: Implementation = "auto",
+    top_logprobs: int = 0,
 ) -> SlotShape:
     """The shape of a slot for prompts of any of ``buckets``."""
     plans = [config.schedule.plan(config.text.num_layers, bucket, aligned(implementation)) for bucket in buckets]
     largest = (max(stage.slots for stage in stages) for stages in zip(*plans, strict=True))
-    return SlotShape(max_new_tokens, tuple(size + max_new_tokens for size in largest))
+    return SlotShape(max_new_tokens, tuple(size + max_new_tokens for size in largest), top_logprobs)
 
 
 def slot_bytes(config: LlavaConfig, shape: SlotShape, dtype: DTypeLike, slots: int = 1) -> int:
@@ -77,6 +86,7 @@ def _empty(config: LlavaConfig, slots: int, shape: SlotShape, dtype: DTypeLike) 
             done=jnp.ones(slots, bool),
             key=jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32)),
             model=model,
+            logprobs=no_logprobs(slots, shape.capacity, shape.top_logprobs),
         )
     )
 
@@ -86,7 +96,10 @@ empty_slots = jax.jit(_empty, static_argnums=(0, 1, 2, 3))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "implementation"), donate_argnames=("state",), compiler_options=ROUNDED
+    jax.jit,
+    static_argnames=("config", "implementation"),
+    donate_argnames=("state", "prefixes"),
+    compiler_options=ROUNDED,
 )
 def admit(
     config: LlavaConfig,
@@ -97,36 +110,84 @@ def admit(
     seeds: jax.Array,
     sampler: TokenSampler,
     stop_ids: jax.Array,
+    allowed: jax.Array | None = None,
+    images: tuple[ImageEmbeddings, jax.Array] | None = None,
+    prefixes: Prefixes | None = None,
+    entries: jax.Array | None = None,
     *,
     implementation: Implementation = "auto",
-) -> tuple[State, tuple[jax.Array, ...], tuple[DropRecord, ...]]:
-    """Prefills the rows of ``batch`` and puts them, with their first new tokens, into slots. Consumes ``state``.
+) -> tuple[State, Prefixes | None, tuple[jax.Array, ...], tuple[DropRecord, ...]]:
+    """Prefills the rows of ``batch`` and puts them, with their first new tokens, into slots.
+
+    Consumes ``state`` and ``prefixes``.
 
     Args:
       slots: (R,) int32, the slot of each row of the batch. Rows that repeat another one, slot included, are padding.
       seeds: (R,) uint32.
       sampler: of the batch's rows, see ``next_token.rows_sampler``.
+      allowed: of the batch's rows, see ``next_token.only``.
+      images: a pool and the entries (R, M) int32 of the batch's images; None computes them from its crops.
+      prefixes, entries: a pool, and the entries (R,) int32 that the first stage of each row is written to.
 
     Returns:
-      (state, lengths of the prompts in each stage (R,) int32, drop records).
+      (state, prefixes, lengths of the prompts in each stage (R,) int32, drop records).
     """
-    logits, model, drops = prefill(config, params, batch, 0, implementation=implementation)
+    shown = None if images is None else images_of(*images, jnp.asarray(batch.image_id))
+    output = run_prompts(config, params, batch, 0, images=shown, implementation=implementation)
+    if prefixes is not None and entries is not None:
+        prefixes = remember(prefixes, entries, output)
+    logits = next_logits(config, params, output.buffer)
+    state = _enter(state, logits, output.state, slots, seeds, sampler, stop_ids, allowed)
+    return state, prefixes, output.state.lengths, output.drops
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation"), donate_argnames=("state",), compiler_options=ROUNDED
+)
+def admit_after(
+    config: LlavaConfig,
+    params: Params,
+    state: State,
+    batch: Batch,
+    slots: jax.Array,
+    seeds: jax.Array,
+    sampler: TokenSampler,
+    stop_ids: jax.Array,
+    allowed: jax.Array | None,
+    prefixes: Prefixes,
+    entries: jax.Array,
+    first: jax.Array,
+    rest: Batch,
+    *,
+    implementation: Implementation = "auto",
+) -> tuple[State, tuple[jax.Array, ...], tuple[DropRecord, ...]]:
+    """``admit`` for prompts that begin with a prefix: only what is behind it runs through the first stage.
+
+    The result is that of ``admit`` up to float rounding, see ``multi_turn.rerank``.
+
+    Args:
+      prefixes, entries: a pool, and the entry of each row, (R,) int32.
+      first: (R,) int32, tokens of the prefix.
+      rest: the tokens behind it, text alone.
+    """
+    cache, output = recall(prefixes, entries, batch.bucket.slots)
+    logits, model, _, drops = rerank(
+        config, params, rest, batch, cache, first, output, 0, implementation=implementation
+    )
+    return _enter(state, logits, model, slots, seeds, sampler, stop_ids, allowed), model.lengths, drops
+
+
+def _enter(
+    state: State,
+    logits: jax.Array,
+    model: DecodeState,
+    slots: jax.Array,
+    seeds: jax.Array,
+    sampler: TokenSampler,
+    stop_ids: jax.Array,
+    allowed: jax.Array | None,
+) -> State:
     keys = jax.vmap(jax.random.key)(seeds)
-    new = first_token(logits, model, state.tokens.shape[1], keys, sampler, stop_ids)
-    return placed(jax.tree.map(functools.partial(_insert, slots), state, new)), model.lengths, drops
-
-
-def _insert(slots: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """``old`` with the rows of ``new``, padded with zeros to its size, in ``slots``.
-
-    All of a slot is overwritten: what an earlier answer left there may be no number, and would be one of the products
-    in which the mask's zeros are factors.
-    """
-    axis = 1 if old.ndim == 5 else 0  # caches have layers in front
-    sizes = [(0, 0 if n == axis else a - b) for n, (a, b) in enumerate(zip(old.shape, new.shape, strict=True))]
-    if any(after for _, after in sizes):
-        new = jnp.pad(new, sizes)
-    for r in range(new.shape[axis]):  # an update of one row needs no copy, wherever it is
-        row = jax.lax.slice_in_dim(new, r, r + 1, axis=axis)
-        old = jax.lax.dynamic_update_slice_in_dim(old, row, slots[r], axis)
-    return old
+    most = 0 if state.logprobs is None else state.logprobs.ids.shape[2]
+    new = first_token(logits, model, state.tokens.shape[1], keys, sampler, stop_ids, allowed, most)
+    return placed(jax.tree.map(functools.partial(insert, slots), state, new))

@@ -56,12 +56,13 @@ def smallest_bucket(
     return image_bucket(slots, images, config)
 
 
-def prompt_buckets(config: LlavaConfig, most: int) -> list[Bucket]:
+def prompt_buckets(config: LlavaConfig, most: int, images: int = 1) -> list[Bucket]:
     """A few buckets for prompts of up to ``most`` tokens: the largest image that leaves 32 to the text, and text.
 
     Text slots are 64, 256, 1024, … and what remains of ``most`` beside that image. Text alone is not longer either: it
     would be as long in the later stages, where image tokens are few. Of the levels that an image can have, those are
-    taken that are at least twice as large as the one before, and the largest.
+    taken that are at least twice as large as the one before, and the largest. For 2, 4, 8, … images, up to ``images``,
+    there is one bucket each, of the largest level that leaves 32 to the text.
     """
     known = [level for level in levels(config) if level[1] + MIN_TEXT_SLOTS <= most]
     taken = list[tuple[int, int]]()
@@ -70,7 +71,12 @@ def prompt_buckets(config: LlavaConfig, most: int) -> list[Bucket]:
             taken.append(level)
     longest = most - max((tokens for _, tokens in known), default=0)
     texts = [*(4**n for n in range(3, 16) if 4**n < longest), longest]
-    return [bucket_of(text, images, config) for images in ([], *([level] for level in taken)) for text in texts]
+    found = [bucket_of(text, shown, config) for shown in ([], *([level] for level in taken)) for text in texts]
+    count = 2
+    while count <= images and (fit := [level for level in known if count * level[1] + MIN_TEXT_SLOTS <= most]):
+        found.append(bucket_of(min(longest, most - count * fit[-1][1]), [fit[-1]] * count, config))
+        count *= 2
+    return found
 
 
 def bucket_among(buckets: Sequence[Bucket], row: Row) -> Bucket:

@@ -1,10 +1,21 @@
-"""Images inside text: ``data:`` URLs."""
+"""Images named by a URL: ``data:`` URLs, which contain them, and http(s) URLs."""
 
 import base64
 import binascii
 from typing import Any
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.download import download, is_http_url
+
+
+def is_url(source: Any) -> bool:
+    """Whether ``read_url`` reads it."""
+    return is_data_url(source) or is_http_url(source)
+
+
+def read_url(url: str, where: str) -> bytes:
+    """The contents of a ``data:`` or http(s) URL. Raises UserError, which names ``where``; see ``download``."""
+    return decode_data_url(url, where) if is_data_url(url) else download(url, where)
 
 
 def is_data_url(source: Any) -> bool:

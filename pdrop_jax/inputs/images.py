@@ -19,15 +19,16 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
-from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
+from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, grid_shape, levels, pooled, tiled, whole
+from pdrop_jax.inputs.encoded import is_url, read_url
 from pdrop_jax.inputs.families import FAMILIES
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
+from pdrop_jax.inputs.slices import sliced
 from pdrop_jax.io import check_file
 from pdrop_jax.paths import as_path, in_bucket
 
-Encoded = str | os.PathLike | bytes | io.IOBase  # a path or a data: URL, or what a file holds
+Encoded = str | os.PathLike | bytes | io.IOBase  # a path or a URL, or what a file holds
 Picture = Encoded | Image.Image | np.ndarray
 _WARNINGS = threading.Lock()  # warning filters are global to the process
 
@@ -77,6 +78,8 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
     if config.tiling:
         kind = LlavaOnevisionImageProcessorPil if both_edges else LlavaNextImageProcessorPil
         points = [list(point) for point in config.tiling.pinpoints]
+        if config.tiling.choice == "aspect":  # cut by ``sliced``: what a processor says of tiles is of another model
+            settings["image_grid_pinpoints"] = points
         if settings.setdefault("image_grid_pinpoints", points) != points:
             raise UserError(
                 f"the image processor in {folder} tiles pictures into {settings['image_grid_pinpoints']}, the model "
@@ -111,8 +114,8 @@ def open_image(picture: Picture) -> Image.Image:
     The alpha channel is dropped as in LLaVA's code, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
 
     Args:
-      picture: a path, a ``data:`` URL, the bytes of an image file, a binary file object, a Pillow image, or a uint8
-        array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
+      picture: a path, a ``data:`` or http(s) URL, the bytes of an image file, a binary file object, a Pillow image, or
+        a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).
 
     Raises:
       UserError: the file does not exist, is not an image or is truncated; the image exceeds Pillow's limit for
@@ -153,8 +156,8 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 @contextlib.contextmanager
 def _opened(file: Encoded) -> Iterator[Image.Image]:
     """An image whose header has been read and whose size is within the limits."""
-    if isinstance(file, str) and is_data_url(file):
-        file = decode_data_url(file, "the picture")
+    if isinstance(file, str) and is_url(file):
+        file = read_url(file, "the picture")
     if isinstance(file, bytes | io.IOBase):
         opened = _decoded(io.BytesIO(file) if isinstance(file, bytes) else file, "the picture")
     else:
@@ -280,6 +283,9 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
         return whole(to_crop(image, processor, config.image_aspect), config)
     if config.tiling.alone and not alone:
         return whole(to_crop(image, plain(processor), "pad"), config)
+    if config.tiling.choice == "aspect":
+        grid = grid_shape(image.size[::-1], config.tiling, config.crop_tower.image_size)
+        return tiled(sliced(image, processor, config.crop_tower.image_size, grid), image.size[::-1], config)
     pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, h, w), the whole first
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 

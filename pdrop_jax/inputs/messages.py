@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, Kind, Turn
-from pdrop_jax.inputs.encoded import decode_data_url, is_data_url
+from pdrop_jax.inputs.encoded import is_url, read_url
 from pdrop_jax.inputs.frames import Standby
 from pdrop_jax.inputs.images import Picture, Video, decode_image
 
@@ -79,13 +79,14 @@ def read_conversation(prompt: Prompt, images: Sequence[Any] = ()) -> tuple[list[
         ``{"role": "system" | "user" | "assistant", "content": text or list}``. Items of a list are
         ``{"type": "text", "text": …}``, ``{"type": "image"}`` with the image under "image", "path", "url" or "base64"
         or without one, ``{"type": "image_url", "image_url": {"url": …}}`` and ``{"type": "video", "video": frames}``.
-        A URL is a path, a ``file://`` or a ``data:`` URL. ``"mode": "standby"`` shows one as ``frames.Standby``.
+        A URL is a path, or a ``file://``, ``data:``, ``http://`` or ``https://`` URL. ``"mode": "standby"`` shows an
+        image as ``frames.Standby``.
       images: pictures, ``Video``s and ``Standby``s of these; None stands for one that is not known yet.
 
     Raises:
       UserError: the conversation is empty or has another form; a role or a type of content is unknown; roles do not
-        alternate, the system message is not the first, or the last message is not from the user; an image is neither
-        local nor inside its URL; or the numbers of images and of their places differ.
+        alternate, the system message is not the first, or the last message is not from the user; an image cannot
+        be read; or the numbers of images and of their places differ.
     """
     return _placed(_read_all(prompt, _image), list(images))
 
@@ -253,10 +254,9 @@ def _image(source: Any, where: str) -> Picture:
     """An image that can be opened: what a URL names or contains, anything else as it is."""
     if not isinstance(source, Picture):
         raise UserError(f"{where} has a {type(source).__name__} for an image: expected a path, a URL or an image")
-    source = _unopened(source, where)
-    if is_data_url(source):
-        return decode_image(decode_data_url(source, where), f"the image in {where}")
-    return source
+    if isinstance(source, str) and is_url(source):
+        return decode_image(read_url(source, where), f"the image in {where}")
+    return _unopened(source, where)
 
 
 def _unopened(source: Any, where: str) -> Any:

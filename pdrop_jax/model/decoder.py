@@ -56,12 +56,14 @@ class DecoderOutput:
       state: of the stages that ran; its caches are None if none were asked for.
       drops: one for each stage boundary.
       layer_inputs: for each stage (L_s, B, S_s, D), or None if not asked for.
+      first: the tokens of the first stage that ran, ``hidden`` as its last layer returns it; None if no stage ran.
     """
 
     buffer: TokenBuffer
     state: DecodeState
     drops: tuple[DropRecord, ...]
     layer_inputs: tuple[jax.Array | None, ...]
+    first: TokenBuffer | None
 
 
 def positions_of(
@@ -154,7 +156,7 @@ def run_stages(
     follow = score.last_layer and bool(image_sizes)
     drops, caches, lengths, layer_inputs = [], [], [], []
     index: list[jax.Array] = []
-    last_layer = last_input = None
+    last_layer = last_input = first_output = None
     delta = rope_delta_of(buffer, past)
     if max_positions is None and past is None:
         max_positions = buffer.slots
@@ -265,13 +267,14 @@ def run_stages(
         last_layer = layer_of(layers, -1) if follow and stage.num_layers else None
         left = None if stage.stop >= config.additions else buffer.additions
         buffer = dataclasses.replace(buffer, hidden=x, additions=left)
+        first_output = buffer if first_output is None else first_output
         caches.append(prompt_cache if past is None else cache)
         lengths.append(buffer.length + start)
         if key is not None and rings is None and (past is not None or new_slots is not None):
             index.append(jnp.pad(key.index, [(0, 0), (0, new_slots or 0)]))
         layer_inputs.append(inputs)
     state = DecodeState(tuple(caches), tuple(lengths), delta, tuple(index) if index else None)
-    return DecoderOutput(buffer, state, tuple(drops), tuple(layer_inputs))
+    return DecoderOutput(buffer, state, tuple(drops), tuple(layer_inputs), first_output)
 
 
 def add_behind(x: jax.Array, additions: jax.Array, layer: jax.Array | int) -> jax.Array:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import Implementation, LlavaConfig
@@ -36,6 +37,13 @@ class FirstStage:
     @property
     def slots(self) -> int:
         return self.hidden.shape[1]
+
+
+def empty_first_stage(config: LlavaConfig, rows: int, slots: int, dtype: DTypeLike) -> FirstStage:
+    """All zeros; with additions only if the first drop comes before everything is added."""
+    A, D, drops = config.additions, config.text.hidden_size, config.schedule.layers
+    additions = jnp.zeros((rows, slots, A, D), dtype) if drops and drops[0] < A else None
+    return FirstStage(jnp.zeros((rows, slots, D), dtype), additions)
 
 
 def keep(

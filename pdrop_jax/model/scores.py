@@ -55,6 +55,11 @@ class TokenScore:
     last_layer: bool = False
     class_attention: bool = False
 
+    @property
+    def of_stage_output(self) -> bool:
+        """Whether a stage's output and the batch are all that it needs, so that a cached stage can be ranked again."""
+        return not (self.last_layer or self.class_attention or self.precompute is given)
+
 
 def fastv(at: Boundary) -> jax.Array:
     assert at.last_layer is not None

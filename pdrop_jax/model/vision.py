@@ -1,5 +1,6 @@
 """Pictures to token embeddings: the vision tower up to the selected hidden state, then the projector."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +13,24 @@ from pdrop_jax.families.gemma3.tower import soft_tokens
 from pdrop_jax.families.internvl import tower as internvl
 from pdrop_jax.families.qwen2_vl.tower import patch_features
 from pdrop_jax.families.smolvlm import tower as smolvlm
+from pdrop_jax.model.compressor import compress
 from pdrop_jax.model.layers import (
     layer_norm,
     layer_of,
     linear,
+    merged_squares,
     projector,
     rematerialise,
     scan_layers,
+    vision_attention,
     vision_embedding,
     vision_layer,
+    vision_mlp,
 )
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.standby import first_tokens, seen_crops, standby_layer
 from pdrop_jax.sharding import constrain
+from pdrop_jax.vision_config import WINDOW
 
 # LlavaConfig.family -> from the last hidden state of its crops to their tokens, in place of LLaVA's projector.
 CROP_TOKENS: dict[str, Callable[[LlavaConfig, Params, jax.Array], jax.Array]] = {
@@ -67,13 +73,34 @@ def vision_features(
             extra = standby_layer(config, standby, layer, n, x, extra, seen)
         return (constrain(out, "crops", None, None), x if class_attention else None, extra), None
 
+    def run(x: jax.Array, layers: Params | list[Params], extra: jax.Array | None = None) -> Any:
+        carry, _ = scan_layers(rematerialise(body, remat), (x, x if class_attention else None, extra), layers)
+        return carry
+
     extra = None if standby is None or seen is None else first_tokens(standby, len(x))
-    start = (x, x if class_attention else None, extra)
-    (x, last_input, extra), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
+    x, last_input, extra = run(x, params["layers"], extra)
+    last_layers = params["layers"]
+    if config.vision.early_compression:
+        x, last_layers = compressed_patches(config, params.get("compressor", {}), x), params["later_layers"]
+        x, last_input, _ = run(x, last_layers)
     x = x if extra is None else jnp.concatenate([x, extra], axis=1)
     if last_input is None:
         return x, None
-    return x, class_attention_of(config, layer_of(params["layers"], -1), last_input)
+    return x, class_attention_of(config, layer_of(last_layers, -1), last_input)
+
+
+def compressed_patches(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
+    """A layer's output (P, T, D_vision) with a quarter of the patches; a class token passes unchanged."""
+    vision = config.crop_tower
+    assert vision.early_compression
+    class_token, patches = jnp.split(x, [vision.class_tokens], axis=1)
+    windows = merged_squares(patches, vision.patches_a_side, WINDOW)
+    windows = windows.reshape(*windows.shape[:2], WINDOW**2, vision.hidden_size)
+    # Four patches attend to each other: no kernel for long rows would help.
+    attend = functools.partial(vision_attention, vision, implementation="xla")
+    mlp = functools.partial(vision_mlp, vision)
+    out = jnp.concatenate([class_token, compress(vision.early_compression, params, windows, attend, mlp)], axis=1)
+    return constrain(out, "crops", None, None)
 
 
 def class_attention_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -134,11 +161,12 @@ def image_features(
     )
     x = constrain(x, "batch", None, None)
     x, extra = (x, None) if clips is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
-    D, side = config.text.hidden_size, config.crop_tower.patches_a_side
+    D, side, merge = config.text.hidden_size, config.crop_tower.features_a_side, config.crop_tower.merge_size
 
     def pool(x: jax.Array) -> jax.Array:
         """From all tokens (B * C, T, N) of the tower, those that an image has, then those that a video frame has."""
         x = x if config.keep_class_token else x[:, config.vision.class_tokens :]
+        x = merged_squares(x, config.crop_tower.compressed_side, merge) if merge > 1 else x
         return jnp.concatenate([x, averaged(x, side, config.frame_stride)], axis=1) if config.frame_stride else x
 
     def by_row(x: jax.Array) -> jax.Array:
@@ -148,7 +176,7 @@ def image_features(
     if tokens := CROP_TOKENS.get(config.family):
         return constrain(by_row(tokens(config, params, x)), "batch", None, None), None
     x = by_row(projector(params["projector"], pool(x)))
-    attention = None if attention is None else by_row(pool(attention[..., None]))
+    attention = None if attention is None else by_row(pool(attention[..., None])).mean(-1, keepdims=True)
     if extra is not None:
         extra = projector(params["standby"]["projector"], extra).reshape(B, -1, D)
         x = jnp.concatenate([x, extra], axis=1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE, Batch
 from pdrop_jax.config import Implementation, LlavaConfig, Remat
 from pdrop_jax.model.attention import aligned
-from pdrop_jax.model.decoder import DecodeState, run_stages, run_token
+from pdrop_jax.model.decoder import DecoderOutput, DecodeState, run_stages, run_token
 from pdrop_jax.model.drop import DropRecord, TokenBuffer
 from pdrop_jax.model.layers import text_norm
 from pdrop_jax.model.params import Params
@@ -37,6 +37,46 @@ class Output:
     layer_inputs: tuple[jax.Array | None, ...]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImageEmbeddings:
+    """What the vision tower knows of image tokens; zero for text.
+
+    Attributes:
+      hidden: (B, S, D), the tokens' embeddings.
+      additions: (B, S, A, D), see ``TokenBuffer``; None without DeepStack.
+      attention: (B, S) float32, that of the tower's class token; None unless the score needs it.
+    """
+
+    hidden: jax.Array
+    additions: jax.Array | None = None
+    attention: jax.Array | None = None
+
+
+def embed_images(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    implementation: Implementation = "auto",
+    remat: Remat = "none",
+) -> ImageEmbeddings:
+    """The image tokens of a batch from its crops, of which there must be at least one a row."""
+    needed = find_score(config).class_attention
+    features, seen = tower_features(config, params, batch, implementation, remat, needed)
+    index = jnp.asarray(batch.feature_index)
+    shown = index[..., :1] >= 0
+
+    def pick(pool: jax.Array) -> jax.Array:
+        return jnp.where(shown, _pick(pool, index, batch.feature_weight), 0)
+
+    own, *deeper = jnp.split(features, 1 + config.additions, axis=1)  # DeepStack's follow the features themselves
+    return ImageEmbeddings(
+        pick(own),
+        jnp.stack([pick(pool) for pool in deeper], axis=2) if deeper else None,
+        None if seen is None else pick(seen)[..., 0],
+    )
+
+
 def embed(
     config: LlavaConfig,
     params: Params,
@@ -44,22 +84,20 @@ def embed(
     slots: int,
     implementation: Implementation = "auto",
     remat: Remat = "none",
+    images: ImageEmbeddings | None = None,
 ) -> TokenBuffer:
-    """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots."""
-    hidden, attention, additions = embed_tokens(config, params, batch.token_ids), None, None
-    if batch.crops.shape[1]:
-        needed = find_score(config).class_attention
-        features, seen = tower_features(config, params, batch, implementation, remat, needed)
-        index = jnp.asarray(batch.feature_index)
-        shown = index[..., :1] >= 0
-        hidden = jnp.where(shown, _pick(features, index, batch.feature_weight), hidden)
-        if config.additions:  # they follow the features themselves in the pool
-            pools = jnp.split(features, 1 + config.additions, axis=1)[1:]
-            picked = [jnp.where(shown, _pick(pool, index, batch.feature_weight), 0) for pool in pools]
-            additions = jnp.stack(picked, axis=2)
-        if seen is not None:
-            attention = jnp.where(index[..., 0] >= 0, _pick(seen, index, batch.feature_weight)[..., 0], 0.0)
-    return buffer_of(config, batch, hidden, slots, attention, additions)
+    """Splices text embeddings and image features into the first stage's buffer, padded to ``slots`` slots.
+
+    Args:
+      images: what ``embed_images`` would make of the crops, which are not used then.
+    """
+    hidden = embed_tokens(config, params, batch.token_ids)
+    if images is None and batch.crops.shape[1]:
+        images = embed_images(config, params, batch, implementation, remat)
+    if images is None:
+        return buffer_of(config, batch, hidden, slots)
+    hidden = jnp.where(jnp.asarray(batch.image_id)[..., None] > 0, images.hidden, hidden)
+    return buffer_of(config, batch, hidden, slots, images.attention, images.additions)
 
 
 @jax.named_scope("embed")
@@ -193,12 +231,25 @@ def prefill(
     Returns:
       (logits (B, V) float32 after the last prompt token, state for ``decode_step``, drops).
     """
+    output = run_prompts(config, params, batch, new_slots, implementation=implementation)
+    return next_logits(config, params, output.buffer), output.state, output.drops
+
+
+def run_prompts(
+    config: LlavaConfig,
+    params: Params,
+    batch: Batch,
+    new_slots: int,
+    *,
+    images: ImageEmbeddings | None = None,
+    implementation: Implementation = "auto",
+) -> DecoderOutput:
+    """``prefill`` up to the last layer; ``images`` as of ``embed``."""
     plan = config.schedule.plan(config.text.num_layers, batch.bucket, aligned(implementation))
-    buffer = embed(config, params, batch, plan[0].slots, implementation)
-    output = run_stages(
+    buffer = embed(config, params, batch, plan[0].slots, implementation, images=images)
+    return run_stages(
         config, params["stages"], plan, buffer, batch.bucket.images, new_slots=new_slots, implementation=implementation
     )
-    return next_logits(config, params, output.buffer), output.state, output.drops
 
 
 def next_logits(config: LlavaConfig, params: Params, buffer: TokenBuffer) -> jax.Array:

@@ -45,7 +45,7 @@ class Program:
       bucket: text slots and image tokens of each row.
       rows: global batch size.
       grad_accum_steps: microbatches per training step.
-      groups: trained parameter groups, out of "vision", "projector" and "llm".
+      groups: trained parameter groups, out of "vision", "compressor", "projector" and "llm".
       quantize: weight quantization of the decoder for inference, see ``model.quantization``.
     """
 
@@ -83,7 +83,9 @@ class CompiledProgram:
 
 
 def groups_of(config: LlavaConfig) -> tuple[str, ...]:
-    """Groups that full fine-tuning trains; LLaVA-NeXT, which tiles images, also trains the vision tower."""
+    """Groups that full fine-tuning trains; LLaVA-NeXT, which tiles images, and LLaVA-UHD v4 also train the tower."""
+    if config.vision.early_compression:
+        return ("vision", "compressor", *GROUPS)
     return ("vision", *GROUPS) if config.tiling else GROUPS
 
 

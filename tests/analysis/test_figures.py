@@ -14,10 +14,10 @@ from pdrop_jax.analysis.figures import (
     GAP,
     TEXT,
     answer_picture,
-    as_seen,
     save_picture,
     score_picture,
 )
+from pdrop_jax.analysis.patches import as_seen
 from pdrop_jax.cli import main
 from pdrop_jax.config import LlavaConfig, Tiling, VisionConfig
 from pdrop_jax.convert.importer import convert

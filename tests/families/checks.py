@@ -73,17 +73,25 @@ def check_rows_alone(model, rows):
 
 
 def check_slots(model, rows, batch):
-    """Requests that join a running batch are answered as the rows of ``batch``, a ``Generation``."""
-    buckets = [choose_bucket([model.processor.row(*row)], model.config) for row in rows]
-    new_tokens = SAMPLING.max_new_tokens
-    with Engine(model, 2, max_new_tokens=new_tokens, buckets=buckets, prefill_rows=1) as engine:
-        lengths = [1, *[new_tokens] * (len(rows) - 1)]  # the first slot is free again while the second runs
-        handles = [engine.submit(*row, Sampling(n)) for row, n in zip(rows, lengths, strict=True)]
-        found = [handle.result() for handle in handles]
-    for b in range(len(rows)):
-        assert found[b].token_ids == batch.token_ids[b][: lengths[b]]
-        assert found[b].kept == [[image for image in at if image] for at in batch.kept[b]]
-        assert found[b].stage_lengths == batch.stage_lengths[b]
+    """Requests that join a running batch are answered as the rows of ``batch``, a ``Generation``.
+
+    Asked again, each recalls its pictures and what is in front of its question.
+    """
+    buckets = [choose_bucket([model.processor.row(*row) for row in rows], model.config)]
+    new_tokens, shown = SAMPLING.max_new_tokens, sum(bool(images) for _, images in rows)
+    caches = {"image_cache": 2**22, "prefix_cache": 2**22}
+    with Engine(model, 2, max_new_tokens=new_tokens, buckets=buckets, prefill_rows=1, **caches) as engine:
+        for lengths in ([1, *[new_tokens] * (len(rows) - 1)], [new_tokens] * len(rows)):
+            # At first a slot is free again while the other one runs.
+            handles = [engine.submit(*row, Sampling(n)) for row, n in zip(rows, lengths, strict=True)]
+            found = [handle.result() for handle in handles]
+            for b in range(len(rows)):
+                assert found[b].token_ids == batch.token_ids[b][: lengths[b]]
+                assert found[b].kept == batch.kept[b]
+                assert found[b].stage_lengths == batch.stage_lengths[b]
+        counts = engine.caches["prefixes"]
+        assert (counts.hits, counts.misses) == (shown, shown)
+        assert [answer.cached > 0 for answer in found] == [bool(images) for _, images in rows]
 
 
 def check_gradients(config, params, rows, answers, predictions, model, naming):

@@ -117,7 +117,7 @@ def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, folders
 def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(kind, folders):
     model = load(folders[kind][1], schedule=DropSchedule((1, 3), (0.5, 0.2)))
     batch = check_rows_alone(model, ROWS[1:4])
-    if kind == "qwen2_5_vl":
+    if kind in ("qwen2_5_vl", "qwen3_vl"):  # windows in the tower, additions in the first layers
         check_slots(model, ROWS[1:4], batch)
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_qwen import photo
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from pdrop_jax.analysis.figures import GAP, LONG_EDGE, TOKEN, answer_picture, score_picture
+from pdrop_jax.analysis.figures import GAP, LONG_EDGE, answer_picture, score_picture
+from pdrop_jax.analysis.patches import TOKEN
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
