@@ -53,7 +53,7 @@ def standby_layer(
     # Few queries: no kernel helps.
     x = x + linear(layer["attention"]["o"], attention(q, k, v, causal=False, implementation="xla"), inputs=2)
     mlp, first = _row(params["mlps"], n), config.vision_layers - temporal_layers(config)
-    x = x + vision_mlp(vision, mlp, layer_norm(layer["mlp_norm"], x, vision.norm_eps))
+    x = x + vision_mlp(vision, {**layer, "mlp": mlp}, x)
     time = _row(params["temporal"], jnp.maximum(n - first, 0))
     return x + jnp.where(n >= first, over_time(vision, time, x, seen), 0)
 

@@ -66,7 +66,7 @@ def test_a_standby_token_is_a_token_of_its_crop_that_patches_do_not_see():
     probs = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
     out = whole + linear(layer["attention"]["o"], jnp.einsum("PNTS,PSNH->PTNH", probs, v), inputs=2)
     mlp = jax.tree.map(lambda x: x[0], params["standby"]["mlps"])
-    expected = out + vision_mlp(VISION, mlp, layer_norm(layer["mlp_norm"], out, VISION.norm_eps))
+    expected = out + vision_mlp(VISION, {**layer, "mlp": mlp}, out)
     assert_close(ours, expected[:, 17:], 1e-5)  # layer 0 of 2 has no attention over time behind it
 
 
