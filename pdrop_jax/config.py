@@ -29,6 +29,7 @@ from pdrop_jax.text_config import TextConfig as TextConfig
 from pdrop_jax.vision_config import MAX_TILES as MAX_TILES
 from pdrop_jax.vision_config import Activation as Activation
 from pdrop_jax.vision_config import EarlyCompression as EarlyCompression
+from pdrop_jax.vision_config import StandbyConfig as StandbyConfig
 from pdrop_jax.vision_config import Tiling as Tiling
 from pdrop_jax.vision_config import VisionConfig as VisionConfig
 
@@ -46,7 +47,8 @@ MAX_PROJECTOR_LAYERS = 16
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of attention, see ``model.attention``
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
 Quantization = Literal["int8", "int4", "w8a8", "w4a8", "w4a4"]  # of the decoder, see ``model.quantization``
-Group = Literal["vision", "compressor", "projector", "llm", "lora"]  # parts of the model that are trained together
+# Parts of the model that are trained together
+Group = Literal["vision", "compressor", "standby", "projector", "llm", "lora"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
 
 
@@ -91,6 +93,7 @@ class LlavaConfig:
     # A video's frames are averaged over squares of so many features a side before the projector, as in Hugging Face's
     # LLaVA-NeXT-Video; None: their features are resized to half a side behind it.
     frame_stride: int | None = None
+    standby: StandbyConfig | None = None  # the tower's standby tokens, for what is shown with mode "standby"
     template: str = "vicuna_v1"  # "own" is the chat template in the checkpoint's folder, see inputs.prompts
     image_token_id: TokenId | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
     video_token_id: TokenId | None = None  # id of "<video>", likewise
@@ -106,6 +109,10 @@ class LlavaConfig:
         self._check_compression()
         if isinstance(self.vision, VisionConfig):
             self._check_crops(self.vision)
+        if self.standby and self.family != "LLaVA":
+            raise UserError(f"standby tokens are for LLaVA's towers, but this model is of the family {self.family}")
+        if self.standby and (self.vision.early_compression or self.crop_tower.merge_size > 1):
+            raise UserError("standby tokens and a compressed vision tower do not go together: choose one")
         self.schedule.check(self.text.num_layers)
         if self.schedule.positions == "auto":
             positions: Literal["dense", "original"] = "original" if self.text.mrope_sections else "dense"
@@ -192,6 +199,11 @@ class LlavaConfig:
     def frame_tokens(self) -> int:
         """Further features of a crop as a frame of a video, if those are averaged before the projector."""
         return (self.crop_tower.features_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
+
+    @property
+    def standby_tokens(self) -> int:
+        """Tokens of a crop that is shown with mode "standby"."""
+        return self.standby.tokens if self.standby else 0
 
     @property
     def features_per_token(self) -> int:

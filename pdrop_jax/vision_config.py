@@ -70,6 +70,23 @@ class Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
+class StandbyConfig:
+    """Standby tokens of a tower, see ``model.standby``.
+
+    Attributes:
+      tokens: of each picture or frame.
+      temporal_layers: the last so many layers of the tower have attention over time behind them.
+      frames: in a block of frames that see each other.
+    """
+
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    tokens: Literal[8, 16, 32] = 16
+    temporal_layers: Annotated[int, Field(ge=1, le=1024)] = 5
+    frames: Annotated[int, Field(ge=1, le=1024)] = 8
+
+
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """A CLIP, SigLIP or InternViT tower. The defaults are CLIP's ViT-L/14 at 336 pixels, LLaVA-1.5's tower.
 

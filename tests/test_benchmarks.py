@@ -213,6 +213,13 @@ def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
         run_uninstalled("accelerator", "--parts", "training")
 
 
+def test_stream(run):
+    """Memory and tokens are those of the first part that fills window and bank."""
+    found = json.loads(run("stream", "--frames", 30, "--parts", 2, "--json"))["results"]
+    assert [row["frames"] for row in found] == [16, 31]
+    assert {(row["window"], row["cache_mb"]) for row in found} == {(1, found[0]["cache_mb"])}
+
+
 def test_serving(run, tmp_path):
     options = ["--requests", 2, "--clients", 2, "--new-tokens", 4, "--slots", 1, "--json"]
     rows = [*map(json.loads, run("serving", "--model", write_model(tmp_path / "tiny"), *options).splitlines())]

@@ -42,6 +42,15 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
         raise UserError("model.layers and model.ratios must be given together: set both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
+    if data.image_mode != "focus" and not config.standby:
+        raise UserError(
+            f"data.image_mode is {data.image_mode!r}, but the model has no standby tokens: convert it with --standby 16"
+        )
+    if "standby" in model.groups and data.image_mode == "focus":
+        raise UserError(
+            'model.groups contains "standby", but data.image_mode is "focus", which shows no standby tokens: set it to '
+            '"standby" or "both"'
+        )
     checkpoint.files_to_copy(as_path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
     if data.template not in (None, "plain"):  # pretraining leaves no way to ask
         config = dataclasses.replace(config, template=data.template)

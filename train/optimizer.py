@@ -41,6 +41,7 @@ def make_optimizer(config: LlavaConfig, recipe: OptimizerRecipe, steps: int) -> 
         "projector": recipe.projector_learning_rate,
         "lora": None,
         "llm": None,
+        "standby": None,
     }
     rates = {
         group: optax.scale_by_learning_rate(

@@ -25,6 +25,7 @@ PRESETS = pathlib.Path(__file__).parent / "presets"
 RECIPE_BYTES = 2**14  # maximum size of a file; tomllib takes quadratic time on dotted keys
 MOST_STEPS = 10_000_000  # the table of their learning rates takes 40 MB
 
+ImageMode = Literal["focus", "standby", "both"]
 Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Name = Annotated[str, Field(max_length=64)]
 Rate = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -44,7 +45,7 @@ class ModelRecipe:
     __pydantic_config__ = NO_OTHER_KEYS
 
     start: Path  # checkpoint folder; `pdrop train` also takes a PyTorch one, or owner/name[@revision] on the Hub
-    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=5)] = ("projector", "llm")
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=6)] = ("projector", "llm")
     # Drop schedule: layers, ratios and score. If layers and ratios are None, the checkpoint's schedule is used.
     layers: Annotated[tuple[Layer, ...], Field(max_length=64)] | None = None
     ratios: Annotated[tuple[Share, ...], Field(max_length=64)] | None = None
@@ -80,6 +81,8 @@ class DataRecipe:
     outside_images: bool = False  # allow image names that leave the folder, such as ../1.png
     # "anyres" tiles pictures as LLaVA-NeXT does, "slices" as LLaVA-UHD; None keeps the checkpoint's setting.
     image_aspect: Literal["square", "pad", "anyres", "slices"] | None = None
+    # What a picture is shown by: all its tokens, its standby tokens, or each in turn, with the mean of the two losses.
+    image_mode: ImageMode = "focus"
     template: Name | None = None  # prompt template; None is the checkpoint's, "own" its own chat template
     max_length: Positions = 2048  # in tokens, including all image tokens
     too_long: Literal["truncate", "skip"] = "truncate"  # rows longer than max_length

@@ -1,5 +1,6 @@
 """``pdrop convert``: convert a PyTorch checkpoint, or build a new LLaVA from its parts."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import Annotated, Literal
@@ -29,6 +30,7 @@ def run(
     dtype: Annotated[Literal["float32", "bfloat16"] | None, unset("{float32,bfloat16}")] = None,
     layers: Annotated[tuple[str, ...] | None, unset(LAYERS)] = None,
     ratios: Annotated[tuple[float, ...] | None, unset("R [R …]")] = None,
+    standby: Annotated[Literal[8, 16, 32] | None, unset("{8,16,32}")] = None,
     compress_vision: CompressVision = None,
     merge_size: MergeSize = None,
     check: Flag = False,
@@ -47,7 +49,7 @@ def run(
       projector: Pretrained projector (mm_projector.bin or .safetensors) that replaces the checkpoint's or the newly
         initialized one.
       projector_type: Projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
-      seed: RNG seed for initializing a new projector.
+      seed: RNG seed for initializing a new projector or new standby tokens.
       template: Prompt template (default: "own", the checkpoint's own chat template; without one vicuna_v1 for LLaMA,
         llama_3 for Llama 3, mistral_instruct for Mistral, qwen for Qwen2).
       tokenizer: Where the tokenizer files are (default: the checkpoint's or the language model's).
@@ -55,8 +57,10 @@ def run(
       layers: Numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24
         layers); "none" disables dropping.
       ratios: Fraction of each image's original tokens kept after each drop (default: 0.5 0.25 0.125).
+      standby: Add so many standby tokens to the vision tower; they have to be trained before use.
       check: Compare the logits with those of the PyTorch model (requires torch).
     """
+    from pdrop_jax.config import StandbyConfig
     from pdrop_jax.convert.importer import write
     from pdrop_jax.convert.sources import open_parts, open_source
 
@@ -92,7 +96,10 @@ def run(
                 "--projector-type requires --llm; the projector type of a checkpoint is set by its config.json"
             )
         opened = open_source(source, vision, schedule, projector=projector, change=change)
-    summary = write(opened, out, tokenizer=tokenizer, dtype=dtype, template=template)
+    if standby is not None:
+        config = dataclasses.replace(opened.config, standby=StandbyConfig(standby))
+        opened = dataclasses.replace(opened, config=config)
+    summary = write(opened, out, tokenizer=tokenizer, dtype=dtype, template=template, seed=seed)
     schedule = summary.config.schedule
     drops = ", ".join(f"{ratio:g} after {n}" for n, ratio in zip(schedule.layers, schedule.ratios, strict=True))
     print(
@@ -103,6 +110,8 @@ def run(
         print("The vision tower or its connector was changed: train the model before use")
     if llm is not None and projector is None:
         print(f"The projector is randomly initialized (seed {seed}); train it before use")
+    if standby is not None:
+        print(f"Its {standby} standby tokens are untrained (seed {seed}): train them before use")
     if not summary.has_tokenizer:
         print(printable(f"{opened.location.name} has no tokenizer files: pass --tokenizer DIR or copy them into {out}"))
     if check:

@@ -55,10 +55,12 @@ def run(
             folder = model_of(as_path(model), pathlib.Path(scratch))
         else:
             folder = as_path(model_folder(model))
-        LlavaConfig.load(folder)
+        config = LlavaConfig.load(folder)
         if push_to_hub is not None:
             upload.make_repository(push_to_hub, private)
         print(_export(folder, out, format, dtype, single_file))
+        if config.standby and format != "pdrop":
+            print("Its standby tokens are left out, because no other library loads them: mode focus is what it was")
         if push_to_hub is not None:
             upload.write_card(out, folder, push_to_hub, format)
             print(printable(upload.upload(out, push_to_hub)))

@@ -29,8 +29,8 @@ SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tilin
 class ImageSize(NamedTuple):
     """The space that an image needs in a batch: crops and tokens, and whether the crops are frames of a video.
 
-    ``texts`` stand around its parts: in front of each of them, and behind the last. They are empty for an image in one
-    part without captions.
+    Standby tokens do not count: they take slots of text. ``texts`` stand around its parts: in front of each of them,
+    and behind the last. They are empty for an image in one part without captions.
     """
 
     crops: int
@@ -66,6 +66,7 @@ class ImageTokens:
         of tiles (SmolVLM). Otherwise empty.
       ending: text behind the last of these parts.
       grid: rows and columns of the tiles that the crops begin with, if the model tiles in a way of its own.
+      standby: the last so many tokens are standby tokens, which no drop ranks; they index those of all crops.
       is_crop: whether the image is cut from one before it in its row, in whose place in the messages it stands too.
     """
 
@@ -80,6 +81,7 @@ class ImageTokens:
     ending: str = ""
     grid: tuple[int, int] | None = None
     is_crop: bool = False
+    standby: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -87,7 +89,7 @@ class ImageTokens:
     @property
     def size(self) -> ImageSize:
         texts = (*self.captions, self.ending) if self.captions else ()
-        return ImageSize(len(self.crops), len(self.index), self.video, texts)
+        return ImageSize(len(self.crops), len(self.index) - self.standby, self.video, texts)
 
     @property
     def parts(self) -> int:

@@ -120,6 +120,14 @@ def write_tokens(
     return jax.tree.map(lambda old, new: write(old, layer, new, first), cache, StageCache(k, v))
 
 
+def write_slots(
+    cache: StageCache, layer: jax.Array | int, k: KeysOrValues, v: KeysOrValues, slots: jax.Array
+) -> StageCache:
+    """``write_tokens`` for slots (B, T) that are in no order."""
+    rows, layer = jnp.arange(len(slots))[:, None], jnp.asarray(layer)
+    return jax.tree.map(lambda old, new: old.at[layer, rows, :, slots].set(new), cache, StageCache(k, v))
+
+
 def scatter_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
     """``old`` (L_s, B, K, C, ...) with ``new`` (B, T, K, ...) in one layer's slots from ``first`` (B,) on."""
     rows = jnp.arange(first.shape[0])[:, None]

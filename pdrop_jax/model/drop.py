@@ -224,7 +224,8 @@ def attention_scores(
         if places is None or past.places is None:
             cached = attention_mask(past.length[:, None] + rows, slots, window=window, length=past.length)
         else:
-            cached = sees(places.at(rows), past.places, window or EVERYTHING) & (slots < past.length[:, None, None])
+            old = (past.places.slot < past.length[:, None])[:, None]
+            cached = sees(places.at(rows), past.places, window or EVERYTHING) & old
         seen = jnp.concatenate([seen, cached], axis=-1)
     masked = jnp.finfo(jnp.float32).min  # finite: among ``among`` a row may see nothing
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, masked), axis=-1)[..., :S]

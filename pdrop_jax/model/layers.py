@@ -68,11 +68,12 @@ def layer_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
 
 
 def decoder_layer(
-    config: TextConfig, params: Params, x: jax.Array, rope: Rope, attend: Attend
+    config: TextConfig, params: Params, x: jax.Array, rope: Rope | None, attend: Attend
 ) -> tuple[jax.Array, Any]:
     """A decoder layer of LLaMA's kind. (B, T, D) -> (B, T, D) and whatever cache ``attend`` returns.
 
     Args:
+      rope: None leaves the rotation to ``attend``.
       attend: decides what the queries see and what is cached.
     """
     h = text_norm(config, params["attention_norm"], x)

@@ -10,6 +10,7 @@ table (``convert.names``). The tree::
                            the layers behind it as another stack
     projector.linear_{0, 1, ...}
     newline.embedding      (D,), if images are tiled
+    standby.{tokens, mlps, temporal, projector}, if the tower has standby tokens
     embed.embedding        (V, D)
     stages.{0, 1, ...}.*   one stack (L_s, ...) for each stage of the drop schedule
     norm.scale
@@ -35,6 +36,7 @@ from pdrop_jax.model.compression import compressor_specs
 from pdrop_jax.model.specs import Params as Params
 from pdrop_jax.model.specs import ParamSpec as ParamSpec
 from pdrop_jax.model.specs import Specs, attention_specs, linear_specs, norm_specs
+from pdrop_jax.model.standby_specs import copied_from, standby_specs
 from pdrop_jax.model.vision_specs import crop_tower_specs
 
 # LlavaConfig.family -> the declarations of its tower and projector, in place of ``crop_tower_specs``.
@@ -90,6 +92,8 @@ def param_specs(config: LlavaConfig) -> Specs:
         "stages": {str(s): stack(decoder_layer, stop - start) for s, (start, stop) in enumerate(ranges)},
         "norm": norm_specs(D, "llm", plus_one=config.text.norm_plus_one),
     }
+    if config.standby:
+        specs["standby"] = standby_specs(config)
     if config.tiling:
         specs["newline"] = {"embedding": ParamSpec((D,), (None,), "embedding", "llm")}
     if not config.text.tie_embeddings:
@@ -145,6 +149,24 @@ def abstract_params(config: LlavaConfig, dtype: Any = jnp.float32) -> Params:
 def init_params(config: LlavaConfig, seed: int = 0, dtype: Any = jnp.float32) -> Params:
     """Random parameters, see ``ParamSpec.init``. The value of an array depends on its name and ``seed`` alone."""
     return jax.tree.map_with_path(lambda path, spec: spec.initial(path_name(path), seed, dtype), param_specs(config))
+
+
+def init_array(config: LlavaConfig, name: str, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
+    """One array of ``init_params``, by its dotted name."""
+    return _by_name(config)[name].initial(name, seed, dtype)
+
+
+def add_standby(config: LlavaConfig, params: Params, seed: int = 0) -> Params:
+    """``params``, in stacks and without standby tokens, with those of ``config``, see ``standby_specs.copied_from``."""
+    known = flatten_dict(params, sep=".")
+    dtype = known["embed.embedding"].dtype
+
+    def begin(path: tuple, spec: ParamSpec) -> jax.Array:
+        name = f"standby.{path_name(path)}"
+        source = copied_from(name)
+        return init_array(config, name, seed, dtype) if source is None else known[source]
+
+    return {**params, "standby": jax.tree.map_with_path(begin, param_specs(config)["standby"])}
 
 
 def count(params: Params) -> int:

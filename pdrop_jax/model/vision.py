@@ -28,6 +28,7 @@ from pdrop_jax.model.layers import (
     vision_mlp,
 )
 from pdrop_jax.model.params import Params
+from pdrop_jax.model.standby import first_tokens, seen_crops, standby_layer
 from pdrop_jax.sharding import constrain
 from pdrop_jax.vision_config import WINDOW
 
@@ -48,9 +49,12 @@ def vision_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
+    standby: Params | None = None,
+    clips: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
 
+    With ``standby``, its parameters, and ``clips``, see ``Batch``, the standby tokens follow: (P, T + m, D_vision).
     The tower's last norm is not part of any hidden state, as in transformers.
 
     Args:
@@ -60,20 +64,26 @@ def vision_features(
     # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
     x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "crops", None, None, None))
 
-    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
-        x = carry[0]
-        out = vision_layer(config.crop_tower, layer, x, implementation)
-        return (constrain(out, "crops", None, None), x if class_attention else None), None
+    seen = None if clips is None else seen_crops(clips)
 
-    def run(x: jax.Array, layers: Params | list[Params]) -> tuple[jax.Array, jax.Array | None]:
-        carry, _ = scan_layers(rematerialise(body, remat), (x, x if class_attention else None), layers)
+    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
+        x, _, extra = carry
+        out = vision_layer(config.crop_tower, layer, x, implementation)
+        if standby is not None and seen is not None:
+            extra = standby_layer(config, standby, layer, n, x, extra, seen)
+        return (constrain(out, "crops", None, None), x if class_attention else None, extra), None
+
+    def run(x: jax.Array, layers: Params | list[Params], extra: jax.Array | None = None) -> Any:
+        carry, _ = scan_layers(rematerialise(body, remat), (x, x if class_attention else None, extra), layers)
         return carry
 
-    x, last_input = run(x, params["layers"])
+    extra = None if standby is None or seen is None else first_tokens(standby, len(x))
+    x, last_input, extra = run(x, params["layers"], extra)
     last_layers = params["layers"]
     if config.vision.early_compression:
         x, last_layers = compressed_patches(config, params.get("compressor", {}), x), params["later_layers"]
-        x, last_input = run(x, last_layers)
+        x, last_input, _ = run(x, last_layers)
+    x = x if extra is None else jnp.concatenate([x, extra], axis=1)
     if last_input is None:
         return x, None
     return x, class_attention_of(config, layer_of(last_layers, -1), last_input)
@@ -118,7 +128,8 @@ def tower_features(
         assert batch.patch_layout is not None
         layout, features = jnp.asarray(batch.patch_layout), PATCH_FEATURES[config.family]
         return features(config.vision, params, crops, layout, implementation, remat), None
-    return image_features(config, params, crops, implementation, remat, class_attention)
+    clips = None if batch.clips is None else jnp.asarray(batch.clips)
+    return image_features(config, params, crops, implementation, remat, class_attention, clips)
 
 
 @jax.named_scope("tower")
@@ -129,6 +140,7 @@ def image_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
+    clips: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The crops of each row as its pool of feature vectors.
 
@@ -137,14 +149,18 @@ def image_features(
 
     Returns:
       (B, C * (image_tokens + frame_tokens), D), dtype of the parameters: the features of all crops, then their
-      features as frames of a video; where images are tiled, one more vector, the newline. With ``class_attention``
-      also as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
+      features as frames of a video; with ``clips`` those of their standby tokens; where images are tiled, one more
+      vector, the newline. With ``class_attention`` also as many numbers (B, ..., 1) float32, see ``vision_features``; 0
+      for the newline.
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
-    x, attention = vision_features(config, params["vision"], pixels, implementation, remat, class_attention)
+    x, attention = vision_features(
+        config, params["vision"], pixels, implementation, remat, class_attention, params.get("standby"), clips
+    )
     x = constrain(x, "batch", None, None)
+    x, extra = (x, None) if clips is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
     D, side, merge = config.text.hidden_size, config.crop_tower.features_a_side, config.crop_tower.merge_size
 
     def pool(x: jax.Array) -> jax.Array:
@@ -161,6 +177,10 @@ def image_features(
         return constrain(by_row(tokens(config, params, x)), "batch", None, None), None
     x = by_row(projector(params["projector"], pool(x)))
     attention = None if attention is None else by_row(pool(attention[..., None])).mean(-1, keepdims=True)
+    if extra is not None:
+        extra = projector(params["standby"]["projector"], extra).reshape(B, -1, D)
+        x = jnp.concatenate([x, extra], axis=1)
+        attention = None if attention is None else jnp.pad(attention, [(0, 0), (0, extra.shape[1]), (0, 0)])
     if config.tiling:
         newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, D))
         x = jnp.concatenate([x, newline], axis=1)
