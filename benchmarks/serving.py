@@ -67,7 +67,7 @@ def write_endless(model: pathlib.Path, folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 def running(*command: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """The URL of a server that prints it last in its first line, and its process, once it is ready."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))}
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
     try:
         said = []

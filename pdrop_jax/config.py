@@ -22,6 +22,7 @@ from pdrop_jax.io import UNFINISHED, read_json
 from pdrop_jax.paths import as_path, in_bucket, why_missing
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, TokenId, validated
+from pdrop_jax.text_config import CacheDtype as CacheDtype
 from pdrop_jax.text_config import Family as Family
 from pdrop_jax.text_config import RopeScaling as RopeScaling
 from pdrop_jax.text_config import TextConfig as TextConfig
@@ -44,6 +45,7 @@ MAX_PROJECTOR_LAYERS = 16
 # Choices of the model code that the command line and recipes offer too, without importing jax.
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of attention, see ``model.attention``
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
+Quantization = Literal["int8", "int4", "w8a8", "w4a8", "w4a4"]  # of the decoder, see ``model.quantization``
 Group = Literal["vision", "compressor", "projector", "llm", "lora"]  # parts of the model that are trained together
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
 
@@ -246,6 +248,7 @@ class LlavaConfig:
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
+        del data["text"]["cache_dtype"]  # chosen when a model is loaded, as the dtype is
         data["schedule"] = self.schedule.to_json()
         return {"format": FORMAT, **data}
 

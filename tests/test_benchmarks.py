@@ -103,6 +103,21 @@ def test_quantized(run):
     assert rows[-1].startswith("| the same image tokens in the last stage | 100.0% |")
 
 
+def test_quota(run):
+    out = run("quota", "--pictures", 1, "--calibration-pictures", 1).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("|")]
+    names = [row[0] for row in rows[2:]]
+    assert names[:4] == ["dense, float", "dense, quantized", "pyramiddrop, in float", "quota, in float"]
+    assert names[4:] == [
+        "pyramiddrop, joint",
+        *(f"quota, joint, {x}" for x in ("no residual", "residual keeps", "residual drops")),
+    ]
+    number = r"[+-]?\d+\.\d+%?"
+    interval = rf"{number} \({number} to {number}\)"
+    assert all(re.fullmatch(interval, cell) for row in rows[6:] for cell in row[1:])
+    assert out[-1].startswith("Allocated joint: ")
+
+
 def test_convert_7b(run, tmp_path):
     options = ["--layers", 4, "--width", 128, "--tower-layers", 2, "--export"]
     figures = json.loads(run("convert_7b", "--folder", tmp_path / "work", *options))

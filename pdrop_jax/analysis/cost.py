@@ -9,7 +9,8 @@ from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.schedule import DropSchedule
 
 # Built-in scores that compute attention of one query row in the next layer. "all_text" does so for every text token,
-# and the other built-in scores for none. The cost of user-defined scores is unknown and not counted.
+# "quota" for every token, and the other built-in scores for none. User-defined scores cost what nobody knows and are
+# not counted.
 ONE_ROW = ("pyramiddrop", "fastv", "feather", "last_text")
 
 
@@ -37,10 +38,12 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
         stage.num_layers * layer_macs(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan
     )
     score = config.schedule.score
-    rows = bucket.text if score == "all_text" else 1
+
+    before = [stage.slots for stage in plan[:-1]]
+    rows = {"all_text": [bucket.text] * len(before), "quota": before}.get(score, [1] * len(before))
     # Key projections of all tokens, query projections, and their dot products.
-    ranking = sum(stage.slots * D * K * H + rows * (D * N * H + stage.slots * N * H) for stage in plan[:-1])
-    if not bucket.images or score not in (*ONE_ROW, "all_text"):
+    ranking = sum(n * D * K * H + q * (D * N * H + n * N * H) for n, q in zip(before, rows, strict=True))
+    if not bucket.images or score not in (*ONE_ROW, "all_text", "quota"):
         ranking = 0
     tower = tower_macs(config, bucket)
     return PrefillMacs(
@@ -83,7 +86,7 @@ def cost_of(config: LlavaConfig, bucket: Bucket, itemsize: int = 2) -> Cost:
     """Cost of a prompt that fills ``bucket``, which has at most one image.
 
     Args:
-      itemsize: bytes per element of the KV cache.
+      itemsize: bytes per element of a KV cache that is not quantized.
     """
     text, schedule, image_tokens = config.text, config.schedule, sum(bucket.images)
     plan = schedule.plan(text.num_layers, bucket)
@@ -156,5 +159,12 @@ def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) ->
 
 
 def token_bytes(text: TextConfig, itemsize: int) -> int:
-    """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element."""
-    return 2 * text.num_kv_heads * text.head_dim * itemsize
+    """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element.
+
+    A quantized cache, ``text.cache_dtype``, has 8 or 4 bits per element (int4 on a CPU: 8) and a float32 scale per
+    head.
+    """
+    head = text.head_dim * itemsize
+    if text.cache_dtype is not None:
+        head = text.head_dim * {"int8": 8, "int4": 4}[text.cache_dtype] // 8 + 4
+    return 2 * text.num_kv_heads * head

@@ -12,6 +12,7 @@ from pdrop_jax.cli.options import (
     Json,
     Layers,
     MergeSize,
+    QuantizeCache,
     Ratios,
     Score,
     compressed,
@@ -36,11 +37,14 @@ def run(
     cache_bytes: Annotated[float | None, unset("N")] = None,
     image_tokens: Annotated[int | None, unset("N")] = None,
     text_tokens: int = 64,
+    quantize_cache: QuantizeCache = None,
     plot: File = None,
     overwrite: Flag = False,
     json_output: Json = False,
 ) -> None:
-    """Print the cost of a prompt with one image, dense and with drops. KV cache sizes are for bfloat16.
+    """Print the cost of a prompt with one image, dense and with drops.
+
+    KV cache sizes are for bfloat16, or with --quantize-cache for int8 or int4, half a byte as on a TPU or GPU.
 
     With a budget (--average-tokens, --macs or --cache-bytes), the drop ratios are computed, and --layers alone sets
     where tokens are dropped.
@@ -70,6 +74,7 @@ def run(
     from pdrop_jax.schedule import DropSchedule
 
     config = compressed(config_of(model), compress_vision, merge_size)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=quantize_cache))
     if image_tokens is None and not isinstance(config.vision, VisionConfig):
         raise UserError(f"{printable(model)} takes pictures of any size: pass --image-tokens, for example 1024")
     tokens = largest_picture(config) if image_tokens is None else image_tokens

@@ -6,11 +6,11 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from pdrop_jax.config import Implementation
+from pdrop_jax.config import CacheDtype, Implementation, Quantization
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.sampling import Sampling
@@ -36,6 +36,7 @@ Source = Annotated[str | None, unset("DIR|ID")]  # a folder or a Hub id
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, unset()]
 
 
+QUANTIZATIONS = f"{{{','.join(get_args(Quantization))}}}"
 LAYERS = f"N [N …]|none|{'|'.join(PRESETS)}"
 
 Layers = Annotated[
@@ -80,8 +81,17 @@ Dtype = Annotated[
     Literal["float32", "bfloat16"] | None, _option("Compute dtype.", "{float32,bfloat16}", "the checkpoint's")
 ]
 Quantize = Annotated[
-    Literal["int8"] | None,
-    _option("Quantize the weights of the decoder's linear layers; activations keep their dtype.", "{int8}", "no"),
+    Quantization | None,
+    _option(
+        "Quantize the decoder's linear layers: int8 and int4 their weights, w8a8, w4a8 and w4a4 also what they are "
+        "applied to, each token with a scale of its own.",
+        QUANTIZATIONS,
+        "no",
+    ),
+]
+QuantizeCache = Annotated[
+    CacheDtype | None,
+    _option("Quantize the KV caches, with a scale for each token and head.", "{int8,int4}", "no"),
 ]
 Attention = Annotated[
     Implementation,

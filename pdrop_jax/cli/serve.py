@@ -8,7 +8,17 @@ from typing import Annotated
 
 import tyro
 
-from pdrop_jax.cli.options import Attention, Dtype, Mesh, NoVerify, Quantize, device_mesh, progress, unset
+from pdrop_jax.cli.options import (
+    Attention,
+    Dtype,
+    Mesh,
+    NoVerify,
+    Quantize,
+    QuantizeCache,
+    device_mesh,
+    progress,
+    unset,
+)
 from pdrop_jax.errors import UserError
 
 KEY = "PDROP_API_KEY"
@@ -29,6 +39,7 @@ def run(
     image_hosts: Annotated[tuple[str, ...], unset("HOST [HOST …]", "none")] = (),
     dtype: Dtype = None,
     quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
     attention: Attention = "auto",
     mesh: Mesh = (),
     no_verify: NoVerify = False,
@@ -69,7 +80,7 @@ def run(
 
     rules = DownloadRules(hosts=image_hosts)
     with progress("loading"):
-        loaded = load(model or DEMO, None, dtype, device_mesh(mesh), quantize, not no_verify)
+        loaded = load(model or DEMO, None, dtype, device_mesh(mesh), quantize, not no_verify, quantize_cache)
         models = models_for(loaded, schedule)
     if copied := copied_bytes([loaded, *models.values()]):
         print(

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pdrop_jax.checkpoint import fingerprint, storage
-from pdrop_jax.config import Implementation, LlavaConfig
+from pdrop_jax.config import CacheDtype, Implementation, LlavaConfig, Quantization
 from pdrop_jax.convert.cache import model_folder
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.eval.batching import answer_all, check_batch_size
@@ -76,7 +76,8 @@ def evaluate(
     *,
     schedule: DropSchedule | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
-    quantize: Literal["int8"] | None = None,
+    quantize: Quantization | None = None,
+    quantize_cache: CacheDtype | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 8,
     sampling: Sampling = Sampling(max_new_tokens=128),
@@ -96,7 +97,7 @@ def evaluate(
       questions: question file, see ``questions.read_questions``.
       images: folder of the images.
       out: a new file, or one that this function wrote before.
-      schedule, dtype, quantize, mesh, verify: see ``pdrop_jax.load``.
+      schedule, dtype, quantize, quantize_cache, mesh, verify: see ``pdrop_jax.load``.
       sampling: answer length and sampling; the default is greedy decoding.
       outside_images: see ``questions.read_questions``.
       overwrite: delete existing answers, of whatever run, and start over; for one process only.
@@ -116,7 +117,8 @@ def evaluate(
     if not in_bucket(target):  # where it is a folder of objects
         check_output(unfinished(target, share), overwrite=True, inputs=inputs, makes_folder=True)
     folder = as_path(model_folder(model, dtype))
-    metadata = describe(folder, schedule, dtype, quantize, sampling, batch_size)
+    quantized = ", ".join(filter(None, [quantize, quantize_cache and f"{quantize_cache} cache"])) or None
+    metadata = describe(folder, schedule, dtype, quantized, sampling, batch_size)
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
@@ -128,7 +130,7 @@ def evaluate(
         answered = {n for n, answer_id in enumerate(ids) if answer_id in journal.answers}
         count = 0
         if len(answered) < len(asked):
-            loaded = load(folder, schedule, dtype, mesh, quantize, verify)
+            loaded = load(folder, schedule, dtype, mesh, quantize, verify, quantize_cache)
             bar = tqdm(total=len(asked), initial=len(answered), desc="answering", unit=" questions", disable=None)
             batches = answer_all(
                 loaded,

@@ -13,7 +13,7 @@ import numpy as np
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation.engine import on_devices, rows_on_devices
+from pdrop_jax.generation.engine import committed, on_devices, rows_on_devices
 from pdrop_jax.generation.lru import CacheCounts, Lru
 from pdrop_jax.generation.pools import empty_images, empty_prefixes, encode, pool_bytes
 from pdrop_jax.generation.pretrained import Model
@@ -95,7 +95,7 @@ class ImageCache:
         check_room("image_cache", nbytes, one, needed, "pictures")
         self._lru = Lru(nbytes // one)
         with on_devices(model):
-            self.pool = empty_images(model.config, self._lru.capacity, tokens, model.dtype)
+            self.pool = committed(model, empty_images(model.config, self._lru.capacity, tokens, model.dtype))
         self.nbytes = one * self._lru.capacity
 
     @property
@@ -151,7 +151,7 @@ class PrefixCache:
         check_room("prefix_cache", nbytes, one, rows + 1, "prompts")
         self._lru = Lru(nbytes // one - 1)  # the last entry is for rows that have nothing to keep
         with on_devices(model):
-            self.pool = empty_prefixes(config, self._lru.capacity + 1, slots, model.dtype)
+            self.pool = committed(model, empty_prefixes(config, self._lru.capacity + 1, slots, model.dtype))
         self.nbytes = one * (self._lru.capacity + 1)
 
     @staticmethod

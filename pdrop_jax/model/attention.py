@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
+from pdrop_jax.model.cache import KeysOrValues, Quantized
 from pdrop_jax.model.splash import splash_causal, splash_two_way
 from pdrop_jax.sharding import platform
 
@@ -109,7 +110,9 @@ def attention_mask(
 
 
 @jax.named_scope("attention")
-def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, window: int | None = None) -> jax.Array:
+def attend_cache(
+    q: jax.Array, k: KeysOrValues, v: KeysOrValues, first: jax.Array, window: int | None = None
+) -> jax.Array:
     """``attention`` of new tokens to a cache that holds them already: each sees the slots up to its own.
 
     One token is a matrix-vector product for each head, where no flash kernel helps. More are taken in blocks, as in
@@ -125,7 +128,7 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
     Returns:
       (B, T, N, H), dtype of q.
     """
-    C = k.shape[2]
+    C = jax.tree.leaves(k)[0].shape[2]
     window = None if window is None or window >= C else window
 
     def seen(start: int, stop: int) -> jax.Array:
@@ -134,9 +137,14 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
     return attend_masked(q, k, v, seen)
 
 
-def attend_masked(q: jax.Array, k: jax.Array, v: jax.Array, seen: Callable[[int, int], jax.Array]) -> jax.Array:
-    """``attend_cache`` with any mask: ``seen(start, stop)`` is that of these queries, (B, stop - start, C) bool."""
+def attend_masked(q: jax.Array, k: KeysOrValues, v: KeysOrValues, seen: Callable[[int, int], jax.Array]) -> jax.Array:
+    """``attend_cache`` with any mask: ``seen(start, stop)`` is that of these queries, (B, stop - start, C) bool.
+
+    Quantized keys and values are the integers of the two products; the scales of a key's slot are applied to its logit
+    and to its probability.
+    """
     B, T, N, H = q.shape
+    (k, k_scale), (v, v_scale) = _with_scale(k, q.dtype), _with_scale(v, q.dtype)
     K, C = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2)  # (B, K, T, G, H)
     blocks = []
@@ -145,11 +153,19 @@ def attend_masked(q: jax.Array, k: jax.Array, v: jax.Array, seen: Callable[[int,
         # T and G are one axis: with two axes of size 1 XLA for CPUs takes a slower product (a decode step by a third).
         rows = block.reshape(B, K, -1, H)
         logits = jnp.einsum("BKQH,BKCH->BKQC", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+        if k_scale is not None:
+            logits = logits * k_scale
         mask = seen(start, start + block.shape[2])[:, None, :, None]
         logits = jnp.where(mask, logits.reshape(*block.shape[:-1], -1), -jnp.inf)
-        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(B, K, -1, C)
+        probs = jax.nn.softmax(logits, axis=-1).reshape(B, K, -1, C)
+        probs = (probs if v_scale is None else probs * v_scale).astype(v.dtype)
         blocks.append(jnp.einsum("BKQC,BKCH->BKQH", probs, v).reshape(block.shape))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+def _with_scale(x: KeysOrValues, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Keys or values (B, K, C, H) of a cache, and their scales (B, K, 1, C) if they are quantized."""
+    return (x.qvalue.astype(dtype), x.scale[:, :, None]) if isinstance(x, Quantized) else (x, None)
 
 
 def _dot_product(

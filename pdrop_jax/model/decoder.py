@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import Implementation, LlavaConfig, Remat, TextConfig
 from pdrop_jax.model.attention import attend_cache, attention
-from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
+from pdrop_jax.model.cache import StageCache, as_cached, cache_prompt, restored, write_tokens
 from pdrop_jax.model.drop import Boundary, DropRecord, Past, TokenBuffer, drop
 from pdrop_jax.model.layers import decoder_layer, layer_of, rematerialise, scan_layers
 from pdrop_jax.model.params import Params
@@ -192,7 +192,7 @@ def run_stages(
                 rope=rope_in(text.window_of(stage.start) or EVERYTHING, ropes),
                 next_layer=layer_of(layers, 0),
                 places=query,
-                past=None if cache is None else Past(cache.k[0], start, key),
+                past=None if cache is None else Past(restored(cache.layer(0)[0], buffer.hidden.dtype), start, key),
                 last_layer=last_layer,
                 last_rope=rope_in(text.window_of(stage.start - 1) or EVERYTHING, ropes),
                 last_input=last_input,
@@ -215,20 +215,21 @@ def run_stages(
             ropes, query, key, windows, start = of_stage
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
-                window = text.sliding_window
+                window, stored = text.sliding_window, (as_cached(k, text.cache_dtype), as_cached(v, text.cache_dtype))
                 if cache is not None:
-                    written = write_tokens(cache, n, k, v, start)
-                    k, v = written.k[n], written.v[n]
+                    written = write_tokens(cache, n, *stored, start)
+                    cached = written.layer(n)
                     if text.by_slots:
-                        return attend_places(q, k, v, query, key, windows[n]), written
-                    return attend_cache(q, k, v, start, window), written
+                        return attend_places(q, *cached, query, key, windows[n]), written
+                    return attend_cache(q, *cached, start, window), written
+                k, v = (restored(x, q.dtype) for x in stored)
                 if text.by_slots:
                     out = attend_places(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, windows[n])
                 else:
                     out = attention(
                         q, k, v, causal=True, length=buffer.length, window=window, implementation=implementation
                     )
-                return out, None if new_slots is None else cache_prompt(k, v, new_slots)
+                return out, None if new_slots is None else cache_prompt(*stored, new_slots)
 
             rope = ropes[0] if len(ropes) == 1 else rope_in(windows[n], ropes)
             out, new = decoder_layer(text, params, x, rope, attend)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.model.attention import attention_mask
+from pdrop_jax.model.cache import as_cached, restored
 from pdrop_jax.model.layers import project_key, project_query, text_norm
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.rope import Rope
@@ -205,6 +206,7 @@ def attention_scores(
         row_rope = cos, sin
     q = project_query(config, params, jnp.take_along_axis(h, rows[..., None], axis=1), row_rope)
     k = project_key(config, params, h, rope)
+    k = restored(as_cached(k, config.cache_dtype), k.dtype)
     B, Q, _, H = q.shape
     S, window = hidden.shape[1], config.window_of(layer)
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)

@@ -107,7 +107,7 @@ def rerank(
         delta = jnp.take_along_axis(jnp.asarray(whole.positions), at, axis=1)[:, 0, 0] - first
     index = None
     if config.text.by_slots:  # the first stage drops nothing: its slots are those before any drop
-        room = output.slots if cache is None else cache.k.shape[3]
+        room = output.slots if cache is None else cache.slots
         index = (jnp.broadcast_to(jnp.arange(room), (len(first), room)),)
     new = run_stages(
         config,

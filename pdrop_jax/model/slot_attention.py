@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.attention import attend_masked
+from pdrop_jax.model.cache import KeysOrValues
 
 EVERYTHING = 2**30  # the window of a layer that sees everything, more than any number of slots
 
@@ -100,7 +101,7 @@ def check_masks(implementation: Implementation) -> None:
 
 @jax.named_scope("attention")
 def attend_places(
-    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: jax.Array | int
+    q: jax.Array, k: KeysOrValues, v: KeysOrValues, query: Places, key: Places, window: jax.Array | int
 ) -> jax.Array:
     """Attention to what ``sees`` shows, with the softmax in float32.
 
