@@ -21,7 +21,6 @@ from pdrop_jax.cli.options import (
 )
 from pdrop_jax.errors import UserError
 
-KEY = "PDROP_API_KEY"
 MIB = 2**20
 
 
@@ -75,7 +74,7 @@ def run(
     from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.inputs.download import DownloadRules
     from pdrop_jax.serve.budgets import copied_bytes, models_for
-    from pdrop_jax.serve.lifecycle import serve
+    from pdrop_jax.serve.lifecycle import KEY, serve
     from pdrop_jax.serve.service import Service
 
     rules = DownloadRules(hosts=image_hosts)
@@ -98,10 +97,7 @@ def run(
         downloads=rules,
         implementation=attention,
     )
-    key = os.environ.get(KEY) or None
-    if key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        print(f"note: whoever reaches {host} may ask: set {KEY} to require an API key", file=sys.stderr)
-    return serve(service, host, port, key)
+    return serve(service, host, port, os.environ.get(KEY) or None)
 
 
 def _found(name: str) -> bool:
