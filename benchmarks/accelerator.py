@@ -1,10 +1,11 @@
 """Parity and speed on a GPU or TPU, as Markdown and JSON.
 
-Four parts, each in its own process, so that one that runs out of memory or crashes does not stop the others and no
+Five parts, each in its own process, so that one that runs out of memory or crashes does not stop the others and no
 framework holds memory that the next one needs; before them the limits of the device are measured, a bfloat16 matrix
 product and a copy.
 
     inference  prefill and decode of LLaVA-1.5-7B's shape, random weights, bfloat16, dense and with the paper's drops
+    serving    continuous batching (``pdrop_jax.Engine``) of the same shape, against fixed batches
     training   a step of the same shape, with as many decoder layers as fit into the device's memory
     torch      transformers' torch LLaVA (sdpa, dense), if torch sees the device
     parity     the recorded vectors of tests/golden with each attention implementation that the device has
@@ -34,8 +35,15 @@ from benchmarks.device.report import add_shares, markdown
 from benchmarks.device.source_tree import make_importable
 from pdrop_jax.io import check_outputs, write_file
 
-PARTS = ("inference", "training", "torch", "parity")
+PARTS = ("inference", "serving", "training", "torch", "parity")
 # JAX would take three quarters of a GPU's memory, but no other process uses the device at the same time.
+SHAPE_NAMES = (
+    "7b",
+    "qwen2.5-vl-7b",
+    "qwen3-vl-8b",
+    "gemma-3-12b",
+    "tiny",
+)  # of benchmarks.device.shapes, which needs jax
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
 
 
@@ -62,11 +70,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
+    parser.add_argument("--shape", choices=SHAPE_NAMES, default="7b", help="7b is LLaVA-1.5-7B's")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each program")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--int8", action="store_true", help="inference: time int8 weights too")
+    parser.add_argument("--slots", type=int, default=32, help="serving: requests that run at the same time")
     parser.add_argument("--cases", nargs="+", help="recorded vectors to replay (default: all that run the model)")
+    parser.add_argument("--attention", nargs="+", help="implementations to replay them with (default: the platform's)")
     parser.add_argument("--markdown", type=pathlib.Path, help="file for the tables, which are printed too")
     parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
     parser.add_argument("--one-process", action="store_true", help="no process for each part: starts faster, for tests")
@@ -83,7 +94,9 @@ def child(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     words = [sys.executable, __file__, "--part", part, "--shape", options.shape, "--repeats", str(options.repeats)]
     words += ["--batches", *map(str, options.batches)]
     words += ["--cases", *options.cases] if options.cases else []
-    for name in ("platform", "memory", "train_layers"):
+    words += ["--attention", *options.attention] if options.attention else []
+    words += ["--int8"] if options.int8 else []
+    for name in ("slots", "platform", "memory", "train_layers"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
     environment = ENVIRONMENT | dict(os.environ)
@@ -111,6 +124,8 @@ def run_part(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]
             from benchmarks.device.parity_rows import parity as rows
         elif part == "limits":
             from benchmarks.device.limits import limits as rows
+        elif part == "serving":
+            from benchmarks.device.serving import serving as rows
         else:
             from benchmarks.device import ours
 

@@ -13,10 +13,12 @@ it depends least on the machine.
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -24,18 +26,21 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from pdrop_jax.analysis.cost import prefill_macs
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.convert.hf_parts import text_to_hf, vision_to_hf
+from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.generation.engine import decode, start
 from pdrop_jax.generation.next_token import token_sampler
 from pdrop_jax.generation.pretrained import arrange
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.anyres import whole
+from pdrop_jax.inputs.anyres import ImageTokens, whole
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.images import as_tokens, load_image_processor
 from pdrop_jax.model.decoder import positions_of
 from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
 from pdrop_jax.model.params import init_params
@@ -172,14 +177,25 @@ def decode_bytes(config: LlavaConfig, params: Any, batch: Batch) -> int:
 
 
 def make_batch(config: LlavaConfig, bucket: Bucket, B: int) -> Batch:
+    """``B`` rows of random text and one random square picture each, which fill the bucket."""
     rng = np.random.default_rng(0)
-    size = config.vision.image_size
     rows = []
     for _ in range(B):
         ids = rng.integers(3, config.text.vocab_size - 1, bucket.text).tolist()
-        crop = rng.standard_normal((size, size, 3), np.float32)
-        rows.append(Row([*ids[:8], IMAGE_PLACEHOLDER, *ids[8:]], [whole(crop, config)]))
+        rows.append(Row([*ids[:8], IMAGE_PLACEHOLDER, *ids[8:]], [picture(config, bucket.images[0], rng)]))
     return assemble(rows, config, bucket)
+
+
+def picture(config: LlavaConfig, tokens: int, rng: np.random.Generator) -> ImageTokens:
+    """A random square picture of so many image tokens."""
+    vision = config.vision
+    if not isinstance(vision, QwenVisionConfig):
+        return whole(rng.standard_normal(vision.crop_shape, np.float32), config)
+    side = math.isqrt(tokens) * vision.cell
+    pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as nothing:  # the default settings of the family
+        processor = load_image_processor(pathlib.Path(nothing), config)
+    return as_tokens(Image.fromarray(pixels), processor, config)
 
 
 def regroup(params: Any, config: LlavaConfig) -> Any:

@@ -54,10 +54,10 @@ def main(flags: chat.Flags) -> None:
     if flags.json:
         print(json.dumps({"flags": dataclasses.asdict(flags), "results": medians}, indent=2))
         return
-    print("| engine | first question | second question | second to first without a cache |")
+    print("| engine | first question | second question | to that without a cache |")
     print("|---|---|---|---|")
     for name, (first, second) in medians.items():
-        print(f"| {name} | {first:.3f} s | {second:.3f} s | {second / medians['no cache'][0]:.2f} |")
+        print(f"| {name} | {first:.3f} s | {second:.3f} s | {second / medians['no cache'][1]:.2f} |")
 
 
 def seconds(engine: Engine, question: str, picture: np.ndarray) -> float:

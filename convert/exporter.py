@@ -19,11 +19,13 @@ from pdrop_jax.convert.files import write_safetensors
 from pdrop_jax.convert.hf_config import hf_config, namings_for, select_strategy, with_image_token
 from pdrop_jax.convert.hf_parts import vision_to_hf
 from pdrop_jax.convert.jinja import write_chat_template
-from pdrop_jax.convert.names import NAMINGS, TOWERS, Leaf, Naming, leaves, unrun_shapes
+from pdrop_jax.convert.names import NAMINGS, ONLY_HERE, TOWERS, Leaf, Naming, leaves, unrun_shapes
 from pdrop_jax.convert.original_config import original_config, tower_folder
 from pdrop_jax.convert.tensors import DTYPES, DType
+from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.tokenizer import reading
 from pdrop_jax.io import read_json
+from pdrop_jax.model.compression import is_compressed
 
 Format = Literal["hf", "original"]
 SHARD_BYTES = 2**29
@@ -56,6 +58,8 @@ def export(model: pathlib.Path, out: pathlib.Path, format: Format, *, dtype: DTy
       OSError: the disk is full or may not be written; nothing is left behind.
     """
     config = LlavaConfig.load(model)
+    if is_compressed(config):
+        raise UserError(f"{ONLY_HERE}: use --format pdrop")
     dtype = dtype or checkpoint.abstract_arrays(model, config)["embed.embedding"].dtype.name
     linear = format == "original" and config.projector_layers == 1
     theirs = with_image_token(config) if format == "hf" else config

@@ -1,13 +1,14 @@
 """PyTorch checkpoint -> pdrop-jax checkpoint, one array at a time."""
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from pdrop_jax import checkpoint
@@ -22,7 +23,8 @@ from pdrop_jax.convert.tensors import DTYPES, DType, Tensors
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import template_named
 from pdrop_jax.inputs.model_template import OWN, find_chat_template
-from pdrop_jax.model.params import Params
+from pdrop_jax.model.params import Params, init_array, param_specs
+from pdrop_jax.model.standby_specs import copied_from
 from pdrop_jax.paths import files_below
 from pdrop_jax.schedule import DropSchedule
 
@@ -58,6 +60,7 @@ def write(
     tokenizer: str | os.PathLike | None = None,
     dtype: DType | None = None,
     template: str | None = None,
+    seed: int = 0,
 ) -> ImportSummary:
     """Writes checkpoint ``out``.
 
@@ -68,6 +71,7 @@ def write(
       dtype: of the arrays; None is ``default_dtype``.
       template: "own" or a name in ``chat_template.TEMPLATES``; None is the checkpoint's own chat template, or
         without one what LLaVA used with this kind of language model.
+      seed: RNG seed of the new arrays of standby tokens.
 
     Raises:
       UserError: ``out`` exists, the template is unknown, or the tokenizer or the template is missing; nothing is
@@ -80,10 +84,12 @@ def write(
     arrays = leaves(config, source.naming)
     dtype = dtype or default_dtype(source)
     itemsize = np.dtype(DTYPES[dtype]).itemsize
-    with checkpoint.new_folder(out, sum(math.prod(x.shape) for x in tensors.values()) * itemsize) as new:
+    unrun = [tensors[name].shape for name in unrun_shapes(config, source.naming) if name in tensors]
+    size = sum(math.prod(shape) for shape in [*(leaf.shape for leaf in arrays), *unrun]) * itemsize
+    with checkpoint.new_folder(out, size) as new:
         _copy_companions(source, tokenizer, new)
         config = dataclasses.replace(config, template=_template(template, config.template, new))
-        storage.write(new, _stacks(arrays, tensors, dtype))
+        storage.write(new, itertools.chain(_stacks(arrays, tensors, dtype), _standby(source, dtype, seed)))
         _write_unrun(source, new / checkpoint.UNUSED, dtype)
         write_provenance(new, source.location, source.tower)
         config.save(new)  # last, see ``new_folder``
@@ -121,6 +127,18 @@ def _stack(leaf: Leaf, tensors: Tensors, dtype: str) -> np.ndarray:
     for part, name in zip(result if leaf.stacked else [result], leaf.names, strict=True):
         part[...] = leaf.transform.to_ours(tensors[name].read(), leaf.part_shape)
     return result
+
+
+def _standby(source: Source, dtype: DType, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of standby tokens, if the config has them: copies of the pretrained ones, or new."""
+    pretrained = {leaf.path: leaf for leaf in leaves(source.config, source.naming)}
+    for name in flatten_dict(param_specs(source.config), sep="."):
+        if name.startswith("standby."):
+            copied = copied_from(name)
+            if copied is None:
+                yield name, np.asarray(init_array(source.config, name, seed, DTYPES[dtype]))
+            else:
+                yield name, _stack(pretrained[copied], source.tensors, dtype)
 
 
 def _write_unrun(source: Source, path: pathlib.Path, dtype: str) -> None:

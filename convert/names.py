@@ -13,9 +13,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pdrop_jax.config import LlavaConfig
+from pdrop_jax.errors import UserError
+from pdrop_jax.model.compression import Expansion, averaging, expansion
 from pdrop_jax.model.params import Params, abstract_params
 
 Shape = tuple[int, ...]
+ONLY_HERE = "no other library can load a model that compresses, merges or slices pictures as LLaVA-UHD v4 does"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,19 @@ IGNORED = re.compile(
 )
 
 
+def expanded(transform: Transform, made: Expansion) -> Transform:
+    """``transform`` for an array that is made of the one that it reads; no tensor is made of it in turn."""
+
+    def to_torch(x: np.ndarray) -> np.ndarray:
+        raise UserError(ONLY_HERE)
+
+    return Transform(
+        lambda shape: transform.shape(made.inverse(shape)),
+        lambda x, shape: made.values(transform.to_ours(x, made.inverse(shape))),
+        to_torch,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One of our arrays and the PyTorch tensors that it is made of.
@@ -181,20 +197,32 @@ class Leaf:
 
 
 def leaves(config: LlavaConfig, naming: Naming) -> list[Leaf]:
-    """Every array of a ``config`` model that ``naming`` has a row for."""
+    """Every array of a ``config`` model that ``naming`` has a row for.
+
+    With early compression several of them may be made of the same tensor; without it each has its own.
+    """
     table = naming.table(config)
     ranges = config.schedule.layer_ranges(config.text.num_layers)
+    compression = config.vision.early_compression
+    first = compression.after + 1 if compression else config.vision_layers
     result = []
     for path, leaf in flatten_dict(abstract_params(config), sep=".").items():
-        row, layers = path, None
+        row, layers, made = path, None, None
         if path.startswith("vision.layers."):
-            layers = range(config.vision_layers)
+            layers = range(first)
+        elif path.startswith("vision.later_layers."):
+            row, layers = path.replace("later_layers", "layers"), range(first, config.vision_layers)
+        elif path.startswith("vision.compressor."):
+            row, made = path.replace("compressor", "layers"), expansion(path.removeprefix("vision.compressor."))
+        elif path == "projector.linear_0.kernel" and config.family == "LLaVA" and config.crop_tower.merge_size > 1:
+            made = averaging(config.crop_tower.merge_size**2)
         elif path.startswith("stages."):
             _, stage, array = path.split(".", 2)
             row, layers = f"stages.{array}", range(*ranges[int(stage)])
         if row in table:
             name, transform = table[row]
-            names = (name,) if layers is None else tuple(name.format(n=n) for n in layers)
+            names = (name.format(n=first - 1),) if layers is None else tuple(name.format(n=n) for n in layers)
+            transform = expanded(transform, made) if made else transform
             result.append(Leaf(path, leaf.shape, names, layers is not None, transform))
     return result
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from pdrop_jax import checkpoint
@@ -28,6 +29,12 @@ from pdrop_jax.convert.towers import find_tower, has_known_config, named_tower, 
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_json
 from pdrop_jax.schedule import DropSchedule
+
+Change = Callable[[LlavaConfig], LlavaConfig]
+
+
+def unchanged(config: LlavaConfig) -> LlavaConfig:
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,7 @@ def open_source(
     schedule: DropSchedule | None = None,
     *,
     projector: pathlib.Path | None = None,
+    change: Change = unchanged,
 ) -> Source:
     """Opens a PyTorch checkpoint and compares the names and shapes of its tensors with its config.
 
@@ -68,6 +76,7 @@ def open_source(
       vision: folder or id of the vision tower, for an original checkpoint without one; None is the tower that the
         checkpoint's config names.
       projector: file of a projector that replaces the checkpoint's.
+      change: what becomes of the config of the converted model; it raises UserError if it cannot.
 
     Raises:
       UserError: ``name`` is not a checkpoint, is damaged, or something in it is not supported. All tensors that are
@@ -76,6 +85,7 @@ def open_source(
     location = name if isinstance(name, Location) else locate(name)
     with named_as_typed(location):
         data, config, tower = _open_config(location, vision, schedule)
+        change(config)  # before the weights are downloaded
         original = original_type(data) is not None
         fetch_files(location)  # the rest after the config: an unsupported model is not downloaded
         folder = fetch_weights(location)
@@ -93,7 +103,7 @@ def open_source(
         if projector is not None:
             tensors |= read_projector(projector, config, naming)
         what = f"{folder} does not contain the model that its config.json describes"
-        return Source(location, config, naming, _check_tensors(config, naming, tensors, what), tower)
+        return Source(location, change(config), naming, _check_tensors(config, naming, tensors, what), tower)
 
 
 def source_config(location: Location) -> LlavaConfig:
@@ -137,6 +147,7 @@ def open_parts(
     projector: pathlib.Path | None = None,
     projector_layers: int | None = None,
     seed: int = 0,
+    change: Change = unchanged,
 ) -> Source:
     """A LLaVA made of a language model, a vision tower and a projector, as if it were an original checkpoint.
 
@@ -148,13 +159,14 @@ def open_parts(
       projector: its file; None initializes a new one.
       projector_layers: 1 is linear, 2 an MLP; None is that of ``projector``, or 2 for a new one.
       seed: RNG seed of a new projector.
+      change: as in ``open_source``.
 
     Raises:
       UserError: as ``open_source``.
     """
     location = locate(llm)
     with named_as_typed(location):
-        return _open_parts(location, vision, schedule, projector, projector_layers, seed)
+        return _open_parts(location, vision, schedule, projector, projector_layers, seed, change)
 
 
 def _open_parts(
@@ -164,6 +176,7 @@ def _open_parts(
     projector: pathlib.Path | None,
     projector_layers: int | None,
     seed: int,
+    change: Change,
 ) -> Source:
     data = _read_config(location)
     llm = fetch_files(location, checkpoint.PROCESSOR)
@@ -185,6 +198,7 @@ def _open_parts(
     config = llava_from_hf(
         data | llava, vision=vision_config, generation=generation, schedule=schedule, where=str(llm / "config.json")
     )
+    change(config)  # before the weights are downloaded
     naming = NAMINGS["original-linear" if layers == 1 else "original"]
     fetch_files(location)
     tensors = read_folder(fetch_weights(location))
@@ -193,7 +207,7 @@ def _open_parts(
     tensors |= _tower_tensors(config, fetch_weights(tower), naming)
     tensors |= read_projector(projector, config, naming) if projector else fresh_projector(config, naming, seed)
     what = f"{llm} and {tower.name} do not contain the models that their config.json files describe"
-    return Source(location, config, naming, _check_tensors(config, naming, tensors, what), tower)
+    return Source(location, change(config), naming, _check_tensors(config, naming, tensors, what), tower)
 
 
 def _read_config(location: Location) -> dict[str, Any]:

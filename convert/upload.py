@@ -7,8 +7,10 @@ import re
 from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.convert.hub_requests import ask
+from pdrop_jax.convert.names import ONLY_HERE
 from pdrop_jax.convert.provenance import Provenance, read_provenance
 from pdrop_jax.errors import UserError
+from pdrop_jax.model.compression import is_compressed
 from pdrop_jax.schedule import DropSchedule
 
 # Files of an earlier upload that this one does not replace would be read instead of its own.
@@ -58,7 +60,9 @@ def write_card(folder: pathlib.Path, model: pathlib.Path, repo: str, format: str
     """Writes the model card, README.md, into the export ``folder`` of ``model``. UserError if a file is damaged."""
     from huggingface_hub import ModelCardData
 
-    schedule, source = LlavaConfig.load(model).schedule, read_provenance(model)
+    config, source = LlavaConfig.load(model), read_provenance(model)
+    others = f"{ONLY_HERE[0].upper()}{ONLY_HERE[1:]}." if is_compressed(config) else OTHERS[format].format(repo=repo)
+    schedule = config.schedule
     data = ModelCardData(
         library_name=LIBRARIES[format],
         pipeline_tag="image-text-to-text",
@@ -71,7 +75,7 @@ def write_card(folder: pathlib.Path, model: pathlib.Path, repo: str, format: str
         _origin(model, source),
         _drops(schedule),
         f"With pdrop-jax:\n\n```python\n{_usage(repo, schedule, format)}\n```",
-        OTHERS[format].format(repo=repo),
+        others,
     ]
     (folder / "README.md").write_text("\n\n".join(sections) + "\n")
 

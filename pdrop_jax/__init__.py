@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pdrop_jax.generation.result import Answer as Answer
     from pdrop_jax.generation.result import Generation as Generation
     from pdrop_jax.generation.sampling import Sampling as Sampling
+    from pdrop_jax.inputs.frames import Standby as Standby
     from pdrop_jax.inputs.images import Video as Video
     from pdrop_jax.inputs.processor import Processor as Processor
     from pdrop_jax.model.scores import TokenScore as TokenScore
@@ -54,6 +55,7 @@ _MODULES = {
     "Processor": "inputs.processor",
     "Sampling": "generation.sampling",
     "Session": "generation.chat",
+    "Standby": "inputs.frames",
     "TextConfig": "config",
     "TokenScore": "model.scores",
     "UserError": "errors",

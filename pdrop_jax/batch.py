@@ -59,6 +59,8 @@ class Batch:
       patch_layout: (B, C, U, 3 or 5) int32, where the patches of a window are (``families.qwen2_vl.tower``); None for
         crops.
       positions: (B, S, 3) int32, time, height and width of each token for M-RoPE; None without it.
+      clips: (B, C) int32, crops with the same number are frames of one block (``model.standby``); None if no image of
+        the batch has standby tokens. With it, the features of all crops' standby tokens stand behind those as frames.
       scores: (B, S) float32, the caller's scores for the score "given", the larger are kept; None otherwise.
     """
 
@@ -74,3 +76,4 @@ class Batch:
     scores: Array | None = None
     patch_layout: Array | None = None
     positions: Array | None = None
+    clips: Array | None = None

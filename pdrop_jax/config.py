@@ -21,11 +21,16 @@ from pdrop_jax.families.smolvlm import config as smolvlm
 from pdrop_jax.io import UNFINISHED, read_json
 from pdrop_jax.paths import as_path, in_bucket, why_missing
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.schema import NO_OTHER_KEYS, Pixels, TokenId, validated
+from pdrop_jax.schema import NO_OTHER_KEYS, TokenId, validated
+from pdrop_jax.text_config import CacheDtype as CacheDtype
 from pdrop_jax.text_config import Family as Family
 from pdrop_jax.text_config import RopeScaling as RopeScaling
 from pdrop_jax.text_config import TextConfig as TextConfig
+from pdrop_jax.vision_config import MAX_TILES as MAX_TILES
 from pdrop_jax.vision_config import Activation as Activation
+from pdrop_jax.vision_config import EarlyCompression as EarlyCompression
+from pdrop_jax.vision_config import StandbyConfig as StandbyConfig
+from pdrop_jax.vision_config import Tiling as Tiling
 from pdrop_jax.vision_config import VisionConfig as VisionConfig
 
 FORMAT = "pdrop-jax-1"
@@ -35,40 +40,16 @@ ALWAYS_THERE = {
     "text": ("vocab_size", "hidden_size", "num_layers"),
     "schedule": ("layers", "ratios"),
 }
-MAX_TILES = 1024
 MAX_PROJECTOR_LAYERS = 16
 
 
 # Choices of the model code that the command line and recipes offer too, without importing jax.
 Implementation = Literal["auto", "xla", "blocked", "cudnn", "splash"]  # of attention, see ``model.attention``
 Remat = Literal["none", "dots", "full"]  # what a layer keeps for its gradient, see ``model.layers.rematerialise``
-Group = Literal["vision", "projector", "llm", "lora"]  # parts of the model that are trained together
+Quantization = Literal["int8", "int4", "w8a8", "w4a8", "w4a4"]  # of the decoder, see ``model.quantization``
+# Parts of the model that are trained together
+Group = Literal["vision", "compressor", "standby", "projector", "llm", "lora"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a decoder layer; each may carry a LoRA adapter
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Pictures of any size as tiles, LLaVA-NeXT's anyres; see ``inputs.anyres``.
-
-    Attributes:
-      pinpoints: (height, width) pixels of the resolutions that a picture is resized into.
-      max_tiles: features beyond those of this many tiles are bilinearly downsampled (OneVision's anyres_max_9); None
-        never downsamples.
-      rounded: round the number of features that a picture covers before truncating it, as Hugging Face's code does.
-      alone: tile a picture only if it is the only one of its row (OneVision).
-    """
-
-    __pydantic_config__ = NO_OTHER_KEYS
-
-    pinpoints: Annotated[tuple[tuple[Pixels, Pixels], ...], Field(max_length=MAX_TILES)]
-    max_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
-    rounded: bool = False
-    alone: bool = False
-
-    @classmethod
-    def next(cls, tile: int = 336) -> "Tiling":
-        """LLaVA-NeXT's five resolutions, of tiles of ``tile`` pixels."""
-        return cls(tuple((h * tile, w * tile) for h, w in ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))))
 
 
 def _tower_class(tower: Any) -> str:
@@ -112,6 +93,7 @@ class LlavaConfig:
     # A video's frames are averaged over squares of so many features a side before the projector, as in Hugging Face's
     # LLaVA-NeXT-Video; None: their features are resized to half a side behind it.
     frame_stride: int | None = None
+    standby: StandbyConfig | None = None  # the tower's standby tokens, for what is shown with mode "standby"
     template: str = "vicuna_v1"  # "own" is the chat template in the checkpoint's folder, see inputs.prompts
     image_token_id: TokenId | None = None  # id of "<image>" in a Hugging Face tokenizer; the original has none
     video_token_id: TokenId | None = None  # id of "<video>", likewise
@@ -124,8 +106,13 @@ class LlavaConfig:
                 f"select_layer {self.select_layer} names no hidden state of a vision tower of "
                 f"{self.vision.num_layers} layers"
             )
+        self._check_compression()
         if isinstance(self.vision, VisionConfig):
             self._check_crops(self.vision)
+        if self.standby and self.family != "LLaVA":
+            raise UserError(f"standby tokens are for LLaVA's towers, but this model is of the family {self.family}")
+        if self.standby and (self.vision.early_compression or self.crop_tower.merge_size > 1):
+            raise UserError("standby tokens and a compressed vision tower do not go together: choose one")
         self.schedule.check(self.text.num_layers)
         if self.schedule.positions == "auto":
             positions: Literal["dense", "original"] = "original" if self.text.mrope_sections else "dense"
@@ -135,6 +122,19 @@ class LlavaConfig:
             raise UserError(
                 f"{self.additions} layers of the vision tower are added behind the decoder's first layers, but it has "
                 f"{self.text.num_layers}"
+            )
+
+    def _check_compression(self) -> None:
+        compression = self.vision.early_compression
+        if compression and isinstance(self.vision, VisionConfig) and self.family != "LLaVA":
+            raise UserError(
+                f"early compression is for CLIP, SigLIP and Qwen towers, but this model's is {self.vision.kind}"
+            )
+        if compression and compression.after >= self.vision_layers - 1:
+            last = self.vision_layers - 1
+            raise UserError(
+                f"early compression after layer {compression.after} leaves no layer behind it: the vision tower runs "
+                f"layers 0 to {last}" + (f", choose one of 0 to {last - 1}" if last else "")
             )
 
     def _check_crops(self, vision: VisionConfig) -> None:
@@ -148,11 +148,16 @@ class LlavaConfig:
             )
         if self.tiling and self.keep_class_token:
             raise UserError("tiles with class tokens are not supported: the feature selection must be patch")
+        if self.keep_class_token and vision.merge_size > 1 and self.family == "LLaVA":
+            raise UserError(
+                f"a class token cannot be merged with others, but squares of {vision.merge_size} features a side are: "
+                "the feature selection must be patch"
+            )
         if self.keep_class_token and not vision.class_tokens:
             raise UserError(f"a {vision.kind} tower has no class token to keep")
-        if self.frame_stride is not None and not 1 <= self.frame_stride <= vision.patches_a_side:
+        if self.frame_stride is not None and not 1 <= self.frame_stride <= vision.features_a_side:
             raise UserError(
-                f"frames of {vision.patches_a_side} features a side cannot be averaged over {self.frame_stride}"
+                f"frames of {vision.features_a_side} features a side cannot be averaged over {self.frame_stride}"
             )
 
     @property
@@ -193,7 +198,12 @@ class LlavaConfig:
     @property
     def frame_tokens(self) -> int:
         """Further features of a crop as a frame of a video, if those are averaged before the projector."""
-        return (self.crop_tower.patches_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
+        return (self.crop_tower.features_a_side // self.frame_stride) ** 2 if self.frame_stride else 0
+
+    @property
+    def standby_tokens(self) -> int:
+        """Tokens of a crop that is shown with mode "standby"."""
+        return self.standby.tokens if self.standby else 0
 
     @property
     def features_per_token(self) -> int:
@@ -250,6 +260,7 @@ class LlavaConfig:
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
+        del data["text"]["cache_dtype"]  # chosen when a model is loaded, as the dtype is
         data["schedule"] = self.schedule.to_json()
         return {"format": FORMAT, **data}
 

@@ -5,6 +5,7 @@ The schedule determines every shape of the model, so tracing needs nothing but a
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,10 +42,12 @@ class DropSchedule:
     ``positions="dense"`` renumbers the tokens after each drop, as the official code does; ``"original"`` keeps the
     positions from before the first drop. ``"auto"`` is what suits the model: dense, or original with M-RoPE, where a
     position says where in the picture a token is; ``LlavaConfig.schedule`` has it resolved. ``score`` names a
-    token-scoring function of ``model.scores``; ``seed`` is for the score "random".
+    token-scoring function of ``model.scores``; ``seed`` is for the score "random" and ``weights`` for "quota"
+    (``model.quota``, where None are its defaults).
 
     Raises:
-      UserError: lists of different length, layers that are not ascending, ratios that increase or are not in 0..1.
+      UserError: lists of different length, layers that are not ascending, ratios that increase or are not in 0..1,
+        weights of another score than "quota" or not four finite numbers.
     """
 
     __pydantic_config__ = NO_OTHER_KEYS
@@ -54,6 +57,7 @@ class DropSchedule:
     positions: Positions = "auto"
     score: str = "pyramiddrop"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    weights: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
@@ -73,6 +77,13 @@ class DropSchedule:
             )
         if self.positions not in ("auto", "dense", "original"):
             raise UserError(f"positions must be 'auto', 'dense' or 'original', got {self.positions!r}")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+            if self.score != "quota" or len(self.weights) != 4 or not all(map(math.isfinite, self.weights)):
+                raise UserError(
+                    f"weights are four finite numbers for the score 'quota', got {list(self.weights)} for "
+                    f"{self.score!r}"
+                )
         if self.score == "none" and any(self.ratios):
             raise UserError(f"score 'none' drops all image tokens: its ratios must be 0, got {list(self.ratios)}")
 
@@ -125,10 +136,12 @@ class DropSchedule:
         return tuple(stages)
 
     def to_json(self) -> dict[str, Any]:
-        """Score and seed are left out if they are the paper's, as in checkpoints from before they could be chosen."""
+        """What follows ``positions`` is left out if it is the default, as in checkpoints from before it existed."""
         data = {"layers": list(self.layers), "ratios": list(self.ratios), "positions": self.positions}
         paper = {field.name: field.default for field in dataclasses.fields(self)}
-        return data | {name: getattr(self, name) for name in ("score", "seed") if getattr(self, name) != paper[name]}
+        return data | {
+            name: getattr(self, name) for name in ("score", "seed", "weights") if getattr(self, name) != paper[name]
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "DropSchedule":

@@ -11,6 +11,7 @@ from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Positions, P
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "smolvlm", "idefics3"
 ]
+CacheDtype = Literal["int8", "int4"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,9 @@ class TextConfig:
     local_rope_theta: RopeBase | None = None  # of the layers with a window, never scaled; None is that of all layers
     # Tokens of a picture see each other in both directions, in layers with a window within it.
     two_way_images: bool = False
+    # Of cached keys and values, with a scale for each token and head, see ``model.cache``; None is the activations'.
+    # Not a part of checkpoints: it is chosen when a model is loaded.
+    cache_dtype: CacheDtype | None = None
 
     def __post_init__(self) -> None:
         if self.mrope_sections and sum(self.mrope_sections) * 2 != self.head_dim:

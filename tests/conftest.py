@@ -21,6 +21,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# Two workers share two cores: threads of torch and numpy that wait for each other there take twice the processor time.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # Tests compile the same programs again and again, also in the processes that they start. Each worker has a cache of its
 # own, because one process could read what another is still writing.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pdrop-jax-tests-")

@@ -36,13 +36,14 @@ from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.attention import _splash, attention
+from pdrop_jax.model.attention import attention
 from pdrop_jax.model.decoder import positions_of
 from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
 from pdrop_jax.model.params import init_params
 from pdrop_jax.model.placement import shardings
 from pdrop_jax.model.quantization import quantize_decoder
 from pdrop_jax.model.rope import rope_tables
+from pdrop_jax.model.splash import splash_causal
 from pdrop_jax.model.vlm import embed, forward
 from pdrop_jax.parity.replay import Reference, check
 from pdrop_jax.schedule import DropSchedule
@@ -154,7 +155,7 @@ def test_the_tpu_kernel_is_given_the_rows_and_heads_of_a_device(shape):
 
     expected = values_and_gradient(functools.partial(attention, causal=True, length=length, implementation="xla"))
     with jax.set_mesh(mesh_of(shape)):
-        ours = values_and_gradient(functools.partial(_splash, interpret=True))
+        ours = values_and_gradient(functools.partial(splash_causal, interpret=True))
     close(ours, expected)
 
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from tiny_run import write_start
+from tiny_server import write_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -38,7 +39,7 @@ def run_as_shipped(name, *options):
 
 
 def test_no_benchmark_is_forgotten():
-    tests = pathlib.Path(__file__).read_text()
+    tests = pathlib.Path(__file__).read_text() + (ROOT / "tests/serve/test_soak.py").read_text()
     for path in BENCHMARKS.glob("*.py"):
         assert f'("{path.stem}"' in tests, path.name
 
@@ -100,6 +101,21 @@ def test_quantized(run):
     rows = run("quantized", "--pictures", 1).splitlines()
     assert rows[0] == "|  | bfloat16 | int8 weights | float32 |"
     assert rows[-1].startswith("| the same image tokens in the last stage | 100.0% |")
+
+
+def test_quota(run):
+    out = run("quota", "--pictures", 1, "--calibration-pictures", 1).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("|")]
+    names = [row[0] for row in rows[2:]]
+    assert names[:4] == ["dense, float", "dense, quantized", "pyramiddrop, in float", "quota, in float"]
+    assert names[4:] == [
+        "pyramiddrop, joint",
+        *(f"quota, joint, {x}" for x in ("no residual", "residual keeps", "residual drops")),
+    ]
+    number = r"[+-]?\d+\.\d+%?"
+    interval = rf"{number} \({number} to {number}\)"
+    assert all(re.fullmatch(interval, cell) for row in rows[6:] for cell in row[1:])
+    assert out[-1].startswith("Allocated joint: ")
 
 
 def test_convert_7b(run, tmp_path):
@@ -195,3 +211,19 @@ def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
     (tmp_path / "optax.py").write_text("raise ImportError('not here', name='optax')")
     with pytest.raises(AssertionError, match="the package optax is missing"):
         run_uninstalled("accelerator", "--parts", "training")
+
+
+def test_stream(run):
+    """Memory and tokens are those of the first part that fills window and bank."""
+    found = json.loads(run("stream", "--frames", 30, "--parts", 2, "--json"))["results"]
+    assert [row["frames"] for row in found] == [16, 31]
+    assert {(row["window"], row["cache_mb"]) for row in found} == {(1, found[0]["cache_mb"])}
+
+
+def test_serving(run, tmp_path):
+    options = ["--requests", 2, "--clients", 2, "--new-tokens", 4, "--slots", 1, "--json"]
+    rows = [*map(json.loads, run("serving", "--model", write_model(tmp_path / "tiny"), *options).splitlines())]
+    servers = ["pdrop serve, PyramidDrop", "pdrop serve, dense", "FastAPI and transformers, dense"]
+    assert [(row["server"], row["clients"]) for row in rows] == [(server, 2) for server in servers]
+    assert all(0 < row["first_token_ms"] <= row["first_token_ms_95"] for row in rows)
+    assert all(row["requests_per_second"] > 0 and row["token_ms"] > 0 for row in rows)

@@ -50,7 +50,7 @@ UNUSUAL = LlavaConfig(
 )
 SIGLIP = VisionConfig(28, 14, 32, 64, 3, 4, 1e-4, "gelu_tanh", "siglip", True)
 NO_BOS = LlavaConfig(SIGLIP, TextConfig(sliding_window=7, family="mistral"), bos_token_id=None, eos_token_ids=())
-TILED = LlavaConfig(SIGLIP, tiling=Tiling(((28, 56), (84, 28)), max_tiles=3, rounded=True, alone=True))
+TILED = LlavaConfig(SIGLIP, tiling=Tiling(((28, 56), (84, 28)), max_tiles=3, rounded=True, alone=True, choice="aspect"))
 LLAMA = dataclasses.replace(PLAIN_ROPE, family="llama", sliding_window=None)
 MISTRAL = dataclasses.replace(PLAIN_ROPE, family="mistral", qkv_bias=False, output_bias=False)
 QWEN2 = dataclasses.replace(PLAIN_ROPE, output_bias=False)
@@ -67,8 +67,10 @@ def test_every_field_of_the_unusual_config_differs_from_its_default():
     assert len(differing_fields(TILED.tiling, Tiling.next())) == len(dataclasses.fields(Tiling))
     assert len(differing_fields(UNUSUAL.text, TextConfig())) == len(dataclasses.fields(TextConfig))
     # 28 pixels are 2 x 2 patches of 14; only a CLIP tower has a class token to keep.
-    # The last four are InternViT's, whose configs tests/families/test_tile_checkpoints.py compares.
+    # The next four are InternViT's, whose configs tests/families/test_tile_checkpoints.py compares, and the last two
+    # LLaVA-UHD v4's: tests/model/test_compression.py.
     kept = {"patch_size", "kind", "pooling_head", "qkv_bias", "layer_scale", "rms_norm", "qk_norm"}
+    kept |= {"early_compression", "merge_size"}
     assert len(differing_fields(UNUSUAL.vision, VisionConfig())) == len(dataclasses.fields(VisionConfig)) - len(kept)
 
 

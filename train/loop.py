@@ -28,6 +28,7 @@ from pdrop_jax.sharding import devices_along, make_mesh
 from pdrop_jax.train.checkpoints import CheckpointMetadata, Checkpoints, Trained, changes
 from pdrop_jax.train.checks import Check, due_checks, missing_checks, open_checks, run_checks
 from pdrop_jax.train.data.pipeline import Dataset, Step, check_batches, import_grain, open_dataset, pipeline
+from pdrop_jax.train.data.standby import views
 from pdrop_jax.train.model import is_up_to_date, open_start, write_model
 from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.progress import Progress
@@ -243,7 +244,8 @@ def _run(
 ) -> tuple[int, TrainState]:
     """Runs steps first + 1..steps, or fewer if asked to stop. Returns the number of steps taken and the new state."""
     run, model, dtype = job.recipe.run, job.recipe.model, jnp.dtype(job.recipe.model.dtype)
-    rate = learning_rate(job.recipe.optimizer.learning_rate, job.recipe.optimizer.warmup, job.steps)
+    optimizer = job.recipe.optimizer
+    rate = learning_rate(optimizer.learning_rate, optimizer.warmup, job.steps, optimizer.final_share)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
     number, pending, shapes = first, None, set[tuple[Bucket, int]]()
     step = train_step_for(jax.default_backend(), run.batch_size // _parts(job.mesh, run))
@@ -276,7 +278,7 @@ def _run(
                     job.config,
                     job.optimizer,
                     state,
-                    place_rows(read.batch, job.mesh),
+                    place_rows(views(read.batch, job.config, job.recipe.data.image_mode), job.mesh),
                     dtype=dtype,
                     grad_accum_steps=run.grad_accum_steps,
                     remat=model.remat,

@@ -42,6 +42,15 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
         raise UserError("model.layers and model.ratios must be given together: set both or neither")
     schedule = None if model.layers is None else DropSchedule(model.layers, model.ratios or (), score=model.score)
     config, params = checkpoint.load(model.start, schedule=schedule, mesh=mesh)
+    if data.image_mode != "focus" and not config.standby:
+        raise UserError(
+            f"data.image_mode is {data.image_mode!r}, but the model has no standby tokens: convert it with --standby 16"
+        )
+    if "standby" in model.groups and data.image_mode == "focus":
+        raise UserError(
+            'model.groups contains "standby", but data.image_mode is "focus", which shows no standby tokens: set it to '
+            '"standby" or "both"'
+        )
     checkpoint.files_to_copy(as_path(model.start), checkpoint.COMPANIONS)  # fail now, not after the last step
     if data.template not in (None, "plain"):  # pretraining leaves no way to ask
         config = dataclasses.replace(config, template=data.template)
@@ -50,9 +59,12 @@ def open_start(model: ModelRecipe, data: DataRecipe, seed: int, mesh: Mesh | Non
             f"data.image_aspect is {data.image_aspect!r}, but a {config.family} model takes pictures of any "
             "aspect: remove it"
         )
-    if data.image_aspect == "anyres":
-        if not config.tiling:
-            config = dataclasses.replace(config, tiling=Tiling.next(config.crop_tower.image_size))
+    if data.image_aspect == "anyres" or data.image_aspect == "slices":
+        had, choice = config.tiling, "area" if data.image_aspect == "anyres" else "aspect"
+        if not had or had.choice != choice:
+            make = Tiling.next if choice == "area" else Tiling.slices
+            config = dataclasses.replace(config, tiling=make(config.crop_tower.image_size))
+        if not had:
             params = params | {"newline": {"embedding": _new_newline(config, params, seed, mesh)}}
     elif data.image_aspect:
         config = dataclasses.replace(config, image_aspect=data.image_aspect, tiling=None)
@@ -75,6 +87,10 @@ def _check_groups(model: ModelRecipe, config: LlavaConfig) -> None:
         raise UserError(
             f"model.lora_rank is {model.lora_rank} but model.groups is {list(model.groups)}: "
             'LoRA needs both a rank above 0 and the group "lora"'
+        )
+    if "compressor" in model.groups and config.vision.early_compression is None:
+        raise UserError(
+            'model.groups names "compressor", but the vision tower has none: convert the model with --compress-vision K'
         )
     if model.lora_rank > config.text.hidden_size:
         raise UserError(

@@ -17,14 +17,15 @@ from pdrop_jax.train.recipe import OptimizerRecipe
 MUON_RMS = 0.2  # RMS of an update, similar to that of AdamW (Liu et al., 2025, section 2.2)
 
 
-def learning_rate(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """Linear warmup from 0 to ``peak``, followed by cosine decay to 0.
+def learning_rate(peak: float, warmup: float, steps: int, final_share: float = 0.0) -> optax.Schedule:
+    """Linear warmup from 0 to ``peak``, followed by cosine decay to ``final_share`` of it.
 
     Args:
       warmup: fraction of ``steps``, rounded up to whole steps; at least one step is left for the decay.
     """
     warmup_steps = min(math.ceil(warmup * steps), max(steps, 1) - 1)
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, 1))
+    first = 0.0 if warmup_steps else peak
+    return optax.warmup_cosine_decay_schedule(first, peak, warmup_steps, max(steps, 1), peak * final_share)
 
 
 @functools.cache  # a new optimizer object would make the training step recompile
@@ -36,13 +37,15 @@ def make_optimizer(config: LlavaConfig, recipe: OptimizerRecipe, steps: int) -> 
     """
     peaks = {
         "vision": recipe.vision_learning_rate,
+        "compressor": None,
         "projector": recipe.projector_learning_rate,
         "lora": None,
         "llm": None,
+        "standby": None,
     }
     rates = {
         group: optax.scale_by_learning_rate(
-            learning_rate(recipe.learning_rate if peak is None else peak, recipe.warmup, steps)
+            learning_rate(recipe.learning_rate if peak is None else peak, recipe.warmup, steps, recipe.final_share)
         )
         for group, peak in peaks.items()
     }

@@ -25,6 +25,7 @@ PRESETS = pathlib.Path(__file__).parent / "presets"
 RECIPE_BYTES = 2**14  # maximum size of a file; tomllib takes quadratic time on dotted keys
 MOST_STEPS = 10_000_000  # the table of their learning rates takes 40 MB
 
+ImageMode = Literal["focus", "standby", "both"]
 Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Name = Annotated[str, Field(max_length=64)]
 Rate = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -43,8 +44,8 @@ class ModelRecipe:
 
     __pydantic_config__ = NO_OTHER_KEYS
 
-    start: Path  # checkpoint folder in the pdrop format
-    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=4)] = ("projector", "llm")
+    start: Path  # checkpoint folder; `pdrop train` also takes a PyTorch one, or owner/name[@revision] on the Hub
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=6)] = ("projector", "llm")
     # Drop schedule: layers, ratios and score. If layers and ratios are None, the checkpoint's schedule is used.
     layers: Annotated[tuple[Layer, ...], Field(max_length=64)] | None = None
     ratios: Annotated[tuple[Share, ...], Field(max_length=64)] | None = None
@@ -78,7 +79,10 @@ class DataRecipe:
     images: Path | None = None  # folder that image names are relative to; None is the folder of the conversations
     sources: Annotated[tuple[SourceRecipe, ...], Field(max_length=256)] = ()  # in place of conversations and images
     outside_images: bool = False  # allow image names that leave the folder, such as ../1.png
-    image_aspect: Literal["square", "pad", "anyres"] | None = None  # None keeps the checkpoint's setting
+    # "anyres" tiles pictures as LLaVA-NeXT does, "slices" as LLaVA-UHD; None keeps the checkpoint's setting.
+    image_aspect: Literal["square", "pad", "anyres", "slices"] | None = None
+    # What a picture is shown by: all its tokens, its standby tokens, or each in turn, with the mean of the two losses.
+    image_mode: ImageMode = "focus"
     template: Name | None = None  # prompt template; None is the checkpoint's, "own" its own chat template
     max_length: Positions = 2048  # in tokens, including all image tokens
     too_long: Literal["truncate", "skip"] = "truncate"  # rows longer than max_length
@@ -112,7 +116,7 @@ class DataRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW with linear warmup and cosine decay to zero. The defaults are those of LLaVA-1.5 fine-tuning.
+    """AdamW with linear warmup and cosine decay. The defaults are those of LLaVA-1.5 fine-tuning.
 
     "muon" orthogonalizes the momentum of weight matrices (Jordan, 2024) and scales the update so that AdamW learning
     rates can be reused (Liu et al., 2025). Token embeddings, the head and parameters that are not matrices are trained
@@ -126,6 +130,7 @@ class OptimizerRecipe:
     vision_learning_rate: Rate | None = None  # None uses learning_rate
     projector_learning_rate: Rate | None = None  # None uses learning_rate
     warmup: Share = 0.03  # fraction of all steps
+    final_share: Share = 0.0  # fraction of each learning rate that the decay ends at
     weight_decay: Rate = 0.0  # not applied to norms and biases
     b1: Decay = 0.9
     b2: Decay = 0.999

@@ -99,7 +99,7 @@ def init_state(
 
     Args:
       params: all parameters, of any float dtype.
-      groups: trained parameter groups, out of "vision", "projector", "llm" and "lora".
+      groups: trained parameter groups, out of those of ``config.Group``.
       dtype: compute dtype.
     """
     trained, frozen = split(config, params, groups)
@@ -128,7 +128,7 @@ def _train_step(
     config: LlavaConfig,
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    batch: Batch,
+    batch: Batch | tuple[Batch, ...],
     *,
     dtype: Any = jnp.bfloat16,
     grad_accum_steps: int = 1,
@@ -140,31 +140,33 @@ def _train_step(
     The loss is the mean over all targets of the batch, so the number of microbatches affects only memory, not the loss.
 
     Args:
-      batch: B rows with labels.
+      batch: B rows with labels. Of several batches with the same targets the loss is the mean of theirs.
       dtype: compute dtype.
       grad_accum_steps: number of microbatches; must divide B.
 
     Returns:
       The new state, and the metrics of the step.
     """
+    batches = batch if isinstance(batch, tuple) else (batch,)
+    batch = batches[0]
     targets = count_targets(jnp.asarray(batch.labels))
 
-    def microbatch_loss(trained: Params, part: Batch) -> jax.Array:
+    def microbatch_loss(trained: Params, parts: tuple[Batch, ...]) -> jax.Array:
         params = join(jax.tree.map(lambda x: x.astype(dtype), trained), state.frozen)
-        total, _ = compute_loss(config, params, part, implementation=implementation, remat=remat)
-        return total / jnp.maximum(targets, 1)
+        totals = [compute_loss(config, params, x, implementation=implementation, remat=remat)[0] for x in parts]
+        return sum(totals[1:], totals[0]) / len(totals) / jnp.maximum(targets, 1)
 
-    def add_microbatch(carry: Any, part: Batch) -> tuple[Any, None]:
+    def add_microbatch(carry: Any, part: tuple[Batch, ...]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(microbatch_loss)(state.trained, part)), None
 
     if grad_accum_steps == 1:
-        loss, gradient = jax.value_and_grad(microbatch_loss)(state.trained, batch)
+        loss, gradient = jax.value_and_grad(microbatch_loss)(state.trained, batches)
     else:
         # Microbatch i has rows i, i + grad_accum_steps, …, so that every microbatch has rows of all devices.
         # Its number of rows is computed, because -1 would be ambiguous for empty arrays (the crops of a batch without
         # images).
         rows = batch.length.shape[0] // grad_accum_steps
-        parts = jax.tree.map(lambda x: x.reshape(rows, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.tree.map(lambda x: x.reshape(rows, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batches)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
         (loss, gradient), _ = jax.lax.scan(add_microbatch, zero, parts)
     with jax.named_scope("optimizer"):
@@ -184,8 +186,8 @@ def _train_step(
     return TrainState(step=state.step + 1, trained=trained, frozen=state.frozen, optimizer=moments), metrics
 
 
-def place_rows(batch: Batch, mesh: Mesh) -> Batch:
-    """Global arrays from a batch with the rows of this process."""
+def place_rows(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays from a batch, or a tuple of them, with the rows of this process."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 

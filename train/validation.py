@@ -15,7 +15,8 @@ from pdrop_jax.model.loss import compute_loss, count_targets
 from pdrop_jax.model.params import Params
 from pdrop_jax.sharding import devices_along
 from pdrop_jax.train.data.pipeline import Dataset, check_batches, open_dataset, pipeline
-from pdrop_jax.train.recipe import Recipe
+from pdrop_jax.train.data.standby import standby_view
+from pdrop_jax.train.recipe import ImageMode, Recipe
 from pdrop_jax.train.step import TrainState, join, place_rows
 
 
@@ -26,12 +27,17 @@ class Validation:
     Attributes:
       rows: rows of a batch, as many as a microbatch of training has.
       batches: number of batches.
+      mode: what pictures are shown by; all their tokens if both are trained.
     """
 
     dataset: Dataset
     rows: int
     batches: int
     seed: int
+    mode: ImageMode = "focus"
+
+    def view(self, batch: Batch, config: LlavaConfig) -> Batch:
+        return standby_view(batch, config) if self.mode == "standby" else batch
 
     def run(self, config: LlavaConfig, state: TrainState, mesh: Mesh, dtype: Any) -> Mapping[str, float]:
         """The loss with the parameters of ``state``: the mean cross-entropy over all targets of all batches."""
@@ -45,7 +51,10 @@ class Validation:
             process_count=jax.process_count(),
         )
         sums = [
-            batch_loss(config, state.trained, state.frozen, place_rows(step.batch, mesh), dtype=dtype) for step in steps
+            batch_loss(
+                config, state.trained, state.frozen, place_rows(self.view(step.batch, config), mesh), dtype=dtype
+            )
+            for step in steps
         ]
         totals, targets = zip(*jax.device_get(sums), strict=True)
         count = sum(map(int, targets))
@@ -67,7 +76,7 @@ def open_validation(recipe: Recipe, config: LlavaConfig, mesh: Mesh) -> Validati
     dataset = open_dataset(data, config, recipe.model.start)
     rows = run.batch_size // run.grad_accum_steps
     check_batches(dataset, rows, devices_along("batch", mesh), jax.process_count())
-    return Validation(dataset, rows, min(wanted.batches, len(dataset) // rows), run.seed)
+    return Validation(dataset, rows, min(wanted.batches, len(dataset) // rows), run.seed, data.image_mode)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

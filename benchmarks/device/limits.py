@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-SIZES = {"7b": (8192, 2**30), "tiny": (256, 2**20)}  # edge of the matrices, bytes of the copied array
+LARGE, TINY = (8192, 2**30), (256, 2**20)  # edge of the matrices, bytes of the copied array
 LOOPS = 8  # products or copies within one call, so that starting it costs nothing in comparison
 
 
 def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The device, and how fast it multiplies bfloat16 matrices and copies memory."""
-    device, (edge, copied) = jax.devices()[0], SIZES[options.shape]
+    device, (edge, copied) = jax.devices()[0], TINY if options.shape == "tiny" else LARGE
     memory = (device.memory_stats() or {}).get("bytes_limit")
     # Random numbers: constant matrices take less power, so that a GPU multiplies them at a higher clock.
     matrix = jax.random.normal(jax.random.key(0), (edge, edge), jnp.bfloat16) / edge**0.5

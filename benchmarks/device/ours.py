@@ -1,6 +1,7 @@
 """Our prefill, decode and training step. Each part yields rows of figures."""
 
 import argparse
+import functools
 import time
 import zlib
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device.limits import seconds_of, spread
-from benchmarks.device.rows import DENSE, DROPS, Row
+from benchmarks.device.rows import DENSE, DROPS, INT8, Row
 from benchmarks.device.shapes import (
     CAPACITY,
     GROUPS,
@@ -33,6 +34,7 @@ from pdrop_jax.generation.engine import decode, start
 from pdrop_jax.generation.pretrained import arrange
 from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.params import Params, ParamSpec, param_specs, path_name
+from pdrop_jax.model.quantization import quantize_decoder
 
 USABLE = 0.92  # share of the device's memory that a training step may fill, by the compiler's own count
 
@@ -41,9 +43,12 @@ def inference(options: argparse.Namespace) -> Iterator[Row]:
     """Prefill and decode in bfloat16, dense and with drops, for each batch size."""
     shape = shape_of(options)
     layers = inference_layers(shape, options.memory)
-    for model in (DENSE, DROPS):
+    for model in (DENSE, DROPS, *(INT8 if options.int8 else ())):
         config = configure(shape, model, layers)
-        params = arrange(config, _draw(config, "bfloat16"))
+        params = draw(config, "bfloat16")
+        if model in INT8:
+            params = jax.jit(functools.partial(quantize_decoder, config), donate_argnums=0)(params)
+        params = arrange(config, params)
         for rows in options.batches:
             common = {"part": "inference", "model": model, "batch": rows, "layers": layers}
             try:
@@ -56,13 +61,13 @@ def inference(options: argparse.Namespace) -> Iterator[Row]:
 _random = jax.jit(ParamSpec.random, static_argnums=(0, 2))  # jitted, so that only the result is ever in memory
 
 
-def _draw(config: LlavaConfig, dtype: str) -> Params:
+def draw(config: LlavaConfig, dtype: str) -> Params:
     """Random weights, made on the device."""
 
-    def draw(path: tuple, spec: ParamSpec) -> jax.Array:
+    def one(path: tuple, spec: ParamSpec) -> jax.Array:
         return _random(spec, jax.random.key(zlib.crc32(path_name(path).encode())), dtype)
 
-    return jax.tree.map_with_path(draw, param_specs(config))
+    return jax.tree.map_with_path(one, param_specs(config))
 
 
 def _time_inference(shape: Shape, config: LlavaConfig, params: Params, rows: int, repeats: int) -> list[Row]:
@@ -159,7 +164,7 @@ def _optimizer(config: LlavaConfig) -> Any:
 def _initial(config: LlavaConfig) -> Any:
     from pdrop_jax.train.step import init_state
 
-    return init_state(config, _draw(config, "float32"), GROUPS, _optimizer(config), jnp.bfloat16)
+    return init_state(config, draw(config, "float32"), GROUPS, _optimizer(config), jnp.bfloat16)
 
 
 def _time_training(shape: Shape, config: LlavaConfig, rows: int, repeats: int) -> Row:

@@ -28,7 +28,7 @@ def parity(options: argparse.Namespace) -> Iterator[Row]:
     """One row for each implementation and dtype, with the largest differences of every case."""
     kinds = {path.stem: kind_of(path) for path in sorted(GOLDEN.glob("*.json"))}
     cases = options.cases or [name for name, kind in kinds.items() if kind in KINDS and kind not in HOST_ONLY]
-    for implementation in ("xla", "blocked", *IMPLEMENTATIONS.get(jax.default_backend(), ())):
+    for implementation in options.attention or ("xla", "blocked", *IMPLEMENTATIONS.get(jax.default_backend(), ())):
         for dtype in ("float32", "bfloat16"):
             common = {"part": "parity", "implementation": implementation, "dtype": dtype}
             if implementation == "cudnn" and dtype == "float32":

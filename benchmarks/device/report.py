@@ -13,6 +13,10 @@ a training step without recomputation. Bytes are what a program has to move at l
 weights and write or read the KV cache, a training step reads and writes the trained weights and the optimizer's
 moments. Shares are of the limits above.
 """
+SERVING_NOTES = """\
+All requests are made at once and ask for different numbers of new tokens, drawn evenly from an eighth of the largest
+on. The engine begins a request as soon as a slot is free; in fixed batches of as many rows, each waits for its longest.
+"""
 PARITY_NOTES = """\
 Largest absolute differences from the recorded vectors over all cases; gradients are relative to their largest value.
 Only float32 is judged by the tolerances of `pdrop check`. In bfloat16 a near tie can keep another image token or decode
@@ -37,6 +41,7 @@ def markdown(rows: list[Row], command: str) -> str:
     """The document; parts that have not run are absent."""
     limits = next((row for row in rows if row["part"] == "limits" and "device" in row), None)
     timed = [row for row in rows if "program" in row]
+    serving = [row for row in rows if row["part"] == "serving" and "skipped" not in row]
     parity = [row for row in rows if "cases" in row]
     skipped = [f"- {row['part']}: {row['skipped']}" for row in rows if "skipped" in row]
     blocks = [f"`{command}`"]
@@ -44,6 +49,8 @@ def markdown(rows: list[Row], command: str) -> str:
         blocks.append(_device(limits))
     if timed:
         blocks += [_timings(timed), NOTES.strip()]
+    if serving:
+        blocks += [_serving(serving), SERVING_NOTES.strip()]
     if parity:
         blocks += [_parity(parity), PARITY_NOTES.strip()]
     if skipped:
@@ -89,6 +96,29 @@ def _same(row: Row) -> tuple[Any, ...]:
 
 
 PROGRAMS = ("prefill", "decode", "train step")
+
+
+def _serving(rows: list[Row]) -> str:
+    head = ["model", "layers", "slots", "cache GB", "requests", "new tokens/s", "requests/s", "s to the first token"]
+    lines = [[*head, "new tokens/s in fixed batches", "compile s"]]
+    for row in rows:
+        cells = [row["model"], row["layers"]]
+        if "error" in row:
+            cells += [row["error"], *[""] * 7]
+        else:
+            cells += [row["slots"], _number(row["cache_bytes"] / 1e9), row["requests"]]
+            cells += [_rate(row["new_tokens"], row["serving_seconds"]), _rate(row["requests"], row["serving_seconds"])]
+            cells.append(_range(row["first_token_seconds"], 1))
+            cells.append(_rate(row["new_tokens"], row["fixed_seconds"]) if "fixed_seconds" in row else "")
+            cells.append(f"{row['compile_seconds']:.0f}")
+        lines.append(cells)
+    return _table(lines)
+
+
+def _rate(count: int, seconds: Row) -> str:
+    """``count`` by seconds, as a range."""
+    rates = {"median": count / seconds["median"], "min": count / seconds["max"], "max": count / seconds["min"]}
+    return _range(rates, 1)
 
 
 def _parity(rows: list[Row]) -> str:

@@ -4,3 +4,4 @@ from typing import Any
 
 Row = dict[str, Any]
 DENSE, DROPS, TORCH = "dense", "PyramidDrop", "torch, dense"
+INT8 = tuple(f"{model}, int8 weights" for model in (DENSE, DROPS))

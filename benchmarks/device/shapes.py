@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.device.rows import DENSE, DROPS
+from benchmarks.device.rows import DENSE
 from benchmarks.inference import make_batch
 from pdrop_jax.batch import IGNORE, Batch, Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
+from pdrop_jax.inputs.buckets import bucket_for
 from pdrop_jax.schedule import DropSchedule
 
 CAPACITY = 64  # cache slots for new tokens
@@ -32,8 +33,16 @@ class Shape:
     new_tokens: int
 
 
+def _released(config: LlavaConfig, tokens: int) -> Shape:
+    """A released model, asked in 64 tokens about a picture of so many."""
+    return Shape(config, bucket_for(64, (tokens,), config), new_tokens=33)
+
+
 SHAPES = {
-    "7b": Shape(LlavaConfig.llava_1_5_7b(), Bucket(64, (576,)), new_tokens=33),
+    "7b": _released(LlavaConfig.llava_1_5_7b(), 576),
+    "qwen2.5-vl-7b": _released(LlavaConfig.qwen2_5_vl("7b"), 1024),
+    "qwen3-vl-8b": _released(LlavaConfig.qwen3_vl("8b"), 1024),
+    "gemma-3-12b": _released(LlavaConfig.gemma3("12b"), 256),
     "tiny": Shape(
         LlavaConfig(
             vision=VisionConfig(image_size=56, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2),
@@ -56,9 +65,13 @@ SHAPES = {
 
 
 def configure(shape: Shape, model: str, layers: int) -> LlavaConfig:
-    """The shape's config with so many decoder layers; drops are placed as in the paper, at the quarters."""
-    quarters = tuple(layers * n // 4 for n in (1, 2, 3))
-    schedule = DropSchedule(quarters, (0.5, 0.25, 0.125)) if model == DROPS else DropSchedule.none()
+    """The shape's config with so many decoder layers; drops are at the quarters, as in the paper."""
+    if model.startswith(DENSE):
+        schedule = DropSchedule.none()
+    elif shape.config.schedule.layers and layers == shape.config.text.num_layers:
+        schedule = shape.config.schedule
+    else:
+        schedule = DropSchedule(tuple(layers * n // 4 for n in (1, 2, 3)), (0.5, 0.25, 0.125))
     return dataclasses.replace(
         shape.config, text=dataclasses.replace(shape.config.text, num_layers=layers), schedule=schedule
     )

@@ -1,7 +1,9 @@
 """Find a drop schedule for a budget of image tokens, MACs or KV cache bytes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from pdrop_jax.analysis.cost import layer_tokens, paper_macs, token_bytes
 from pdrop_jax.config import TextConfig
@@ -11,6 +13,36 @@ from pdrop_jax.schedule import DropSchedule, nearest_full
 # Candidate drop layers as fractions of the depth. Earlier drops can meet smaller budgets.
 DEPTHS = ((1 / 4, 1 / 2, 3 / 4), (1 / 16, 1 / 4, 1 / 2), (1 / 16, 1 / 8, 3 / 16, 1 / 4))
 GENTLE = 0.25  # a drop that keeps a smaller share of its input is the last resort
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A limit on the cost of the image tokens of a prompt with one image.
+
+    Attributes:
+      name: image tokens per layer, averaged over layers; MACs of the language model by the paper's formula (section
+        3.3); or KV cache size.
+    """
+
+    name: Literal["average tokens", "MACs", "cache bytes"]
+    value: float
+
+    @classmethod
+    def of(cls, average_tokens: float | None, macs: float | None, cache_bytes: float | None) -> "Budget":
+        """Raises UserError unless exactly one is given."""
+        every: list[tuple[Literal["average tokens", "MACs", "cache bytes"], float | None]]
+        every = [("average tokens", average_tokens), ("MACs", macs), ("cache bytes", cache_bytes)]
+        given = [cls(name, value) for name, value in every if value is not None]
+        if len(given) != 1:
+            raise UserError(f"give exactly one budget, of average tokens, MACs or cache bytes: got {len(given)}")
+        return given[0]
+
+    def cost(self, text: TextConfig, schedule: DropSchedule, *, image_tokens: int, itemsize: int = 2) -> float:
+        """What a schedule costs of this budget's kind."""
+        if self.name == "MACs":
+            return paper_macs(text, schedule, image_tokens)
+        tokens = layer_tokens(text, schedule, image_tokens)
+        return tokens * token_bytes(text, itemsize) if self.name == "cache bytes" else tokens / text.num_layers
 
 
 def schedule_for_budget(
@@ -35,24 +67,14 @@ def schedule_for_budget(
       layers: drop after these many layers. None tries three sets of layers and takes the latest one that meets the
         budget while every drop keeps at least a quarter of the image tokens; if there is none, the one with the largest
         ratio.
-      itemsize: bytes per element of the KV cache.
+      itemsize: bytes per element of a KV cache that is not quantized.
 
     Raises:
       UserError: not exactly one budget is given, or no ratio meets it; the message states the smallest possible cost.
     """
-    budgets = {"average tokens": average_tokens, "MACs": macs, "cache bytes": cache_bytes}
-    given = {name: budget for name, budget in budgets.items() if budget is not None}
-    if len(given) != 1:
-        raise UserError(f"give exactly one budget, of average tokens, MACs or cache bytes: got {len(given)}")
-    ((name, budget),) = given.items()
-
-    def cost(schedule: DropSchedule) -> float:
-        if name == "MACs":
-            return paper_macs(text, schedule, image_tokens)
-        if name == "cache bytes":
-            return layer_tokens(text, schedule, image_tokens) * token_bytes(text, itemsize)
-        return layer_tokens(text, schedule, image_tokens) / text.num_layers
-
+    limit = Budget.of(average_tokens, macs, cache_bytes)
+    cost = functools.partial(limit.cost, text, image_tokens=image_tokens, itemsize=itemsize)
+    name, budget = limit.name, limit.value
     if cost(DropSchedule.none()) <= budget:
         return DropSchedule.none()
     L = text.num_layers

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Collection
 
+from pdrop_jax.analysis.tower_cost import layer_macs, tower_macs
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig
-from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.schedule import DropSchedule
 
 # Built-in scores that compute attention of one query row in the next layer. "all_text" does so for every text token,
-# and the other built-in scores for none. The cost of user-defined scores is unknown and not counted.
+# "quota" for every token, and the other built-in scores for none. User-defined scores cost what nobody knows and are
+# not counted.
 ONE_ROW = ("pyramiddrop", "fastv", "feather", "last_text")
 
 
@@ -33,42 +34,25 @@ def prefill_macs(config: LlavaConfig, bucket: Bucket) -> PrefillMacs:
     text = config.text
     D, N, K, H = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
     plan = config.schedule.plan(text.num_layers, bucket)
-    decoder = sum(stage.num_layers * _layer(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan)
+    decoder = sum(
+        stage.num_layers * layer_macs(stage.slots, D, N, K, H, 3 * D * text.intermediate_size) for stage in plan
+    )
     score = config.schedule.score
-    rows = bucket.text if score == "all_text" else 1
+
+    before = [stage.slots for stage in plan[:-1]]
+    rows = {"all_text": [bucket.text] * len(before), "quota": before}.get(score, [1] * len(before))
     # Key projections of all tokens, query projections, and their dot products.
-    ranking = sum(stage.slots * D * K * H + rows * (D * N * H + stage.slots * N * H) for stage in plan[:-1])
-    if not bucket.images or score not in (*ONE_ROW, "all_text"):
+    ranking = sum(n * D * K * H + q * (D * N * H + n * N * H) for n, q in zip(before, rows, strict=True))
+    if not bucket.images or score not in (*ONE_ROW, "all_text", "quota"):
         ranking = 0
-    vision, projector = tower_macs(config, bucket)
+    tower = tower_macs(config, bucket)
     return PrefillMacs(
-        vision=vision,
-        projector=projector,
+        vision=tower.vision,
+        projector=tower.projector,
         decoder=decoder,
         ranking=ranking,
         head=D * text.vocab_size,
     )
-
-
-def tower_macs(config: LlavaConfig, bucket: Bucket) -> tuple[int, int]:
-    """MACs of the vision tower, and of the projector, for the crops of ``bucket``."""
-    vision, D = config.vision, config.text.hidden_size
-    V, F, N, H = vision.hidden_size, vision.intermediate_size, vision.num_heads, vision.head_dim
-    if isinstance(vision, QwenVisionConfig):
-        patches, merged = bucket.crops * vision.window_patches, V * vision.merge_size**2
-        mlp = (3 if vision.activation is None else 2) * V * F
-        full = vision.num_layers if vision.window_size is None else len(vision.full_layers)
-        tower = full * _layer(patches, V, N, N, H, mlp)
-        tower += (vision.num_layers - full) * bucket.crops * _layer(vision.window_patches, V, N, N, H, mlp)
-        merger = bucket.crops * vision.window_tokens * (merged**2 + merged * D)
-        return tower + patches * vision.patch_values * V, merger * (1 + config.additions)
-    tokens = vision.class_tokens + vision.num_patches
-    tower = config.vision_layers * _layer(tokens, V, N, N, H, 2 * V * F)
-    tower += vision.num_patches * 3 * vision.patch_size**2 * V
-    projector = (config.image_tokens + config.frame_tokens) * (
-        vision.projector_inputs * D + (config.projector_layers - 1) * D**2
-    )
-    return bucket.crops * tower, bucket.crops * projector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +86,7 @@ def cost_of(config: LlavaConfig, bucket: Bucket, itemsize: int = 2) -> Cost:
     """Cost of a prompt that fills ``bucket``, which has at most one image.
 
     Args:
-      itemsize: bytes per element of the KV cache.
+      itemsize: bytes per element of a KV cache that is not quantized.
     """
     text, schedule, image_tokens = config.text, config.schedule, sum(bucket.images)
     plan = schedule.plan(text.num_layers, bucket)
@@ -131,14 +115,17 @@ def training_macs(config: LlavaConfig, bucket: Bucket, targets: float, trained: 
 
     Args:
       targets: positions whose logits are computed.
-      trained: trained parameter groups, out of "vision", "projector", "llm" and "lora".
+      trained: trained parameter groups, out of "vision", "compressor", "projector", "llm" and "lora".
     """
-    forward = prefill_macs(config, bucket)
+    forward, tower = prefill_macs(config, bucket), tower_macs(config, bucket)
     decoder = 3 if "llm" in trained else 2
-    through = 1 + ("vision" in trained)
+    first = "vision" in trained  # the gradient goes through everything behind the first trained component
+    through = first or ("compressor" in trained and config.vision.early_compression is not None)
     return (
-        forward.vision * (3 if "vision" in trained else 1)
-        + forward.projector * (3 if "projector" in trained else through)
+        tower.first * (3 if first else 1)
+        + tower.compressor * (3 if "compressor" in trained else 1 + first)
+        + tower.later * (3 if first else 1 + through)
+        + tower.projector * (3 if "projector" in trained else 1 + through)
         + (forward.decoder + forward.head * targets) * decoder
         + forward.ranking
     )
@@ -151,11 +138,6 @@ def decode_macs(config: LlavaConfig, bucket: Bucket) -> int:
     weights = 2 * D * N * H + 2 * D * K * H + 3 * D * text.intermediate_size
     plan = config.schedule.plan(text.num_layers, bucket)
     return sum(stage.num_layers * (weights + 2 * (stage.slots + 1) * N * H) for stage in plan) + D * text.vocab_size
-
-
-def _layer(n: int, D: int, N: int, K: int, H: int, mlp: int) -> int:
-    """MACs of a transformer layer on n tokens, with ``mlp`` weights in its MLP."""
-    return n * (2 * D * N * H + 2 * D * K * H + mlp) + 2 * n * n * N * H
 
 
 def paper_macs(text: TextConfig, schedule: DropSchedule, image_tokens: int) -> float:
@@ -177,5 +159,12 @@ def layer_tokens(text: TextConfig, schedule: DropSchedule, image_tokens: int) ->
 
 
 def token_bytes(text: TextConfig, itemsize: int) -> int:
-    """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element."""
-    return 2 * text.num_kv_heads * text.head_dim * itemsize
+    """KV cache bytes of one token in one layer, with ``itemsize`` bytes per element.
+
+    A quantized cache, ``text.cache_dtype``, has 8 or 4 bits per element (int4 on a CPU: 8) and a float32 scale per
+    head.
+    """
+    head = text.head_dim * itemsize
+    if text.cache_dtype is not None:
+        head = text.head_dim * {"int8": 8, "int4": 4}[text.cache_dtype] // 8 + 4
+    return 2 * text.num_kv_heads * head

@@ -9,23 +9,6 @@ RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """Answers to Q questions.
-
-    Attributes:
-      texts: Q answers.
-      log_probs: (Q, V) float32, log-probabilities of the first new token.
-      kept: [question][stage boundary][image] -> indices of the kept tokens.
-      image_tokens: [question][image], number of tokens before the first drop.
-    """
-
-    texts: list[str]
-    log_probs: np.ndarray
-    kept: list[list[list[list[int]]]]
-    image_tokens: list[list[int]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Mean:
     """A mean over questions with its 95 % interval."""
 
@@ -39,47 +22,62 @@ class Effect:
     """How the answer to each question differs from the reference's.
 
     Attributes:
+      texts: Q answers.
       flipped: (Q,) 1 where the answer differs.
       kl: (Q,) nats, KL divergence of the first new token's distribution from the reference's.
+      jsd: (Q,) nats, Jensen-Shannon divergence of the two.
       right: (Q,) 1 where the answer is the expected one; None if there are no expected answers.
+      outcome: (Q,) log-probability of the expected answer's first token, or None likewise.
     """
 
+    texts: list[str]
     flipped: np.ndarray
     kl: np.ndarray
-    right: np.ndarray | None
+    jsd: np.ndarray
+    right: np.ndarray | None = None
+    outcome: np.ndarray | None = None
 
 
-def effect_of(reference: Answers, answers: Answers, expected: Sequence[str] | None) -> Effect:
-    """The effect of a change on the ``answers``. They are compared exactly, with expected ones ignoring case."""
-    flipped = np.array([a != b for a, b in zip(reference.texts, answers.texts, strict=True)], float)
-    right = None
-    if expected is not None:
-        pairs = zip(answers.texts, expected, strict=True)
-        right = np.array([text.strip().lower() == wanted.strip().lower() for text, wanted in pairs], float)
-    return Effect(flipped, divergence(reference.log_probs, answers.log_probs), right)
+def flipped(reference: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """(Q,) 1 where the answer is not exactly the reference's."""
+    return np.array([a != b for a, b in zip(reference, answers, strict=True)], float)
 
 
-def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats, from log-probabilities (Q, V) to (Q,)."""
-    p, q = p.astype(np.float64), q.astype(np.float64)
-    return (np.exp(p) * (p - q)).sum(-1)
+def right(answers: Sequence[str], expected: Sequence[str]) -> np.ndarray:
+    """(Q,) 1 where the answer is the expected one, ignoring case and white space at both ends."""
+    pairs = zip(answers, expected, strict=True)
+    return np.array([text.strip().lower() == wanted.strip().lower() for text, wanted in pairs], float)
+
+
+def average(effects: Sequence[Effect]) -> Effect:
+    """The mean effect of several draws on each question; its texts are those of the first."""
+    first = effects[0]
+    names = [name for name in ("flipped", "kl", "jsd", "right", "outcome") if getattr(first, name) is not None]
+    means = {name: np.mean([getattr(effect, name) for effect in effects], axis=0) for name in names}
+    return dataclasses.replace(first, **means)
 
 
 def mean_of(values: np.ndarray, clusters: Sequence[object], seed: int = 0) -> Mean:
-    """The mean of ``values`` (Q,) and its bootstrap interval (percentiles 2.5 and 97.5 of 2,000 resamples).
+    """The mean of ``values`` (Q,) and its bootstrap interval (percentiles 2.5 and 97.5 of 2,000 resamples)."""
+    low, high = np.percentile(resampled_means(values[:, None], clusters, seed), [2.5, 97.5])
+    return Mean(float(values.mean()), float(low), float(high))
+
+
+def resampled_means(values: np.ndarray, clusters: Sequence[object], seed: int = 0) -> np.ndarray:
+    """Means (2000, N) of ``values`` (Q, N) in each bootstrap resample.
 
     Whole clusters are resampled, since questions about one image are not independent.
     """
     _, number = np.unique([str(cluster) for cluster in clusters], return_inverse=True)
-    sums, counts = np.bincount(number, values), np.bincount(number)
+    counts = np.bincount(number)
     P = len(counts)
+    sums = np.stack([np.bincount(number, column, minlength=P) for column in values.T], axis=1)
     drawn = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), RESAMPLES)  # how often each cluster is drawn
-    low, high = np.percentile(drawn @ sums / (drawn @ counts), [2.5, 97.5])
-    return Mean(float(values.mean()), float(low), float(high))
+    return (drawn @ sums) / (drawn @ counts)[:, None]
 
 
 def beyond(effect: Effect, noise: Effect, clusters: Sequence[object]) -> tuple[bool, bool]:
     """Whether (flipped answers, divergence) significantly exceed those of ``noise``, paired by question."""
-    flipped = mean_of(effect.flipped - noise.flipped, clusters)
+    flips = mean_of(effect.flipped - noise.flipped, clusters)
     kl = mean_of(effect.kl - noise.kl, clusters)
-    return flipped.low > 0, kl.low > 0
+    return flips.low > 0, kl.low > 0

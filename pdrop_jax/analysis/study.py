@@ -1,52 +1,44 @@
 """The effect of dropping on a model's answers: the paper's redundancy study, other scores, controls, and noise.
 
-Everything is compared with the dense model on the same questions:
-
-- one drop: a single drop at each layer and ratio (figure 1 of the paper);
-- scores: other scoring functions, at the same numbers of tokens;
-- controls: the tokens that another question would keep, and no image at all;
-- noise: perturbations that have nothing to do with dropping: the question in other words, the other dtype, and another
-  batch size. An effect that is no larger than these is negligible.
+``settings`` says what is asked, ``asking`` asks it, and here the answers are compared with the dense model's.
 """
 
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from pdrop_jax.analysis.asking import ANSWER, StudyAnswer, answer_settings, clusters_of
+from pdrop_jax.analysis.comparison import Tests, compare
 from pdrop_jax.analysis.cost import layer_tokens, paper_macs
-from pdrop_jax.analysis.effects import Answers, Effect, Mean, beyond, effect_of, mean_of
-from pdrop_jax.batch import Batch
-from pdrop_jax.errors import UserError
-from pdrop_jax.eval.batching import check_batch_size, plan_batches, read_batches
+from pdrop_jax.analysis.dose import equivalent_sizes
+from pdrop_jax.analysis.effects import Effect, Mean, average, beyond, flipped, mean_of, right
+from pdrop_jax.analysis.settings import (
+    DENSE,
+    TEMPERATURE,
+    Setting,
+    StudyOptions,
+    dtype_of,
+    field,
+    make_settings,
+    study_schedule,
+)
+from pdrop_jax.analysis.significance import check_samples
+from pdrop_jax.eval.batching import check_batch_size
+from pdrop_jax.eval.journal import Journal
 from pdrop_jax.eval.questions import Question
-from pdrop_jax.generation.engine import generate_batch
-from pdrop_jax.generation.pretrained import Model, reschedule
-from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.model.scores import SCORES, find_score
+from pdrop_jax.eval.shares import Share
+from pdrop_jax.generation.pretrained import Model
+from pdrop_jax.io import check_output
 from pdrop_jax.schedule import DropSchedule
 
-ANSWER, REWORDED = "answer", "reworded"  # fields that a question file may have besides LLaVA's
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One way to ask all questions.
-
-    Attributes:
-      group: "one drop", "scores", "controls" or "noise".
-      name: name within the group.
-      schedule: drop schedule.
-    """
-
-    group: str
-    name: str
-    schedule: DropSchedule
+SAMPLED = f"sampled at temperature {TEMPERATURE:g}"
+TESTED = ("one drop", "scores", "controls")  # groups of settings whose effects are tested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +50,12 @@ class StudyRow:
       macs: multiply-accumulates of the language model for them, by the paper's formula.
       flipped: share of answers that differ from the dense model's.
       kl: KL divergence in nats of the first new token's distribution from the dense model's.
+      jsd: likewise the Jensen-Shannon divergence.
       right: share of expected answers; None if the questions do not have them.
       beyond: kinds of noise that the flipped answers, and likewise the divergences, significantly exceed.
+      rewording: of a rewording its edit size in percent; of anything else the edit size of the rewording that changes
+        as many answers, infinite beyond the largest; None if no edit sizes are compared.
+      tests: paired tests against each rewording, by its name.
       effect: the effect on each question.
     """
 
@@ -68,16 +64,23 @@ class StudyRow:
     macs: float
     flipped: Mean
     kl: Mean
+    jsd: Mean
     right: Mean | None
     beyond: dict[str, list[str]]
+    rewording: Mean | None
+    tests: Tests
     effect: Effect
 
     def as_json(self) -> dict[str, Any]:
-        data = dataclasses.asdict(dataclasses.replace(self, effect=None))  # type: ignore[arg-type]
-        data["setting"]["schedule"] = self.setting.schedule.to_json()
-        by_question = {name: getattr(self.effect, name) for name in ("flipped", "kl", "right")}
-        data["effect"] = {name: values.tolist() for name, values in by_question.items() if values is not None}
-        return data
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("setting", "effect")}
+        setting = self.setting
+        by_question = {name: getattr(self.effect, name) for name in ("flipped", "kl", "jsd", "right", "outcome")}
+        effect = {name: values.tolist() for name, values in by_question.items() if values is not None}
+        return {
+            "setting": {"group": setting.group, "name": setting.name, "schedule": setting.schedule.to_json()},
+            **{name: _plain(value) for name, value in data.items()},
+            "effect": effect,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,199 +107,160 @@ class Study:
 
     def as_json(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        right = None if self.right is None else dataclasses.asdict(self.right)
         rows = [row.as_json() for row in self.rows]
-        return fields | {"schedule": self.schedule.to_json(), "right": right, "rows": rows}
+        return fields | {"schedule": self.schedule.to_json(), "right": _plain(self.right), "rows": rows}
 
 
 def run_study(
     model: Model,
     questions: Sequence[Question],
-    sampling: Sampling = Sampling(max_new_tokens=16),
+    options: StudyOptions = StudyOptions(),
     *,
-    schedule: DropSchedule | None = None,
-    layers: Sequence[int] | None = None,
-    ratios: Sequence[float] = (0.0, 0.1, 0.25, 0.5, 1.0),
-    scores: Sequence[str] | None = None,
     batch_size: int = 8,
-) -> Study:
-    """Asks all questions in every setting.
+    max_new_tokens: int = 16,
+    out: str | os.PathLike | None = None,
+    metadata: Mapping[str, Any] = {},
+    share: Share = Share(),
+    overwrite: bool = False,
+) -> Study | None:
+    """Asks all questions in every setting, and compares the answers; decoding is greedy except for draws.
 
     The questions' fields may hold the expected ``answer`` and the same question ``reworded``. Unless all questions have
     the latter, that kind of noise is left out.
 
     Args:
-      sampling: of every setting, with the same seed; the default is greedy decoding of up to 16 tokens.
-      schedule: schedule at which scores and controls are compared; None is the model's own.
-      layers: layers of the single drops, which use the score "pyramiddrop"; None is all.
-      ratios: ratios of the single drops.
-      scores: names in ``model.scores``; None is all that work with this schedule.
+      max_new_tokens: maximum number of new tokens in an answer.
+      out: the file that the study is going to be written to. The answers are beside it, ``OUT.unfinished``, so that
+        an interrupted study goes on; they are removed by the caller. None keeps them nowhere.
+      metadata: everything that the answers depend on; a study goes on with those of the same.
+      share: which of several processes this is; with more than one, ``out`` is needed.
+      overwrite: delete the answers beside ``out`` and start over.
+
+    Returns:
+      None if other processes have not answered their questions yet, or have written the study already.
 
     Raises:
-      UserError: the schedule drops nothing, a score is unknown, or ``plan_batches`` raises it.
+      UserError: the schedule drops nothing, a score is unknown, there are fewer than 2 questions, the answers beside
+        ``out`` are of another study, or ``plan_batches`` raises it.
     """
     check_batch_size(batch_size + 1)  # one kind of noise has larger batches
-    config = model.config
-    schedule = dataclasses.replace(config, schedule=schedule or config.schedule).schedule
-    if not schedule.layers:
-        raise UserError("the schedule drops nothing, so there is nothing to study: give one that does")
-    if not questions:
-        raise UserError("there is no question to ask")
-    L = config.text.num_layers
-    layers = range(L) if layers is None else layers
-    settings = [
-        Setting("one drop", f"layer {layer}, ratio {ratio:g}", DropSchedule((layer,), (ratio,), schedule.positions))
-        for layer in layers
-        for ratio in ratios
-    ]
-    names = possible_scores(model, schedule) if scores is None else scores
-    settings += [Setting("scores", name, dataclasses.replace(schedule, score=name)) for name in names]
-    other = Setting("controls", "another question's tokens", dataclasses.replace(schedule, score="given"))
-    settings += [other, Setting("controls", "no image", DropSchedule((0,), (0.0,), schedule.positions, "none"))]
-    for setting in settings:  # fail before the first answer
-        find_score(dataclasses.replace(config, schedule=setting.schedule))
+    schedule = study_schedule(model, options)
+    check_samples(len(questions))
+    settings = make_settings(model, questions, options)
+    with _journal(out, share, overwrite) as journal:
+        answers = answer_settings(
+            model,
+            questions,
+            settings,
+            journal,
+            {**metadata, "list of settings": [setting.name for setting in settings]},
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            schedule=schedule,
+        )
+    return None if answers is None else _study(model, questions, settings, answers, schedule)
 
-    expected = _field(questions, ANSWER)
-    clusters = [question.images[0] if question.images else question.id for question in questions]
-    asking = functools.partial(ask, questions=questions, batch_size=batch_size, sampling=sampling)
-    whole = reschedule(model, DropSchedule.none())
-    reference = asking(whole)
-    noises = _noises(whole, questions, batch_size, asking)
-    effects = {name: effect_of(reference, answers, expected) for name, answers in noises}
-    rows = []
-    with tqdm(settings, "settings", disable=None) as bar:
-        for setting in bar:
-            bar.set_postfix_str(f"{setting.group}: {setting.name}")
-            given = None
-            if setting is other:
-                given = stays_for_another(asking(reschedule(model, schedule)), clusters)
-            answers = asking(reschedule(model, setting.schedule), given=given)
-            rows.append((setting, effect_of(reference, answers, expected)))
-    rows += [(Setting("noise", name, whole.config.schedule), effect) for name, effect in effects.items()]
-    sizes = [sum(images) for images in reference.image_tokens if images]
+
+@contextlib.contextmanager
+def _journal(out: str | os.PathLike | None, share: Share, overwrite: bool) -> Iterator[Journal]:
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            target = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdrop-"))) / "study.json"
+        else:
+            target = check_output(out, overwrite=True)
+        yield stack.enter_context(Journal(target, overwrite, share))
+
+
+def _study(
+    model: Model,
+    questions: Sequence[Question],
+    settings: Sequence[Setting],
+    answers: Sequence[Sequence[StudyAnswer]],
+    schedule: DropSchedule,
+) -> Study:
+    """The statistics of [setting][question] -> answer."""
+    config, clusters, expected = model.config, clusters_of(questions), field(questions, ANSWER)
+    reference = [answer.text for answer in answers[0]]
+    sizes = [answer.tokens for answer in answers[0] if answer.tokens]
     n = round(sum(sizes) / max(len(sizes), 1))
 
+    def effect_of(found: Sequence[StudyAnswer]) -> Effect:
+        texts = [answer.text for answer in found]
+        kl, jsd = (np.array([getattr(answer, name) for answer in found]) for name in ("kl", "jsd"))
+        outcomes = [answer.outcome for answer in found if answer.outcome is not None]
+        return Effect(
+            texts,
+            flipped(reference, texts),
+            kl,
+            jsd,
+            None if expected is None else right(texts, expected),
+            np.array(outcomes) if len(outcomes) == len(found) else None,
+        )
+
+    effects = {setting: effect_of(found) for setting, found in zip(settings, answers, strict=True)}
+    dense = effects.pop(settings[0])
+    draws = [effect for setting, effect in effects.items() if setting.group == "draws"]
+    effects = {setting: effect for setting, effect in effects.items() if setting.group != "draws"}
+    if draws:
+        effects[Setting("noise", SAMPLED, DENSE)] = average(draws)
+    rewordings = {setting: effect for setting, effect in effects.items() if setting.rewordings is not None}
+    edits = {s: np.array([each.size for each in s.rewordings or ()]) for s in rewordings}
+    noises: dict[str, Effect] = {s.name: effect for s, effect in effects.items() if s.group == "noise" and not s.dosed}
+    equivalents: dict[Setting, Mean] = {s: mean_of(edits[s], clusters) for s in rewordings}
+    dosed = [s for s in rewordings if s.dosed]
+    if dosed:
+        others = [s for s in effects if s not in rewordings]
+        found = equivalent_sizes(
+            [effects[s].flipped for s in others],
+            [edits[s] for s in dosed],
+            [effects[s].flipped for s in dosed],
+            clusters,
+        )
+        equivalents |= dict(zip(others, found, strict=True))
+    tested = {s: effect for s, effect in effects.items() if s.group in TESTED}
+    tests = compare(dense, list(tested.values()), {s.name: effect for s, effect in rewordings.items()})
+    tests_of = dict(zip(tested, tests, strict=True))
+
     def row(setting: Setting, effect: Effect) -> StudyRow:
-        more = {name: beyond(effect, noise, clusters) for name, noise in effects.items()}
+        more = {name: beyond(effect, noise, clusters) for name, noise in noises.items()}
+        kinds = {"flipped": [name for name, (flips, _) in more.items() if flips]}
+        kinds["kl"] = [
+            name for name, (_, kl) in more.items() if kl and name != SAMPLED
+        ]  # which has the same distributions
+        tokens = n if setting.tokens_of is None else setting.tokens_of(n)
         return StudyRow(
             setting,
-            layer_tokens(config.text, setting.schedule, n) / L,
-            paper_macs(config.text, setting.schedule, n),
+            layer_tokens(config.text, setting.schedule, tokens) / config.text.num_layers,
+            paper_macs(config.text, setting.schedule, tokens),
             mean_of(effect.flipped, clusters),
             mean_of(effect.kl, clusters),
+            mean_of(effect.jsd, clusters),
             None if effect.right is None else mean_of(effect.right, clusters),
-            {kind: [name for name, found in more.items() if found[i]] for i, kind in enumerate(("flipped", "kl"))},
+            kinds,
+            equivalents.get(setting),
+            tests_of.get(setting, {}),
             effect,
         )
 
-    right = effect_of(reference, reference, expected).right
     return Study(
         len(questions),
         [question.id for question in questions],
         len(set(map(str, clusters))),
         n,
-        L,
-        str(_dtype(model)),
+        config.text.num_layers,
+        str(dtype_of(model)),
         schedule,
-        None if right is None else mean_of(right, clusters),
-        [row(*pair) for pair in rows],
+        None if dense.right is None else mean_of(dense.right, clusters),
+        [row(*pair) for pair in effects.items()],
     )
 
 
-def possible_scores(model: Model, schedule: DropSchedule) -> list[str]:
-    """Names of the scores that work with this schedule without further input."""
-    found = []
-    for name in SCORES:
-        if name in ("none", "given"):
-            continue
-        try:
-            find_score(dataclasses.replace(model.config, schedule=dataclasses.replace(schedule, score=name)))
-        except UserError:
-            continue
-        found.append(name)
-    return found
-
-
-def ask(
-    model: Model,
-    questions: Sequence[Question],
-    *,
-    batch_size: int,
-    sampling: Sampling,
-    given: Sequence[Sequence[np.ndarray]] | None = None,
-) -> Answers:
-    """Answers to all questions.
-
-    Args:
-      given: [question][image] -> (n,) scores of the image's tokens, for the score "given".
-    """
-    found: list[tuple[str, np.ndarray, Any, Any]] = [("", np.empty(0), (), ())] * len(questions)
-    groups = plan_batches(model.processor, questions, batch_size, sampling.max_new_tokens)
-    for group, batch in zip(groups, read_batches(model.processor, questions, groups, batch_size), strict=True):
-        if given is not None:
-            batch = _with_scores(batch, [given[number] for number in group.questions])
-        answer = generate_batch(model, batch, sampling)
-        first = np.asarray(jax.nn.log_softmax(answer.first_logits))
-        rows = zip(answer.texts, first, answer.kept, answer.image_tokens, strict=True)
-        for number, row in zip(group.questions, rows, strict=False):  # a batch may be padded
-            found[number] = row
-    texts, log_probs, kept, image_tokens = map(list, zip(*found, strict=True))
-    return Answers(texts, np.stack(log_probs), kept, image_tokens)
-
-
-def _noises(
-    model: Model, questions: Sequence[Question], batch_size: int, asking: Callable[..., Answers]
-) -> Iterator[tuple[str, Answers]]:
-    """Answers of the dense ``model`` under perturbations that should not matter."""
-    yield "nothing", asking(model, batch_size=batch_size + 1)
-    dtype = jnp.bfloat16 if _dtype(model) == jnp.float32 else jnp.float32
-    cast = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(dtype), model.params))
-    yield jnp.dtype(dtype).name, asking(cast)
-    reworded = _field(questions, REWORDED)
-    if reworded:
-        asked = [dataclasses.replace(old, text=text) for old, text in zip(questions, reworded, strict=True)]
-        yield "other words", asking(model, questions=asked)
-
-
-def _field(questions: Sequence[Question], name: str) -> list[str] | None:
-    """The field ``name`` of every question; None if a question does not have it."""
-    if not all(isinstance(question.fields.get(name), str) for question in questions):
-        return None
-    return [question.fields[name] for question in questions]
-
-
-def stays_for_another(answers: Answers, clusters: Sequence[object]) -> list[list[np.ndarray]]:
-    """[question][image] -> (n,) number of drops that each token survives for the next question with as many tokens.
-
-    A question about the same image is preferred. A question without such a neighbour uses its own tokens.
-    """
-    count = len(answers.texts)
-
-    def donor(n: int) -> int:
-        alike = [
-            i % count for i in range(n + 1, n + count) if answers.image_tokens[i % count] == answers.image_tokens[n]
-        ]
-        return next((i for i in alike if clusters[i] == clusters[n]), alike[0] if alike else n)
-
-    def depth(kept: Sequence[Sequence[Sequence[int]]], sizes: Sequence[int]) -> list[np.ndarray]:
-        scores = [np.zeros(size, np.float32) for size in sizes]
-        for images in kept:
-            for image, tokens in zip(scores, images, strict=True):
-                image[tokens] += 1
-        return scores
-
-    return [depth(answers.kept[donor(n)], answers.image_tokens[n]) for n in range(count)]
-
-
-def _with_scores(batch: Batch, given: Sequence[Sequence[np.ndarray]]) -> Batch:
-    """``batch`` with the scores [row][image] at its image tokens; padding rows have zeros."""
-    image_id = np.asarray(batch.image_id)
-    scores = np.zeros(image_id.shape, np.float32)
-    for row, images in enumerate(given):
-        for number, values in enumerate(images, 1):
-            scores[row, image_id[row] == number] = values
-    return dataclasses.replace(batch, scores=scores)
-
-
-def _dtype(model: Model) -> Any:
-    return jax.tree.leaves(model.params)[0].dtype
+def _plain(value: Any) -> Any:
+    """``value`` for JSON, which knows neither NaN nor infinity: null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -3,12 +3,14 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from pdrop_jax.analysis.effects import Mean
 from pdrop_jax.analysis.figures import answer_picture, score_picture
 from pdrop_jax.analysis.plots import study_plot
+from pdrop_jax.analysis.significance import Significance
 from pdrop_jax.analysis.study import Study, StudyRow
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate
@@ -29,10 +31,11 @@ tr:nth-child(even) { background: #f4f4f4 } img, svg { max-width: 100%; height: a
 def cells(study: Study, groups: Sequence[str] = GROUPS) -> list[list[str]]:
     """A header and a row for each setting, in few characters so that the table fits a narrow screen.
 
-    "tokens" is the number of image tokens that a layer sees, averaged over layers; for "exceeds" see ``_beyond``.
+    "tokens" is the number of image tokens that a layer sees, averaged over layers; for "rewording, %" see
+    ``StudyRow.rewording``, for "exceeds" ``_beyond``.
     """
-    head = ["", "tokens", "changed, %", "KL, nats", "right, %", "exceeds"]
-    rows = [["dense", f"{study.image_tokens}", "", "", _share(study.right), ""]]
+    head = ["", "tokens", "changed, %", "KL, nats", "right, %", "rewording, %", "exceeds"]
+    rows = [["dense", f"{study.image_tokens}", "", "", _share(study.right), "", ""]]
     for row in (row for group in groups for row in study.group(group)):
         rows.append(
             [
@@ -41,6 +44,7 @@ def cells(study: Study, groups: Sequence[str] = GROUPS) -> list[list[str]]:
                 _share(row.flipped),
                 f"{row.kl.value:.2g} ({row.kl.low:.2g}-{row.kl.high:.2g})",
                 _share(row.right),
+                _size(row.rewording, study),
                 _beyond(row),
             ]
         )
@@ -70,6 +74,17 @@ def _share(mean: Mean | None) -> str:
     return f"{100 * mean.value:.1f} ({100 * mean.low:.1f}-{100 * mean.high:.1f})"
 
 
+def _size(size: Mean | None, study: Study) -> str:
+    """An edit size; beyond the largest rewording, "> " with its size."""
+    if size is None:
+        return ""
+    largest = max(row.rewording.value for row in study.group("noise") if row.setting.dosed and row.rewording)
+    value, low, high = (
+        f"{x:.0f}" if math.isfinite(x) else f"> {largest:.0f}" for x in (size.value, size.low, size.high)
+    )
+    return value if value == low == high else f"{value} ({low}-{high})"
+
+
 def _beyond(row: StudyRow) -> str:
     """Noise that the changed answers significantly exceed; in brackets noise that only the KL divergence exceeds."""
     flipped, kl = row.beyond["flipped"], row.beyond["kl"]
@@ -90,7 +105,8 @@ def report(study: Study, model: Model, questions: Sequence[Question]) -> str:
         f"<p>{asked}; {about}. Every row is compared with the same model without drops, on the same questions. In "
         "brackets are 95 % intervals, from resampling the images. <em>Tokens</em> are the image tokens that a layer "
         "sees, averaged over layers. <em>Exceeds</em> names the kinds of noise that the changed answers significantly "
-        "exceed, and in brackets those that only the KL divergence exceeds.</p>",
+        "exceed, and in brackets those that only the KL divergence exceeds. <em>Rewording</em> is the edit size of the "
+        "rewording that changes as many answers, or of a rewording itself, in percent of the question's tokens.</p>",
         f"<p><strong>{warning(study)}</strong></p>" if warning(study) else "",
         f"<figure>{_svg(study_plot(study))}</figure>",
     ]
@@ -102,6 +118,7 @@ def report(study: Study, model: Model, questions: Sequence[Question]) -> str:
     }
     for group, title in titles.items():
         parts.append(f"<h2>{html.escape(title)}</h2>{_html_table(cells(study, [group]))}")
+    parts += _tests(study)
     parts.append("<h2>Some questions</h2>")
     parts += [_pictured(model, schedule, question) for question in questions if question.images][:PICTURED]
     body = "\n".join(parts)
@@ -109,6 +126,30 @@ def report(study: Study, model: Model, questions: Sequence[Question]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>pdrop study</title>'
         f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def _tests(study: Study) -> list[str]:
+    """A table of p-values for each rewording that effects are tested against; one-drop rows are in the JSON file."""
+    rows = [*study.group("scores"), *study.group("controls")]
+    parts = []
+    for name in rows[0].tests if rows else ():
+        head = ["", *(test.metric for test in rows[0].tests[name])]
+        lines = [[row.setting.name, *map(_p, row.tests[name])] for row in rows]
+        parts.append(f"<h2>Tests against: {html.escape(name)}</h2>{_html_table([head, *lines])}")
+    if parts:
+        parts.append(
+            "<p>Differences from the rewording on the same questions, with two-sided p-values of paired t-tests (JSD, "
+            "KL) and of the paired bootstrap (flip rate, mutual information, phi), and the one-sided p-value that the "
+            "drop lowers the expected answer's log-probability by more; all with Bonferroni's correction for the "
+            "number of settings.</p>"
+        )
+    return parts
+
+
+def _p(test: Significance) -> str:
+    if math.isnan(test.difference):
+        return "undefined"
+    return f"{test.difference:+.2g}, p {'<' if test.corrected < 0.001 else '='} {max(test.corrected, 0.001):.2g}"
 
 
 def _html_table(rows: list[list[str]]) -> str:

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -24,13 +24,13 @@ from jax.sharding import Mesh
 
 from pdrop_jax.checkpoint import storage
 from pdrop_jax.checkpoint.folders import COMPANIONS, copy_files, files_to_copy, new_folder
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import CacheDtype, LlavaConfig, Quantization
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_bytes, read_json
 from pdrop_jax.model.lora import has_lora
 from pdrop_jax.model.params import Params, abstract_params
 from pdrop_jax.model.placement import shardings
-from pdrop_jax.model.quantization import is_quantized, quantize_decoder
+from pdrop_jax.model.quantization import check_quantization, is_quantized, quantize_decoder
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.stacking import restage
 from pdrop_jax.paths import as_path
@@ -90,8 +90,9 @@ def load(
     schedule: DropSchedule | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
-    quantize: Literal["int8"] | None = None,
+    quantize: Quantization | None = None,
     verify: bool = True,
+    quantize_cache: CacheDtype | None = None,
 ) -> tuple[LlavaConfig, Params]:
     """Reads a checkpoint onto the default device or a mesh.
 
@@ -99,21 +100,22 @@ def load(
       schedule: moves the stage boundaries to these; None keeps the checkpoint's own.
       dtype: of the arrays; None keeps each array's own.
       mesh: every device reads its part of an array, see ``sharding``.
-      quantize: "int8" for the weights of the decoder's linear layers, see ``model.quantization``.
+      quantize: of the decoder's linear layers, see ``model.quantization``.
       verify: compare every array with the checksum that was taken when it was written.
+      quantize_cache: sets ``config.text.cache_dtype``.
 
     Returns:
       The config, with ``schedule`` if one is given, and the parameters stacked by its stages.
 
     Raises:
       UserError: ``folder`` is not a checkpoint or a damaged one, its arrays do not fit its config, the schedule does
-        not fit the decoder or names a score that is unknown or not for it, or ``quantize`` is something else.
+        not fit the decoder or names a score that is unknown or not for it, or there is no such quantization.
     """
-    if quantize not in (None, "int8"):
-        raise UserError(f"weights cannot be quantized to {quantize!r}: choose 'int8'")
+    check_quantization(quantize, quantize_cache)
     folder = as_path(folder)
     config = LlavaConfig.load(folder)
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
+    result = dataclasses.replace(result, text=dataclasses.replace(result.text, cache_dtype=quantize_cache))
     find_score(result)
     targets = abstract_arrays(folder, config, mesh=mesh)
     # Both copy arrays. One decoder array at a time keeps the model from being in memory twice.
@@ -125,7 +127,7 @@ def load(
         if "stages" in part:
             part = restage(part, config, result.schedule)
         if quantize:
-            part = quantize_decoder(result, part)
+            part = quantize_decoder(result, part, quantize)
         arrays |= flatten_dict(part, sep=".")
     return result, unflatten_dict(arrays, sep=".")
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "check": "replay recorded reference vectors",
     "study": "measure what dropping does to a model's answers",
     "cost": "compute the cost of a schedule, or a schedule for a budget",
+    "tune": "calibrate a schedule on samples, for a quantized model too",
     "plan": "check with the TPU compiler whether a job fits a slice",
 }
 

@@ -1,11 +1,13 @@
 """``pdrop convert``: convert a PyTorch checkpoint, or build a new LLaVA from its parts."""
 
+import dataclasses
+import functools
 import pathlib
 from typing import Annotated, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import LAYERS, File, Flag, Source, unset
+from pdrop_jax.cli.options import LAYERS, CompressVision, File, Flag, MergeSize, Source, compressed, unset
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_new_folder
 from pdrop_jax.paths import as_path
@@ -28,6 +30,9 @@ def run(
     dtype: Annotated[Literal["float32", "bfloat16"] | None, unset("{float32,bfloat16}")] = None,
     layers: Annotated[tuple[str, ...] | None, unset(LAYERS)] = None,
     ratios: Annotated[tuple[float, ...] | None, unset("R [R …]")] = None,
+    standby: Annotated[Literal[8, 16, 32] | None, unset("{8,16,32}")] = None,
+    compress_vision: CompressVision = None,
+    merge_size: MergeSize = None,
     check: Flag = False,
 ) -> None:
     """Convert a LLaVA checkpoint (original or Hugging Face), or build one to train: --llm DIR --vision DIR OUT.
@@ -44,7 +49,7 @@ def run(
       projector: Pretrained projector (mm_projector.bin or .safetensors) that replaces the checkpoint's or the newly
         initialized one.
       projector_type: Projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
-      seed: RNG seed for initializing a new projector.
+      seed: RNG seed for initializing a new projector or new standby tokens.
       template: Prompt template (default: "own", the checkpoint's own chat template; without one vicuna_v1 for LLaMA,
         llama_3 for Llama 3, mistral_instruct for Mistral, qwen for Qwen2).
       tokenizer: Where the tokenizer files are (default: the checkpoint's or the language model's).
@@ -52,12 +57,17 @@ def run(
       layers: Numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24
         layers); "none" disables dropping.
       ratios: Fraction of each image's original tokens kept after each drop (default: 0.5 0.25 0.125).
+      standby: Add so many standby tokens to the vision tower; they have to be trained before use.
       check: Compare the logits with those of the PyTorch model (requires torch).
     """
+    from pdrop_jax.config import StandbyConfig
     from pdrop_jax.convert.importer import write
     from pdrop_jax.convert.sources import open_parts, open_source
 
     schedule = parse_schedule(layers, ratios)
+    if check and (compress_vision, merge_size) != (None, None):
+        raise UserError("--check compares with the PyTorch model, which compresses nothing: leave out --check")
+    change = functools.partial(compressed, after=compress_vision, merge_size=merge_size)
     if llm is not None:
         if out is not None:
             raise UserError(
@@ -69,7 +79,13 @@ def run(
         kinds = {"linear": 1, "mlp2x_gelu": 2, None: None}
         out = as_path(source)
         opened = open_parts(
-            llm, vision, schedule, projector=projector, projector_layers=kinds[projector_type], seed=seed
+            llm,
+            vision,
+            schedule,
+            projector=projector,
+            projector_layers=kinds[projector_type],
+            seed=seed,
+            change=change,
         )
     else:
         if out is None:
@@ -79,16 +95,23 @@ def run(
             raise UserError(
                 "--projector-type requires --llm; the projector type of a checkpoint is set by its config.json"
             )
-        opened = open_source(source, vision, schedule, projector=projector)
-    summary = write(opened, out, tokenizer=tokenizer, dtype=dtype, template=template)
+        opened = open_source(source, vision, schedule, projector=projector, change=change)
+    if standby is not None:
+        config = dataclasses.replace(opened.config, standby=StandbyConfig(standby))
+        opened = dataclasses.replace(opened, config=config)
+    summary = write(opened, out, tokenizer=tokenizer, dtype=dtype, template=template, seed=seed)
     schedule = summary.config.schedule
     drops = ", ".join(f"{ratio:g} after {n}" for n, ratio in zip(schedule.layers, schedule.ratios, strict=True))
     print(
         f"{printable(out)}: {summary.tensors} tensors, {summary.bytes / 1e6:,.1f} MB, {summary.dtype}; "
         f"image tokens kept: {drops or 'all, dense'}; prompt template: {summary.config.template}"
     )
+    if (compress_vision, merge_size) != (None, None):
+        print("The vision tower or its connector was changed: train the model before use")
     if llm is not None and projector is None:
         print(f"The projector is randomly initialized (seed {seed}); train it before use")
+    if standby is not None:
+        print(f"Its {standby} standby tokens are untrained (seed {seed}): train them before use")
     if not summary.has_tokenizer:
         print(printable(f"{opened.location.name} has no tokenizer files: pass --tokenizer DIR or copy them into {out}"))
     if check:

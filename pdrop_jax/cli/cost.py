@@ -4,7 +4,20 @@ import dataclasses
 import json
 from typing import Annotated, Any
 
-from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, Ratios, Score, unset
+from pdrop_jax.cli.options import (
+    CompressVision,
+    ConfigModel,
+    File,
+    Flag,
+    Json,
+    Layers,
+    MergeSize,
+    QuantizeCache,
+    Ratios,
+    Score,
+    compressed,
+    unset,
+)
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output
 from pdrop_jax.schedule import parse_schedule
@@ -16,17 +29,22 @@ def run(
     model: ConfigModel = "llava-1.5-7b",
     layers: Layers = None,
     ratios: Ratios = None,
+    compress_vision: CompressVision = None,
+    merge_size: MergeSize = None,
     score: Score = None,
     average_tokens: Annotated[float | None, unset("N")] = None,
     macs: Annotated[float | None, unset("N")] = None,
     cache_bytes: Annotated[float | None, unset("N")] = None,
     image_tokens: Annotated[int | None, unset("N")] = None,
     text_tokens: int = 64,
+    quantize_cache: QuantizeCache = None,
     plot: File = None,
     overwrite: Flag = False,
     json_output: Json = False,
 ) -> None:
-    """Print the cost of a prompt with one image, dense and with drops. KV cache sizes are for bfloat16.
+    """Print the cost of a prompt with one image, dense and with drops.
+
+    KV cache sizes are for bfloat16, or with --quantize-cache for int8 or int4, half a byte as on a TPU or GPU.
 
     With a budget (--average-tokens, --macs or --cache-bytes), the drop ratios are computed, and --layers alone sets
     where tokens are dropped.
@@ -55,7 +73,8 @@ def run(
     from pdrop_jax.model.scores import find_score
     from pdrop_jax.schedule import DropSchedule
 
-    config = config_of(model)
+    config = compressed(config_of(model), compress_vision, merge_size)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=quantize_cache))
     if image_tokens is None and not isinstance(config.vision, VisionConfig):
         raise UserError(f"{printable(model)} takes pictures of any size: pass --image-tokens, for example 1024")
     tokens = largest_picture(config) if image_tokens is None else image_tokens
@@ -118,6 +137,7 @@ def _table(costs: list[Any]) -> str:
         row("MACs by the paper's formula", [cost.paper_macs for cost in costs]),
         row("prefill MACs", [part.total for part in parts]),
         row("- vision tower", [part.vision for part in parts]),
+        ["- vision tower, share", *(f"{part.vision / part.total:.1%}" for part in parts)],
         row("- projector", [part.projector for part in parts]),
         row("- decoder", [part.decoder for part in parts]),
         row("- decoder, text alone", [cost.text_macs for cost in costs]),

@@ -15,11 +15,15 @@ from pdrop_jax.cli.options import (
     Model,
     NoVerify,
     OutsideImages,
+    Process,
+    Processes,
     Quantize,
+    QuantizeCache,
     Ratios,
     SamplingOptions,
     Score,
     device_mesh,
+    share_of,
 )
 from pdrop_jax.errors import printable
 from pdrop_jax.generation.sampling import Sampling
@@ -38,14 +42,19 @@ def run(
     sampling: SamplingOptions = Sampling(max_new_tokens=128),
     dtype: Dtype = None,
     quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
     attention: Attention = "auto",
     mesh: Mesh = (),
     no_verify: NoVerify = False,
     outside_images: OutsideImages = False,
+    processes: Processes = None,
+    process: Process = None,
     overwrite: Flag = False,
     json_output: Json = False,
 ) -> int:
     """Answer every question of a file. An interrupted run is resumed by running the same command again.
+
+    Several processes with the same command share the questions; the last to finish writes OUT.
 
     Args:
       questions: Question file: LLaVA's JSON lines, or its JSON list of conversations.
@@ -66,6 +75,7 @@ def run(
             schedule=parse_schedule(layers, ratios, score),
             dtype=dtype,
             quantize=quantize,
+            quantize_cache=quantize_cache,
             mesh=device_mesh(mesh),
             batch_size=batch_size,
             sampling=sampling,
@@ -73,6 +83,7 @@ def run(
             verify=not no_verify,
             outside_images=outside_images,
             overwrite=overwrite,
+            share=share_of(processes, process),
         )
     except KeyboardInterrupt:
         print(
@@ -83,6 +94,11 @@ def run(
         return 130
     if json_output:
         print(json.dumps(dataclasses.asdict(result), default=str))
+    elif result.missing:
+        print(
+            f"{printable(out)}: {result.answered:,} new answers, {result.seconds:.1f} s; {result.missing:,} of "
+            f"{result.questions:,} are still missing from other processes, the last of which writes the file"
+        )
     elif result.answered:
         print(
             f"{printable(out)}: {result.questions:,} answers, {result.answered:,} of them new, {result.seconds:.1f} s"

@@ -55,10 +55,12 @@ def run(
             folder = model_of(as_path(model), pathlib.Path(scratch))
         else:
             folder = as_path(model_folder(model))
-        LlavaConfig.load(folder)
+        config = LlavaConfig.load(folder)
         if push_to_hub is not None:
             upload.make_repository(push_to_hub, private)
         print(_export(folder, out, format, dtype, single_file))
+        if config.standby and format != "pdrop":
+            print("Its standby tokens are left out, because no other library loads them: mode focus is what it was")
         if push_to_hub is not None:
             upload.write_card(out, folder, push_to_hub, format)
             print(printable(upload.upload(out, push_to_hub)))
@@ -68,12 +70,15 @@ def _export(model: pathlib.Path, out: pathlib.Path, format: Any, dtype: Any, sin
     """Writes ``out`` and returns what to print about it."""
     if format == "pdrop":
         from pdrop_jax import checkpoint
+        from pdrop_jax.convert.names import ONLY_HERE
+        from pdrop_jax.model.compression import is_compressed
         from pdrop_jax.model.params import count
 
         config, params = checkpoint.load(model, dtype=dtype)
         about = checkpoint.training(model)
         checkpoint.save(out, config, params, companions=model, single_file=single_file, training=about)
-        return f"{printable(out)}: {count(params):,} parameters"
+        only_here = f"; {ONLY_HERE}" if is_compressed(config) else ""
+        return f"{printable(out)}: {count(params):,} parameters{only_here}"
     from pdrop_jax.convert.exporter import export
 
     summary = export(model, out, format, dtype=dtype)

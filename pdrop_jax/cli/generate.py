@@ -18,6 +18,7 @@ from pdrop_jax.cli.options import (
     Model,
     NoVerify,
     Quantize,
+    QuantizeCache,
     Ratios,
     SamplingOptions,
     Score,
@@ -45,6 +46,7 @@ def run(
     sampling: SamplingOptions = Sampling(),
     dtype: Dtype = None,
     quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
     attention: Attention = "auto",
     mesh: Mesh = (),
     no_verify: NoVerify = False,
@@ -84,7 +86,8 @@ def run(
     shown = [read_conversation(*row)[1] for row in zip(prompts, images, strict=True)]  # fails before a model is loaded
     with progress("loading"):
         devices = device_mesh(mesh)
-        loaded = load(model or DEMO, parse_schedule(layers, ratios, score), dtype, devices, quantize, not no_verify)
+        schedule = parse_schedule(layers, ratios, score)
+        loaded = load(model or DEMO, schedule, dtype, devices, quantize, not no_verify, quantize_cache)
     live = sys.stdout.isatty() and not json_output and len(prompts) == 1
     with progress("compiling and answering"):
         answer = generate(

@@ -1,16 +1,18 @@
 """Options that several subcommands share, each declared once, and progress messages on a terminal."""
 
 import contextlib
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from pdrop_jax.config import Implementation
+from pdrop_jax.config import CacheDtype, Implementation, Quantization
 from pdrop_jax.errors import UserError
+from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.paths import as_path
 from pdrop_jax.schedule import PRESETS
@@ -34,6 +36,7 @@ Source = Annotated[str | None, unset("DIR|ID")]  # a folder or a Hub id
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, unset()]
 
 
+QUANTIZATIONS = f"{{{','.join(get_args(Quantization))}}}"
 LAYERS = f"N [N …]|none|{'|'.join(PRESETS)}"
 
 Layers = Annotated[
@@ -78,8 +81,17 @@ Dtype = Annotated[
     Literal["float32", "bfloat16"] | None, _option("Compute dtype.", "{float32,bfloat16}", "the checkpoint's")
 ]
 Quantize = Annotated[
-    Literal["int8"] | None,
-    _option("Quantize the weights of the decoder's linear layers; activations keep their dtype.", "{int8}", "no"),
+    Quantization | None,
+    _option(
+        "Quantize the decoder's linear layers: int8 and int4 their weights, w8a8, w4a8 and w4a4 also what they are "
+        "applied to, each token with a scale of its own.",
+        QUANTIZATIONS,
+        "no",
+    ),
+]
+QuantizeCache = Annotated[
+    CacheDtype | None,
+    _option("Quantize the KV caches, with a scale for each token and head.", "{int8,int4}", "no"),
 ]
 Attention = Annotated[
     Implementation,
@@ -95,8 +107,48 @@ NoVerify = Annotated[
 OutsideImages = Annotated[
     bool, tyro.conf.FlagCreatePairsOff, _option('Allow images outside the --images folder, such as "../1.png".')
 ]
+Processes = Annotated[
+    int | None,
+    _option(
+        "Number of processes that share the questions, each on devices of its own and with the same command.",
+        "N",
+        "SLURM's, or 1",
+        "num-processes",
+    ),
+]
+Process = Annotated[int | None, _option("Number of this process, from 0.", "N", "SLURM's, or 0", "process-id")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, _option("Print one JSON object instead of text.", name="json")]
+CompressVision = Annotated[
+    int | None,
+    _option(
+        "Make one of every 2 x 2 patches inside the vision tower, behind its layer K counted from 0 (LLaVA-UHD v4: 6). "
+        "The new weights are made of that layer's, so the model has to be trained.",
+        "K",
+        "the model's own",
+    ),
+]
+MergeSize = Annotated[
+    int | None,
+    _option(
+        "Join squares of N x N features of a CLIP or SigLIP tower to one token.",
+        "N",
+        "the model's own, 2 with --compress-vision",
+    ),
+]
 SamplingOptions = Annotated[Sampling, tyro.conf.arg(name="")]  # --max-new-tokens, --temperature, …
+
+
+def compressed(config: Any, after: int | None, merge_size: int | None) -> Any:
+    """A ``LlavaConfig`` with what --compress-vision and --merge-size ask for."""
+    from pdrop_jax.model.compression import with_compression
+    from pdrop_jax.vision_config import EarlyCompression
+
+    for option, number, least in (("--compress-vision", after, 0), ("--merge-size", merge_size, 1)):
+        if number is not None and number < least:
+            raise UserError(f"{option} must be at least {least}, got {number}")
+    if (after, merge_size) == (None, None):
+        return config
+    return with_compression(config, None if after is None else EarlyCompression(after), merge_size)
 
 
 def mesh_sizes(mesh: tuple[str, ...]) -> dict[str, int]:
@@ -117,6 +169,17 @@ def device_mesh(mesh: tuple[str, ...]) -> Any:
     from pdrop_jax.sharding import make_mesh
 
     return make_mesh(mesh_sizes(mesh))
+
+
+def share_of(processes: int | None, process: int | None) -> Share:
+    """The share of this process, from ``--num-processes`` and ``--process-id`` or else from SLURM."""
+    from pdrop_jax.train.processes import under_slurm
+
+    if (processes is None) != (process is None):
+        raise UserError("--num-processes and --process-id must be given together: give both or none")
+    if processes is None or process is None:
+        _, processes, process = under_slurm(os.environ) or ("", 1, 0)
+    return Share(process, processes)
 
 
 def read_images(images: tuple[str, ...]) -> list[Any]:

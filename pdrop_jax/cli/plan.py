@@ -6,7 +6,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdrop_jax.cli.options import ConfigModel, File, Flag, Json, Layers, Ratios, mesh_sizes, progress, unset
+from pdrop_jax.cli.options import (
+    CompressVision,
+    ConfigModel,
+    File,
+    Flag,
+    Json,
+    Layers,
+    MergeSize,
+    Quantize,
+    QuantizeCache,
+    Ratios,
+    compressed,
+    mesh_sizes,
+    progress,
+    unset,
+)
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.io import check_output, write_file
 from pdrop_jax.schedule import parse_schedule
@@ -26,7 +41,10 @@ def run(
     grad_accum_steps: int = 1,
     layers: Layers = None,
     ratios: Ratios = None,
-    quantize: Annotated[Literal["int8"] | None, unset("{int8}", "no")] = None,
+    compress_vision: CompressVision = None,
+    merge_size: MergeSize = None,
+    quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
     dense: bool = True,
     suggest: Flag = False,
     hlo: File = None,
@@ -43,15 +61,15 @@ def run(
       bucket: Text tokens per row, followed by the number of tokens of each image.
       batch: Global batch size in rows.
       grad_accum_steps: Microbatches per training step.
-      quantize: Quantize the weights of the decoder's linear layers for inference. All other weights stay bfloat16.
       dense: Also compile the program without drops, for comparison.
       suggest: Try several meshes with several numbers of microbatches or, for inference, batch sizes, and print the
         best that fits for each mesh. The shortest estimated time per row comes first.
       hlo: Write the text of the compiled program, the one with drops, to this file.
       overwrite: Replace the --hlo file if it exists.
     """
-    if quantize and mode == "train":
-        raise UserError("--quantize applies to inference only: give --mode prefill or --mode decode")
+    if (quantize or quantize_cache) and mode == "train":
+        option = "--quantize" if quantize else "--quantize-cache"
+        raise UserError(f"{option} applies to inference only: give --mode prefill or --mode decode")
     numbers = {"--bucket": bucket, "--batch": (batch,), "--grad-accum-steps": (grad_accum_steps,)}
     for option, values in numbers.items():
         if not values or not all(1 <= value <= MOST for value in values):
@@ -69,8 +87,9 @@ def run(
     from pdrop_jax.planner import programs
     from pdrop_jax.schedule import DropSchedule
 
-    config = config_of(model)
+    config = compressed(config_of(model), compress_vision, merge_size)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=quantize_cache))
     slots = bucket_for(bucket[0], bucket[1:], config)
     job = programs.Program(
         config=config,
@@ -103,11 +122,18 @@ def run(
         write_file(hlo, plans[0].report.text, overwrite)
     compared = {} if suggest else _compared(results)
     if json_output:
-        asked = {"model": model, "mode": mode, "topology": topology, "bucket": bucket, "quantize": quantize}
+        asked = {
+            "model": model,
+            "mode": mode,
+            "topology": topology,
+            "bucket": bucket,
+            "quantize": quantize,
+            "quantize_cache": quantize_cache,
+        }
         print(json.dumps({**asked, **compared, "plans": results}))
         return
-    weights = f", {quantize} weights" if quantize else ""
-    print(f"{printable(model)}, {mode}, {len(devices)} devices of {topology}, bucket {bucket}{weights}\n")
+    stored = (f", {quantize}" if quantize else "") + (f", {quantize_cache} cache" if quantize_cache else "")
+    print(f"{printable(model)}, {mode}, {len(devices)} devices of {topology}, bucket {bucket}{stored}\n")
     print(_table(results) if results else "The job does not fit on any mesh.")
     if compared.get("dense"):
         print(f"\n{_comparison(compared)}")

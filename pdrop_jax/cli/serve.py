@@ -8,10 +8,19 @@ from typing import Annotated
 
 import tyro
 
-from pdrop_jax.cli.options import Attention, Dtype, Mesh, NoVerify, Quantize, device_mesh, progress, unset
+from pdrop_jax.cli.options import (
+    Attention,
+    Dtype,
+    Mesh,
+    NoVerify,
+    Quantize,
+    QuantizeCache,
+    device_mesh,
+    progress,
+    unset,
+)
 from pdrop_jax.errors import UserError
 
-KEY = "PDROP_API_KEY"
 MIB = 2**20
 
 
@@ -29,6 +38,7 @@ def run(
     image_hosts: Annotated[tuple[str, ...], unset("HOST [HOST …]", "none")] = (),
     dtype: Dtype = None,
     quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
     attention: Attention = "auto",
     mesh: Mesh = (),
     no_verify: NoVerify = False,
@@ -64,12 +74,12 @@ def run(
     from pdrop_jax.convert.pretrained import DEMO, load
     from pdrop_jax.inputs.download import DownloadRules
     from pdrop_jax.serve.budgets import copied_bytes, models_for
-    from pdrop_jax.serve.lifecycle import serve
+    from pdrop_jax.serve.lifecycle import KEY, serve
     from pdrop_jax.serve.service import Service
 
     rules = DownloadRules(hosts=image_hosts)
     with progress("loading"):
-        loaded = load(model or DEMO, None, dtype, device_mesh(mesh), quantize, not no_verify)
+        loaded = load(model or DEMO, None, dtype, device_mesh(mesh), quantize, not no_verify, quantize_cache)
         models = models_for(loaded, schedule)
     if copied := copied_bytes([loaded, *models.values()]):
         print(
@@ -87,10 +97,7 @@ def run(
         downloads=rules,
         implementation=attention,
     )
-    key = os.environ.get(KEY) or None
-    if key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        print(f"note: whoever reaches {host} may ask: set {KEY} to require an API key", file=sys.stderr)
-    return serve(service, host, port, key)
+    return serve(service, host, port, os.environ.get(KEY) or None)
 
 
 def _found(name: str) -> bool:

@@ -1,5 +1,7 @@
 """``pdrop train``: train a model from a recipe."""
 
+import dataclasses
+import os
 from typing import Annotated
 
 import tyro
@@ -39,6 +41,9 @@ def run(
     sizes = [f"mesh.{axis}={size}" for axis, size in mesh_sizes(mesh).items()]
     loaded = load_recipe(recipe, [*settings, *sizes])
     with together(coordinator, num_processes, process_id):
+        from pdrop_jax.convert.cache import model_folder
         from pdrop_jax.train.loop import train
 
+        start = os.fspath(model_folder(loaded.model.start))
+        loaded = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, start=start))
         train(loaded, allow_changes=allow_changes, profile=steps)

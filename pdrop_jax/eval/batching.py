@@ -6,7 +6,7 @@ the sizes of its images, for which only file headers are read. Images of at most
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import Question
+from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.engine import check_implementation, generate_batch
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Generation
@@ -22,6 +23,7 @@ from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import smallest_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
+from pdrop_jax.inputs.downsample import downsampled
 from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.messages import read_conversation
 from pdrop_jax.inputs.processor import Processor
@@ -93,6 +95,7 @@ def answer_all(
     sampling: Sampling = Sampling(max_new_tokens=128),
     implementation: Implementation = "auto",
     answered: Container[int] = (),
+    share: Share = Share(),
 ) -> Generator[tuple[list[int], Generation]]:
     """Answers batch by batch, in the order of ``plan_batches``.
 
@@ -101,6 +104,7 @@ def answer_all(
 
     Args:
       answered: positions of questions that have been answered already; a batch of only such questions is skipped.
+      share: the batches to answer.
 
     Yields:
       (positions in ``questions``, their answers): one row of the ``Generation`` for each; its seconds and bytes are
@@ -111,7 +115,9 @@ def answer_all(
     """
     check_implementation(implementation)
     groups = plan_batches(model.processor, questions, batch_size, sampling.max_new_tokens)
-    todo = [(n, group) for n, group in enumerate(groups) if any(i not in answered for i in group.questions)]
+    todo = [
+        (n, group) for n, group in enumerate(groups) if n in share and any(i not in answered for i in group.questions)
+    ]
     batches = read_batches(model.processor, questions, [group for _, group in todo], batch_size)
     for (number, group), batch in zip(todo, batches, strict=True):
         generation = generate_batch(model, batch, sampling.for_batch(number), implementation=implementation)
@@ -119,30 +125,45 @@ def answer_all(
 
 
 def read_batches(
-    processor: Processor, questions: Sequence[Question], groups: Sequence[Group], batch_size: int
+    processor: Processor,
+    questions: Sequence[Question],
+    groups: Sequence[Group],
+    batch_size: int,
+    tokens_of: Callable[[int], int] | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of ``groups``, reading the next one while the caller works; short batches are padded.
+
+    Args:
+      tokens_of: how many tokens an image has in place of the n that it would have, see ``downsampled``; None is all.
 
     Raises:
       UserError: a picture cannot be read.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        nexts = [reader.submit(_batch, processor, questions, group, batch_size) for group in groups[:1]]
+        nexts = [reader.submit(_batch, processor, questions, group, batch_size, tokens_of) for group in groups[:1]]
         for at in range(len(groups)):
             batch = nexts.pop().result()
             for later in groups[at + 1 : at + 2]:
-                nexts.append(reader.submit(_batch, processor, questions, later, batch_size))
+                nexts.append(reader.submit(_batch, processor, questions, later, batch_size, tokens_of))
             yield batch
 
 
-def _batch(processor: Processor, questions: Sequence[Question], group: Group, batch_size: int) -> Batch:
-    rows = []
+def _batch(
+    processor: Processor,
+    questions: Sequence[Question],
+    group: Group,
+    batch_size: int,
+    tokens_of: Callable[[int], int] | None,
+) -> Batch:
+    rows, settings, config = [], processor.image_processor, processor.config
     for number, ids in zip(group.questions, group.ids, strict=True):
         question = questions[number]
         alone = len(question.images) == 1
         try:
             images = [
-                as_tokens(read_image(image), processor.image_processor, processor.config, alone=alone)
+                downsampled(read_image(image), tokens_of, settings, config)
+                if tokens_of
+                else as_tokens(read_image(image), settings, config, alone=alone)
                 for image in question.images
             ]
         except UserError as error:

@@ -24,12 +24,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pdrop_jax.checkpoint import fingerprint, storage
-from pdrop_jax.config import Implementation, LlavaConfig
+from pdrop_jax.config import CacheDtype, Implementation, LlavaConfig, Quantization
 from pdrop_jax.convert.cache import model_folder
 from pdrop_jax.errors import UserError, printable
 from pdrop_jax.eval.batching import answer_all, check_batch_size
 from pdrop_jax.eval.journal import AnswerRecord, Journal, remove_unfinished, unfinished
 from pdrop_jax.eval.questions import Question, read_lines, read_questions
+from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.engine import check_implementation
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
@@ -50,18 +51,20 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Result of a run.
+    """Result of a run, or of the part of it that one process did.
 
     Attributes:
       out: the answer file.
       questions: number of questions in the file.
       answered: number of questions that this run answered; the others had been answered before.
+      missing: number of questions that other processes have not answered yet; the last of them writes the file.
       seconds: duration of this run, including loading and compilation.
     """
 
     out: pathlib.Path
     questions: int
     answered: int
+    missing: int
     seconds: float
 
 
@@ -73,7 +76,8 @@ def evaluate(
     *,
     schedule: DropSchedule | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
-    quantize: Literal["int8"] | None = None,
+    quantize: Quantization | None = None,
+    quantize_cache: CacheDtype | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 8,
     sampling: Sampling = Sampling(max_new_tokens=128),
@@ -81,20 +85,23 @@ def evaluate(
     verify: bool = True,
     outside_images: bool = False,
     overwrite: bool = False,
+    share: Share = Share(),
 ) -> Evaluation:
     """Answers the questions of a file that an earlier, interrupted run has not answered.
 
-    Greedy runs may be resumed with another batch size, mesh or attention implementation.
+    Greedy runs may be resumed with another batch size, mesh or attention implementation, and any run by another number
+    of processes.
 
     Args:
       model: checkpoint folder or Hub id, see ``pdrop_jax.load``.
       questions: question file, see ``questions.read_questions``.
       images: folder of the images.
       out: a new file, or one that this function wrote before.
-      schedule, dtype, quantize, mesh, verify: see ``pdrop_jax.load``.
+      schedule, dtype, quantize, quantize_cache, mesh, verify: see ``pdrop_jax.load``.
       sampling: answer length and sampling; the default is greedy decoding.
       outside_images: see ``questions.read_questions``.
-      overwrite: delete existing answers, of whatever run, and start over.
+      overwrite: delete existing answers, of whatever run, and start over; for one process only.
+      share: which of several processes this is. Each answers its share; the last to finish writes ``out``.
 
     Raises:
       UserError: the questions, the model or an argument are invalid; ``out`` is an input or not a regular file, it
@@ -108,21 +115,23 @@ def evaluate(
     inputs = [questions, *(image for question in asked for image in question.images), *([model] if overwrite else ())]
     target = check_output(out, overwrite=True, inputs=inputs, makes_folder=True)
     if not in_bucket(target):  # where it is a folder of objects
-        check_output(unfinished(target), overwrite=True, inputs=inputs, makes_folder=True)
+        check_output(unfinished(target, share), overwrite=True, inputs=inputs, makes_folder=True)
     folder = as_path(model_folder(model, dtype))
-    metadata = describe(folder, schedule, dtype, quantize, sampling, batch_size)
+    quantized = ", ".join(filter(None, [quantize, quantize_cache and f"{quantize_cache} cache"])) or None
+    metadata = describe(folder, schedule, dtype, quantized, sampling, batch_size)
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:
         check_answers(target, [answer for _, answer in read_lines(target)], asked, ids, metadata, whole=True)
         remove_unfinished(target)  # left by a run that was killed right after renaming its answers
-        return Evaluation(as_path(out), len(asked), 0, time.perf_counter() - began)
-    with Journal(target, overwrite) as journal:
-        check_answers(journal.path, journal.answers.values(), asked, ids, metadata)
+        return Evaluation(as_path(out), len(asked), 0, 0, time.perf_counter() - began)
+    with Journal(target, overwrite, share) as journal:
+        for path, answers in journal.read.items():
+            check_answers(path, answers, asked, ids, metadata)
         answered = {n for n, answer_id in enumerate(ids) if answer_id in journal.answers}
-        before = len(answered)
-        if before < len(asked):
-            loaded = load(folder, schedule, dtype, mesh, quantize, verify)
-            bar = tqdm(total=len(asked), initial=before, desc="answering", unit=" questions", disable=None)
+        count = 0
+        if len(answered) < len(asked):
+            loaded = load(folder, schedule, dtype, mesh, quantize, verify, quantize_cache)
+            bar = tqdm(total=len(asked), initial=len(answered), desc="answering", unit=" questions", disable=None)
             batches = answer_all(
                 loaded,
                 asked,
@@ -130,14 +139,16 @@ def evaluate(
                 sampling=sampling,
                 implementation=implementation,
                 answered=answered,
+                share=share,
             )
             with bar, contextlib.closing(batches):
                 for numbers, generation in batches:
                     new = [(n, text) for n, text in zip(numbers, generation.texts, strict=True) if n not in answered]
                     journal.append(_line(asked[n], text, ids[n], folder, metadata) for n, text in new)
+                    count += len(new)
                     bar.update(len(new))
-        journal.finish(ids)
-    return Evaluation(as_path(out), len(asked), len(asked) - before, time.perf_counter() - began)
+        missing = journal.finish(ids)
+    return Evaluation(as_path(out), len(asked), count, missing, time.perf_counter() - began)
 
 
 def describe(
@@ -210,10 +221,9 @@ def check_answers(
 def _difference(answer: AnswerRecord, texts: Mapping[str, Sequence[str]], metadata: Mapping[str, Any]) -> str:
     """How ``answer`` differs from the answers of this run, whose question texts by id are ``texts``."""
     theirs = answer.get("metadata")
-    theirs = theirs if isinstance(theirs, dict) else {}
-    for key, ours in metadata.items():
-        if theirs.get(key) != ours:
-            return f"answers of another {LABELS[key]}: {_short(theirs.get(key))}, this run has {_short(ours)}"
+    found = difference(theirs if isinstance(theirs, dict) else {}, metadata)
+    if found:
+        return f"answers of another {found}"
     asked = f"an answer to question {answer.get('question_id')!r}"
     now = texts.get(str(answer.get("question_id")))
     if now is None:
@@ -221,6 +231,14 @@ def _difference(answer: AnswerRecord, texts: Mapping[str, Sequence[str]], metada
     if answer.get("prompt") not in now:
         return f"{asked} when it read {_short(answer.get('prompt'))}, now it reads {_short(now[0])}"
     return f"{asked} about another picture"
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first thing that two runs do not have in common, or None: "dtype: "float32", this run has "bfloat16" "."""
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            return f"{LABELS.get(key, key)}: {_short(theirs.get(key))}, this run has {_short(value)}"
+    return None
 
 
 def _line(

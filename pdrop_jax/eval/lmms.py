@@ -16,6 +16,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from pdrop_jax.config import CacheDtype, Quantization
 from pdrop_jax.convert.pretrained import DEMO, load
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.batching import answer_all
@@ -37,7 +38,7 @@ class PdropJax(lmms):
       ratios: "0.5/0.25/0.125".
       score: a name in ``model.scores``.
       dtype: "float32" or "bfloat16"; None is the checkpoint's dtype.
-      quantize: "int8" or None.
+      quantize, quantize_cache: see ``pdrop_jax.load``.
       batch_size: ``--batch_size``.
       max_batch_size, device: passed by lmms-eval to every model; unused.
     """
@@ -51,15 +52,15 @@ class PdropJax(lmms):
         ratios: str | float | None = None,
         score: str | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
-        quantize: Literal["int8"] | None = None,
+        quantize: Quantization | None = None,
+        quantize_cache: CacheDtype | None = None,
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
         super().__init__()
-        self.model = load(
-            pretrained or DEMO, parse_schedule(words(layers), words(ratios), score), dtype, quantize=quantize
-        )
+        schedule = parse_schedule(words(layers), words(ratios), score)
+        self.model = load(pretrained or DEMO, schedule, dtype, quantize=quantize, quantize_cache=quantize_cache)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

@@ -9,10 +9,11 @@ Caches grow with the bucket of the conversation (``buckets.choose_bucket``). Wit
 array is larger than it would be if the whole conversation was asked at once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -38,6 +39,7 @@ from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.result import Answer, kept_tokens
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.timer import Timer
+from pdrop_jax.generation.watching import Frames, Stream, Watched
 from pdrop_jax.inputs.anyres import ImageTokens, captions_of
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
@@ -96,6 +98,7 @@ class Session:
         self._messages: list[Message] = []
         self._images: list[ImageTokens] = []
         self._past: Past | None = None
+        self._stream: Stream | None = None
         self._asking = threading.Lock()
 
     @property
@@ -105,6 +108,41 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self._model!r}, mode={self._mode!r}, turns={len(self.turns)}, images={len(self._images)})"
+
+    def watch(
+        self,
+        frames: Frames,
+        *,
+        window: int | None = None,
+        bank: int | None = None,
+        ratio: float | None = None,
+        question: str | None = None,
+    ) -> Watched:
+        """Watches frames of a stream; ``ask`` then answers about what is held of it, at any time.
+
+        The newest frames are in focus, with all their tokens. Of a frame that leaves this window, the bank keeps the
+        tokens that PyramidDrop keeps longest, or its standby tokens. A question does not see earlier ones.
+
+        Args:
+          frames: a ``Video``, a list of pictures or anything that yields them, all of one size.
+          window: frames in focus (default: 8, or as many as half of the model's positions hold).
+          bank: tokens of the bank in the first stage (default: 8192, or what the model's positions leave).
+          ratio: share of a frame's tokens that the bank keeps (default: the schedule's last).
+          question: ranks the tokens of a frame when it comes (default: "What happens?").
+
+        Raises:
+          UserError: a frame is no picture or differs in size, the window or the bank holds no frame or needs too many
+            positions, or a later call changes an option. Frames before a faulty one are watched.
+        """
+        with self._only_one():
+            if self._messages and self._stream is None:
+                raise UserError("this session has been asked without a stream: watch with a new one")
+            stream = self._stream or Stream(self._model, self._prompts, self._mode == "keep", self._implementation)
+            try:
+                stream.watch(frames, {"window": window, "bank": bank, "ratio": ratio, "question": question})
+            finally:
+                self._stream = stream if stream.frames else None
+            return stream.watched
 
     def ask(
         self,
@@ -133,10 +171,19 @@ class Session:
             has. In mode "keep" also if the model's chat template writes an image, or what precedes it, differently as
             the conversation goes on.
         """
+        with self._only_one():
+            if self._stream:
+                messages, answer = self._stream.ask(question, as_list(image), sampling, stream, len(self.turns) + 1)
+                self._messages += [*messages, Message("assistant", (self._prompts.without_places(answer.text),))]
+                return answer
+            return self._ask(question, image, sampling, stream)
+
+    @contextlib.contextmanager
+    def _only_one(self) -> Iterator[None]:
         if not self._asking.acquire(blocking=False):
             raise UserError("this conversation is still answering another question: wait for its answer")
         try:
-            return self._ask(question, image, sampling, stream)
+            yield
         finally:
             self._asking.release()
 

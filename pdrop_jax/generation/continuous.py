@@ -116,7 +116,7 @@ class Engine:
             raise UserError("an engine needs at least one bucket, got none")
         self._model, self._max_new_tokens, self._max_waiting = model, max_new_tokens, max_waiting
         self.buckets = tuple(dict.fromkeys(buckets))
-        self._extras, self._turn = extras, turn or contextlib.nullcontext()
+        self._extras, self._shared, self._turn = extras, turn is not None, turn or contextlib.nullcontext()
         most = min(TOP_LOGPROBS, config.text.vocab_size) if extras else 0
         with on_devices(model):
             shape = slot_shape(config, self.buckets, max_new_tokens, implementation, most)
@@ -287,7 +287,10 @@ class Engine:
                         self._admit()
                         if self._batch.running:
                             self._batch.step()
+                    if self._shared or not self._batch.running:
+                        self._batch.pass_on()
         except BaseException as error:
+            self._batch.pass_on()
             with self._changed:
                 self._error = error
                 lost = [*self._batch.running.values(), *self._waiting]

@@ -26,7 +26,7 @@ from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.timer import Timer
 from pdrop_jax.inputs.buckets import power_of_two
 from pdrop_jax.inputs.messages import Prompt
-from pdrop_jax.model.cache import AXES, cache_bytes
+from pdrop_jax.model.cache import AXES, StageCache, cache_bytes
 from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.params import Params
@@ -94,7 +94,13 @@ def placed(tree: Tree) -> Tree:
 
     A program that returns its argument where it found it is not compiled again for it.
     """
-    return jax.tree.map(lambda x: constrain(x, *((None, *AXES) if x.ndim == 5 else (None,) * x.ndim)), tree)
+
+    def place(x: Any) -> Any:
+        if isinstance(x, StageCache):
+            return jax.tree.map(lambda y: constrain(y, *(None, *AXES)[: y.ndim]), x)
+        return constrain(x, *(None,) * x.ndim)
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, StageCache))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"), compiler_options=ROUNDED)
@@ -271,6 +277,14 @@ def stop_ids_of(model: Model) -> np.ndarray:
 def on_devices(model: Model) -> contextlib.AbstractContextManager:
     """The context for jitted calls: the model's mesh, if it has one."""
     return contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
+
+
+def committed(model: Model, tree: Tree) -> Tree:
+    """Arrays that were made without inputs, where programs return them: their first call is not compiled twice."""
+    if model.mesh is not None:
+        return tree
+    (device,) = jax.tree.leaves(model.params)[0].devices()
+    return jax.device_put(tree, device)
 
 
 def rows_on_devices(model: Model, batch: Batch) -> Batch:

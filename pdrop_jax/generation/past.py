@@ -53,7 +53,7 @@ def with_room(past: Past, config: LlavaConfig, whole: Batch, capacity: int) -> t
     """Caches with slots for the conversation and ``capacity`` new tokens, hidden states for the conversation."""
     state, first = past.model, past.first
     plan = config.schedule.plan(config.text.num_layers, whole.bucket, aligned("auto"))
-    found = tuple(0 if cache is None else cache.k.shape[3] for cache in state.caches)
+    found = tuple(0 if cache is None else cache.slots for cache in state.caches)
     sizes = tuple(max(n, stage.slots + capacity) for n, stage in zip(found, plan, strict=False))
     width = 0 if first is None else max(first.slots, whole.bucket.slots)
     if found != sizes or (first is not None and first.slots != width):

@@ -6,7 +6,6 @@ before it is taken, and shapes never change. ``lru`` knows on the host which ent
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,11 +14,12 @@ from jax.typing import DTypeLike
 
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import Implementation, LlavaConfig
-from pdrop_jax.generation.engine import ROUNDED, placed
+from pdrop_jax.generation.engine import ROUNDED, Tree, placed
 from pdrop_jax.model.cache import StageCache, empty_caches, grow
 from pdrop_jax.model.decoder import DecoderOutput
 from pdrop_jax.model.multi_turn import FirstStage, empty_first_stage
 from pdrop_jax.model.params import Params
+from pdrop_jax.model.quantization import stored_bytes
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.vlm import ImageEmbeddings, embed_images
 
@@ -63,23 +63,30 @@ empty_prefixes = jax.jit(_prefixes, static_argnums=(0, 1, 2, 3))
 def pool_bytes(empty: Any, config: LlavaConfig, entries: int, size: int, dtype: DTypeLike) -> int:
     """Bytes of the pool that ``empty`` makes of these arguments."""
     pool = jax.eval_shape(functools.partial(empty, config, entries, size, dtype))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pool))
+    return stored_bytes(pool)
 
 
-def insert(entries: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """``old`` with the rows of ``new``, padded with zeros to its size, in ``entries`` (R,) int32.
+def insert(entries: jax.Array, old: Tree, new: Tree) -> Tree:
+    """A state or a pool with the rows of ``new``, padded with zeros to its size, in ``entries`` (R,) int32.
 
     All of an entry is overwritten: what an earlier answer left there may be no number, and would be one of the products
     in which the mask's zeros are factors.
     """
-    axis = 1 if old.ndim == 5 else 0  # caches have layers in front
-    sizes = [(0, 0 if n == axis else a - b) for n, (a, b) in enumerate(zip(old.shape, new.shape, strict=True))]
-    if any(after for _, after in sizes):
-        new = jnp.pad(new, sizes)
-    for r in range(new.shape[axis]):  # an update of one row needs no copy, wherever it is
-        row = jax.lax.slice_in_dim(new, r, r + 1, axis=axis)
-        old = jax.lax.dynamic_update_slice_in_dim(old, row, entries[r], axis)
-    return old
+
+    def write(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        sizes = [(0, 0 if n == axis else a - b) for n, (a, b) in enumerate(zip(old.shape, new.shape, strict=True))]
+        if any(after for _, after in sizes):
+            new = jnp.pad(new, sizes)
+        for r in range(new.shape[axis]):  # an update of one row needs no copy, wherever it is
+            row = jax.lax.slice_in_dim(new, r, r + 1, axis=axis)
+            old = jax.lax.dynamic_update_slice_in_dim(old, row, entries[r], axis)
+        return old
+
+    def write_part(old: Any, new: Any) -> Any:
+        axis = 1 if isinstance(old, StageCache) else 0  # caches have layers in front
+        return jax.tree.map(functools.partial(write, axis=axis), old, new)
+
+    return placed(jax.tree.map(write_part, old, new, is_leaf=lambda x: isinstance(x, StageCache)))
 
 
 @functools.partial(
@@ -96,7 +103,7 @@ def encode(
 ) -> ImageEmbeddings:
     """The pool with the image that is all of the batch ``image``, one row, in ``entry`` (1,). Consumes ``pool``."""
     new = embed_images(config, params, image, implementation)
-    return placed(jax.tree.map(functools.partial(insert, entry), pool, new))
+    return insert(entry, pool, new)
 
 
 def images_of(pool: ImageEmbeddings, entries: jax.Array, image_id: jax.Array) -> ImageEmbeddings:
@@ -122,7 +129,7 @@ def remember(pool: Prefixes, entries: jax.Array, output: DecoderOutput) -> Prefi
     assert first is not None
     assert cache is not None
     new = Prefixes(cache, FirstStage(first.hidden, None if pool.output.additions is None else first.additions))
-    return placed(jax.tree.map(functools.partial(insert, entries), pool, new))
+    return insert(entries, pool, new)
 
 
 def recall(pool: Prefixes, entries: jax.Array, slots: int) -> tuple[StageCache, FirstStage]:

@@ -3,14 +3,14 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from pdrop_jax.checkpoint import load as load_checkpoint
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import CacheDtype, LlavaConfig, Quantization
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.params import Params, count
@@ -35,7 +35,7 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of activations and KV caches."""
+        """Of activations, and of KV caches unless ``config.text.cache_dtype`` is set."""
         return self.params["embed"]["embedding"].dtype
 
     def __repr__(self) -> str:
@@ -50,8 +50,9 @@ def load(
     schedule: DropSchedule | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
-    quantize: Literal["int8"] | None = None,
+    quantize: Quantization | None = None,
     verify: bool = True,
+    quantize_cache: CacheDtype | None = None,
 ) -> Model:
     """Loads a converted or trained checkpoint from its folder; ``pdrop_jax.load`` takes other models too.
 
@@ -60,19 +61,26 @@ def load(
       schedule: drop schedule; None is the checkpoint's.
       dtype: dtype of parameters and activations, float32 or bfloat16; None is the checkpoint's.
       mesh: device mesh, see ``sharding.make_mesh``; None is one device.
-      quantize: "int8" quantizes the weights of the decoder's linear layers, see ``model.quantization``; activations
-        stay ``dtype``.
+      quantize: quantizes the decoder's linear layers: their weights ("int8", "int4"), or weights and activations
+        ("w8a8", "w4a8", "w4a4"), see ``model.quantization``.
       verify: compare every array with its checksum.
+      quantize_cache: "int8" or "int4" for the KV caches, see ``model.cache``; None is ``dtype``.
 
     Raises:
       UserError: the folder is not a checkpoint, it is damaged, the schedule does not fit the decoder, or ``quantize``
-        has another value.
+        or ``quantize_cache`` has another value.
     """
     if folder == DEMO and not DEMO.exists():
         raise UserError("this installation has no demo model: pass the folder of a checkpoint, --model DIR")
     folder = as_path(folder)
     config, params = load_checkpoint(
-        folder, schedule=schedule, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify
+        folder,
+        schedule=schedule,
+        dtype=dtype,
+        mesh=mesh,
+        quantize=quantize,
+        verify=verify,
+        quantize_cache=quantize_cache,
     )
     processor = Processor.load(folder, config)
     return Model(config, arrange(config, params, mesh), processor, mesh)

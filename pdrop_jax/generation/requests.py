@@ -141,6 +141,8 @@ class Request:
       reusable: what of it the engine's caches may hold.
       top_logprobs: the number of most likely tokens to report at each token; None reports no log-probabilities.
       allowed: what ``constraint`` allows next.
+      ids: tokens of the answer that were passed on.
+      step: tokens of the answer that are on the device, a stop token included.
       submitted, admitted, first: ``time.perf_counter`` at the request, its prefill and its first token.
     """
 
@@ -160,6 +162,7 @@ class Request:
     kept: list[list[list[int]]] = dataclasses.field(default_factory=list)
     scores: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
     cached: int = 0
+    step: int = 0
 
     @classmethod
     def of(
@@ -183,13 +186,16 @@ class Request:
         """Whether the request has neither a constraint nor log-probabilities."""
         return self.constraint is None and self.top_logprobs is None
 
-    def take(self, step: int, ids: list[int], stopped: bool, logprobs: Sequence[TokenLogprobs] = ()) -> bool:
-        """Passes on what is new of the first ``step`` tokens; True at the end.
+    def take(self, ids: list[int], stopped: bool, logprobs: Sequence[TokenLogprobs] = ()) -> bool:
+        """Passes on what is new in ``ids``; True at the end. What comes after the end is ignored.
 
         Args:
-          ids: the tokens without the stop token.
+          ids: the tokens so far, without the stop token.
+          stopped: whether the stop token came.
           logprobs: of the new ones.
         """
+        if self.handle.done:
+            return True
         if self.first is None:
             self.first = time.perf_counter()
         piece, known = "", len(self.ids)
@@ -201,7 +207,7 @@ class Request:
         new = len(self.ids) - known
         self.handle.logprobs += logprobs[:new]
         reason: FinishReason | None = "stop" if stopped or self.text.stopped else None
-        if reason is None and step >= self.sampling.max_new_tokens:
+        if reason is None and len(ids) >= self.sampling.max_new_tokens:
             reason = "length"
         if reason is None and self.handle.cancelled:
             reason = "cancelled"

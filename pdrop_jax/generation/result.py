@@ -87,7 +87,7 @@ class Answer:
       token_ids: tokens of the answer, without the stop token.
       stage_lengths: [stage], number of tokens of the conversation before this answer that the stage holds.
       kept: [stage boundary][image of the conversation], indices of the kept image tokens, counted within the image;
-        empty while there is no image.
+        empty while there is no image, and for a stream.
       cached: number of tokens found in the first stage's cache; only the others were run.
       compile_seconds: 0 if the shapes were compiled before.
       prefill_seconds: time to the first new token.

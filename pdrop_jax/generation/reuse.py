@@ -13,7 +13,7 @@ import numpy as np
 from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.generation.engine import on_devices, rows_on_devices
+from pdrop_jax.generation.engine import committed, on_devices, rows_on_devices
 from pdrop_jax.generation.lru import CacheCounts, Lru
 from pdrop_jax.generation.pools import empty_images, empty_prefixes, encode, pool_bytes
 from pdrop_jax.generation.pretrained import Model
@@ -87,15 +87,15 @@ class ImageCache:
     ) -> None:
         self._model, self._implementation = model, implementation
         # A picture of a bucket has the crops that the bucket's other pictures leave, or all of them if it is alone.
-        shapes = {(n, b.crops - other) for b in buckets for n in b.images for other in {0, len(b.images) - 1}}
+        others = {bucket: {0, min(len(bucket.images), bucket.crops) - 1} for bucket in buckets if bucket.images}
+        shapes = {(n, bucket.crops - m) for bucket, crops in others.items() for n in bucket.images for m in crops}
         self._shapes = [Bucket(0, (tokens,), crops) for tokens, crops in sorted(shapes)]
         tokens, needed = max(shapes)[0], rows * max(len(bucket.images) for bucket in buckets)
-        self._size = (model.config, tokens, model.dtype)
         one = pool_bytes(empty_images, model.config, 1, tokens, model.dtype)
         check_room("image_cache", nbytes, one, needed, "pictures")
         self._lru = Lru(nbytes // one)
         with on_devices(model):
-            self.pool = empty_images(model.config, self._lru.capacity, tokens, model.dtype)
+            self.pool = committed(model, empty_images(model.config, self._lru.capacity, tokens, model.dtype))
         self.nbytes = one * self._lru.capacity
 
     @property
@@ -151,7 +151,7 @@ class PrefixCache:
         check_room("prefix_cache", nbytes, one, rows + 1, "prompts")
         self._lru = Lru(nbytes // one - 1)  # the last entry is for rows that have nothing to keep
         with on_devices(model):
-            self.pool = empty_prefixes(config, self._lru.capacity + 1, slots, model.dtype)
+            self.pool = committed(model, empty_prefixes(config, self._lru.capacity + 1, slots, model.dtype))
         self.nbytes = one * (self._lru.capacity + 1)
 
     @staticmethod

@@ -1,8 +1,9 @@
 """The batch that an ``Engine`` runs: requests in slots, some of which end while others begin. It knows no threads."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from pdrop_jax.batch import Batch, Bucket
 from pdrop_jax.config import Implementation
 from pdrop_jax.generation.engine import (
     STREAM_EVERY,
+    committed,
     decode,
     on_devices,
     rows_on_devices,
@@ -59,9 +61,10 @@ class RunningBatch:
         self._prefill_rows = prefill_rows
         self._implementation: Implementation = implementation
         self._extras = shape.top_logprobs > 0
+        self._unsent: list[Callable[[], None]] = []
         self._words = -(-model.config.text.vocab_size // 32)
         with on_devices(model):
-            self._state: Any = empty_slots(model.config, slots, shape, model.dtype)
+            self._state: Any = committed(model, empty_slots(model.config, slots, shape, model.dtype))
 
     @property
     def free(self) -> int:
@@ -86,7 +89,7 @@ class RunningBatch:
             jax.block_until_ready(self._state)
 
     def admit(self, requests: Sequence[Request]) -> None:
-        """Prefills as many requests as there are free slots, or fewer, and passes on their first tokens."""
+        """Prefills as many requests as there are free slots, or fewer."""
         free = (slot for slot in range(self.slots) if slot not in self.running)
         new = dict(zip(free, requests, strict=False))
         self.running |= new
@@ -95,16 +98,26 @@ class RunningBatch:
             buckets.setdefault(request.batch.bucket, []).append(slot)
         for slots in buckets.values():
             self._admit_bucket({slot: new[slot] for slot in slots})
-        self._deliver()
+        self._collect()
 
     def release(self) -> None:
-        """Gives the slots' memory back."""
-        self._state = None
+        """Gives the memory of slots and caches back."""
+        self._state = self.images = self.prefixes = None
 
     def step(self) -> None:
-        """Decodes a few tokens of all requests and passes them on."""
-        self._decode(extras=not all(request.plain for request in self.running.values()))
-        self._deliver()
+        """Decodes a few tokens of all requests. They are passed on while the device works on what comes next."""
+        if any(request.constraint for request in self.running.values()):
+            self.pass_on()  # what is allowed next depends on them
+        if self.running:
+            self._decode(extras=not all(request.plain for request in self.running.values()))
+            self.pass_on()
+            self._collect()
+
+    def pass_on(self) -> None:
+        """Passes on the tokens that are there already. Requests that end leave ``running``."""
+        unsent, self._unsent = self._unsent, []
+        for send in unsent:
+            send()
 
     def _admit_bucket(self, requests: dict[int, Request]) -> None:
         """Prefills requests of one bucket, those with a new prefix before others with the same."""
@@ -193,7 +206,7 @@ class RunningBatch:
         until, samplings = np.zeros(self.slots, np.int32), [Sampling()] * self.slots
         for slot, request in self.running.items():
             samplings[slot] = request.sampling
-            until[slot] = min(len(request.ids) + every, request.sampling.max_new_tokens)
+            until[slot] = min(request.step + every, request.sampling.max_new_tokens)
         self._state = decode(
             self._model.config,
             self._model.params,
@@ -204,25 +217,31 @@ class RunningBatch:
             self._allowed(self.running, self.slots) if extras else None,
         )
 
-    def _deliver(self) -> None:
-        """Passes on new tokens. The slots of requests that end are free from then on."""
+    def _collect(self) -> None:
+        """Reads the new tokens, which ``pass_on`` passes on. Slots whose answers are complete are free from then on."""
         asked = any(request.top_logprobs is not None for request in self.running.values())
         state = self._state
         steps, done, tokens, logprobs = jax.device_get(
             (state.step, state.done, state.tokens, state.logprobs if asked else None)
         )
         for slot, request in list(self.running.items()):
-            step = int(steps[slot])
-            ids, most, new = until_stop(tokens[slot, :step], self._stop_ids), request.top_logprobs, []
-            if most is not None:
-                new = read_logprobs(logprobs, slot, range(len(request.ids), len(ids)), ids, most)
-            try:
-                ended = request.take(step, ids, bool(done[slot]), new)
-            except Exception as error:  # of the caller's stream or constraint
-                request.handle.finish(error)
-                ended = True
-            if ended:
+            request.step = step = int(steps[slot])
+            ids, stopped = until_stop(tokens[slot, :step], self._stop_ids), bool(done[slot])
+            self._unsent.append(functools.partial(self._send, request, slot, ids, stopped, logprobs))
+            if stopped or step >= request.sampling.max_new_tokens:
                 del self.running[slot]
+
+    def _send(self, request: Request, slot: int, ids: list[int], stopped: bool, logprobs: Any) -> None:
+        most, new = request.top_logprobs, []
+        if most is not None:
+            new = read_logprobs(logprobs, slot, range(len(request.ids), len(ids)), ids, most)
+        try:
+            ended = request.take(ids, stopped, new)
+        except Exception as error:  # of the caller's stream or constraint
+            request.handle.finish(error)
+            ended = True
+        if ended and self.running.get(slot) is request:
+            del self.running[slot]
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

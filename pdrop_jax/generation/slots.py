@@ -7,7 +7,6 @@ slot takes less memory there. Shapes never change: ``admit`` compiles once for a
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -26,6 +25,7 @@ from pdrop_jax.model.decoder import DecodeState
 from pdrop_jax.model.drop import DropRecord
 from pdrop_jax.model.multi_turn import rerank
 from pdrop_jax.model.params import Params
+from pdrop_jax.model.quantization import stored_bytes
 from pdrop_jax.model.vlm import ImageEmbeddings, next_logits, run_prompts
 
 
@@ -66,7 +66,7 @@ def slot_bytes(config: LlavaConfig, shape: SlotShape, dtype: DTypeLike, slots: i
         slot_bytes(config, slot_shape(config, [bucket], 128), jnp.bfloat16)
     """
     state = jax.eval_shape(functools.partial(_empty, config, slots, shape, dtype))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return stored_bytes(state)
 
 
 def _empty(config: LlavaConfig, slots: int, shape: SlotShape, dtype: DTypeLike) -> State:
@@ -190,4 +190,4 @@ def _enter(
     keys = jax.vmap(jax.random.key)(seeds)
     most = 0 if state.logprobs is None else state.logprobs.ids.shape[2]
     new = first_token(logits, model, state.tokens.shape[1], keys, sampler, stop_ids, allowed, most)
-    return placed(jax.tree.map(functools.partial(insert, slots), state, new))
+    return insert(slots, state, new)

@@ -1,9 +1,12 @@
-"""Images of any size as tiles (LLaVA-NeXT's anyres), and the mapping from features to tokens.
+"""Images of any size as tiles (LLaVA-NeXT's anyres, LLaVA-UHD's slices), and the mapping from features to tokens.
 
 An image is resized and padded to the best of several resolutions and cut into tiles of the vision tower's size. The
 whole image, resized to one tile, is added as an overview. Its tokens are the features of the overview, then those of
 the tiles row by row across the image without the padding, with a newline vector after each row. One table of indices,
 computed here with numpy, describes all of that.
+
+Slices (``slices``) are tiles of the grid nearest in aspect, to which the image is stretched, so that nothing is padded;
+an image of about one tile has no slices, only the overview.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
+from pdrop_jax.inputs.slices import aspect_grid
 
 NEWLINE = -1  # table entry for the newline vector
 SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tiling.max_tiles allows
@@ -25,8 +29,8 @@ SHRINK_FROM = 1.1  # downsampled if over this factor taller and wider than Tilin
 class ImageSize(NamedTuple):
     """The space that an image needs in a batch: crops and tokens, and whether the crops are frames of a video.
 
-    ``texts`` stand around its parts: in front of each of them, and behind the last. They are empty for an image in one
-    part without captions.
+    Standby tokens do not count: they take slots of text. ``texts`` stand around its parts: in front of each of them,
+    and behind the last. They are empty for an image in one part without captions.
     """
 
     crops: int
@@ -62,6 +66,7 @@ class ImageTokens:
         of tiles (SmolVLM). Otherwise empty.
       ending: text behind the last of these parts.
       grid: rows and columns of the tiles that the crops begin with, if the model tiles in a way of its own.
+      standby: the last so many tokens are standby tokens, which no drop ranks; they index those of all crops.
       is_crop: whether the image is cut from one before it in its row, in whose place in the messages it stands too.
     """
 
@@ -76,6 +81,7 @@ class ImageTokens:
     ending: str = ""
     grid: tuple[int, int] | None = None
     is_crop: bool = False
+    standby: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -83,7 +89,7 @@ class ImageTokens:
     @property
     def size(self) -> ImageSize:
         texts = (*self.captions, self.ending) if self.captions else ()
-        return ImageSize(len(self.crops), len(self.index), self.video, texts)
+        return ImageSize(len(self.crops), len(self.index) - self.standby, self.video, texts)
 
     @property
     def parts(self) -> int:
@@ -91,12 +97,14 @@ class ImageTokens:
         return max(1, len(self.captions))
 
     def widened(self, taps: int) -> tuple[np.ndarray, np.ndarray]:
-        """``index`` and ``weight`` as (n, ``taps``); a token that is not blended has one feature of weight 1."""
-        if self.weight is not None:
-            return self.index, self.weight
-        weight = np.zeros((len(self), taps), np.float32)
-        weight[:, 0] = 1
-        return np.repeat(self.index, taps, axis=1), weight
+        """``index`` and ``weight`` as (n, ``taps``), those that are added with weight 0.
+
+        A token that is not blended has one feature of weight 1.
+        """
+        weight = np.eye(1, self.index.shape[1], dtype=np.float32) if self.weight is None else self.weight
+        padded = np.zeros((len(self), taps), np.float32)
+        padded[:, : weight.shape[1]] = weight
+        return np.pad(self.index, [(0, 0), (0, taps - self.index.shape[1])], mode="edge"), padded
 
 
 def captions_of(images: Iterable[ImageTokens]) -> list[tuple[str, ...]]:
@@ -121,7 +129,7 @@ def pooled(crops: np.ndarray, config: LlavaConfig) -> ImageTokens:
     """
     if config.frame_tokens:
         return ImageTokens(crops, np.arange(len(crops) * config.frame_tokens, dtype=np.int32)[:, None], video=True)
-    side = config.crop_tower.patches_a_side
+    side = config.crop_tower.features_a_side
     features = np.arange(side**2, dtype=np.int32) + config.image_tokens - side**2  # without a class token
     index, weight = (x.reshape(-1, 4) for x in bilinear(features.reshape(side, side), -(-side // 2), -(-side // 2)))
     index = (index + np.arange(len(crops), dtype=np.int32)[:, None, None] * config.image_tokens).reshape(-1, 4)
@@ -140,7 +148,7 @@ def tiled(crops: np.ndarray, size: tuple[int, int], config: LlavaConfig) -> Imag
     """
     assert config.tiling
     vision = config.crop_tower
-    return ImageTokens(crops, *token_table(size, config.tiling, vision.image_size, vision.patches_a_side))
+    return ImageTokens(crops, *token_table(size, config.tiling, vision.image_size, vision.features_a_side))
 
 
 def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -157,12 +165,14 @@ def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> 
       side: side length of a tile in features.
     """
     rows, columns = grid_shape(size, tiling, tile)
+    base = np.arange(side**2, dtype=np.int32)
+    if not rows:
+        return np.append(base, np.int32(NEWLINE))[:, None], None
     features = np.arange(side**2, (1 + rows * columns) * side**2, dtype=np.int32)
     grid = features.reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, columns * side)
     features = grid[unpadded(size, (rows * side, columns * side), tiling)]
     if not features.size:
         raise _too_narrow(size)
-    base = np.arange(side**2, dtype=np.int32)
     scale = math.sqrt(features.size / (tiling.max_tiles * side**2)) if tiling.max_tiles else 1.0
     if scale <= SHRINK_FROM:
         lines = np.pad(features, [(0, 0), (0, 1)], constant_values=NEWLINE)
@@ -176,7 +186,9 @@ def token_table(size: tuple[int, int], tiling: Tiling, tile: int, side: int) -> 
 
 
 def grid_shape(size: tuple[int, int], tiling: Tiling, tile: int) -> tuple[int, int]:
-    """(rows, columns) of tiles for an image of ``size`` (height, width)."""
+    """(rows, columns) of tiles for an image of ``size`` (height, width); (0, 0) if it is not cut into slices."""
+    if tiling.choice == "aspect":
+        return aspect_grid(size, tiling, tile)
     found = select_best_resolution(size, [list(point) for point in tiling.pinpoints])
     if found is None:
         raise _too_narrow(size)
@@ -192,6 +204,8 @@ def unpadded(size: tuple[int, int], features: tuple[int, int], tiling: Tiling) -
     """The rows and columns of ``features`` (height, width) that an image of ``size`` covers, without the padding."""
     height, width = size
     rows, columns = features
+    if tiling.choice == "aspect":
+        return slice(0, rows), slice(0, columns)
 
     def inside(length: float, whole: int) -> slice:
         # The original code truncates; Hugging Face's first rounds away floating-point error.
@@ -232,7 +246,7 @@ def levels(config: LlavaConfig) -> list[tuple[int, int]]:
     tiling = config.tiling
     if tiling is None:
         return [(crops, n + config.keep_class_token) for crops, n in config.vision.levels(config.text.max_length)]
-    tile, side = config.crop_tower.image_size, config.crop_tower.patches_a_side
+    tile, side = config.crop_tower.image_size, config.crop_tower.features_a_side
     alone = (1, config.image_tokens + 1)
     grids = [(height // tile, width // tile) for height, width in tiling.pinpoints]
     most = max(rows * columns for rows, columns in grids)
@@ -264,4 +278,4 @@ def count(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
         return levels(config)[0]
     tile = config.crop_tower.image_size
     rows, columns = grid_shape(size, config.tiling, tile)
-    return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.crop_tower.patches_a_side)[0])
+    return 1 + rows * columns, len(token_table(size, config.tiling, tile, config.crop_tower.features_a_side)[0])

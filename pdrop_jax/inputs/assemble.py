@@ -42,7 +42,7 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
     if not rows:
         raise UserError("a batch needs at least one prompt, got none")
     B, S, C = len(rows), bucket.slots, bucket.crops
-    T = 4 if any(image.weight is not None for row in rows for image in row.images) else config.features_per_token
+    T = max([config.features_per_token, *(image.index.shape[1] for row in rows for image in row.images)])
     token_ids = np.zeros((B, S), np.int32)
     feature_index = np.full((B, S, T), -1, np.int32)
     feature_weight = np.zeros((B, S, T), np.float32)
@@ -54,7 +54,10 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         layout = np.zeros((B, C, config.vision.crop_shape[0], config.vision.layout_values), np.int32)
     if config.text.mrope_sections:
         positions = np.zeros((B, S, 3), np.int32)
+    clips = np.zeros((B, C), np.int32) if any(image.standby for row in rows for image in row.images) else None
     crop_features = config.vision.crop_features + config.keep_class_token
+    beyond = crop_features + config.frame_tokens  # of a crop, in front of the standby tokens
+    newline = C * (beyond + (0 if clips is None else config.standby_tokens))
     query_rows = np.full((B, queries), -1, np.int32)
     labels = np.full((B, S), IGNORE, np.int32) if any(row.labels is not None for row in rows) else None
     for b, row in enumerate(rows):
@@ -68,10 +71,15 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         for m, image in enumerate(row.images, 1):
             index, feature_weight[b, :n][images == m] = image.widened(T)
             first, features = 0, crop_features
-            if image.video and config.frame_tokens:
+            if image.video and config.frame_tokens and not image.standby:
                 first, features = C * features, config.frame_tokens
-            newline = C * (crop_features + config.frame_tokens)
-            feature_index[b, :n][images == m] = np.where(index == NEWLINE, newline, first + used * features + index)
+            index = np.where(index == NEWLINE, newline, first + used * features + index)
+            if clips is not None:
+                clips[b, used : used + len(image.crops)] = clip_numbers(image, config) + clips[b].max() + 1
+                own = slice(len(image) - image.standby, None)
+                index[own] += C * beyond + used * config.standby_tokens - first - used * features
+                image_id[b, np.flatnonzero(images == m)[own]] = 0  # as text, they are never dropped
+            feature_index[b, :n][images == m] = index
             crops[b, used : used + len(image.crops)] = image.crops
             if layout is not None and image.layout is not None:
                 here = layout[b, used : used + len(image.crops)]
@@ -101,7 +109,14 @@ def assemble(rows: Sequence[Row], config: LlavaConfig, bucket: Bucket, queries: 
         feature_weight=feature_weight if T > 1 else None,
         patch_layout=layout,
         positions=positions,
+        clips=clips,
     )
+
+
+def clip_numbers(image: ImageTokens, config: LlavaConfig) -> np.ndarray:
+    """Blocks of the frames of a video, from 0 on; otherwise each crop is alone."""
+    frames = np.arange(len(image.crops), dtype=np.int32)
+    return frames // config.standby.frames if image.video and config.standby else frames
 
 
 def mrope_positions(row: Row) -> np.ndarray:
@@ -181,12 +196,13 @@ def _check_row(number: int, row: Row, config: LlavaConfig, bucket: Bucket) -> No
         raise UserError(f"prompt {number} has {len(ids)} tokens but {len(row.labels)} labels")
     if placeholders != sum(image.parts for image in row.images):
         raise UserError(f"prompt {number} has {placeholders} image placeholders but {len(row.images)} pictures")
-    if len(text) > bucket.text or len(row.images) > len(bucket.images):
+    n = len(text) + sum(image.standby for image in row.images)
+    if n > bucket.text or len(row.images) > len(bucket.images):
         raise UserError(
-            f"prompt {number} has {len(text)} text tokens and {len(row.images)} images, but its bucket holds "
+            f"prompt {number} has {n} text tokens and {len(row.images)} images, but its bucket holds "
             f"{bucket.text} and {len(bucket.images)}"
         )
-    tokens, crops = [len(image) for image in row.images], sum(len(image.crops) for image in row.images)
+    tokens, crops = [image.size.tokens for image in row.images], sum(len(image.crops) for image in row.images)
     if crops > bucket.crops or any(n > most for n, most in zip(tokens, bucket.images, strict=False)):
         raise UserError(
             f"prompt {number} has images of {tokens} tokens in {crops} crops, but its bucket holds "

@@ -19,8 +19,13 @@ MIN_TEXT_SLOTS = 32
 
 def choose_bucket(rows: Sequence[Row], config: LlavaConfig, max_new_tokens: int = 0) -> Bucket:
     """``smallest_bucket`` for rows whose images have been read."""
-    texts = [int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum()) for row in rows]
+    texts = [text_tokens(row) for row in rows]
     return smallest_bucket(texts, [[image.size for image in row.images] for row in rows], config, max_new_tokens)
+
+
+def text_tokens(row: Row) -> int:
+    """Tokens of a row that take slots of text: standby tokens too, which are never dropped."""
+    return int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum()) + sum(image.standby for image in row.images)
 
 
 def smallest_bucket(
@@ -80,8 +85,8 @@ def bucket_among(buckets: Sequence[Bucket], row: Row) -> Bucket:
     Raises:
       UserError: none does.
     """
-    text = int((np.asarray(row.ids) != IMAGE_PLACEHOLDER).sum())
-    tokens, crops = [len(image) for image in row.images], sum(len(image.crops) for image in row.images)
+    text = text_tokens(row)
+    tokens, crops = [image.size.tokens for image in row.images], sum(len(image.crops) for image in row.images)
 
     def holds(bucket: Bucket) -> bool:
         fit = all(n <= most for n, most in zip(tokens, bucket.images, strict=False))
@@ -114,7 +119,8 @@ def image_bucket(text: int, rows: Sequence[Sequence[ImageSize]], config: LlavaCo
 
 def bucket_of(text: int, images: Sequence[tuple[int, int]], config: LlavaConfig) -> Bucket:
     """The bucket of ``text`` slots and images of (crops, tokens) each; their number is rounded up to 0, 1, 2, 4, …."""
-    images = [*images, *levels(config)[:1] * (power_of_two(len(images)) - len(images))]
+    filler = levels(config)[0] if any(tokens for _, tokens in images) else (1, 0)
+    images = [*images, *[filler] * (power_of_two(len(images)) - len(images))]
     return Bucket(text, tuple(tokens for _, tokens in images), sum(crops for crops, _ in images))
 
 
@@ -137,6 +143,8 @@ def level_of(crops: int, tokens: int, config: LlavaConfig, video: bool = False) 
     Raises:
       UserError: the image is larger than any level.
     """
+    if not tokens:  # standby tokens alone
+        return power_of_two(crops), 0
     if video and isinstance(config.vision, VisionConfig):
         frames = 1 << (crops - 1).bit_length()
         return frames, -(-tokens // crops) * frames

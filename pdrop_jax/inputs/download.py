@@ -20,6 +20,7 @@ import httpx
 from pdrop_jax.errors import UserError, printable
 
 REDIRECTS = 3
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses in IPv6
 SHOWN = 80  # characters of a URL in an error message
 HEADERS: dict[bytes | str, bytes | str] = {
     "User-Agent": "pdrop-jax",
@@ -143,8 +144,9 @@ def _allowed(
     named: bool,
     listed: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network],
 ) -> bool:
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
+    if isinstance(address, ipaddress.IPv6Address):
+        inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None
+        address = address.ipv4_mapped or address.sixtofour or inside or address
     if any(address.version == network.version and address in network for network in listed):
         return True
     return named and address.is_global and not address.is_multicast

@@ -19,11 +19,12 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, levels, pooled, tiled, whole
+from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, grid_shape, levels, pooled, tiled, whole
 from pdrop_jax.inputs.encoded import is_url, read_url
 from pdrop_jax.inputs.families import FAMILIES
 from pdrop_jax.inputs.image_settings import read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
+from pdrop_jax.inputs.slices import sliced
 from pdrop_jax.io import check_file
 from pdrop_jax.paths import as_path, in_bucket
 
@@ -77,6 +78,8 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
     if config.tiling:
         kind = LlavaOnevisionImageProcessorPil if both_edges else LlavaNextImageProcessorPil
         points = [list(point) for point in config.tiling.pinpoints]
+        if config.tiling.choice == "aspect":  # cut by ``sliced``: what a processor says of tiles is of another model
+            settings["image_grid_pinpoints"] = points
         if settings.setdefault("image_grid_pinpoints", points) != points:
             raise UserError(
                 f"the image processor in {folder} tiles pictures into {settings['image_grid_pinpoints']}, the model "
@@ -280,6 +283,9 @@ def as_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaConfig
         return whole(to_crop(image, processor, config.image_aspect), config)
     if config.tiling.alone and not alone:
         return whole(to_crop(image, plain(processor), "pad"), config)
+    if config.tiling.choice == "aspect":
+        grid = grid_shape(image.size[::-1], config.tiling, config.crop_tower.image_size)
+        return tiled(sliced(image, processor, config.crop_tower.image_size, grid), image.size[::-1], config)
     pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]  # (P, 3, h, w), the whole first
     return tiled(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1), np.float32), image.size[::-1], config)
 

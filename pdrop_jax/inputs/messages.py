@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_TAG, Kind, Turn
 from pdrop_jax.inputs.encoded import is_url, read_url
+from pdrop_jax.inputs.frames import Standby
 from pdrop_jax.inputs.images import Picture, Video, decode_image
 
 Role = Literal["system", "user", "assistant"]
@@ -78,8 +79,9 @@ def read_conversation(prompt: Prompt, images: Sequence[Any] = ()) -> tuple[list[
         ``{"role": "system" | "user" | "assistant", "content": text or list}``. Items of a list are
         ``{"type": "text", "text": …}``, ``{"type": "image"}`` with the image under "image", "path", "url" or "base64"
         or without one, ``{"type": "image_url", "image_url": {"url": …}}`` and ``{"type": "video", "video": frames}``.
-        A URL is a path, or a ``file://``, ``data:``, ``http://`` or ``https://`` URL.
-      images: pictures and ``Video``s; None stands for one that is not known yet.
+        A URL is a path, or a ``file://``, ``data:``, ``http://`` or ``https://`` URL. ``"mode": "standby"`` shows an
+        image as ``frames.Standby``.
+      images: pictures, ``Video``s and ``Standby``s of these; None stands for one that is not known yet.
 
     Raises:
       UserError: the conversation is empty or has another form; a role or a type of content is unknown; roles do not
@@ -204,6 +206,18 @@ def _read(message: Any, where: str, opener: Opener) -> _Raw:
 
 
 def _read_item(item: Any, where: str, opener: Opener) -> list[str | Medium | _Source]:
+    parts = _read_content(item, where, opener)
+    mode = item.get("mode", "focus")
+    if mode not in ("focus", "standby"):
+        raise UserError(f"{where} has mode {mode!r}: expected 'focus' or 'standby'")
+    if mode == "focus":
+        return parts
+    if not all(isinstance(part, _Source) for part in parts):
+        raise UserError(f"{where} has mode 'standby' but no image of its own: give it one, or pass Standby(image)")
+    return [dataclasses.replace(part, image=Standby(part.image)) for part in parts if isinstance(part, _Source)]
+
+
+def _read_content(item: Any, where: str, opener: Opener) -> list[str | Medium | _Source]:
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind not in CONTENT:
         found = f"type {kind!r}" if isinstance(item, Mapping) else f"the form of a {type(item).__name__}"
@@ -288,7 +302,8 @@ def _placed(read: list[_Raw], images: list[Any]) -> tuple[list[Message], list[An
                 continue
             image = part.image if isinstance(part, _Source) else next(waiting)
             inline = isinstance(part, Medium) and part.inline
-            kind: Kind = "video" if isinstance(image, Video) or (image is None and part.kind == "video") else "image"
+            bare = image.image if isinstance(image, Standby) else image
+            kind: Kind = "video" if isinstance(bare, Video) or (image is None and part.kind == "video") else "image"
             parts.append(Medium(kind, inline))
             shown.append(image)
         messages.append(Message(role, tuple(parts)))

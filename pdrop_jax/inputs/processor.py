@@ -14,6 +14,7 @@ from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import LLAVA_PLACES, TEMPLATES
 from pdrop_jax.inputs.families import FAMILIES
+from pdrop_jax.inputs.frames import Standby, standby_as_tokens
 from pdrop_jax.inputs.images import Picture, Video, as_tokens, frames_as_tokens, load_image_processor, open_image
 from pdrop_jax.inputs.messages import Prompt, read_conversation
 from pdrop_jax.inputs.model_template import OWN, find_chat_template
@@ -22,7 +23,8 @@ from pdrop_jax.inputs.tokenizer import OPENED, load_tokenizer
 from pdrop_jax.io import local_copy
 from pdrop_jax.paths import as_path
 
-Entry = Picture | Video | Sequence[Picture | Video] | None  # the images of a prompt
+Image = Picture | Video | Standby
+Entry = Image | Sequence[Image] | None  # the images of a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Processor:
 
         Args:
           prompts: questions, or conversations; ``messages.read_conversation`` says what may be one.
-          images: for each prompt None, an image, a ``Video`` or a list of these; ``images.open_image`` says what may
-            be an image.
+          images: for each prompt None, an image, a ``Video``, a ``Standby`` of either, or a list of these;
+            ``images.open_image`` says what may be an image.
           template: "own" or a name in ``chat_template.TEMPLATES`` (default: the checkpoint's).
           max_new_tokens: positions to reserve for the answer; the batch has no slots for them.
 
@@ -81,8 +83,8 @@ class Processor:
             raise UserError("prompts must be a list of conversations, got the messages of one: put them in a list")
         if images is None:
             images = [None] * len(prompts)
-        if isinstance(images, Picture | Video) or len(images) != len(prompts):
-            count = 1 if isinstance(images, Picture | Video) else len(images)
+        if isinstance(images, Image) or len(images) != len(prompts):
+            count = 1 if isinstance(images, Image) else len(images)
             raise UserError(
                 f"{len(prompts)} prompts but {count} entries of pictures: give one for each prompt, a picture, a list "
                 "or None"
@@ -90,7 +92,7 @@ class Processor:
         rows = [self.row(prompt, as_list(entry), template) for prompt, entry in zip(prompts, images, strict=True)]
         return assemble(rows, self.config, choose_bucket(rows, self.config, max_new_tokens))
 
-    def row(self, prompt: Prompt, images: Sequence[Picture | Video], template: str | None = None) -> Row:
+    def row(self, prompt: Prompt, images: Sequence[Image], template: str | None = None) -> Row:
         """One row; arguments and errors are those of ``__call__``."""
         messages, shown = read_conversation(prompt, images)
         found = self.all_tokens(shown)
@@ -111,11 +113,11 @@ class Processor:
         places = family.places if family else LLAVA_PLACES
         return prompt_template(template, self.tokenizer, self.chat_template, places)
 
-    def all_tokens(self, images: Sequence[Picture | Video]) -> list[ImageTokens]:
+    def all_tokens(self, images: Sequence[Image]) -> list[ImageTokens]:
         """``tokens`` of the images of one row; with pan-and-scan each image is followed by its crops."""
         alone, found, family = len(images) == 1, list[ImageTokens](), FAMILIES.get(self.config.family)
         for image in images:
-            shown = [image] if isinstance(image, Video) else self.with_crops(image)
+            shown: Sequence[Image] = [image] if isinstance(image, Video | Standby) else self.with_crops(image)
             tokens = [self.tokens(picture, alone) for picture in shown]
             found += family.with_captions(tokens) if family else tokens
         return found
@@ -128,8 +130,10 @@ class Processor:
         whole = open_image(image)
         return [whole, *family.crops(whole, self.image_processor)]
 
-    def tokens(self, image: Picture | Video, alone: bool) -> ImageTokens:
+    def tokens(self, image: Image, alone: bool) -> ImageTokens:
         """The model's input for an image; ``alone`` says whether its row has no other."""
+        if isinstance(image, Standby):
+            return standby_as_tokens(image, self.image_processor, self.config)
         if isinstance(image, Video):
             return frames_as_tokens(image, self.image_processor, self.config)
         return as_tokens(open_image(image), self.image_processor, self.config, alone=alone)
@@ -192,7 +196,7 @@ class TextStream:
         return new
 
 
-def as_list(entry: Entry) -> Sequence[Picture | Video]:
+def as_list(entry: Entry) -> Sequence[Image]:
     if entry is None:
         return []
-    return [entry] if isinstance(entry, Picture | Video) else entry
+    return [entry] if isinstance(entry, Image) else entry

@@ -5,7 +5,6 @@ Implementations: ``xla`` is the reference and handles everything; so does ``bloc
 own if it can handle the call and xla otherwise. A forced implementation that cannot raises an error.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,15 +14,15 @@ import jax.numpy as jnp
 
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
-from pdrop_jax.sharding import partition, platform
+from pdrop_jax.model.cache import KeysOrValues, Quantized
+from pdrop_jax.model.splash import splash_causal, splash_two_way
+from pdrop_jax.sharding import platform
 
 BLOCK = 128  # queries of one block of ``blocked``
 SEGMENT_BLOCK = 512  # queries that ``segment_attention`` takes at once
 # A tower of more tokens runs the kernel on a TPU: by the estimate both take as long with 577, and with 4096 the kernel
 # saves four fifths of the tower's time.
 LONGEST_TOWER = 1024
-SPLASH_BLOCK = 128  # the kernel's smallest block of keys: other lengths are padded for it alone
-LONGEST_BLOCK = 1024  # queries that the kernel takes at once; they need no padding
 TILE = 16  # rows of a bfloat16 tile on a TPU
 
 
@@ -65,7 +64,7 @@ def attention(
     if chosen == "splash" and not causal and length is not None:
         raise UserError("splash attention hides no padding from two-way attention: use implementation='xla'")
     if chosen == "splash":
-        return _splash(q, k, v, window) if causal else _splash_two_way(q, k, v)
+        return splash_causal(q, k, v, window) if causal else splash_two_way(q, k, v)
     if chosen == "blocked":
         return _blocked(q, k, v, causal, length, window)
     if chosen == "cudnn" and (q.dtype not in (jnp.bfloat16, jnp.float16) or platform() != "gpu"):
@@ -75,15 +74,11 @@ def attention(
         )
     # A padding query far behind the valid keys has only padding in its window: were that hidden, it would have no key.
     # From valid queries the causal mask hides padding anyway.
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        is_causal=causal,
-        key_value_seq_lengths=length if window is None else None,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=chosen,
-    )
+    length = length if window is None else None
+    call, even = (lambda *operands, run=run: run(*operands, causal, window, chosen) for run in (_dot_product, _even))
+    if chosen == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2):
+        call = _unless_differentiated(call, even)  # cuDNN has no gradient of odd lengths
+    return call(q, k, v, length)
 
 
 def attention_mask(
@@ -115,7 +110,9 @@ def attention_mask(
 
 
 @jax.named_scope("attention")
-def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, window: int | None = None) -> jax.Array:
+def attend_cache(
+    q: jax.Array, k: KeysOrValues, v: KeysOrValues, first: jax.Array, window: int | None = None
+) -> jax.Array:
     """``attention`` of new tokens to a cache that holds them already: each sees the slots up to its own.
 
     One token is a matrix-vector product for each head, where no flash kernel helps. More are taken in blocks, as in
@@ -131,7 +128,7 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
     Returns:
       (B, T, N, H), dtype of q.
     """
-    C = k.shape[2]
+    C = jax.tree.leaves(k)[0].shape[2]
     window = None if window is None or window >= C else window
 
     def seen(start: int, stop: int) -> jax.Array:
@@ -140,9 +137,14 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, win
     return attend_masked(q, k, v, seen)
 
 
-def attend_masked(q: jax.Array, k: jax.Array, v: jax.Array, seen: Callable[[int, int], jax.Array]) -> jax.Array:
-    """``attend_cache`` with any mask: ``seen(start, stop)`` is that of these queries, (B, stop - start, C) bool."""
+def attend_masked(q: jax.Array, k: KeysOrValues, v: KeysOrValues, seen: Callable[[int, int], jax.Array]) -> jax.Array:
+    """``attend_cache`` with any mask: ``seen(start, stop)`` is that of these queries, (B, stop - start, C) bool.
+
+    Quantized keys and values are the integers of the two products; the scales of a key's slot are applied to its logit
+    and to its probability.
+    """
     B, T, N, H = q.shape
+    (k, k_scale), (v, v_scale) = _with_scale(k, q.dtype), _with_scale(v, q.dtype)
     K, C = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2)  # (B, K, T, G, H)
     blocks = []
@@ -151,11 +153,55 @@ def attend_masked(q: jax.Array, k: jax.Array, v: jax.Array, seen: Callable[[int,
         # T and G are one axis: with two axes of size 1 XLA for CPUs takes a slower product (a decode step by a third).
         rows = block.reshape(B, K, -1, H)
         logits = jnp.einsum("BKQH,BKCH->BKQC", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+        if k_scale is not None:
+            logits = logits * k_scale
         mask = seen(start, start + block.shape[2])[:, None, :, None]
         logits = jnp.where(mask, logits.reshape(*block.shape[:-1], -1), -jnp.inf)
-        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(B, K, -1, C)
+        probs = jax.nn.softmax(logits, axis=-1).reshape(B, K, -1, C)
+        probs = (probs if v_scale is None else probs * v_scale).astype(v.dtype)
         blocks.append(jnp.einsum("BKQC,BKCH->BKQH", probs, v).reshape(block.shape))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+def _with_scale(x: KeysOrValues, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Keys or values (B, K, C, H) of a cache, and their scales (B, K, 1, C) if they are quantized."""
+    return (x.qvalue.astype(dtype), x.scale[:, :, None]) if isinstance(x, Quantized) else (x, None)
+
+
+def _dot_product(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    length: jax.Array | None,
+    causal: bool,
+    window: int | None,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=causal,
+        key_value_seq_lengths=length,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+
+
+def _even(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None, causal: bool, *options: Any) -> jax.Array:
+    """``_dot_product`` with a query and a key of padding where their number is odd."""
+    T, S = q.shape[1], k.shape[1]
+    if length is None and not causal:
+        length = jnp.full(len(q), S, jnp.int32)  # hides the padding, as the causal mask does
+    q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
+    return _dot_product(q, k, v, length, causal, *options)[:, :T]
+
+
+def _unless_differentiated(call: Callable[..., jax.Array], otherwise: Callable[..., jax.Array]) -> Any:
+    """``call``, but ``otherwise``, which gives the same, in a computation that is differentiated."""
+    function = jax.custom_vjp(call)
+    function.defvjp(lambda *operands: jax.vjp(otherwise, *operands), lambda vjp, cotangent: vjp(cotangent))
+    return function
 
 
 @jax.named_scope("attention")
@@ -165,19 +211,36 @@ def segment_attention(
     """Two-way attention among the tokens of a segment, such as the patches of one picture in a buffer of several.
 
     Few tokens are taken at once. More are taken in blocks one after the other, or their scores would fill the memory,
-    and on a TPU by the flash kernel.
+    and on a TPU or a GPU by the flash kernel.
 
     Args:
       q, k, v: (B, T, N, H).
       segment: (B, T) int32; padding is a segment of its own, so that every query sees a key.
-      implementation: "splash", or "auto" on a TPU, takes the flash kernel for more than SEGMENT_BLOCK tokens.
+      implementation: "splash" or "cudnn", or "auto" where they run, takes the flash kernel for more than SEGMENT_BLOCK
+        tokens. cuDNN's runs where nothing is differentiated.
 
     Returns:
       (B, T, N, H), dtype of v.
     """
+    T = q.shape[1]
+    if T <= SEGMENT_BLOCK:
+        return _segment_blocks(q, k, v, segment)
+    if _is_splash(implementation):
+        return splash_two_way(q, k, v, segment)
+    if implementation == "cudnn" or (implementation == "auto" and _choose(q, False, None) == "cudnn"):
+        return _unless_differentiated(_segment_mask, _segment_blocks)(q, k, v, segment)
+    return _segment_blocks(q, k, v, segment)
+
+
+def _segment_mask(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, implementation: Literal["xla", "cudnn"] = "cudnn"
+) -> jax.Array:
+    seen = segment[:, None, :, None] == segment[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=implementation)
+
+
+def _segment_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
     B, T, _, H = q.shape
-    if _is_splash(implementation) and T > SEGMENT_BLOCK:
-        return _splash_two_way(q, k, v, segment)
     size = math.gcd(T, SEGMENT_BLOCK)
 
     def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:  # (B, size, N, H) and (B, size)
@@ -237,97 +300,3 @@ def _blocked(
         probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         blocks.append(jnp.einsum("BKGTS,BKSH->BKGTH", probs, v[:, :, keys]))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _splash_kernel(num_heads: int, mask: Any, interpret: bool) -> Any:
-    """The kernel for a static ``mask`` (queries, keys). Its type is private."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    queries, keys = mask.shape
-    block_kv = max(size for size in (512, 256, 128) if keys % size == 0)
-    block_q = queries if queries <= LONGEST_BLOCK else block_kv
-    blocks = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
-    )
-    heads = masks.MultiHeadMask([mask] * num_heads)
-    return splash.make_splash_mha_single_device(heads, block_sizes=blocks, interpret=interpret)
-
-
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, interpret: bool = False) -> jax.Array:
-    N = q.shape[2]
-    mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(_splash_local, window=window, interpret=interpret)
-    if mesh.empty:
-        return local(q, k, v)
-    # The compiler cannot shard a kernel: each device is given its rows and heads. Key-value heads that cannot be
-    # sharded are repeated, so that every device has those of its queries.
-    spec = partition(("batch", None, "heads", None), q.shape, mesh)
-    if partition(("batch", None, "heads", None), k.shape, mesh) != spec:
-        k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
-
-
-def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, interpret: bool) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    # From valid queries the causal mask hides all padding, the buffer's and the kernel's.
-    S = q.shape[1]
-    keys = S + -S % SPLASH_BLOCK
-    shape = (S if S <= LONGEST_BLOCK else keys, keys)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
-    return _run_kernel(mask, q, k, v, interpret)
-
-
-def _splash_two_way(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None = None, interpret: bool = False
-) -> jax.Array:
-    """Without ``segment`` every token sees every other: all are of one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(_splash_two_way_local, interpret=interpret)
-    segment = jnp.zeros(q.shape[:2], jnp.int32) if segment is None else segment
-    if mesh.empty:
-        return local(q, k, v, segment)
-    rows = partition(("crops", None, None, None), q.shape, mesh)
-    specs = (rows, rows, rows, jax.sharding.PartitionSpec(*rows[:1]))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(q, k, v, segment)
-
-
-def _splash_two_way_local(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, interpret: bool) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    # Blocks of 256 keys at least: the grid of 128 x 128 has four times as many steps, each with a cost of its own.
-    padding = -q.shape[1] % (2 * SPLASH_BLOCK)
-    segment = jnp.pad(segment, [(0, 0), (0, padding)], constant_values=-1)
-    mask = masks.FullMask((segment.shape[1],) * 2)
-    return _run_kernel(mask, q, k, v, interpret, splash.SegmentIds(segment, segment))
-
-
-def _run_kernel(mask: Any, q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool, *segments: Any) -> jax.Array:
-    """The kernel of ``mask`` on operands that are padded to its shape."""
-    T, N, H = q.shape[1:]
-    queries, keys = mask.shape
-    q = q * H**-0.5  # the kernel does not scale
-    q, k, v = (_padded(x, slots).swapaxes(1, 2) for x, slots in ((q, queries), (k, keys), (v, keys)))
-    return jax.vmap(_splash_kernel(N, mask, interpret))(q, k, v, *segments)[:, :, :T].swapaxes(1, 2)
-
-
-def _padded(x: jax.Array, slots: int) -> jax.Array:
-    """``x`` (B, S, N, H) with zeros up to ``slots``, through a product with the identity, which is exact.
-
-    XLA for TPUs fuses a pad into the operand of a matrix product but runs it alone beside anything else, which takes
-    twice as long by the compiler's estimate.
-    """
-    S, H = x.shape[1], x.shape[3]
-    if slots == S:
-        return x
-    x = jnp.pad(x, [(0, 0), (0, slots - S), (0, 0), (0, 0)])
-    return jnp.tensordot(x, jnp.eye(H, dtype=x.dtype), axes=1, precision="highest")

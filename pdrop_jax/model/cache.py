@@ -1,4 +1,9 @@
-"""KV caches: one for each stage, since each stage sees its own tokens."""
+"""KV caches: one for each stage, since each stage sees its own tokens.
+
+With ``TextConfig.cache_dtype`` a head's key or value of a token is quantized once, when it is computed, with a scale of
+its own. Whatever attends to it or is ranked by it sees the quantized values, in a prefill too: a token decoded and the
+same token in a longer prompt are alike.
+"""
 
 import dataclasses
 import functools
@@ -8,10 +13,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import CacheDtype, LlavaConfig
+from pdrop_jax.model.quantization import quantize_along, stored_bytes
 from pdrop_jax.sharding import constrain
 
-AXES = ("batch", "heads", None, None)  # logical axes of a layer's keys and values (B, K, C, H)
+AXES = ("batch", "heads", None, None)  # logical axes of a layer's keys and values (B, K, C, H), and scales (B, K, C)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Quantized:
+    """Keys or values as integers with a scale for each vector: (..., H) int8 or int4, and (...) float32."""
+
+    qvalue: jax.Array
+    scale: jax.Array
+
+
+KeysOrValues = jax.Array | Quantized
 
 
 @jax.tree_util.register_dataclass
@@ -25,19 +43,42 @@ class StageCache:
       v: (L_s, B, K, C, H).
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: KeysOrValues
+    v: KeysOrValues
+
+    @property
+    def slots(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[3]
+
+    def layer(self, n: jax.Array | int) -> tuple[KeysOrValues, KeysOrValues]:
+        """Keys and values (B, K, C, H) of the stage's n-th layer."""
+        one = jax.tree.map(lambda x: x[n], self)
+        return one.k, one.v
+
+
+def as_cached(x: jax.Array, dtype: CacheDtype | None) -> KeysOrValues:
+    """Keys or values (..., H) as a cache holds them."""
+    if dtype is None:
+        return x
+    qvalue, scale = quantize_along(x, jnp.iinfo(dtype).bits, [-1])
+    return Quantized(qvalue, scale[..., 0])
+
+
+def restored(x: KeysOrValues, dtype: DTypeLike) -> jax.Array:
+    """The values (..., H) of what ``as_cached`` returns, in ``dtype``."""
+    return (x.qvalue.astype(jnp.float32) * x.scale[..., None]).astype(dtype) if isinstance(x, Quantized) else x
 
 
 @jax.named_scope("attention")
-def cache_prompt(k: jax.Array, v: jax.Array, new_slots: int) -> StageCache:
+def cache_prompt(k: KeysOrValues, v: KeysOrValues, new_slots: int) -> StageCache:
     """The cache of one layer, without the leading L_s, from the keys and values (B, S, K, H) of a whole buffer."""
 
     def pad(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, new_slots), (0, 0)])
-        return constrain(x, *AXES)
+        x = x.swapaxes(1, 2)
+        x = jnp.pad(x, [(0, new_slots if axis == 2 else 0) for axis in range(x.ndim)])
+        return constrain(x, *AXES[: x.ndim])
 
-    return StageCache(pad(k), pad(v))
+    return jax.tree.map(pad, StageCache(k, v))
 
 
 def empty_caches(config: LlavaConfig, rows: int, dtype: DTypeLike) -> tuple[StageCache | None, ...]:
@@ -45,34 +86,50 @@ def empty_caches(config: LlavaConfig, rows: int, dtype: DTypeLike) -> tuple[Stag
     text = config.text
     counts = (stop - start for start, stop in config.schedule.layer_ranges(text.num_layers))
     empty = (jnp.zeros((n, rows, text.num_kv_heads, 0, text.head_dim), dtype) for n in counts)
-    return tuple(StageCache(x, x) if len(x) else None for x in empty)
+
+    def stored(x: jax.Array) -> KeysOrValues:
+        if text.cache_dtype is None:
+            return x
+        return Quantized(x.astype(text.cache_dtype), x[..., 0].astype(jnp.float32))
+
+    return tuple(StageCache(stored(x), stored(x)) if len(x) else None for x in empty)
 
 
 def grow(cache: StageCache, slots: int) -> StageCache:
     """``cache`` enlarged to ``slots`` slots."""
 
     def pad(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, slots - x.shape[3]), (0, 0)])
-        return constrain(x, None, *AXES)
+        x = jnp.pad(x, [(0, slots - x.shape[3] if axis == 3 else 0) for axis in range(x.ndim)])
+        return constrain(x, None, *AXES[: x.ndim - 1])
 
-    return StageCache(pad(cache.k), pad(cache.v))
+    return jax.tree.map(pad, cache)
 
 
 @jax.named_scope("attention")
-def write_tokens(cache: StageCache, layer: jax.Array | int, k: jax.Array, v: jax.Array, first: jax.Array) -> StageCache:
+def write_tokens(
+    cache: StageCache, layer: jax.Array | int, k: KeysOrValues, v: KeysOrValues, first: jax.Array
+) -> StageCache:
     """Writes keys and values (B, T, K, H) of new tokens into the slots from ``first`` (B,) on.
 
     What would go past the last slot is left out: a chunk's padding may reach there.
     """
     write = scatter_tokens
-    if k.shape[1] == 1:
+    if jax.tree.leaves(k)[0].shape[1] == 1:
         write = functools.partial(jax.lax.platform_dependent, tpu=select_tokens, default=scatter_tokens)
     layer = jnp.asarray(layer)
-    return StageCache(write(cache.k, layer, k, first), write(cache.v, layer, v, first))
+    return jax.tree.map(lambda old, new: write(old, layer, new, first), cache, StageCache(k, v))
+
+
+def write_slots(
+    cache: StageCache, layer: jax.Array | int, k: KeysOrValues, v: KeysOrValues, slots: jax.Array
+) -> StageCache:
+    """``write_tokens`` for slots (B, T) that are in no order."""
+    rows, layer = jnp.arange(len(slots))[:, None], jnp.asarray(layer)
+    return jax.tree.map(lambda old, new: old.at[layer, rows, :, slots].set(new), cache, StageCache(k, v))
 
 
 def scatter_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """``old`` (L_s, B, K, C, H) with ``new`` (B, T, K, H) in one layer's slots from ``first`` (B,) on."""
+    """``old`` (L_s, B, K, C, ...) with ``new`` (B, T, K, ...) in one layer's slots from ``first`` (B,) on."""
     rows = jnp.arange(first.shape[0])[:, None]
     slots = first[:, None] + jnp.arange(new.shape[1])  # (B, T)
     return old.at[layer, rows, :, slots].set(new, mode="drop")
@@ -84,10 +141,11 @@ def select_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.A
     It writes the whole layer, which is slower on a CPU. For a scatter XLA for TPUs wants heads next to H, however, and
     would copy all caches into that layout and back in each call of ``engine.decode``.
     """
-    chosen = (jnp.arange(old.shape[3]) == first[:, None])[:, None, :, None]  # (B, 1, C, 1)
+    chosen = (jnp.arange(old.shape[3]) == first[:, None])[:, None]  # (B, 1, C)
+    chosen = jnp.expand_dims(chosen, tuple(range(3, old.ndim - 1)))
     updated = jnp.where(chosen, new.swapaxes(1, 2), old[layer])
     return jax.lax.dynamic_update_index_in_dim(old, updated, layer, 0)
 
 
 def cache_bytes(caches: Sequence[StageCache | None]) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    return stored_bytes(caches)

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import Implementation, LlavaConfig, Remat, TextConfig
 from pdrop_jax.model.attention import attend_cache, attention
-from pdrop_jax.model.cache import StageCache, cache_prompt, write_tokens
+from pdrop_jax.model.cache import StageCache, as_cached, cache_prompt, restored, write_slots, write_tokens
 from pdrop_jax.model.drop import Boundary, DropRecord, Past, TokenBuffer, drop
 from pdrop_jax.model.layers import decoder_layer, layer_of, rematerialise, scan_layers
 from pdrop_jax.model.params import Params
-from pdrop_jax.model.rope import Rope, rope_at, rope_tables
+from pdrop_jax.model.rope import Rope, rope_at, rope_tables, rotate, rotate_cached
 from pdrop_jax.model.scores import find_score
-from pdrop_jax.model.slot_attention import EVERYTHING, Places, attend_places, check_masks, stage_places
+from pdrop_jax.model.slot_attention import EVERYTHING, Places, Ring, attend_places, check_masks, stage_places
 from pdrop_jax.schedule import DropSchedule, Stage
 
 
@@ -36,12 +36,14 @@ class DecodeState:
         picture takes fewer positions than tokens; None without it.
       index: (B, C) int32 for each stage, the slots that the cached tokens had before any drop, where windows go by
         them; otherwise None.
+      rings: for each stage, where the slots of its cache are in no order; otherwise None.
     """
 
     caches: tuple[StageCache | None, ...]
     lengths: tuple[jax.Array, ...]
     rope_delta: jax.Array | None = None
     index: tuple[jax.Array, ...] | None = None
+    rings: tuple[Ring, ...] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +98,7 @@ def rope_delta_of(buffer: TokenBuffer, past: DecodeState | None = None) -> jax.A
     would continue after the clip, but its ``generate`` and a prefill of prompt and answer continue the text, as here.
     """
     if buffer.positions is None:
-        return None
+        return None if past is None else past.rope_delta
     last = jnp.take_along_axis(buffer.positions, (buffer.length - 1)[:, None, None], axis=1)  # (B, 1, 3)
     before = 0 if past is None or past.rope_delta is None else past.rope_delta
     return before + last.max((1, 2)) + 1 - buffer.length
@@ -110,6 +112,8 @@ def layer_windows(config: TextConfig, stage: Stage) -> jax.Array:
 
 def rope_in(window: jax.Array | int, ropes: Sequence[Rope]) -> Rope:
     """The rope of a layer with ``window`` (): the last of ``ropes``, or the first where it sees everything."""
+    if len(ropes) == 1:
+        return ropes[0]
     if isinstance(window, int):
         return ropes[0] if window == EVERYTHING else ropes[-1]
     cos, sin = (jnp.where(window == EVERYTHING, full, local) for full, local in zip(*ropes, strict=True))
@@ -160,20 +164,27 @@ def run_stages(
         max_positions = None  # the positions of a video are not bounded by its tokens
     bases = (False, True) if text.local_rope_theta else (False,)  # of all layers, or without and with a window
     tables = max_positions and [rope_tables(text, jnp.arange(max_positions)[None], local) for local in bases]
+    rings = None if past is None else past.rings
+
+    def ropes_at(positions: jax.Array) -> list[Rope]:
+        if tables:
+            return [rope_at(table, positions) for table in tables]
+        return [rope_tables(text, positions, local) for local in bases]
 
     def ropes_of(buffer: TokenBuffer, s: int, dropped: bool) -> list[Rope]:
         before: Any = (0, 0)
         if past is not None:
             before = (past.lengths[s], past.lengths[0] + (0 if past.rope_delta is None else past.rope_delta))
-        positions = positions_of(config.schedule, buffer, *before, dropped=dropped)
-        if tables:
-            return [rope_at(table, positions) for table in tables]
-        return [rope_tables(text, positions, local) for local in bases]
+        return ropes_at(positions_of(config.schedule, buffer, *before, dropped=dropped))
 
     def places_of(buffer: TokenBuffer, s: int) -> tuple[Places, Places] | tuple[None, None]:
-        if not text.by_slots:
+        if not text.by_slots and rings is None:
             return None, None
         group = buffer.image_id if text.two_way_images else jnp.zeros_like(buffer.image_id)
+        if past is not None and rings is not None:
+            slot = past.lengths[s][:, None] + jnp.arange(buffer.slots)
+            index = buffer.index + past.lengths[0][:, None] if text.by_slots else slot
+            return Places(slot, index, group), rings[s].places
         if past is None:
             return stage_places(buffer.index, group, jnp.int32(0), jnp.int32(0), None)
         assert past.index is not None
@@ -185,6 +196,10 @@ def run_stages(
         if s and image_sizes:
             ropes = ropes_of(buffer, s, dropped=s > (past is None))  # among cached tokens, numbered as they are
             query, key = places_of(buffer, s)
+            cached = None if cache is None else restored(cache.layer(0)[0], buffer.hidden.dtype)
+            if rings is not None and cached is not None:
+                window = text.window_of(stage.start) or EVERYTHING
+                cached = rotate_cached(cached, rope_in(window, ropes_at(rings[s].positions)))
             at = Boundary(
                 config=config,
                 number=s - 1,
@@ -192,7 +207,7 @@ def run_stages(
                 rope=rope_in(text.window_of(stage.start) or EVERYTHING, ropes),
                 next_layer=layer_of(layers, 0),
                 places=query,
-                past=None if cache is None else Past(cache.k[0], start, key),
+                past=None if cached is None else Past(cached, start, key),
                 last_layer=last_layer,
                 last_rope=rope_in(text.window_of(stage.start - 1) or EVERYTHING, ropes),
                 last_input=last_input,
@@ -201,7 +216,11 @@ def run_stages(
             drops.append(dropped)
         ropes = ropes_of(buffer, s, dropped=s > 0)
         query, key = places_of(buffer, s)
-        of_stage = ropes, query, key, layer_windows(text, stage), start
+        key_ropes = None
+        if rings is not None and query is not None:
+            key, old = rings[s].places_with(query), ropes_at(rings[s].positions)
+            key_ropes = [jax.tree.map(rings[s].write, *pair) for pair in zip(old, ropes, strict=True)]
+        of_stage = ropes, key_ropes, query, key, layer_windows(text, stage), start
 
         def body(
             carry: Any,
@@ -210,28 +229,35 @@ def run_stages(
             buffer: TokenBuffer = buffer,
             of_stage: Any = of_stage,
             first_layer: int = stage.start,
+            ring: Ring | None = None if rings is None else rings[s],
         ) -> Any:
             x, cache, _ = carry
-            ropes, query, key, windows, start = of_stage
+            ropes, key_ropes, query, key, windows, start = of_stage
+            rope = rope_in(windows[n], ropes)
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, StageCache | None]:
-                window = text.sliding_window
+                window, stored = text.sliding_window, (as_cached(k, text.cache_dtype), as_cached(v, text.cache_dtype))
+                if ring is not None:
+                    written = write_slots(cache, n, *stored, ring.slots)
+                    keys, values = written.layer(n)
+                    keys = rotate_cached(restored(keys, q.dtype), rope_in(windows[n], key_ropes))
+                    return attend_places(rotate(q, rope), keys, values, query, key, windows[n]), written
                 if cache is not None:
-                    written = write_tokens(cache, n, k, v, start)
-                    k, v = written.k[n], written.v[n]
+                    written = write_tokens(cache, n, *stored, start)
+                    cached = written.layer(n)
                     if text.by_slots:
-                        return attend_places(q, k, v, query, key, windows[n]), written
-                    return attend_cache(q, k, v, start, window), written
+                        return attend_places(q, *cached, query, key, windows[n]), written
+                    return attend_cache(q, *cached, start, window), written
+                k, v = (restored(x, q.dtype) for x in stored)
                 if text.by_slots:
                     out = attend_places(q, k.swapaxes(1, 2), v.swapaxes(1, 2), query, key, windows[n])
                 else:
                     out = attention(
                         q, k, v, causal=True, length=buffer.length, window=window, implementation=implementation
                     )
-                return out, None if new_slots is None else cache_prompt(k, v, new_slots)
+                return out, None if new_slots is None else cache_prompt(*stored, new_slots)
 
-            rope = ropes[0] if len(ropes) == 1 else rope_in(windows[n], ropes)
-            out, new = decoder_layer(text, params, x, rope, attend)
+            out, new = decoder_layer(text, params, x, rope if ring is None else None, attend)
             if buffer.additions is not None:
                 out = add_behind(out, buffer.additions, first_layer + n)
             carried, stacked = (new, None) if cache is not None else (None, new)
@@ -246,7 +272,7 @@ def run_stages(
         first_output = buffer if first_output is None else first_output
         caches.append(prompt_cache if past is None else cache)
         lengths.append(buffer.length + start)
-        if key is not None and (past is not None or new_slots is not None):
+        if key is not None and rings is None and (past is not None or new_slots is not None):
             index.append(jnp.pad(key.index, [(0, 0), (0, new_slots or 0)]))
         layer_inputs.append(inputs)
     state = DecodeState(tuple(caches), tuple(lengths), delta, tuple(index) if index else None)

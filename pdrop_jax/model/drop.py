@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pdrop_jax.batch import IGNORE
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.model.attention import attention_mask
+from pdrop_jax.model.cache import as_cached, restored
 from pdrop_jax.model.layers import project_key, project_query, text_norm
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.rope import Rope
@@ -205,6 +206,7 @@ def attention_scores(
         row_rope = cos, sin
     q = project_query(config, params, jnp.take_along_axis(h, rows[..., None], axis=1), row_rope)
     k = project_key(config, params, h, rope)
+    k = restored(as_cached(k, config.cache_dtype), k.dtype)
     B, Q, _, H = q.shape
     S, window = hidden.shape[1], config.window_of(layer)
     q = q.reshape(B, Q, k.shape[2], -1, H)  # (B, Q, K, G, H)
@@ -222,7 +224,8 @@ def attention_scores(
         if places is None or past.places is None:
             cached = attention_mask(past.length[:, None] + rows, slots, window=window, length=past.length)
         else:
-            cached = sees(places.at(rows), past.places, window or EVERYTHING) & (slots < past.length[:, None, None])
+            old = (past.places.slot < past.length[:, None])[:, None]
+            cached = sees(places.at(rows), past.places, window or EVERYTHING) & old
         seen = jnp.concatenate([seen, cached], axis=-1)
     masked = jnp.finfo(jnp.float32).min  # finite: among ``among`` a row may see nothing
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], logits, masked), axis=-1)[..., :S]

@@ -68,11 +68,12 @@ def layer_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
 
 
 def decoder_layer(
-    config: TextConfig, params: Params, x: jax.Array, rope: Rope, attend: Attend
+    config: TextConfig, params: Params, x: jax.Array, rope: Rope | None, attend: Attend
 ) -> tuple[jax.Array, Any]:
     """A decoder layer of LLaMA's kind. (B, T, D) -> (B, T, D) and whatever cache ``attend`` returns.
 
     Args:
+      rope: None leaves the rotation to ``attend``.
       attend: decides what the queries see and what is cached.
     """
     h = text_norm(config, params["attention_norm"], x)
@@ -136,22 +137,33 @@ def vision_embedding(config: VisionConfig, params: Params, pixels: jax.Array) ->
 
 def vision_layer(config: VisionConfig, params: Params, x: jax.Array, implementation: Implementation) -> jax.Array:
     """A layer of a vision transformer: pre-norm, full attention. (P, T, D) -> (P, T, D)."""
-    norm = rms_norm if config.rms_norm else layer_norm
-    h = norm(params["attention_norm"], x, config.norm_eps)
+    out = vision_attention(config, params, x, implementation)
+    x = x + (out * params["attention_scale"]["scale"] if config.layer_scale else out)
+    out = vision_mlp(config, params, x)
+    return x + (out * params["mlp_scale"]["scale"] if config.layer_scale else out)
+
+
+def vision_attention(config: VisionConfig, params: Params, x: jax.Array, implementation: Implementation) -> jax.Array:
+    """What the attention of a layer adds to its input, before it is scaled. (P, T, D) -> (P, T, D)."""
+    h = _vision_norm(config, params["attention_norm"], x)
     q, k, v = (linear(params["attention"][name], h) for name in "qkv")
     if config.qk_norm:
         q, k = (
             rms_norm(params["attention"][f"{name}_norm"], y.reshape(x.shape), QK_NORM_EPS).reshape(y.shape)
             for name, y in (("q", q), ("k", k))
         )
-    out = linear(params["attention"]["o"], attention(q, k, v, causal=False, implementation=implementation), inputs=2)
-    x = x + (out * params["attention_scale"]["scale"] if config.layer_scale else out)
-    out = vision_mlp(config, params["mlp"], norm(params["mlp_norm"], x, config.norm_eps))
-    return x + (out * params["mlp_scale"]["scale"] if config.layer_scale else out)
+    out = attention(q, k, v, causal=False, implementation=implementation)
+    return linear(params["attention"]["o"], out, inputs=2)
 
 
 def vision_mlp(config: VisionConfig, params: Params, x: jax.Array) -> jax.Array:
-    return linear(params["down"], activate(config.activation, linear(params["up"], x)))
+    """What the MLP of a layer adds to its input, before it is scaled."""
+    h = _vision_norm(config, params["mlp_norm"], x)
+    return linear(params["mlp"]["down"], activate(config.activation, linear(params["mlp"]["up"], h)))
+
+
+def _vision_norm(config: VisionConfig, params: Params, x: jax.Array) -> jax.Array:
+    return (rms_norm if config.rms_norm else layer_norm)(params, x, config.norm_eps)
 
 
 def activate(activation: Activation, x: jax.Array) -> jax.Array:
@@ -165,6 +177,21 @@ def projector(params: Params, x: jax.Array) -> jax.Array:
     for n in range(sum(name.startswith("linear_") for name in params)):
         x = linear(params[f"linear_{n}"], jax.nn.gelu(x, approximate=False) if n else x)
     return x
+
+
+def merged_squares(x: jax.Array, side: int, merge: int) -> jax.Array:
+    """(P, side**2, D) patches -> (P, (side // merge)**2, merge**2 * D): the patches of a square one after another.
+
+    Example, ``side`` 4 and ``merge`` 2, a square in each pair of brackets::
+
+        0  1  2  3
+        4  5  6  7      [0 1 4 5] [2 3 6 7] [8 9 12 13] [10 11 14 15]
+        …
+    """
+    P, _, D = x.shape
+    squares = side // merge
+    x = x.reshape(P, squares, merge, squares, merge, D).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(P, squares**2, merge**2 * D)
 
 
 def layer_of(layers: Params | list[Params], n: int) -> Params:

@@ -4,6 +4,7 @@ Both take a ``chunk``: the batch of the tokens that are not cached yet, with the
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from pdrop_jax.config import Implementation, LlavaConfig
 from pdrop_jax.model.attention import aligned
 from pdrop_jax.model.cache import StageCache
 from pdrop_jax.model.decoder import DecodeState, run_stages
-from pdrop_jax.model.drop import DropRecord
+from pdrop_jax.model.drop import DropRecord, TokenBuffer
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.vlm import buffer_of, embed, next_logits
+from pdrop_jax.schedule import Stage
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +109,7 @@ def rerank(
         delta = jnp.take_along_axis(jnp.asarray(whole.positions), at, axis=1)[:, 0, 0] - first
     index = None
     if config.text.by_slots:  # the first stage drops nothing: its slots are those before any drop
-        room = output.slots if cache is None else cache.k.shape[3]
+        room = output.slots if cache is None else cache.slots
         index = (jnp.broadcast_to(jnp.arange(room), (len(first), room)),)
     new = run_stages(
         config,
@@ -131,20 +133,51 @@ def rerank(
     additions = None if additions is None else additions[:, :S]
 
     plan = config.schedule.plan(num_layers, whole.bucket, aligned(implementation))
-    later = run_stages(
+    logits, state, drops = run_later(
         config,
-        stages,
+        params,
         plan,
         buffer_of(config, whole, output.hidden[:, :S], plan[0].slots, additions=additions),
         whole.bucket.images,
+        new.state,
+        new_slots,
+        implementation=implementation,
+    )
+    return logits, state, output, drops
+
+
+def run_later(
+    config: LlavaConfig,
+    params: Params,
+    plan: Sequence[Stage],
+    whole: TokenBuffer,
+    image_sizes: Sequence[int],
+    first: DecodeState,
+    new_slots: int,
+    *,
+    max_positions: int | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, DecodeState, tuple[DropRecord, ...]]:
+    """The stages after the first over all tokens, ``whole``, the first stage's output; ``first`` is its state.
+
+    Returns:
+      (logits (B, V) float32 after the last token, state for ``vlm.decode_step``, drops).
+    """
+    later = run_stages(
+        config,
+        params["stages"],
+        plan,
+        whole,
+        image_sizes,
         first=1,
+        max_positions=max_positions,
         new_slots=new_slots,
         implementation=implementation,
     )
     state = DecodeState(
-        (*new.state.caches, *later.state.caches),
-        (jnp.asarray(whole.length), *later.state.lengths),
-        later.state.rope_delta,
-        None if index is None else (*(new.state.index or ()), *(later.state.index or ())),
+        (*first.caches, *later.state.caches),
+        (*first.lengths, *later.state.lengths),
+        first.rope_delta if later.state.rope_delta is None else later.state.rope_delta,
+        None if first.index is None else (*first.index, *(later.state.index or ())),
     )
-    return next_logits(config, params, later.buffer), state, output, later.drops
+    return next_logits(config, params, later.buffer), state, later.drops

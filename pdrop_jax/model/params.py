@@ -6,8 +6,11 @@ table (``convert.names``). The tree::
 
     vision.embed.{patch, class_token, position, norm}, for SigLIP {patch, position}
     vision.layers.*        one stack (L, ...): the layers up to the selected hidden state
+    vision.{compressor, later_layers}.*    with early compression, which ``layers`` ends in front of: its module, and
+                           the layers behind it as another stack
     projector.linear_{0, 1, ...}
     newline.embedding      (D,), if images are tiled
+    standby.{tokens, mlps, temporal, projector}, if the tower has standby tokens
     embed.embedding        (V, D)
     stages.{0, 1, ...}.*   one stack (L_s, ...) for each stage of the drop schedule
     norm.scale
@@ -17,7 +20,6 @@ table (``convert.names``). The tree::
 import functools
 import math
 import re
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +32,11 @@ from pdrop_jax.families.gemma3 import params as gemma3
 from pdrop_jax.families.internvl import params as internvl
 from pdrop_jax.families.qwen2_vl import params as qwen2_vl
 from pdrop_jax.families.smolvlm import params as smolvlm
+from pdrop_jax.model.compression import compressor_specs
 from pdrop_jax.model.specs import Params as Params
 from pdrop_jax.model.specs import ParamSpec as ParamSpec
 from pdrop_jax.model.specs import Specs, attention_specs, linear_specs, norm_specs
+from pdrop_jax.model.standby_specs import copied_from, standby_specs
 from pdrop_jax.model.vision_specs import crop_tower_specs
 
 # LlavaConfig.family -> the declarations of its tower and projector, in place of ``crop_tower_specs``.
@@ -74,13 +78,22 @@ def param_specs(config: LlavaConfig) -> Specs:
     decoder_layer = decoder_layer_specs(config.text)
     tower = FAMILIES.get(config.family, crop_tower_specs)(config)
     vision = dict(tower["vision"])
+    embed, layer, depth = vision.pop("embed"), vision.pop("layer"), config.vision_layers
+    if compression := config.vision.early_compression:
+        first = compression.after + 1
+        vision |= {"later_layers": stack(layer, depth - first)}
+        if module := compressor_specs(compression, layer, config.vision.hidden_size):
+            vision["compressor"] = module
+        depth = first
     specs: Specs = {
-        "vision": {"embed": vision.pop("embed"), "layers": stack(vision.pop("layer"), config.vision_layers), **vision},
+        "vision": {"embed": embed, "layers": stack(layer, depth), **vision},
         "projector": tower["projector"],
         "embed": {"embedding": ParamSpec((V, D), ("vocab", "model"), "embedding", "llm")},
         "stages": {str(s): stack(decoder_layer, stop - start) for s, (start, stop) in enumerate(ranges)},
         "norm": norm_specs(D, "llm", plus_one=config.text.norm_plus_one),
     }
+    if config.standby:
+        specs["standby"] = standby_specs(config)
     if config.tiling:
         specs["newline"] = {"embedding": ParamSpec((D,), (None,), "embedding", "llm")}
     if not config.text.tie_embeddings:
@@ -115,7 +128,8 @@ def spec_of(config: LlavaConfig, name: str) -> ParamSpec:
     """
     # A quantized kernel and its scales are laid out as the kernel is; scales have size 1 along the inputs.
     name = re.sub(r"\.kernel\.(?:qvalue|scale)$", ".kernel", name)
-    name = re.sub(r"^stages\.\d+\.(?:\d+\.)?", "stages.0.", re.sub(r"^vision\.layers\.\d+\.", "vision.layers.", name))
+    name = re.sub(r"^vision\.(layers|later_layers)\.\d+\.", r"vision.\1.", name)
+    name = re.sub(r"^stages\.\d+\.(?:\d+\.)?", "stages.0.", name)
     base, lora, part = name.partition(".lora.")
     if lora:
         return lora_specs(_by_name(config)[f"{base}.kernel"], 1)[part]
@@ -134,11 +148,25 @@ def abstract_params(config: LlavaConfig, dtype: Any = jnp.float32) -> Params:
 
 def init_params(config: LlavaConfig, seed: int = 0, dtype: Any = jnp.float32) -> Params:
     """Random parameters, see ``ParamSpec.init``. The value of an array depends on its name and ``seed`` alone."""
+    return jax.tree.map_with_path(lambda path, spec: spec.initial(path_name(path), seed, dtype), param_specs(config))
 
-    def init(path: tuple, spec: ParamSpec) -> jax.Array:
-        return spec.random(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path_name(path).encode())), dtype)
 
-    return jax.tree.map_with_path(init, param_specs(config))
+def init_array(config: LlavaConfig, name: str, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
+    """One array of ``init_params``, by its dotted name."""
+    return _by_name(config)[name].initial(name, seed, dtype)
+
+
+def add_standby(config: LlavaConfig, params: Params, seed: int = 0) -> Params:
+    """``params``, in stacks and without standby tokens, with those of ``config``, see ``standby_specs.copied_from``."""
+    known = flatten_dict(params, sep=".")
+    dtype = known["embed.embedding"].dtype
+
+    def begin(path: tuple, spec: ParamSpec) -> jax.Array:
+        name = f"standby.{path_name(path)}"
+        source = copied_from(name)
+        return init_array(config, name, seed, dtype) if source is None else known[source]
+
+    return {**params, "standby": jax.tree.map_with_path(begin, param_specs(config)["standby"])}
 
 
 def count(params: Params) -> int:

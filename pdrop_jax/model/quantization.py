@@ -1,34 +1,74 @@
-"""int8 weights for inference: ``qwix.QArray``s in place of the decoder's kernels.
+"""Quantization for inference: the decoder's kernels in 8 or 4 bits, and with w8a8, w4a8 and w4a4 their inputs too.
 
-The weights of q, k, v, o, gate, up and down become int8, with a float32 scale for each output channel::
+The weights of q, k, v, o, gate, up and down become integers, with a float32 scale for each output channel::
 
-    kernel.qvalue    int8, the kernel's shape
+    kernel.qvalue    int8 or int4, the kernel's shape
     kernel.scale     float32, the kernel's shape but 1 along its inputs
 
-Activations, biases, norms, the embedding table, the head, the vision tower and the projector keep their dtype. What a
-matrix product reads from memory is int8: on a TPU it multiplies by ``qvalue * scale``, rounded to the dtype of the
-activations, elsewhere by ``qvalue``, and the sum is scaled in float32. Kernels sharded along fsdp are gathered in the
-dtype of the activations, so shard along tensor.
+Biases, norms, the embedding table, the head, the vision tower and the projector keep their dtype.
+
+- int8 and int4 quantize weights alone. A matrix product reads integers from memory: on a TPU it multiplies by
+  ``qvalue * scale``, rounded to the dtype of the activations, elsewhere by ``qvalue``, and scales the float32 sum.
+- w8a8, w4a8 and w4a4 also quantize the input of a product, when it is computed, with a scale for each token that
+  follows from its largest element. The product is one of integers, summed in int32. w4a4 on a TPU multiplies int4;
+  everything else widens int4 to int8 first. One product is simulated: XLA for GPUs cannot multiply a single row of
+  int8 by int4, so that both become bfloat16, which is exact, and the sum is in float32.
+
+An int4 takes half a byte on TPUs and GPUs, and a byte on CPUs, where 4 bits save nothing over 8. Kernels sharded along
+fsdp are gathered in the dtype of the activations, so shard along tensor.
 """
 
+import dataclasses
 import functools
-from typing import TYPE_CHECKING, TypeGuard
+import math
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, Quantization
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import Params, path_name, spec_of
+from pdrop_jax.sharding import platform
 
-if TYPE_CHECKING:
-    import qwix
+# Bits of the weights, and of the activations, None where those are not quantized.
+BITS: dict[str, tuple[int, int | None]] = {
+    "int8": (8, None),
+    "int4": (4, None),
+    "w8a8": (8, 8),
+    "w4a8": (4, 8),
+    "w4a4": (4, 4),
+}
 
 
-def quantize_decoder(config: LlavaConfig, params: Params) -> Params:
-    """``params``, or a part of them, with the decoder's kernels in int8.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class QuantizedKernel:
+    """Integers and their scales in place of a kernel.
 
-    Symmetric: an output channel's largest weight is 127.5 steps, and no weight is moved by more than half a step.
+    Attributes:
+      activations: static, bits that inputs are quantized to; None leaves them as they are.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    activations: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def check_quantization(quantize: str | None, cache: str | None = None) -> None:
+    """Raises UserError for a quantization of weights and activations, or of caches, that is none of ours."""
+    if quantize is not None and quantize not in BITS:
+        raise UserError(f"a model cannot be quantized to {quantize!r}: choose one of {', '.join(BITS)}")
+    if cache not in (None, "int8", "int4"):
+        raise UserError(f"caches cannot be quantized to {cache!r}: choose int8 or int4")
+
+
+def quantize_decoder(config: LlavaConfig, params: Params, quantization: Quantization = "int8") -> Params:
+    """``params``, or a part of them, with the decoder's kernels quantized.
+
+    Symmetric: with b bits an output channel's largest weight is 2^(b-1) - 1/2 steps, and no weight is moved by more
+    than half a step.
 
     Args:
       params: stacked or not, of any float dtype; may be abstract, under ``jax.eval_shape``.
@@ -36,36 +76,58 @@ def quantize_decoder(config: LlavaConfig, params: Params) -> Params:
     Raises:
       UserError: qwix is not installed.
     """
+    weights, activations = BITS[quantization]
 
-    def quantize(path: tuple, x: jax.Array) -> "jax.Array | qwix.QArray":
+    def quantize(path: tuple, x: jax.Array) -> jax.Array | QuantizedKernel:
         name = path_name(path)
         if not (name.startswith("stages.") and name.endswith(".kernel")):
             return x
-        spec = spec_of(config, name)
-        return _quantize(x, tuple(i - len(spec.shape) for i in spec.inputs))
+        inputs = tuple(i - len(spec_of(config, name).shape) for i in spec_of(config, name).inputs)
+        qvalue, scale = _quantize_weights(x, weights, inputs)
+        return QuantizedKernel(qvalue, scale, activations)
 
     return jax.tree.map_with_path(quantize, params)
 
 
-@functools.partial(jax.jit, static_argnums=1)  # else the whole stack would be in memory as float32
-def _quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> "qwix.QArray":
+def quantize_along(x: jax.Array, bits: int, axes: Iterable[int]) -> tuple[jax.Array, jax.Array]:
+    """``x`` as integers, and their float32 scales, of size 1 along ``axes``: each slice along them has a scale.
+
+    Symmetric: the largest element of a slice is 2^(bits-1) - 1 steps. It must not lie halfway between two integers, as
+    that of a weight does: two programs would round it differently, and a token's keys would depend on what computed it.
+
+    Raises:
+      UserError: qwix is not installed.
+    """
+    largest = 2 ** (bits - 1) - 1
+    return _quantize(x, bits, axes, f"absmax,{(largest + 0.5) / largest}")
+
+
+def _quantize(x: jax.Array, bits: int, axes: Iterable[int], calibration: str = "absmax") -> tuple[jax.Array, jax.Array]:
     try:
-        import qwix  # needed with int8 weights only
+        import qwix  # needed for quantized models only
     except ImportError:
-        raise UserError("int8 weights need qwix, which is not installed: pip install 'pdrop-jax[quantize]'") from None
-    outputs = set(range(kernel.ndim)) - {axis % kernel.ndim for axis in inputs}
-    return qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=outputs)
+        raise UserError("quantization needs qwix, which is not installed: pip install 'pdrop-jax[quantize]'") from None
+    apart = sorted(set(range(x.ndim)) - {axis % x.ndim for axis in axes})
+    wide = x.astype(jnp.float32)
+    found = qwix.quantize(wide, f"int{bits}", channelwise_axes=apart, calibration_method=calibration)
+    return found.qvalue, found.scale
 
 
-def quantized_product(x: jax.Array, kernel: "qwix.QArray", inputs: int) -> jax.Array:
+# Under jit, or the whole stack would be in memory as float32.
+_quantize_weights = functools.partial(jax.jit, static_argnums=(1, 2))(_quantize)
+
+
+def quantized_product(x: jax.Array, kernel: QuantizedKernel, inputs: int) -> jax.Array:
     """``x @ (qvalue * scale)``: (..., *inputs) -> (..., *outputs), dtype of ``x``.
 
     Args:
       inputs: how many of the last dimensions of ``x`` are summed over.
     """
+    if kernel.activations is not None:
+        return _integer_product(x, kernel, kernel.activations, inputs)
 
     def scale_weights(x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> jax.Array:
-        return jnp.tensordot(x, (qvalue * scale).astype(x.dtype), axes=inputs)
+        return jnp.tensordot(x, (qvalue.astype(scale.dtype) * scale).astype(x.dtype), axes=inputs)
 
     def scale_product(x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> jax.Array:
         y = jnp.tensordot(x, qvalue.astype(x.dtype), axes=inputs, preferred_element_type=jnp.float32)
@@ -76,5 +138,40 @@ def quantized_product(x: jax.Array, kernel: "qwix.QArray", inputs: int) -> jax.A
     return jax.lax.platform_dependent(x, kernel.qvalue, kernel.scale, tpu=scale_weights, default=scale_product)
 
 
-def is_quantized(x: object) -> "TypeGuard[qwix.QArray]":
-    return hasattr(x, "qvalue")
+def _integer_product(x: jax.Array, kernel: QuantizedKernel, bits: int, inputs: int) -> jax.Array:
+    qx, x_scale = quantize_along(x, bits, range(-inputs, 0))
+
+    def product(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
+        return jnp.tensordot(qx, qvalue, axes=inputs, preferred_element_type=jnp.int32)
+
+    def as_they_are(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
+        return product(qx, qvalue) if qx.dtype == qvalue.dtype else in_bytes(qx, qvalue)
+
+    def in_bytes(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
+        return product(qx.astype(jnp.int8), qvalue.astype(jnp.int8))
+
+    def simulated(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
+        wide = qx.astype(jnp.bfloat16), qvalue.astype(jnp.bfloat16)
+        return jnp.tensordot(*wide, axes=inputs, preferred_element_type=jnp.float32).astype(jnp.int32)
+
+    single = math.prod(x.shape[:-inputs]) == 1 and kernel.qvalue.dtype == jnp.int4
+    y = jax.lax.platform_dependent(
+        qx, kernel.qvalue, tpu=as_they_are, cuda=simulated if single else in_bytes, default=in_bytes
+    ).astype(jnp.float32)
+    outputs = kernel.scale.shape[inputs:]
+    return (y * x_scale.reshape(*x.shape[:-inputs], *[1] * len(outputs)) * kernel.scale.reshape(outputs)).astype(
+        x.dtype
+    )
+
+
+def is_quantized(x: object) -> TypeGuard[QuantizedKernel]:
+    return isinstance(x, QuantizedKernel)
+
+
+def stored_bytes(tree: Any) -> int:
+    """Bytes that arrays, or abstract ones, take in this platform's memory, see the top of this module."""
+
+    def bits(dtype: Any) -> int:
+        return 4 if dtype == jnp.int4 and platform() != "cpu" else 8 * dtype.itemsize
+
+    return sum(math.prod(x.shape) * bits(x.dtype) // 8 for x in jax.tree.leaves(tree))

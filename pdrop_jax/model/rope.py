@@ -73,6 +73,11 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
+def rotate_cached(k: jax.Array, rope: Rope) -> jax.Array:
+    """``rotate`` for the keys of a cache, (B, K, C, H)."""
+    return rotate(k.swapaxes(1, 2), rope).swapaxes(1, 2)
+
+
 def _swap_halves(x: jax.Array) -> jax.Array:
     """The halves of the last dimension swapped, float32."""
     return jnp.roll(x.astype(jnp.float32), x.shape[-1] // 2, axis=-1)

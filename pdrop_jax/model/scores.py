@@ -15,6 +15,8 @@ random         a random number for each token, from the schedule's seed and the 
 none           no score: all image tokens are dropped (early exit)
 cls            attention of the vision tower's class token in its last layer, mean over heads
 given          ``Batch.scores``
+quota          weighted sum of magnitude, attention of text and of image tokens, and quantization residual (QUOTA, a
+               reconstruction: ``quota``)
 =============  =========================================================================================================
 """
 
@@ -25,10 +27,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pdrop_jax.batch import IGNORE, Batch
+from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.drop import Boundary, attention_scores, next_attention, pyramiddrop_score
+from pdrop_jax.model.quota import quota, text_rows
 
 GRID = 3  # FEATHER's stride
 
@@ -97,12 +100,7 @@ def last_text(at: Boundary) -> jax.Array:
 
 
 def all_text(at: Boundary) -> jax.Array:
-    buffer = at.buffer
-    slot = jnp.arange(buffer.slots)
-    asks = (buffer.image_id == 0) & (slot < buffer.length[:, None])
-    if buffer.labels is not None:
-        asks &= buffer.labels == IGNORE
-    return next_attention(at, jnp.where(asks, slot, -1))
+    return next_attention(at, text_rows(at.buffer))
 
 
 def norm(at: Boundary) -> jax.Array:
@@ -170,6 +168,7 @@ SCORES: dict[str, TokenScore] = {
     "none": TokenScore(none),
     "cls": TokenScore(precomputed, precompute=class_attention, class_attention=True),
     "given": TokenScore(precomputed, precompute=given),
+    "quota": TokenScore(quota),
 }
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.attention import attend_masked
+from pdrop_jax.model.cache import KeysOrValues
 
 EVERYTHING = 2**30  # the window of a layer that sees everything, more than any number of slots
 
@@ -42,6 +43,38 @@ class Places:
 
     def between(self, start: int, stop: int) -> "Places":
         return jax.tree.map(lambda x: x[:, start:stop], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """A cache of a stage whose slots are in no order, see ``model.ring``; here before the new tokens are written.
+
+    Attributes:
+      slots: (B, T) int32, where the new tokens go.
+      order: (B, C) int32, ``Places.slot`` of what a slot holds; ``EVERYTHING`` if it holds nothing.
+      index: (B, C) int32, see ``Places``.
+      positions: (B, C) or (B, C, 3) int32, where the slot's key is rotated to when it is read: it is cached as it is
+        projected.
+    """
+
+    slots: jax.Array
+    order: jax.Array
+    index: jax.Array
+    positions: jax.Array
+
+    @property
+    def places(self) -> Places:
+        return Places(self.order, self.index, jnp.zeros_like(self.order))
+
+    def write(self, cached: jax.Array, new: jax.Array) -> jax.Array:
+        """``cached`` (B, C, ...) with ``new`` (B, T, ...) in ``slots``."""
+        return cached.at[jnp.arange(len(self.slots))[:, None], self.slots].set(new)
+
+    def places_with(self, query: Places) -> Places:
+        """Places of the slots once the new tokens are written."""
+        new = (jnp.broadcast_to(x, self.slots.shape) for x in _arrays(query))
+        return Places(*map(self.write, _arrays(self.places), new))
 
 
 def sees(query: Places, key: Places, window: jax.Array | int) -> jax.Array:
@@ -100,7 +133,7 @@ def check_masks(implementation: Implementation) -> None:
 
 @jax.named_scope("attention")
 def attend_places(
-    q: jax.Array, k: jax.Array, v: jax.Array, query: Places, key: Places, window: jax.Array | int
+    q: jax.Array, k: KeysOrValues, v: KeysOrValues, query: Places, key: Places, window: jax.Array | int
 ) -> jax.Array:
     """Attention to what ``sees`` shows, with the softmax in float32.
 

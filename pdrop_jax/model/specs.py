@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from typing import Any, Literal
 
 import jax
@@ -62,6 +63,10 @@ class ParamSpec:
             axes=(None, *self.axes),
             inputs=tuple(i + 1 for i in self.inputs),
         )
+
+    def initial(self, name: str, seed: int, dtype: Any = jnp.float32) -> jax.Array:
+        """``random`` by the dotted name of the array and a seed alone."""
+        return self.random(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), dtype)
 
     def random(self, key: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """An initial value; drawn in float32, then cast to ``dtype``."""

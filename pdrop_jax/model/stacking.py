@@ -61,7 +61,9 @@ def unstack(params: Params) -> Params:
         columns = {key: split(x) if isinstance(x, dict) else rows(x) for key, x in _drain(stack)}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    params["vision"]["layers"] = split(params["vision"]["layers"])
+    for name in ("layers", "later_layers"):
+        if name in params["vision"]:
+            params["vision"][name] = split(params["vision"][name])
     params["stages"] = {key: split(stack) for key, stack in _drain(params["stages"])}
     return params
 

@@ -1,5 +1,6 @@
 """Pictures to token embeddings: the vision tower up to the selected hidden state, then the projector."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,18 +13,24 @@ from pdrop_jax.families.gemma3.tower import soft_tokens
 from pdrop_jax.families.internvl import tower as internvl
 from pdrop_jax.families.qwen2_vl.tower import patch_features
 from pdrop_jax.families.smolvlm import tower as smolvlm
+from pdrop_jax.model.compressor import compress
 from pdrop_jax.model.layers import (
     layer_norm,
     layer_of,
     linear,
+    merged_squares,
     projector,
     rematerialise,
     scan_layers,
+    vision_attention,
     vision_embedding,
     vision_layer,
+    vision_mlp,
 )
 from pdrop_jax.model.params import Params
+from pdrop_jax.model.standby import first_tokens, seen_crops, standby_layer
 from pdrop_jax.sharding import constrain
+from pdrop_jax.vision_config import WINDOW
 
 # LlavaConfig.family -> from the last hidden state of its crops to their tokens, in place of LLaVA's projector.
 CROP_TOKENS: dict[str, Callable[[LlavaConfig, Params, jax.Array], jax.Array]] = {
@@ -42,9 +49,12 @@ def vision_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
+    standby: Params | None = None,
+    clips: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
 
+    With ``standby``, its parameters, and ``clips``, see ``Batch``, the standby tokens follow: (P, T + m, D_vision).
     The tower's last norm is not part of any hidden state, as in transformers.
 
     Args:
@@ -54,16 +64,43 @@ def vision_features(
     # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
     x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "crops", None, None, None))
 
-    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
-        x = carry[0]
-        out = vision_layer(config.crop_tower, layer, x, implementation)
-        return (constrain(out, "crops", None, None), x if class_attention else None), None
+    seen = None if clips is None else seen_crops(clips)
 
-    start = (x, x if class_attention else None)
-    (x, last_input), _ = scan_layers(rematerialise(body, remat), start, params["layers"])
+    def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
+        x, _, extra = carry
+        out = vision_layer(config.crop_tower, layer, x, implementation)
+        if standby is not None and seen is not None:
+            extra = standby_layer(config, standby, layer, n, x, extra, seen)
+        return (constrain(out, "crops", None, None), x if class_attention else None, extra), None
+
+    def run(x: jax.Array, layers: Params | list[Params], extra: jax.Array | None = None) -> Any:
+        carry, _ = scan_layers(rematerialise(body, remat), (x, x if class_attention else None, extra), layers)
+        return carry
+
+    extra = None if standby is None or seen is None else first_tokens(standby, len(x))
+    x, last_input, extra = run(x, params["layers"], extra)
+    last_layers = params["layers"]
+    if config.vision.early_compression:
+        x, last_layers = compressed_patches(config, params.get("compressor", {}), x), params["later_layers"]
+        x, last_input, _ = run(x, last_layers)
+    x = x if extra is None else jnp.concatenate([x, extra], axis=1)
     if last_input is None:
         return x, None
-    return x, class_attention_of(config, layer_of(params["layers"], -1), last_input)
+    return x, class_attention_of(config, layer_of(last_layers, -1), last_input)
+
+
+def compressed_patches(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
+    """A layer's output (P, T, D_vision) with a quarter of the patches; a class token passes unchanged."""
+    vision = config.crop_tower
+    assert vision.early_compression
+    class_token, patches = jnp.split(x, [vision.class_tokens], axis=1)
+    windows = merged_squares(patches, vision.patches_a_side, WINDOW)
+    windows = windows.reshape(*windows.shape[:2], WINDOW**2, vision.hidden_size)
+    # Four patches attend to each other: no kernel for long rows would help.
+    attend = functools.partial(vision_attention, vision, implementation="xla")
+    mlp = functools.partial(vision_mlp, vision)
+    out = jnp.concatenate([class_token, compress(vision.early_compression, params, windows, attend, mlp)], axis=1)
+    return constrain(out, "crops", None, None)
 
 
 def class_attention_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -91,7 +128,8 @@ def tower_features(
         assert batch.patch_layout is not None
         layout, features = jnp.asarray(batch.patch_layout), PATCH_FEATURES[config.family]
         return features(config.vision, params, crops, layout, implementation, remat), None
-    return image_features(config, params, crops, implementation, remat, class_attention)
+    clips = None if batch.clips is None else jnp.asarray(batch.clips)
+    return image_features(config, params, crops, implementation, remat, class_attention, clips)
 
 
 @jax.named_scope("tower")
@@ -102,6 +140,7 @@ def image_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
+    clips: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The crops of each row as its pool of feature vectors.
 
@@ -110,19 +149,24 @@ def image_features(
 
     Returns:
       (B, C * (image_tokens + frame_tokens), D), dtype of the parameters: the features of all crops, then their
-      features as frames of a video; where images are tiled, one more vector, the newline. With ``class_attention``
-      also as many numbers (B, ..., 1) float32, see ``vision_features``; 0 for the newline.
+      features as frames of a video; with ``clips`` those of their standby tokens; where images are tiled, one more
+      vector, the newline. With ``class_attention`` also as many numbers (B, ..., 1) float32, see ``vision_features``; 0
+      for the newline.
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
-    x, attention = vision_features(config, params["vision"], pixels, implementation, remat, class_attention)
+    x, attention = vision_features(
+        config, params["vision"], pixels, implementation, remat, class_attention, params.get("standby"), clips
+    )
     x = constrain(x, "batch", None, None)
-    D, side = config.text.hidden_size, config.crop_tower.patches_a_side
+    x, extra = (x, None) if clips is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
+    D, side, merge = config.text.hidden_size, config.crop_tower.features_a_side, config.crop_tower.merge_size
 
     def pool(x: jax.Array) -> jax.Array:
         """From all tokens (B * C, T, N) of the tower, those that an image has, then those that a video frame has."""
         x = x if config.keep_class_token else x[:, config.vision.class_tokens :]
+        x = merged_squares(x, config.crop_tower.compressed_side, merge) if merge > 1 else x
         return jnp.concatenate([x, averaged(x, side, config.frame_stride)], axis=1) if config.frame_stride else x
 
     def by_row(x: jax.Array) -> jax.Array:
@@ -132,7 +176,11 @@ def image_features(
     if tokens := CROP_TOKENS.get(config.family):
         return constrain(by_row(tokens(config, params, x)), "batch", None, None), None
     x = by_row(projector(params["projector"], pool(x)))
-    attention = None if attention is None else by_row(pool(attention[..., None]))
+    attention = None if attention is None else by_row(pool(attention[..., None])).mean(-1, keepdims=True)
+    if extra is not None:
+        extra = projector(params["standby"]["projector"], extra).reshape(B, -1, D)
+        x = jnp.concatenate([x, extra], axis=1)
+        attention = None if attention is None else jnp.pad(attention, [(0, 0), (0, extra.shape[1]), (0, 0)])
     if config.tiling:
         newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, D))
         x = jnp.concatenate([x, newline], axis=1)

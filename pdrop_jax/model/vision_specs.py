@@ -1,6 +1,6 @@
 """The arrays of a vision tower that takes square crops, such as CLIP, and of LLaVA's projector."""
 
-from pdrop_jax.config import LlavaConfig, VisionConfig
+from pdrop_jax.config import Group, LlavaConfig, VisionConfig
 from pdrop_jax.model.specs import ParamSpec, Specs, attention_specs, linear_specs, norm_specs
 
 
@@ -46,11 +46,11 @@ def crop_tower_specs(config: LlavaConfig) -> Specs:
     }
 
 
-def projector_specs(vision_size: int, D: int, num_layers: int) -> Specs:
+def projector_specs(vision_size: int, D: int, num_layers: int, group: Group = "projector") -> Specs:
     """Layers alternate between the two ways to shard a matrix, so that what one leaves sharded the next sums over."""
 
     def layer(n: int) -> Specs:
         axes = ("mlp", "model") if n % 2 else ("model", "mlp")
-        return linear_specs((D if n else vision_size, D), axes, "projector", bias=True)
+        return linear_specs((D if n else vision_size, D), axes, group, bias=True)
 
     return {f"linear_{n}": layer(n) for n in range(num_layers)}

@@ -96,7 +96,8 @@ def embed(
         images = embed_images(config, params, batch, implementation, remat)
     if images is None:
         return buffer_of(config, batch, hidden, slots)
-    hidden = jnp.where(jnp.asarray(batch.image_id)[..., None] > 0, images.hidden, hidden)
+    standby = jnp.asarray(batch.feature_index)[..., :1] >= 0  # they belong to no image that is dropped by its count
+    hidden = jnp.where((jnp.asarray(batch.image_id)[..., None] > 0) | standby, images.hidden, hidden)
     return buffer_of(config, batch, hidden, slots, images.attention, images.additions)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pdrop_jax.analysis.cost import decode_macs, prefill_macs, training_macs
 from pdrop_jax.batch import Batch, Bucket
-from pdrop_jax.config import LlavaConfig
+from pdrop_jax.config import LlavaConfig, Quantization
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import State, decode, start
 from pdrop_jax.generation.next_token import token_sampler
@@ -45,8 +45,8 @@ class Program:
       bucket: text slots and image tokens of each row.
       rows: global batch size.
       grad_accum_steps: microbatches per training step.
-      groups: trained parameter groups, out of "vision", "projector" and "llm".
-      quantize: weight quantization of the decoder for inference, see ``model.quantization``.
+      groups: trained parameter groups, out of "vision", "compressor", "projector" and "llm".
+      quantize: quantization of the decoder for inference, see ``model.quantization``.
     """
 
     config: LlavaConfig
@@ -55,7 +55,7 @@ class Program:
     rows: int
     grad_accum_steps: int = 1
     groups: tuple[str, ...] = GROUPS
-    quantize: Literal["int8"] | None = None
+    quantize: Quantization | None = None
 
     @property
     def macs(self) -> float:
@@ -83,7 +83,9 @@ class CompiledProgram:
 
 
 def groups_of(config: LlavaConfig) -> tuple[str, ...]:
-    """Groups that full fine-tuning trains; LLaVA-NeXT, which tiles images, also trains the vision tower."""
+    """Groups that full fine-tuning trains; LLaVA-NeXT, which tiles images, and LLaVA-UHD v4 also train the tower."""
+    if config.vision.early_compression:
+        return ("vision", "compressor", *GROUPS)
     return ("vision", *GROUPS) if config.tiling else GROUPS
 
 
@@ -170,7 +172,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
     else:
         params = abstract_params(config, jnp.bfloat16)
         if job.quantize:
-            params = jax.eval_shape(functools.partial(quantize_decoder, config), params)
+            params = jax.eval_shape(functools.partial(quantize_decoder, config, quantization=job.quantize), params)
         params = abstract_tiled(config, abstract(config, params, mesh), mesh)
         greedy, stop = token_sampler(Sampling()), np.zeros(1, np.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -213,7 +215,7 @@ def _state_placed(state: State, mesh: Mesh) -> State:
     """Decode state with KV caches sharded by rows and heads, and everything else replicated."""
 
     def place(x: Any) -> Any:
-        axes = (None, *cache.AXES) if x.ndim == 5 else (None,) * x.ndim
+        axes = (None, *cache.AXES)[: x.ndim] if x.ndim > 3 else (None,) * x.ndim
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition(axes, x.shape, mesh)))
 
     return jax.tree.map(place, state)

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdrop_jax.errors import UserError, printable
@@ -26,6 +27,7 @@ from pdrop_jax.serve.service import Asked, Service
 PAGE = pathlib.Path(__file__).parent / "page"  # static files, served at /
 BODY_BYTES = 2**26  # of a request
 BODY_SECONDS = 60  # to receive it
+GONE = ApiError(499, "the client went away", "invalid_request_error")  # for the metrics: nobody reads it
 
 
 def create_app(service: Service, api_key: str | None = None, body_bytes: int = BODY_BYTES) -> FastAPI:
@@ -112,6 +114,8 @@ async def read_body(request: Request, limit: int) -> bytes:
                 body += piece
                 if len(body) > limit:
                     raise too_large
+    except ClientDisconnect:
+        raise GONE from None
     except TimeoutError:
         raise ApiError(408, f"the request did not come within {BODY_SECONDS} s", "invalid_request_error") from None
     return bytes(body)
@@ -128,7 +132,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError(499, "the client went away", "invalid_request_error")
+            raise GONE
         return working.result()
     finally:
         leaving.cancel()

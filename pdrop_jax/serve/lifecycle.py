@@ -11,6 +11,8 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.serve.app import create_app
 from pdrop_jax.serve.service import Service
 
+KEY = "PDROP_API_KEY"  # the environment variable
+
 
 class Server(uvicorn.Server):
     """Ends once all requests are answered, when SIGTERM or SIGINT has come; at once with the second signal."""
@@ -37,6 +39,8 @@ def serve(service: Service, host: str, port: int, api_key: str | None) -> int:
       UserError: the port is taken or the address is not this machine's.
     """
     listening = bind(host, port)
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"note: whoever reaches {host} may ask: set {KEY} to require an API key", file=sys.stderr)
     print(f"serving {service.name} on http://{host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
     app = create_app(service, api_key)
     server = Server(uvicorn.Config(app, log_level="warning", server_header=False), service)
@@ -52,5 +56,5 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "ports are 0..65535"
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "ports are 0..65535"
         raise UserError(f"{host}:{port} cannot be served: {reason}") from None

@@ -112,7 +112,7 @@ class Service:
         if buckets is None:
             most = max_prompt_tokens or _prompt_tokens(config, images)
             buckets = prompt_buckets(config, min(most, config.text.max_length - max_new_tokens), images)
-        turns = Turns()
+        turns = Turns() if len(models) > 1 else None
         self.name, self.model, self.state = name, model, "warming up"
         self.max_new_tokens, self.models = max_new_tokens, models
         self.engines = {

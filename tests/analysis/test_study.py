@@ -11,10 +11,12 @@ import subprocess
 import numpy as np
 import pytest
 
-from pdrop_jax.analysis.effects import Answers
-from pdrop_jax.analysis.study import ask, possible_scores, run_study, stays_for_another
+from pdrop_jax.analysis.asking import Asked, ask, depths, donors
+from pdrop_jax.analysis.settings import DENSE, StudyOptions, possible_scores
+from pdrop_jax.analysis.study import SAMPLED, run_study
 from pdrop_jax.analysis.study_report import report
 from pdrop_jax.errors import UserError
+from pdrop_jax.eval.batching import plan_batches
 from pdrop_jax.eval.questions import read_questions
 from pdrop_jax.generation.pretrained import load, reschedule
 from pdrop_jax.generation.sampling import Sampling
@@ -32,7 +34,16 @@ def model():
 
 @pytest.fixture(scope="module")
 def study(model):
-    return run_study(model, QUESTIONS, layers=[1], ratios=[0.0, 1.0], scores=["pyramiddrop"], batch_size=5)
+    options = StudyOptions(layers=[1], ratios=[0.0, 1.0], scores=["pyramiddrop"], edit_sizes=[25, 60, 200], draws=2)
+    return run_study(model, QUESTIONS, options, batch_size=5)
+
+
+def asked(model, questions, rows, max_new_tokens=1, given=None):
+    groups = list(enumerate(plan_batches(model.processor, questions, rows, max_new_tokens)))
+    found = {}
+    for numbers, answers in ask(model, questions, groups, rows, Sampling(max_new_tokens), given):
+        found |= dict(zip(numbers, answers, strict=True))
+    return [found[n] for n in range(len(questions))]
 
 
 def row(study, name):
@@ -45,9 +56,10 @@ def test_every_group_is_there(study):
     assert names == {
         "one drop": ["layer 1, ratio 0", "layer 1, ratio 1"],
         "scores": ["pyramiddrop"],
-        "controls": ["another question's tokens", "no image"],
+        "controls": ["another question's tokens", "picture downsampled", "no image"],
     }
-    assert [row.setting.name for row in study.group("noise")] == ["nothing", "float32", "other words"]
+    noise = ["nothing", "float32", "other words", "reworded by 25 %", "reworded by 200 %", SAMPLED]  # none is of 60 %
+    assert [row.setting.name for row in study.group("noise")] == noise
     assert (study.questions, study.pictures, study.image_tokens) == (10, 2, 144)
 
 
@@ -58,33 +70,60 @@ def test_keeping_everything_changes_nothing_and_no_image_changes_most(study):
     assert gone.flipped.value >= 0.5
     assert gone.kl.value > 1
     assert gone.average_tokens == gone.macs == 0
-    assert gone.beyond["flipped"] == ["nothing", "float32", "other words"]
+    assert gone.beyond["flipped"] == ["nothing", "float32", "other words", SAMPLED]
     assert row(study, "nothing").beyond == {"flipped": [], "kl": []}
     assert row(study, "layer 1, ratio 0").average_tokens == 144 / 8
 
 
+def test_a_downsampled_picture_has_as_many_tokens_as_a_layer_sees(study):
+    assert row(study, "picture downsampled").average_tokens == 90
+    assert row(study, "pyramiddrop").average_tokens == 90
+    assert row(study, "picture downsampled").macs > row(study, "no image").macs == 0
+    assert 0 < row(study, "picture downsampled").jsd.value < np.log(2)
+
+
+def test_a_drop_is_as_large_as_a_rewording(study):
+    """Sizes are those of the rewordings that were found; the demo model's tokenizer has few tokens a question."""
+    small, large = row(study, "reworded by 25 %"), row(study, "reworded by 200 %")
+    assert [round(x.rewording.value) for x in (small, large)] == [110, 190]
+    assert row(study, "layer 1, ratio 1").rewording.value == 0
+    gone = row(study, "no image")
+    assert (gone.flipped.value > large.flipped.value) == (gone.rewording.value == np.inf)
+    assert row(study, SAMPLED).kl.value == 0 <= row(study, SAMPLED).flipped.value <= 1
+
+
+def test_every_effect_is_tested_against_every_rewording(study):
+    tests = row(study, "no image").tests
+    assert list(tests) == ["other words", "reworded by 25 %", "reworded by 200 %"]
+    metrics = ["JSD", "KL", "flip rate", "mutual information", "phi", "log-probability of the answer"]
+    assert [[test.metric for test in found] for found in tests.values()] == [metrics] * 3
+    flips = tests["other words"][2]
+    words = row(study, "other words")
+    assert flips.difference == pytest.approx(row(study, "no image").flipped.value - words.flipped.value)
+    assert flips.corrected == min(1, 6 * flips.p)
+    assert words.tests == {}
+
+
 def test_right_answers_are_those_of_the_file(model, study):
-    answers = ask(reschedule(model, DropSchedule.none()), QUESTIONS, batch_size=5, sampling=Sampling(16))
-    right = [text == question.fields["answer"] for text, question in zip(answers.texts, QUESTIONS, strict=True)]
+    answers = asked(reschedule(model, DENSE), QUESTIONS, 5, 16)
+    right = [answer.text == question.fields["answer"] for answer, question in zip(answers, QUESTIONS, strict=True)]
     assert study.right.value == pytest.approx(np.mean(right))
     assert 0 < sum(right) <= 10
 
 
 def test_another_questions_tokens_are_its_tokens(model):
     """The score "given" keeps exactly what the other question of the picture kept."""
-    own = ask(model, QUESTIONS[:3], batch_size=3, sampling=Sampling(1))
+    own = asked(model, QUESTIONS[:3], 3)
     changed = reschedule(model, dataclasses.replace(model.config.schedule, score="given"))
-    given = stays_for_another(own, ["one picture"] * 3)
-    borrowed = ask(changed, QUESTIONS[:3], batch_size=4, sampling=Sampling(1), given=given)
-    assert borrowed.kept == [own.kept[1], own.kept[2], own.kept[0]]
-    assert own.kept[0] != own.kept[1]
+    donor = donors([answer.image_tokens for answer in own], ["one picture"] * 3)
+    borrowed = asked(changed, QUESTIONS[:3], 4, given={n: depths(own[donor[n]]) for n in range(3)})
+    assert [answer.kept for answer in borrowed] == [own[n].kept for n in (1, 2, 0)]
+    assert own[0].kept != own[1].kept
 
 
 def test_a_question_borrows_from_its_own_picture_if_it_can():
-    kept = [[[[0]]], [[[1]]], [[[2]]], [[[0, 1]]]]
-    answers = Answers([""] * 4, np.zeros((4, 1)), kept, [[3], [3], [3], [5]])
-    depths = stays_for_another(answers, ["a", "b", "a", "c"])
-    assert [images[0].tolist() for images in depths] == [[0, 0, 1], [0, 0, 1], [1, 0, 0], [1, 1, 0, 0, 0]]
+    assert donors([[3], [3], [3], [5]], ["a", "b", "a", "c"]) == [2, 2, 0, 3]
+    assert [x.tolist() for x in depths(Asked("", np.zeros(1), [[[0, 1]], [[1]]], [5]))] == [[1, 2, 0, 0, 0]]
 
 
 def test_scores_that_can_rank(model):
@@ -96,6 +135,8 @@ def test_scores_that_can_rank(model):
 
 def test_as_json(study):
     data = json.loads(json.dumps(study.as_json()))
+    assert "Infinity" not in json.dumps(data)
+    assert "NaN" not in json.dumps(data)
     assert data["schedule"] == {"layers": [4, 5, 6], "ratios": [0.5, 0.25, 0.125], "positions": "dense"}
     first = data["rows"][0]
     assert first["setting"]["schedule"]["layers"] == [1]
@@ -105,9 +146,10 @@ def test_as_json(study):
 
 def test_without_answers_and_other_words(model):
     bare = [dataclasses.replace(question, fields={}) for question in QUESTIONS[:2]]
-    found = run_study(model, bare, Sampling(1), layers=[], scores=[], batch_size=2)
+    found = run_study(model, bare, StudyOptions(layers=[], scores=[]), batch_size=2, max_new_tokens=1)
     assert found.right is None
     assert [row.setting.name for row in found.group("noise")] == ["nothing", "float32"]
+    assert all(not row.tests and row.rewording is None for row in found.rows)
 
 
 class Page(html.parser.HTMLParser):
@@ -149,9 +191,10 @@ def test_the_page_in_a_browser(model, study, tmp_path):
     done = subprocess.run([*command, *offline, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
     rows = len(study.rows) + 2 * 4  # a head and the dense row in each of four tables
+    rows += 3 * (1 + 4)  # a head, a score and three controls in each table of tests
     assert found == {"images": [True, True], "chart": True, "fetched": 0, "rows": rows, "wide": False}
 
 
 def test_a_bad_schedule_is_found_before_any_answer(model):
     with pytest.raises(UserError, match="none before layer 0"):
-        run_study(model, QUESTIONS, schedule=DropSchedule((0,), (0.5,)), scores=["v2drop"])
+        run_study(model, QUESTIONS, StudyOptions(DropSchedule((0,), (0.5,)), scores=["v2drop"]))

@@ -15,6 +15,7 @@ from pdrop_jax.convert.pickles import open_pickle
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.evaluate import evaluate
 from pdrop_jax.eval.journal import Journal
+from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.pretrained import DEMO
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import UNFINISHED, check_output, put_in_place, write_file
@@ -116,7 +117,7 @@ def test_headers_that_are_none(content, says, name):
 
 
 def test_answers(name, tmp_path, params):
-    """A run that was killed after three answers is finished; its output is that of a local run."""
+    """A run that was killed after three answers is finished, and another is shared by two; as a local run's output."""
     bucket = as_path(f"gs://{name}")
     checkpoint.save(tmp_path / "model", CONFIG, params, companions=TOKENIZER)
     for path in PICTURES.glob("*.png"):
@@ -125,9 +126,9 @@ def test_answers(name, tmp_path, params):
     for folder in (bucket, tmp_path):
         (folder / "q.jsonl").write_text("".join(lines))
 
-    def run(place, pictures):
-        out = place / "a.jsonl"
-        return evaluate(tmp_path / "model", place / "q.jsonl", pictures, out, batch_size=2, sampling=Sampling(2))
+    def run(place, pictures, name="a.jsonl", share=Share()):
+        settings = {"batch_size": 2, "sampling": Sampling(2), "share": share}
+        return evaluate(tmp_path / "model", place / "q.jsonl", pictures, place / name, **settings)
 
     run(tmp_path, PICTURES)
     expected = (tmp_path / "a.jsonl").read_bytes()
@@ -141,7 +142,11 @@ def test_answers(name, tmp_path, params):
     assert run(bucket, bucket / "pictures").answered == 3
     assert (bucket / "a.jsonl").read_bytes() == expected
     assert run(bucket, bucket / "pictures").answered == 0
-    assert {name for name in files_below(bucket) if "pictures" not in name} == {"a.jsonl", "q.jsonl"}
+    first = run(bucket, bucket / "pictures", "b.jsonl", Share(1, 2))
+    assert (first.answered, first.missing) == (2, 4)
+    assert run(bucket, bucket / "pictures", "b.jsonl", Share(0, 2)).answered == 4
+    assert (bucket / "b.jsonl").read_bytes() == expected
+    assert {name for name in files_below(bucket) if "pictures" not in name} == {"a.jsonl", "b.jsonl", "q.jsonl"}
 
 
 def test_files_are_not_replaced_unasked(bucket, tmp_path):

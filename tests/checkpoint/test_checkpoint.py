@@ -351,8 +351,10 @@ def test_loaded_in_int8(schedule, saved, params):
 
 
 def test_what_cannot_be_quantized(saved, params, tmp_path):
-    with pytest.raises(UserError, match="cannot be quantized to 'int4': choose 'int8'"):
-        checkpoint.load(saved, quantize="int4")
+    with pytest.raises(UserError, match="cannot be quantized to 'int2': choose one of int8, int4, w8a8, w4a8, w4a4"):
+        checkpoint.load(saved, quantize="int2")
+    with pytest.raises(UserError, match="caches cannot be quantized to 'w8a8': choose int8 or int4"):
+        checkpoint.load(saved, quantize_cache="w8a8")
     with pytest.raises(UserError, match="are quantized, which a checkpoint cannot hold"):
         checkpoint.save(tmp_path / "int8", CONFIG, quantize_decoder(CONFIG, params))
 

@@ -1,5 +1,6 @@
 """PyTorch checkpoints that are used as they are: converted once, kept for every process, listed and removed."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import PDROP
+from tiny_run import recipe_in, write_data
 
 import pdrop_jax
 from pdrop_jax.config import LlavaConfig
@@ -71,6 +73,20 @@ def test_every_command_takes_an_id(hub, tiny, pdrop, fails, tmp_path):
     assert pdrop("cost", *named).code == 0
     assert pdrop("export", "lab/tiny", tmp_path / "back", "--format", "original").code == 0
     assert len(list(cache.root().glob("*-*"))) == 1
+
+
+def test_training_starts_from_an_id(hub, tiny, pdrop, tmp_path):
+    write_data(tmp_path / "data")
+    recipe = dataclasses.asdict(recipe_in(tmp_path, model_start="lab/tiny", run_steps=1, data_text_buckets=(128,)))
+    (tmp_path / "recipe.json").write_text(json.dumps({name: part for name, part in recipe.items() if part}))
+    result = pdrop("train", tmp_path / "recipe.json")
+    assert result.code == 0, result
+    ((entry, _),) = cache.entries()
+    assert entry.source == "lab/tiny"
+    trained, start = pdrop_jax.load(tmp_path / "run/model"), pdrop_jax.load("lab/tiny")
+    assert trained.config.text == start.config.text
+    ours, before = trained.params["embed"]["embedding"], start.params["embed"]["embedding"]
+    assert 0 < jnp.abs(ours - before).max() < 0.1
 
 
 def test_chat_takes_an_id(hub, tiny, pdrop, monkeypatch):

@@ -47,6 +47,8 @@ BASE = {
     "study": {"model": [DEMO], "questions": ["long.jsonl"], "images": [GRIDS]},
     "cost": {},
     "plan": {"model": ["llava-1.5-7b"], "topology": ["nowhere"]},
+    "serve": {"model": ["folder"], "host": ["nowhere"]},  # or an empty name would be served, by the demo model
+    "tune": {"samples": ["long.jsonl"], "model": [DEMO], "images": [GRIDS]},
 }
 
 

@@ -1,9 +1,11 @@
 """``pdrop convert`` and ``pdrop export`` as typed."""
 
+import jax
+import numpy as np
 import pytest
 from tiny_torch import as_version_4, assert_same, rewrite, weights
 
-from pdrop_jax import cli
+from pdrop_jax import checkpoint, cli
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.schedule import DropSchedule
 
@@ -58,3 +60,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, hf, tmp_path,
     assert err.startswith(f"pdrop convert: {message}")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "ours").exists()
+
+
+def test_standby_tokens_are_added_and_left_out_of_exports(hf, tmp_path, monkeypatch, capfd):
+    """They begin as copies of the tower's MLPs and of the projector."""
+    rewrite(hf, as_version_4)
+    ours = tmp_path / "ours"
+    assert not pdrop(monkeypatch, "convert", hf, ours, "--standby", "8", "--seed", "3")
+    assert "Its 8 standby tokens are untrained (seed 3): train them before use" in capfd.readouterr().out
+    config, params = checkpoint.load(ours)
+    assert config.standby.tokens == 8
+    jax.tree.map(np.testing.assert_array_equal, params["standby"]["mlps"], params["vision"]["layers"]["mlp"])
+    jax.tree.map(np.testing.assert_array_equal, params["standby"]["projector"], params["projector"])
+    assert np.asarray(params["standby"]["tokens"]["embedding"]).std() > 0.01
+    assert not pdrop(monkeypatch, "export", ours, tmp_path / "back", "--format", "hf")
+    assert "standby tokens are left out, because no other library loads them" in capfd.readouterr().out
+    assert_same(weights(tmp_path / "back"), weights(hf))

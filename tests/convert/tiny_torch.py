@@ -36,11 +36,20 @@ PINPOINTS = {
 }
 
 
-def tiny_llava(*, kind="llava", model_type="llama", siglip=False, vision_use_head=False, image_token_index=70, **text):
+def tiny_llava(
+    *,
+    kind="llava",
+    model_type="llama",
+    siglip=False,
+    vision_use_head=False,
+    patch_size=None,
+    image_token_index=70,
+    **text,
+):
     """A random model of transformers. Norms and biases are random too, or a forgotten one would not show."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    sizes |= {"image_size": 28, "patch_size": 7 if kind == "llava_next_video" else 14}
+    sizes |= {"image_size": 28, "patch_size": patch_size or (7 if kind == "llava_next_video" else 14)}
     if siglip:
         vision = transformers.SiglipVisionConfig(**sizes, vision_use_head=vision_use_head)
     else:

@@ -18,6 +18,7 @@ from tiny_run import write_start
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.evaluate import evaluate
 from pdrop_jax.eval.journal import Journal
+from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
@@ -257,8 +258,9 @@ def test_one_process_writes_a_file(folder, tmp_path):
 
 
 def test_killed_at_any_moment_no_answer_is_lost_or_doubled(folder, tmp_path):
-    """The command itself, killed two times after the first answers of a run, then left alone."""
+    """Two processes of the command, each killed after its first answers; then both once more, at the same time."""
     out = tmp_path / "a.jsonl"
+    parts = [tmp_path / name for name in ("a.jsonl.unfinished", "a.jsonl.unfinished-1")]
     longer = ("--batch-size", "1", "--max-new-tokens", "120")
     paths = ("--questions", folder / "q.jsonl", "--images", folder / "images", "--out", out)
     environment = os.environ | {
@@ -267,22 +269,63 @@ def test_killed_at_any_moment_no_answer_is_lost_or_doubled(folder, tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def begin():
-        return subprocess.Popen([*PDROP, "eval", "--model", folder / "model", *paths, *longer], env=environment)
+    def begin(process):
+        shared = ("--num-processes", "2", "--process-id", str(process))
+        command = [*PDROP, "eval", "--model", folder / "model", *paths, *longer, *shared]
+        return subprocess.Popen(command, env=environment)
 
-    written = 0
-    for _ in range(2):
-        process = begin()
+    for process, part in [(begin(n), part) for n, part in enumerate(parts)]:
         until = time.monotonic() + 120
-        while not unfinished(out).exists() or unfinished(out).stat().st_size <= written:
+        while not part.exists() or not part.stat().st_size:
             assert process.poll() is None
             assert time.monotonic() < until
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not out.exists()
-        written = unfinished(out).stat().st_size
-    assert begin().wait(120) == 0
+    assert not out.exists()
+    assert [process.wait(120) for process in [begin(0), begin(1)]] == [0, 0]
     run(folder, tmp_path / "b.jsonl", batch_size=1, sampling=Sampling(120))
     assert out.read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "b.jsonl"]
+
+
+def test_processes_share_the_questions(folder, tmp_path):
+    """In any order, each with a file of its own; the last one joins them, and later ones find nothing to do."""
+    out = tmp_path / "a.jsonl"
+    results = [run(folder, out, share=Share(index, 3)) for index in (2, 0)]
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl.unfinished", "a.jsonl.unfinished-2"]
+    results.append(run(folder, out, share=Share(1, 3)))
+    assert [result.missing for result in results] == [QUESTIONS - results[0].answered, results[2].answered, 0]
+    assert min(result.answered for result in results) >= 6
+    assert sum(result.answered for result in results) == QUESTIONS
+    assert out.read_bytes() == (folder / "a.jsonl").read_bytes()
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    assert run(folder, out, share=Share(2, 3)).missing == 0
+
+
+def test_another_number_of_processes_goes_on(folder, tmp_path):
+    out = tmp_path / "a.jsonl"
+    part = run(folder, out, share=Share(3, 4)).answered
+    (tmp_path / "a.jsonl.unfinished-7").write_bytes(b'{"question_id": 3, "pro')  # of a process that was killed
+    (tmp_path / "a.jsonl.unfinished-x").write_text("of somebody else")
+    with pytest.raises(UserError, match=r"unfinished-3 holds answers of another schedule"):
+        run(folder, out, share=Share(0, 2), schedule=DropSchedule.none())
+    with pytest.raises(UserError, match="--overwrite would delete what other processes have written: remove"):
+        run(folder, out, share=Share(0, 2), overwrite=True)
+    assert run(folder, out).answered == QUESTIONS - part
+    assert out.read_bytes() == (folder / "a.jsonl").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.unfinished-x"]
+
+
+def test_two_finish_at_once(folder, tmp_path):
+    """Each has seen that all answers are there before the other has joined them."""
+    out = tmp_path / "a.jsonl"
+    answers = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+    ids = [answer["answer_id"] for answer in answers]
+    with Journal(out, share=Share(0, 2)) as first, Journal(out, share=Share(1, 2)) as second:
+        first.append(answers[::2])
+        second.append(answers[1::2])
+        assert first.missing(ids) == second.missing(ids) == 0
+        assert second.finish(ids) == first.finish(ids) == 0
+    assert out.read_bytes() == (folder / "a.jsonl").read_bytes()
+    assert os.listdir(tmp_path) == ["a.jsonl"]

@@ -25,6 +25,7 @@ from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.anyres import levels
 from pdrop_jax.inputs.buckets import level_of
+from pdrop_jax.inputs.downsample import can_downsample, downsampled
 from pdrop_jax.inputs.images import as_tokens, blank, load_image_processor, measure
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.scores import grid
@@ -176,3 +177,19 @@ def test_feather_keeps_every_third_token_of_every_third_line(folders):
             expected = (places % 3 == 0).all(1)
             assert found[b][batch.image_id[b] == number].tolist() == expected.tolist()
         assert not found[b][batch.image_id[b] == 0].any()
+
+
+@pytest.mark.parametrize("tokens", [12, 7, 1])
+def test_a_downsampled_picture_is_a_smaller_one(folders, tokens):
+    """Of the same shape, with up to so many tokens, and not one line of tokens less than would fit."""
+    model = load(folders["qwen2_5_vl"][1])
+    settings, config = model.processor.image_processor, model.config
+    picture = tiny_qwen.photo(112, 168)
+    whole = as_tokens(picture, settings, config)
+    found = downsampled(
+        picture, lambda n: tokens if n == len(whole) else pytest.fail("of another picture"), settings, config
+    )
+    assert can_downsample(config)
+    assert len(whole) == 24
+    assert tokens / 2 <= len(found) <= max(tokens, 4)
+    assert found.positions.max(0).tolist()[1] <= found.positions.max(0).tolist()[2]

@@ -5,9 +5,11 @@ import functools
 import itertools
 import random
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from PIL import Image
 from test_generation import BLUE, COMPILED, CONFIG, RED, model
@@ -18,6 +20,8 @@ from pdrop_jax.generation.continuous import Engine, EngineFull
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.slots import SlotShape, slot_bytes, slot_shape
+from pdrop_jax.generation.stopping import StopStream
+from pdrop_jax.generation.turns import Turns
 
 LONGEST = 10
 BUCKETS = [Bucket(32), Bucket(64), Bucket(32, (16,)), Bucket(64, (16, 16))]
@@ -240,3 +244,107 @@ def test_warm_up_comes_first(engine):
     engine.submit("What?", sampling=Sampling(1)).result()
     with pytest.raises(UserError, match="warm_up comes before the first request"):
         engine.warm_up()
+
+
+class Even:
+    """A constraint: tokens of even ids that are not the last one again."""
+
+    def __init__(self):
+        self.last = -1
+
+    def accept(self, ids):
+        self.last = ids[-1]
+
+    def allowed(self):
+        bits = np.arange(CONFIG.text.vocab_size) % 2 == 0
+        bits[self.last] = False
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+class Failing(Even):
+    def accept(self, ids):
+        raise RuntimeError("no such token")
+
+
+def test_stop_strings_constraints_and_logprobs_of_single_requests():
+    """Each request gets what it alone asked for, and the tokens that it would get in an engine without others."""
+    text, number = "What is 2?", 2
+    ids, _, _ = answers()[number]
+    whole = model().processor.decode(ids)
+    stop = whole[len(whole) // 2 :][:2]
+    with Engine(model(), 5, max_new_tokens=LONGEST, buckets=[Bucket(64)], prefill_rows=1, extras=True) as engine:
+        engine.warm_up()
+        before, sampling = len(COMPILED), Sampling(LONGEST)
+        plain = engine.submit(text, sampling=sampling)
+        stopped = engine.submit(text, sampling=sampling, stop=["nowhere", stop])
+        even = engine.submit(text, sampling=sampling, constraint=Even())
+        failing = engine.submit(text, sampling=sampling, constraint=Failing())
+        told = engine.submit(text, sampling=Sampling(LONGEST, 1.0, top_k=1), top_logprobs=3)
+        assert plain.result().token_ids == told.result().token_ids == ids
+        assert stopped.result().text == "".join(stopped) == whole[: whole.index(stop)]
+        assert stopped.result().finish_reason == "stop"
+        found = even.result().token_ids
+        assert len(found) == LONGEST
+        assert all(token % 2 == 0 for token in found)
+        assert all(a != b for a, b in itertools.pairwise(found))
+        with pytest.raises(RuntimeError, match="no such token"):
+            failing.result()
+        assert plain.result().logprobs is None
+        logprobs = told.result().logprobs
+        assert [each.token_id for each in logprobs] == ids
+        assert all(each.top[0] == (each.token_id, each.logprob) for each in logprobs)
+        assert COMPILED[before:] == []
+        with pytest.raises(UserError, match=r"top_logprobs must be in 0\.\.20, got 21"):
+            engine.submit(text, sampling=sampling, top_logprobs=21)
+
+
+def test_extras_have_to_be_asked_for(engine):
+    for options in ({"top_logprobs": 1}, {"constraint": Even()}):
+        with pytest.raises(UserError, match="need an engine that is made with extras=True"):
+            engine.submit("What?", sampling=Sampling(1), **options)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "shown"),
+    [
+        (["a", "b", "c"], ["bc"], ["a", "", ""]),
+        (["a", "b", "d"], ["bc"], ["a", "", "bd"]),
+        (["ab", "ab", "ac"], ["abac"], ["", "ab", ""]),
+        (["xaby"], ["by", "ab"], ["x"]),
+        (["a", ""], ["ab"], ["", "a"]),
+        (["ab", "c"], [], ["ab", "c"]),
+    ],
+    ids=str,
+)
+def test_no_part_of_a_stop_string_is_shown(pieces, stops, shown):
+    class Pieces:
+        def put(self, piece):
+            return piece
+
+        def end(self):
+            return pieces[-1]
+
+    stream = StopStream(Pieces(), stops)
+    found = [stream.put(piece) for piece in pieces[:-1]]
+    assert [*found, stream.end()] == shown
+    assert stream.stopped == any(stop in "".join(pieces) for stop in stops)
+
+
+def test_engines_take_turns():
+    """The first to wait is the first to go, so that none waits for ever."""
+    turns, order = Turns(), []
+
+    def work(name):
+        for _ in range(3):
+            with turns:
+                order.append(name)
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=work, args=[name]) for name in "ab"]
+    with turns:
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert "".join(order) == "ababab"

@@ -13,6 +13,7 @@ from PIL import Image
 from test_generation import BLUE, COMPILED, CONFIG, RED, model
 
 from pdrop_jax.batch import Bucket
+from pdrop_jax.compilation_cache import CompilationStats
 from pdrop_jax.config import Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.continuous import Engine
@@ -33,6 +34,8 @@ from pdrop_jax.inputs.processor import as_list
 from pdrop_jax.model.params import abstract_params
 from pdrop_jax.model.vlm import embed_images
 from pdrop_jax.schedule import DropSchedule
+from pdrop_jax.serve.metrics import Metrics
+from pdrop_jax.serve.responses import usage
 
 NEW = 6
 ONE, TWO = Bucket(32, (16,)), Bucket(64, (16, 16))
@@ -81,6 +84,7 @@ def test_answers_do_not_depend_on_what_is_cached():
         answers = ask(engine, numbers)
         assert COMPILED[before:] == []
         counts = engine.caches
+    assert engine.caches == {}  # their memory is given back
     for n, answer in zip(numbers, answers, strict=True):
         assert (answer.token_ids, answer.kept, answer.stage_lengths) == expected()[n], ASKED[n]
     images, prefixes = counts["images"], counts["prefixes"]
@@ -105,6 +109,13 @@ def test_each_cache_alone(caches, score):
             assert (answer.token_ids, answer.stage_lengths) == (expected(score)[n][0], expected(score)[n][2])
         (counts,) = engine.caches.values()
         assert (counts.hits, counts.misses) == ((6, 2) if score == "cls" else (3, 3))
+        exported = Metrics({"own": engine}, CompilationStats()).text().decode()
+    name = "images" if score == "cls" else "prefixes"
+    assert f'pdrop_reuse_hits_total{{budget="own",cache="{name}"}} {counts.hits}.0' in exported
+    assert f'pdrop_reuse_bytes{{budget="own",cache="{name}"}} {counts.bytes}.0' in exported
+    cached = usage(answers[-1:]).get("prompt_tokens_details", {"cached_tokens": 0})
+    assert cached == {"cached_tokens": answers[-1].cached}
+    assert (answers[-1].cached > 0) == (name == "prefixes")
 
 
 def rows_of(numbers):

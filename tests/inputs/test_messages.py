@@ -109,9 +109,9 @@ SYSTEM = {"role": "system", "content": "s"}
         ([user(IMAGE | {"url": "a", "path": "b"})], [], "has more than one image: url, path$"),
         ([user(IMAGE | {"image": 5})], [], "has a int for an image: expected a path, a URL or an image$"),
         (
-            [user(IMAGE | {"url": "https://x.org/a.png"})],
+            [user(IMAGE | {"url": "http://127.0.0.1/a.png"})],
             [],
-            "nothing is downloaded: save the image and give its path$",
+            "^content 1 of message 1, http://127.0.0.1/a.png, is at an address that is not public$",
         ),
         (
             [user(IMAGE | {"url": "data:image/png,abc"})],

@@ -10,6 +10,7 @@ from tiny import assert_close
 
 from pdrop_jax.model import attention as module
 from pdrop_jax.model.attention import BLOCK, TILE, aligned, attend_cache, attention, segment_attention
+from pdrop_jax.model.splash import splash_causal, splash_two_way
 
 HEADS = pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
 
@@ -125,7 +126,7 @@ def test_each_new_token_sees_the_cache_up_to_itself(N, K):
 def test_the_tpu_kernel_agrees_with_xla(N, K, S):
     q, k, v = qkv(N, K, T=S, S=S, H=128)
     length = jnp.array([S, 100])
-    ours = module._splash(q, k, v, interpret=True)
+    ours = splash_causal(q, k, v, interpret=True)
     expected = attention(q, k, v, causal=True, length=length, implementation="xla")
     assert_close(ours[0], expected[0], atol=1e-5)
     assert_close(ours[1, :100], expected[1, :100], atol=1e-5)
@@ -142,7 +143,7 @@ def test_the_gradient_of_the_tpu_kernel_agrees_with_xla(N, K):
     def gradient(of):
         return jax.jit(jax.grad(lambda inputs: (jnp.sin(of(*inputs)) * valid[..., None, None]).sum()))(inputs)
 
-    ours = gradient(functools.partial(module._splash, interpret=True))
+    ours = gradient(functools.partial(splash_causal, interpret=True))
     expected = gradient(functools.partial(attention, causal=True, length=length, implementation="xla"))
     for x, y in zip(ours, expected, strict=True):
         largest = np.abs(y).max()
@@ -196,7 +197,7 @@ def test_a_chunk_sees_a_cache_through_a_window(window):
 def test_the_tpu_kernel_agrees_with_xla_on_a_window(window):
     q, k, v = qkv(4, 2, T=208, S=208, H=128)
     length = jnp.array([208, 100])
-    ours = module._splash(q, k, v, window=window, interpret=True)
+    ours = splash_causal(q, k, v, window=window, interpret=True)
     expected = attention(q, k, v, causal=True, length=length, window=window, implementation="xla")
     assert_close(ours[0], expected[0], atol=1e-5)
     assert_close(ours[1, :100], expected[1, :100], atol=1e-5)
@@ -217,7 +218,7 @@ def test_the_tpu_kernel_of_segments_agrees_with_xla(T):
         gradients, out = jax.jit(jax.grad(loss, has_aux=True))((q, k, v))
         return out, *gradients
 
-    ours = out_and_gradients(functools.partial(module._splash_two_way, interpret=True))
+    ours = out_and_gradients(functools.partial(splash_two_way, interpret=True))
     expected = out_and_gradients(functools.partial(segment_attention, implementation="xla"))
     for x, y in zip(ours, expected, strict=True):
         largest = np.abs(y).max()
@@ -228,7 +229,7 @@ def test_the_tpu_kernel_of_segments_agrees_with_xla(T):
 def test_the_tpu_kernel_of_a_tower_agrees_with_xla(T):
     """As many tokens as the kernel takes, and some that it needs padding for."""
     q, k, v = qkv(2, 2, T=T, S=T, H=72)
-    ours = jax.jit(functools.partial(module._splash_two_way, interpret=True))(q, k, v)
+    ours = jax.jit(functools.partial(splash_two_way, interpret=True))(q, k, v)
     assert_close(ours, attention(q, k, v, causal=False, implementation="xla"), atol=2e-6)
 
 
@@ -256,6 +257,39 @@ def test_forced_splash_refuses_a_cpu():
 def test_forced_cudnn_refuses_float32_and_a_cpu(dtype):
     with pytest.raises(ValueError, match=r"(?i)cudnn"):
         attention(*qkv(2, 2, dtype=dtype), causal=True, implementation="cudnn")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [None, (5, 7)])
+def test_gradients_with_the_padding_that_cudnn_needs(causal, length):
+    """cuDNN has no gradient of odd lengths: they are padded to even ones, here around the reference."""
+    q, k, v = qkv(4, 2, T=7, S=7)
+    length = None if length is None else jnp.array(length)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape) / 20, np.float32)
+    weights *= 1 if length is None else (jnp.arange(7) < length[:, None])[..., None, None]
+
+    def plain(*operands):
+        return module._dot_product(*operands, causal, None, "xla")
+
+    def even(*operands):
+        return module._even(*operands, causal, None, "xla")
+
+    def gradients(call):
+        return jax.value_and_grad(lambda *x: (call(*x, length) * weights).sum(), (0, 1, 2))(q, k, v)
+
+    chosen = module._unless_differentiated(plain, even)
+    jax.tree.map(functools.partial(assert_close, atol=1e-6), gradients(chosen), gradients(plain))
+    eight_keys = f"[{','.join(map(str, (2, 8, 2, 8)))}]"
+    assert eight_keys in str(jax.make_jaxpr(lambda: gradients(chosen))())
+    assert eight_keys not in str(jax.make_jaxpr(lambda: chosen(q, k, v, length))())
+
+
+def test_segments_of_a_gpu_agree_with_the_blocks():
+    """The mask that cuDNN gets, here around the reference."""
+    q, k, v = qkv(2, 2, T=9, S=9)
+    segment = jnp.array([[1, 1, 1, 2, 2, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 2, 2]])
+    ours = module._segment_mask(q, k, v, segment, "xla")
+    assert_close(ours, segment_attention(q, k, v, segment), atol=1e-6)
 
 
 @pytest.mark.parametrize(("implementation", "multiple"), [("splash", TILE), ("auto", 1), ("xla", 1)])

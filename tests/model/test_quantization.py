@@ -1,4 +1,6 @@
-"""int8 weights: which they are and how close, and a model with them against one with their plain values."""
+"""Quantized weights and activations: which they are, how close, and what a model with them computes."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,10 @@ from tiny import GQA, MHA, assert_close, decode_step, forward, llava_config, mak
 
 from pdrop_jax.batch import Bucket
 from pdrop_jax.generation.pretrained import arrange
+from pdrop_jax.model.layers import linear
 from pdrop_jax.model.params import path_name
-from pdrop_jax.model.quantization import is_quantized, quantize_decoder
-from pdrop_jax.model.stacking import unstack
+from pdrop_jax.model.quantization import BITS, QuantizedKernel, is_quantized, quantize_decoder
+from pdrop_jax.model.stacking import restage, unstack
 from pdrop_jax.schedule import DropSchedule
 
 CONFIGS = {"mha": llava_config(MHA), "gqa": llava_config(GQA, DropSchedule((0, 2), (0.6, 0.3)))}
@@ -28,10 +31,14 @@ def reference(params):
     return jax.tree.map(plain, params, is_leaf=is_quantized)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_decoders_kernels_are_within_half_a_step_and_the_rest_is_untouched(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "steps"),
+    [(jnp.float32, "int8", 127.5), (jnp.bfloat16, "int8", 127.5), (jnp.float32, "w4a8", 7.5)],
+)
+def test_the_decoders_kernels_are_within_half_a_step_and_the_rest_is_untouched(dtype, quantization, steps):
     params = params_of(CONFIGS["mha"], dtype)
-    ours = jax.tree.leaves_with_path(quantize_decoder(CONFIGS["mha"], params), is_leaf=is_quantized)
+    quantized = quantize_decoder(CONFIGS["mha"], params, quantization)
+    ours = jax.tree.leaves_with_path(quantized, is_leaf=is_quantized)
     names = set()
     for (path, x), (_, original) in zip(ours, jax.tree.leaves_with_path(params), strict=True):
         name = path_name(path)
@@ -41,13 +48,61 @@ def test_the_decoders_kernels_are_within_half_a_step_and_the_rest_is_untouched(d
         names.add(name.split(".")[3])
         original = np.asarray(original, np.float32)
         largest = np.abs(original).max(INPUTS[name.split(".")[3]], keepdims=True)
-        assert x.qvalue.dtype == jnp.int8
+        assert x.qvalue.dtype == (jnp.int8 if steps > 8 else jnp.int4)
         assert x.scale.dtype == jnp.float32
-        np.testing.assert_allclose(x.scale, largest / 127.5, rtol=1e-6)
+        np.testing.assert_allclose(x.scale, largest / steps, rtol=1e-6)
         error = np.abs(np.asarray(x.qvalue, np.float32) * x.scale - original)
         assert (error <= 0.5001 * np.asarray(x.scale)).all()
         assert error.max() > 0.4 * np.asarray(x.scale).min()
     assert names == set(INPUTS)
+
+
+@pytest.mark.parametrize(("weights", "activations"), [("int8", 8), ("int4", 8), ("int4", 4)])
+@pytest.mark.parametrize(("shape", "inputs"), [((8, 3, 5), 1), ((2, 4, 6), 2)])
+def test_a_product_of_integers_is_exact(weights, activations, shape, inputs):
+    """Each token is rounded with a scale from its largest element; the integers' product and the scales are exact."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, *shape[:inputs])).astype(np.float32)
+    qvalue = rng.integers(-7, 8, shape)
+    scale = rng.uniform(0.1, 1, [1] * inputs + list(shape[inputs:])).astype(np.float32)
+    ours = linear({"kernel": QuantizedKernel(jnp.asarray(qvalue, weights), jnp.asarray(scale), activations)}, x, inputs)
+
+    step = np.abs(x).max(tuple(range(2, x.ndim)), keepdims=True) / (2 ** (activations - 1) - 1)
+    rounded = np.round(x / step).astype(int)
+    product = np.tensordot(rounded, qvalue, axes=inputs)
+    expected = product * step.reshape(2, 3, *[1] * (len(shape) - inputs)) * scale.reshape(shape[inputs:])
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_scores_tend_to_those_in_float_as_bits_grow(monkeypatch):
+    """Of weights and activations; the first scores of "gqa" are of the embeddings, the second behind two layers."""
+    config, params = CONFIGS["gqa"], params_of(CONFIGS["gqa"])
+    exact = forward(config, params, BATCH)
+    errors = []
+    for bits in (3, 5, 7):
+        monkeypatch.setitem(BITS, "some", (bits, bits))
+        ours = forward(config, quantize_decoder(config, params, "some"), BATCH)
+        assert ours.drops[0].keep.sum() == exact.drops[0].keep.sum()
+        errors.append(float(np.abs(ours.drops[0].scores - exact.drops[0].scores).max()))
+    three, five, seven = errors
+    assert 0 < seven < five / 2 < three / 4
+
+
+def test_quotas_residual_is_that_of_the_next_layers_inputs():
+    """Of the hidden states in front of the drop, which are the embeddings here; without quantization there is none."""
+    config = llava_config(MHA, DropSchedule((0,), (0.5,), score="quota", weights=(0, 0, 0, -1)))
+    params, image = params_of(config), BATCH.image_id > 0
+    assert not forward(config, params, BATCH).drops[0].scores.any()
+    scores = forward(config, quantize_decoder(config, params, "w4a4"), BATCH).drops[0].scores
+    dense = dataclasses.replace(config, schedule=DropSchedule.none())
+    inputs = forward(dense, restage(params, config, dense.schedule), BATCH, keep_hidden=True).layer_inputs[0][0]
+    x = np.asarray(inputs)
+    step = np.abs(x).max(-1, keepdims=True) / 7
+    residual = np.linalg.norm(np.round(x / step) * step - x, axis=-1)
+    for b in np.flatnonzero(image.any(1)):
+        low, high = np.percentile(residual[b][image[b]], [10, 90])
+        expected = -(np.clip(residual[b][image[b]], low, high) - low) / (high - low)
+        assert_close(scores[b][image[b]], expected, 1e-5)
 
 
 @configs

@@ -205,21 +205,47 @@ def test_decode_copies_no_stack_of_weights_or_keys(tmp_path):
     assert not stacks & set(re.findall(r"= bf16\[([\d,]+)\]\S* copy\(", done.stdout))
 
 
-def test_int8_weights_take_half_the_bytes_and_no_plain_copy(folder):
-    common = ("--mode", "decode", "--mesh", "data=4", "tensor=2", "--batch", "8", "--layers", "none", "--json")
-    runs = [planned(folder, *common, *more) for more in ((), ("--quantize", "int8"))]
-    assert [done.returncode for done in runs] == [0, 0], runs
-    plain, quantized = (json.loads(done.stdout)["plans"][0] for done in runs)
+@pytest.fixture(scope="module")
+def plain_decode(folder):
+    done = planned(folder, *DECODE)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["plans"][0]
+
+
+DECODE = ("--mode", "decode", "--mesh", "data=4", "tensor=2", "--batch", "8", "--layers", "none", "--json")
+
+
+@pytest.mark.parametrize(
+    ("quantize", "cache", "bits", "operands"),
+    [("int8", None, 8, None), ("w8a8", "int8", 8, ("s8", "s8"))],
+)
+def test_quantized_arrays_take_their_bits_and_no_plain_copy(
+    folder, plain_decode, tmp_path, quantize, cache, bits, operands
+):
+    options = ["--quantize", quantize, *(["--quantize-cache", cache] if cache else [])]
+    done = planned(folder, *DECODE, "--hlo", tmp_path / "hlo", *options)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["plans"]
     weights = LAYERS // 2  # cut in two
     scales = 2 * ((512 + 2 * 256 + 2 * 512) // 2 + 2 * 256)  # of all but o and down cut in two
-    saved = plain["argument_bytes"] - quantized["argument_bytes"]
-    assert saved == pytest.approx(weights - 4 * scales, rel=0.01)  # a byte for each weight
-    assert quantized["temporary_bytes"] - plain["temporary_bytes"] < 0.25 * 2 * weights  # of a copy in bfloat16
+    saved = weights * (2 - bits / 8) - 4 * scales
+    vectors = 2 * 2 * 2 * (112 + 144 + 128) if cache else 0  # of a device: keys and values, rows, layers, slots
+    saved += vectors * (128 * (2 - bits / 8) - 4)
+    assert plain_decode["argument_bytes"] - found["argument_bytes"] == pytest.approx(saved, rel=0.01)
+    copy = 2 * (weights + vectors * 128)  # in bfloat16
+    assert found["temporary_bytes"] - plain_decode["temporary_bytes"] < 0.25 * copy
+    # The matrix unit is given integers: q, k, v, o, gate, up and down, in one loop over the layers.
+    text = (tmp_path / "hlo").read_text()
+    types = dict(re.findall(r"%(\S+) = (\w+)\[", text))
+    products = re.findall(r"= (\w+)\[\S* convolution\(%([^,]+), %([^)]+)\)", text)
+    integers = [(types[a], types[b]) for result, a, b in products if result == "s32"]
+    assert integers == ([operands] * 7 if operands else [])
 
 
-def test_training_is_not_quantized(capsys):
-    with pytest.raises(UserError, match="give --mode prefill or --mode decode"):
-        run("v5e:2x4", "llava-1.5-7b", quantize="int8")
+@pytest.mark.parametrize("option", ["quantize", "quantize_cache"])
+def test_training_is_not_quantized(option):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} applies to inference only: give --mode prefill"):
+        run("v5e:2x4", "llava-1.5-7b", **{option: "int8"})
 
 
 def test_rows_that_cannot_be_cut(folder):

@@ -3,41 +3,30 @@
 import time
 
 import httpx
-import jax
-import jax.numpy as jnp
-import numpy as np
 import openai
 import pytest
 from served import KEY, LONGEST, SLOTS, WAITING, serving
+from tiny_server import write_model
 
 import pdrop_jax
 from pdrop_jax.batch import Bucket
-from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
-from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.download import DownloadRules
-from pdrop_jax.inputs.processor import Processor
-from pdrop_jax.model.params import abstract_params
-from pdrop_jax.model.stacking import unstack
-from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.serve.budgets import models_for
 from pdrop_jax.serve.service import Service
 
-CONFIG = LlavaConfig(
-    VisionConfig(168, 14, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),  # 144 image tokens
-    TextConfig(312, 32, 48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_length=512),
-    DropSchedule((1, 2), (0.5, 0.2)),
-    image_aspect="pad",
-    template="bare",
-    eos_token_ids=(2,),
-)
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A checkpoint."""
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    write_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def models():
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), abstract_params(CONFIG))
-    return models_for(Model(CONFIG, unstack(params), Processor.load(pdrop_jax.DEMO, CONFIG)), ["own", "dense"])
+def models(folder):
+    return models_for(pdrop_jax.load(folder), ["own", "dense"])
 
 
 @pytest.fixture(scope="session")

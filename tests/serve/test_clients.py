@@ -49,7 +49,9 @@ def test_transformers_chat(url):
 def test_locust(url, tmp_path):
     """Eight clients at once: more than there are slots."""
     (tmp_path / "locustfile.py").write_text(
-        LOCUSTFILE.format(key=KEY, body={"model": "tiny", "messages": said("How many?"), "max_tokens": 4})
+        LOCUSTFILE.format(
+            key=KEY, body={"model": "tiny", "messages": said("How many?"), "temperature": 0, "max_tokens": 4}
+        )
     )
     call = ["-f", str(tmp_path / "locustfile.py"), "--headless", "-u", "8", "-r", "8", "-t", "2s", "--json"]
     run = subprocess.run(

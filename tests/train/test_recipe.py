@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.train.optimizer import learning_rate
 from pdrop_jax.train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, RunRecipe, load_recipe
 
 TEXT = """
@@ -136,6 +137,26 @@ def test_the_official_recipes(name, groups, rate, batch_size, max_length, aspect
     assert (optimizer.warmup, optimizer.weight_decay, run.epochs, run.steps) == (0.03, 0.0, 1, None)
     with pytest.raises(UserError, match=rf"the recipe {name} has no model\.start"):
         load_recipe(name, paths[1:])
+
+
+@pytest.mark.parametrize(
+    ("stage", "groups", "rate", "final"),
+    [
+        (1, ("compressor", "projector"), 1e-4, 5e-5),
+        (2, ("vision", "compressor"), 1e-5, 5e-6),
+        (3, ("vision", "compressor", "projector", "llm"), 5e-5, 1e-5),
+        (4, ("vision", "compressor", "projector", "llm"), 1e-5, 1e-6),
+    ],
+)
+def test_the_stages_of_llava_uhd_v4(stage, groups, rate, final):
+    """Table A7 of arXiv 2605.08985, and section 4.1 for what stage 1 trains."""
+    paths = ["model.start=s", "data.conversations=c", "data.images=i", "run.folder=f"]
+    recipe = load_recipe(f"llava-uhd-v4-stage{stage}", paths)
+    assert (recipe.model.groups, recipe.model.layers, recipe.data.image_aspect) == (groups, None, "slices")
+    optimizer = recipe.optimizer
+    rates = learning_rate(optimizer.learning_rate, optimizer.warmup, 1000, optimizer.final_share)
+    assert [float(rates(step)) for step in (30, 1000)] == pytest.approx([rate, final])
+    assert recipe.data.template == ("plain" if stage == 1 else None)
 
 
 @pytest.mark.parametrize("name", ["llava-2", "llava-1.5-fintune", "llava-1.5"])

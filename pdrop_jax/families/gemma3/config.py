@@ -42,6 +42,8 @@ class GemmaVisionConfig(VisionConfig):
                 f"{self.patches_a_side} patches a side cannot be averaged to {self.tokens_a_side} tokens a side: the "
                 "first must be a multiple of the second"
             )
+        if self.merge_size != 1:
+            raise UserError(f"a Gemma 3 tower averages its features and merges none, got merge_size {self.merge_size}")
 
     @property
     def family(self) -> str:

@@ -1,14 +1,11 @@
 """The config of a vision tower whose pictures are tiles, and the released sizes of InternVL3."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from pdrop_jax.errors import UserError
 from pdrop_jax.schema import Heads, Layers, NormEps, Pixels, Width
 from pdrop_jax.text_config import RopeScaling, TextConfig
-from pdrop_jax.vision_config import Activation, Kind, VisionConfig
+from pdrop_jax.vision_config import Activation, Kind, MergeSize, VisionConfig
 
 TilesKind = Literal["internvl", "smolvlm", "idefics3"]
 Size = Literal["1b", "2b", "8b", "14b", "38b", "78b"]
@@ -31,27 +28,11 @@ class TiledVisionConfig(VisionConfig):
     activation: Activation = "gelu"
     kind: Kind = "internvl"
     layer_scale: bool = True
-    merge_size: Annotated[int, Field(ge=1, le=64)] = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.patches_a_side % self.merge_size:
-            raise UserError(
-                f"{self.patches_a_side} patches a side cannot be merged by squares of {self.merge_size} a side: the "
-                "first must be a multiple of the second"
-            )
+    merge_size: MergeSize = 2
 
     @property
     def family(self) -> str:
         return self.kind
-
-    @property
-    def features_a_side(self) -> int:
-        return self.patches_a_side // self.merge_size
-
-    @property
-    def projector_inputs(self) -> int:
-        return self.hidden_size * self.merge_size**2
 
     @property
     def largest_picture(self) -> int | None:

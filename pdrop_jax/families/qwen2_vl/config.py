@@ -10,6 +10,7 @@ from pydantic import Field
 from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Pixels, TokenId, Width
 from pdrop_jax.text_config import TextConfig
+from pdrop_jax.vision_config import WINDOW, EarlyCompression
 
 Kind = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(max_length=1024)]
@@ -19,9 +20,9 @@ LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field
 class QwenVisionConfig:
     """A vision transformer over grids of patches of any size. The defaults are Qwen2.5-VL's tower.
 
-    A patch is ``patch_size`` pixels a side in ``temporal_patch_size`` frames; squares of ``merge_size`` patches a side
-    become one token. Qwen2-VL has LayerNorm and a plain MLP, Qwen2.5-VL RMSNorm, a gated MLP and windows, Qwen3-VL what
-    Qwen2-VL has, learned positions and DeepStack.
+    A patch is ``patch_size`` pixels a side in ``temporal_patch_size`` frames; squares of ``merge_size`` of the patches
+    that the tower puts out become one token. Qwen2-VL has LayerNorm and a plain MLP, Qwen2.5-VL RMSNorm, a gated MLP
+    and windows, Qwen3-VL what Qwen2-VL has, learned positions and DeepStack.
 
     Attributes:
       activation: of the plain MLP; None is the gated one's SiLU.
@@ -32,6 +33,7 @@ class QwenVisionConfig:
       tokens_per_second: temporal positions of a second of video; None is one position for each step (Qwen2-VL).
       position_side: learned positions a side of the square that is resized to a picture's grid; None has no learned
         positions, and no bias of the patches' embedding.
+      early_compression: makes a quarter of the patches inside the tower, in front of the merger; None keeps all.
       deepstack_layers: layers, from 0 on, whose outputs are merged too. The first is added to the image tokens behind
         the decoder's first layer, the next behind its second, and so on.
     """
@@ -55,6 +57,7 @@ class QwenVisionConfig:
     end_token_id: TokenId = 151653
     position_side: Annotated[int, Field(ge=1, le=4096)] | None = None
     deepstack_layers: LayerNumbers = ()
+    early_compression: EarlyCompression | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % (4 * self.num_heads):
@@ -70,6 +73,11 @@ class QwenVisionConfig:
         if any(b <= a for a, b in itertools.pairwise(taken)) or any(n >= self.num_layers for n in taken):
             raise UserError(
                 f"deepstack layers {list(taken)} must be ascending and below the tower's {self.num_layers} layers"
+            )
+        if self.early_compression and taken and self.early_compression.after >= taken[0]:
+            raise UserError(
+                f"early compression after layer {self.early_compression.after} is too late: the output of layer "
+                f"{taken[0]} is merged too (deepstack), and must be compressed by then"
             )
 
     @property
@@ -90,9 +98,14 @@ class QwenVisionConfig:
         return self.kind == "qwen2_5_vl"
 
     @property
+    def token_side(self) -> int:
+        """Patches a side of a token."""
+        return self.merge_size * (WINDOW if self.early_compression else 1)
+
+    @property
     def cell(self) -> int:
         """Pixels a side of a token."""
-        return self.patch_size * self.merge_size
+        return self.patch_size * self.token_side
 
     @property
     def window_side(self) -> int:
@@ -114,7 +127,7 @@ class QwenVisionConfig:
 
     @property
     def window_patches(self) -> int:
-        return self.window_tokens * self.merge_size**2
+        return self.window_tokens * self.token_side**2
 
     @property
     def patch_values(self) -> int:

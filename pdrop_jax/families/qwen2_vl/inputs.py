@@ -64,14 +64,18 @@ def load_processor(folder: pathlib.Path, config: LlavaConfig) -> Qwen2VLImagePro
     Raises:
       UserError: the description cannot be read, or its patches are not those of the model.
     """
+    vision = config.vision
+    assert isinstance(vision, QwenVisionConfig)
     settings = read_settings(folder, Settings)
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
-        expected = getattr(config.vision, key)
+        expected = getattr(vision, key)
         if settings.setdefault(key, expected) != expected:
             raise UserError(
                 f"the image processor in {folder} has {key} {settings[key]}, but the vision tower has {expected}: copy "
                 "the preprocessor_config.json of this model"
             )
+    # With early compression a token is made of more patches than the released processor's.
+    settings["merge_size"] = vision.token_side
     try:
         processor = Qwen2VLImageProcessorPil(**settings)
     except (ValueError, TypeError) as error:
@@ -163,7 +167,7 @@ def measure(size: tuple[int, int], processor: Any, config: LlavaConfig) -> Image
     """Windows and tokens of a picture of ``size`` (height, width) pixels. Raises UserError as ``picture_tokens``."""
     vision = config.vision
     assert isinstance(vision, QwenVisionConfig)
-    rows, columns = (n // vision.merge_size for n in grid_of(size, processor, config))
+    rows, columns = (n // vision.token_side for n in grid_of(size, processor, config))
     return ImageSize(-(-rows // vision.window_side) * -(-columns // vision.window_side), rows * columns)
 
 
@@ -176,20 +180,20 @@ def lay_out(
       patches: (n, F) float32 in transformers' order: frames, rows and columns of tokens, then the patches of a token.
       seconds: of a video, the time between two of its steps.
     """
-    frames, rows, columns = grid[0], grid[1] // config.merge_size, grid[2] // config.merge_size
+    frames, rows, columns = grid[0], grid[1] // config.token_side, grid[2] // config.token_side
     t, i, j = (x.reshape(-1) for x in np.meshgrid(*map(np.arange, (frames, rows, columns)), indexing="ij"))
-    side, merge = config.window_side, config.merge_size
+    side, token = config.window_side, config.token_side
     high, wide = -(-rows // side), -(-columns // side)
     window = (t * high + i // side) * wide + j // side
     index = window * config.window_tokens + i % side * side + j % side  # (n,)
 
     windows, cells = frames * high * wide, config.window_tokens
-    crops = np.zeros((windows * cells, merge**2, config.patch_values), np.float32)
-    crops[index] = patches.reshape(len(index), merge**2, -1)
-    layout = np.zeros((windows * cells, merge**2, config.layout_values), np.int32)
-    inside = np.arange(merge**2)
-    layout[index, :, 0] = i[:, None] * merge + inside // merge
-    layout[index, :, 1] = j[:, None] * merge + inside % merge
+    inside = order_inside(config)
+    crops = np.zeros((windows * cells, token**2, config.patch_values), np.float32)
+    crops[index] = patches.reshape(len(index), token**2, -1)[:, inside]
+    layout = np.zeros((windows * cells, token**2, config.layout_values), np.int32)
+    layout[index, :, 0] = i[:, None] * token + inside // token
+    layout[index, :, 1] = j[:, None] * token + inside % token
     layout[index, :, 2] = t[:, None] + 1
     layout[index, :, 3:] = grid[1:][: config.layout_values - 3]
 
@@ -206,12 +210,26 @@ def lay_out(
     )
 
 
+def order_inside(config: QwenVisionConfig) -> np.ndarray:
+    """The patches of a token (n,), counted line by line, in the order in which the tower takes them.
+
+    With early compression those that become one patch follow each other, so that the merger finds its squares again::
+
+         0  1  2  3
+         4  5  6  7      0 1 4 5   2 3 6 7   8 9 12 13   10 11 14 15
+        …
+    """
+    merge, each = config.merge_size, config.token_side // config.merge_size
+    lines = np.arange(config.token_side**2).reshape(merge, each, merge, each)
+    return lines.swapaxes(1, 2).reshape(-1)
+
+
 def blank(config: LlavaConfig) -> ImageTokens:
     """A grey picture of one token."""
     vision = config.vision
     assert isinstance(vision, QwenVisionConfig)
-    patches = np.zeros((vision.merge_size**2, vision.patch_values), np.float32)
-    return lay_out(patches, (1, vision.merge_size, vision.merge_size), vision)
+    patches = np.zeros((vision.token_side**2, vision.patch_values), np.float32)
+    return lay_out(patches, (1, vision.token_side, vision.token_side), vision)
 
 
 FAMILY = HostFamily(

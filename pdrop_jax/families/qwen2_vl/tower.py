@@ -6,6 +6,7 @@ whole crops. Dims: B rows, C windows, U patches of a window, N heads, H head dim
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ import numpy as np
 
 from pdrop_jax.config import Implementation, Remat
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
-from pdrop_jax.model.attention import segment_attention
+from pdrop_jax.model.attention import attention, segment_attention
+from pdrop_jax.model.compression import PATCHES
+from pdrop_jax.model.compressor import compress
 from pdrop_jax.model.layers import (
     activate,
     gated_mlp,
@@ -50,54 +53,100 @@ def patch_features(
         row's pictures; 0 for padding. With learned positions (B, C, U, 5), also the picture's rows and columns.
 
     Returns:
-      (B, P, D), P = C * U // merge_size**2, dtype of the parameters; finite and meaningless where there is only
-      padding. With A layers for DeepStack (B, (1 + A) * P, D): the features, then those of each of these layers.
+      (B, P, D), P = C * U // merge_size**2, or with early compression a quarter of that, dtype of the parameters;
+      finite and meaningless where there is only padding. With A layers for DeepStack (B, (1 + A) * P, D): the features,
+      then those of each of these layers.
     """
     B, C, U, F = patches.shape
-    vision, P = params["vision"], C * U
+    vision, P, compression = params["vision"], C * U, config.early_compression
     dtype = vision["embed"]["patch"]["kernel"].dtype
     x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "crops", None, None))
     layout = layout.reshape(B, P, -1)
     if config.position_side is not None:
         x = x + learned_positions(config, vision["embed"]["position"], layout)
     rope, frame = axial_rope(config, layout[..., :2]), layout[..., 2]
-    full = np.isin(np.arange(config.num_layers), config.full_layers) | (config.window_size is None)
+    run = functools.partial(run_layers, config, implementation=implementation, remat=remat)
+    taken = [jnp.zeros_like(x) for _ in config.deepstack_layers] if compression is None else []
+    x, taken = run(vision["layers"], x, taken, rope, frame.reshape(B, C, U), first=0)
+    if compression is not None:
+        x = compressed_patches(config, vision.get("compressor", {}), x, rope)
+        # A compressed patch stands in the middle of those that it is made of.
+        positions = layout[..., :2].reshape(B, -1, PATCHES, 2).astype(jnp.float32).mean(2)
+        rope, frame = axial_rope(config, positions), frame[:, ::PATCHES].reshape(B, C, U // PATCHES)
+        taken = [jnp.zeros_like(x) for _ in config.deepstack_layers]
+        x, taken = run(vision["later_layers"], x, taken, rope, frame, first=compression.after + 1)
+    features = [merge(config, params["projector"], x)]
+    for n, early in enumerate(taken):
+        features.append(merge(config, params["projector"]["deepstack"][str(n)], early, joined=True))
+    return constrain(jnp.concatenate(features, axis=1), "batch", None, None)
+
+
+def run_layers(
+    config: QwenVisionConfig,
+    layers: Params | list[Params],
+    x: jax.Array,
+    taken: list[jax.Array],
+    rope: Rope,
+    frame: jax.Array,
+    first: int,
+    implementation: Implementation,
+    remat: Remat,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """A stack or list of layers, of which the tower's layer ``first`` is the first one.
+
+    Args:
+      x: (B, P, D).
+      taken: (B, P, D) of each layer for DeepStack, or empty if none of them is here.
+      frame: (B, C, U) int32, see ``patch_features``; P = C * U.
+    """
+    B, C, U = frame.shape
+    depth = len(layers) if isinstance(layers, list) else jax.tree.leaves(layers)[0].shape[0]
+    numbers = np.arange(first, first + depth)
+    full = np.isin(numbers, config.full_layers) | (config.window_size is None)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, whole: bool) -> jax.Array:
         if whole:
-            return segment_attention(q, k, v, frame, implementation)
+            return segment_attention(q, k, v, frame.reshape(B, C * U), implementation)
         windows = [z.reshape(B * C, U, *z.shape[2:]) for z in (q, k, v)]
         return segment_attention(windows[0], windows[1], windows[2], frame.reshape(B * C, U)).reshape(q.shape)
 
     def run_layer(x: jax.Array, layer: Params, whole: bool) -> jax.Array:
-        h = _norm(config, layer["attention_norm"], x)
-        q, k, v = jnp.moveaxis(linear(layer["attention"]["qkv"], h), 2, 0)
-        out = attend(rotate(q, rope), rotate(k, rope), v, whole)
-        x = x + linear(layer["attention"]["o"], out, inputs=2)
-        x = x + _mlp(config, layer["mlp"], _norm(config, layer["mlp_norm"], x))
-        return constrain(x, "crops", None, None)
+        x = x + _attention(config, layer, x, rope, functools.partial(attend, whole=whole))
+        return constrain(x + _mlp(config, layer, x), "crops", None, None)
 
     # A stack is scanned by periods, in each of which the same layers see whole pictures.
-    layers, period = vision["layers"], _period(full)
+    period = _period(full)
+    groups: Any
     if isinstance(layers, list):
-        layers = [layers[n : n + period] for n in range(0, len(layers), period)]
+        groups = [layers[n : n + period] for n in range(0, len(layers), period)]
     else:
-        layers = jax.tree.map(lambda z: z.reshape(-1, period, *z.shape[1:]), layers)
+        groups = jax.tree.map(lambda z: z.reshape(-1, period, *z.shape[1:]), layers)
 
     def body(carry: Any, group: Params | list[Params], number: Any) -> tuple[Any, None]:
         x, taken = carry
         for n in range(period):
             layer = rematerialise(functools.partial(run_layer, whole=bool(full[n])), remat)
             x = layer(x, layer_of(group, n))
-            taken = take(config, taken, x, number * period + n)
+            taken = take(config, taken, x, number * period + n + first) if taken else taken
         return (x, taken), None
 
-    taken = [jnp.zeros_like(x) for _ in config.deepstack_layers]
-    (x, taken), _ = scan_layers(body, (x, taken), layers)
-    features = [merge(config, params["projector"], x)]
-    for n, early in enumerate(taken):
-        features.append(merge(config, params["projector"]["deepstack"][str(n)], early, joined=True))
-    return constrain(jnp.concatenate(features, axis=1), "batch", None, None)
+    (x, taken), _ = scan_layers(body, (x, taken), groups)
+    return x, taken
+
+
+def compressed_patches(config: QwenVisionConfig, params: Params, x: jax.Array, rope: Rope) -> jax.Array:
+    """A layer's output (B, P, D), in which the patches of a square follow each other -> (B, P // 4, D)."""
+    assert config.early_compression
+    B, P, D = x.shape
+    squares = [z.reshape(B * P // PATCHES, PATCHES, -1) for z in rope]
+
+    def attend(layer: Params, x: jax.Array) -> jax.Array:
+        see_all = functools.partial(attention, causal=False, implementation="xla")
+        return _attention(config, layer, x, (squares[0], squares[1]), see_all)
+
+    windows = x.reshape(B, P // PATCHES, PATCHES, D)
+    out = compress(config.early_compression, params, windows, attend, functools.partial(_mlp, config))
+    return constrain(out, "crops", None, None)
 
 
 def _period(full: np.ndarray) -> int:
@@ -156,7 +205,18 @@ def _norm(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
     return (rms_norm if config.gated else layer_norm)(params, x, config.norm_eps)
 
 
-def _mlp(config: QwenVisionConfig, params: Params, x: jax.Array) -> jax.Array:
+def _attention(
+    config: QwenVisionConfig, layer: Params, x: jax.Array, rope: Rope, attend: Callable[..., jax.Array]
+) -> jax.Array:
+    """What the attention of a layer adds to its input (B, P, D)."""
+    h = _norm(config, layer["attention_norm"], x)
+    q, k, v = jnp.moveaxis(linear(layer["attention"]["qkv"], h), 2, 0)
+    return linear(layer["attention"]["o"], attend(rotate(q, rope), rotate(k, rope), v), inputs=2)
+
+
+def _mlp(config: QwenVisionConfig, layer: Params, x: jax.Array) -> jax.Array:
+    """What the MLP of a layer adds to its input."""
+    h, mlp = _norm(config, layer["mlp_norm"], x), layer["mlp"]
     if config.activation is None:
-        return gated_mlp(params, x)
-    return linear(params["down"], activate(config.activation, linear(params["up"], x)))
+        return gated_mlp(mlp, h)
+    return linear(mlp["down"], activate(config.activation, linear(mlp["up"], h)))

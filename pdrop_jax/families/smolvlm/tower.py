@@ -4,8 +4,7 @@ import jax
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.families.internvl.config import TiledVisionConfig
-from pdrop_jax.families.internvl.tower import merged_squares
-from pdrop_jax.model.layers import layer_norm, projector
+from pdrop_jax.model.layers import layer_norm, merged_squares, projector
 from pdrop_jax.model.specs import Params
 
 
@@ -14,4 +13,4 @@ def tile_tokens(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
     vision = config.vision
     assert isinstance(vision, TiledVisionConfig)
     x = layer_norm(params["vision"]["norm"], x, vision.norm_eps)
-    return projector(params["projector"], merged_squares(x, vision.patches_a_side, vision.merge_size))
+    return projector(params["projector"], merged_squares(x, vision.compressed_side, vision.merge_size))

@@ -42,8 +42,9 @@ async function connect() {
   slider.max = model.budgets.length - 1;
   slider.value = model.budgets.findIndex((budget) => budget.name === model.defaultBudget);
   slider.disabled = model.budgets.length < 2;
-  $("most").textContent = model.budgets[0].name;
-  $("least").textContent = model.budgets.length > 1 ? model.budgets.at(-1).name : "";
+  const names = model.budgets.map(({ name }) => name);
+  const ends = names.length > 5 ? [names[0], names.at(-1)] : names;
+  $("ends").replaceChildren(...ends.map((name) => Object.assign(document.createElement("span"), { textContent: name })));
   against.replaceChildren(...model.budgets.map(({ name }) => new Option(name)));
   $("compare").hidden = model.budgets.length < 2;
   showBudget();
@@ -78,6 +79,7 @@ function complain(error) {
   $("notice").hidden = error === null;
   $("notice").textContent = error === null ? "" : sentence(error);
   if (error?.status === 401) $("key-row").hidden = false;
+  if (error) $("notice").scrollIntoView({ block: "nearest" });
 }
 
 // ---- the picture
@@ -217,7 +219,7 @@ function bars(shares) {
 
 function showBudget() {
   const { name, shares, share } = budgetNow();
-  const text = `${name}, ${Math.round(100 * share)} % on average`;
+  const text = `${name}: ${Math.round(100 * share)} % on average`;
   $("budget-name").textContent = text;
   slider.setAttribute("aria-valuetext", text);
   const box = $("layers");
@@ -265,7 +267,6 @@ function paintStages(fade = false) {
   if (!shown) return;
   const { stages: all, images } = shown.details;
   const views = images.flatMap((image) => image.views);
-  const ground = getComputedStyle(document.documentElement).getPropertyValue("--panel");
   const first = all[0].image_tokens;
   all.forEach((stage, s) => {
     const item = $("strip").children[s];
@@ -284,8 +285,8 @@ function paintStages(fade = false) {
       );
       const draw = (amount) =>
         ranked
-          ? drawScores(canvas, shown.images[v], views[v], views[v].scores[s], ground)
-          : drawKept(canvas, shown.images[v], views[v], views[v].kept[s], ground, amount);
+          ? drawScores(canvas, shown.images[v], views[v], views[v].scores[s])
+          : drawKept(canvas, shown.images[v], views[v], views[v].kept[s], amount);
       if (!fade || !FADE || ranked || !s) return draw(1);
       const begin = performance.now() + s * 0.55 * FADE; // one stage after the other
       const step = (now) => {
@@ -327,10 +328,10 @@ function side(budget, growing, base) {
   const details = found?.details;
   const tokens = (d) => d.stages.reduce((n, s) => n + s.image_tokens * (s.layers[1] - s.layers[0]), 0) / model.layers;
   const rows = [
-    ["Image tokens a layer", tokens, (x) => x.toFixed(x < 100 ? 1 : 0)],
+    ["Tokens a layer", tokens, (x) => x.toFixed(x < 100 ? 1 : 0)],
     ["To the first token", (d) => d.prefill_ms, ms],
     ["Decoding", (d) => d.decode_ms, ms],
-    ["KV cache of a request", (d) => d.cache_bytes, (x) => (x < 2 ** 30 ? `${(x / 2 ** 20).toFixed(x < 1e8 ? 2 : 0)} MiB` : `${(x / 2 ** 30).toFixed(2)} GiB`)],
+    ["KV cache", (d) => d.cache_bytes, (x) => (x < 2 ** 30 ? `${(x / 2 ** 20).toFixed(x < 1e8 ? 2 : 0)} MiB` : `${(x / 2 ** 30).toFixed(2)} GiB`)],
   ];
   const list = document.createElement("dl");
   for (const [label, value, format] of rows) {
@@ -342,7 +343,7 @@ function side(budget, growing, base) {
       const note = document.createElement("small");
       note.textContent = change ? `${change > 0 ? "+" : "−"}${Math.abs(change)} %` : "±0 %";
       note.classList.toggle("more", change >= 0);
-      dd.append(note);
+      dd.append(" ", note);
     }
     list.append(dt, dd);
   }
@@ -391,6 +392,5 @@ against.addEventListener("change", () => {
 });
 $("key").addEventListener("change", connect);
 for (const input of document.querySelectorAll("[name=mode]")) input.addEventListener("change", () => paintStages());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => paintStages());
 
 connect();

@@ -1,6 +1,7 @@
 // Pictures with a grid of patches over them.
 
 const HEAT = [[27, 16, 53], [107, 29, 129], [196, 60, 110], [249, 142, 78], [252, 245, 176]];
+const VEIL = "#141b21"; // over dropped patches, in light and dark
 const WIDTH = 480; // of a canvas; CSS scales it
 
 export function load(url) {
@@ -12,19 +13,19 @@ export function load(url) {
   });
 }
 
-// Patches that are not in `kept` fade out: `amount` is 0 for not at all and 1 for as far as they do.
-export function drawKept(canvas, image, view, kept, ground, amount = 1) {
+// Patches that are not in `kept` are dimmed: `amount` is 0 for not at all and 1 for as far as they are.
+export function drawKept(canvas, image, view, kept, amount = 1) {
   const stays = new Set(kept);
-  paint(canvas, image, view, (patch) => (stays.has(patch) ? null : [ground, 0.86 * amount]));
+  paint(canvas, image, view, (patch) => (stays.has(patch) ? null : [VEIL, 0.82 * amount]));
 }
 
-// Patches in the colour of their score; those without one fade out.
-export function drawScores(canvas, image, view, scores, ground) {
+// Patches in the colour of their score; those without one are dimmed.
+export function drawScores(canvas, image, view, scores) {
   const known = scores.filter((x) => x !== null).sort((a, b) => a - b);
   const low = known[0] ?? 0;
   const high = known[Math.floor((known.length - 1) * 0.98)] ?? 1; // one patch alone would leave the others dark
   paint(canvas, image, view, (patch) => {
-    if (scores[patch] === null) return [ground, 0.86];
+    if (scores[patch] === null) return [VEIL, 0.82];
     const at = Math.sqrt(Math.max(0, Math.min(1, (scores[patch] - low) / (high - low || 1))));
     return [`rgb(${heat(at)})`, 0.74];
   });

@@ -1,0 +1,1 @@
+"""Drop schedules calibrated on samples: allocated by layer sensitivity (QUOTA), or searched for."""

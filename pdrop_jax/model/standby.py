@@ -1,0 +1,81 @@
+"""Standby tokens of the vision tower: a few learned tokens for each picture stand for all its patches (POINTS-Long).
+
+In every layer standby tokens see all patches of their crop and each other. Patches see only patches, so that their
+features are those of the tower without standby tokens. Attention is the tower's own; the MLPs and the projector are
+copies of the pretrained ones, which are trained for standby tokens. Behind each of the last layers is attention over
+time: the standby tokens of a frame see those of the frames of its block up to itself.
+
+What the paper's notes leave open is decided here: norms are shared, attention over time begins with an output of zero,
+and the frames that are adjacent are those of a block, so that a frame needs nothing of the frames before its block.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.config import LlavaConfig, VisionConfig
+from pdrop_jax.model.attention import attention
+from pdrop_jax.model.layers import layer_norm, linear, vision_mlp
+from pdrop_jax.model.specs import Params
+from pdrop_jax.model.standby_specs import temporal_layers
+
+
+def first_tokens(params: Params, crops: int) -> jax.Array:
+    """The learned tokens for each crop, (P, m, D)."""
+    tokens = jnp.asarray(params["tokens"]["embedding"])
+    return jnp.broadcast_to(tokens, (crops, *tokens.shape))
+
+
+def standby_layer(
+    config: LlavaConfig,
+    params: Params,
+    layer: Params,
+    n: jax.Array | int,
+    patches: jax.Array,
+    x: jax.Array,
+    seen: jax.Array,
+) -> jax.Array:
+    """What layer number ``n`` of the tower makes of the standby tokens.
+
+    Args:
+      params: those of ``standby_specs``.
+      layer: the tower's layer.
+      patches: (P, T, D), its input.
+      x: (P, m, D), standby tokens.
+      seen: (B, C, C) bool, which crops of its row each crop sees, P = B * C.
+
+    Returns:
+      (P, m, D).
+    """
+    vision = config.crop_tower
+    h, among = (layer_norm(layer["attention_norm"], y, vision.norm_eps) for y in (x, patches))
+    q = linear(layer["attention"]["q"], h)
+    k, v = (jnp.concatenate([linear(layer["attention"][name], y) for y in (among, h)], axis=1) for name in ("k", "v"))
+    # Few queries: no kernel helps.
+    x = x + linear(layer["attention"]["o"], attention(q, k, v, causal=False, implementation="xla"), inputs=2)
+    mlp, first = _row(params["mlps"], n), config.vision_layers - temporal_layers(config)
+    x = x + vision_mlp(vision, {**layer, "mlp": mlp}, x)
+    time = _row(params["temporal"], jnp.maximum(n - first, 0))
+    return x + jnp.where(n >= first, over_time(vision, time, x, seen), 0)
+
+
+def _row(stack: Params, n: jax.Array | int) -> Params:
+    """A layer of a stack by a number that a scan counts."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[n], stack)
+
+
+def over_time(config: VisionConfig, params: Params, x: jax.Array, seen: jax.Array) -> jax.Array:
+    """Attention of each crop's standby tokens to those of the crops that it sees, (P, m, D) -> (P, m, D)."""
+    B, C = seen.shape[:2]
+    m, D = x.shape[1:]
+    h = layer_norm(params["norm"], x, config.norm_eps).reshape(B, C * m, D)
+    q, k, v = (linear(params["attention"][name], h) for name in "qkv")
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    seen = jnp.repeat(jnp.repeat(seen, m, axis=1), m, axis=2)[:, None]
+    probs = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+    return linear(params["attention"]["o"], jnp.einsum("BNTS,BSNH->BTNH", probs, v), inputs=2).reshape(x.shape)
+
+
+def seen_crops(clips: jax.Array) -> jax.Array:
+    """Which crops each crop sees, (B, C, C) bool: those with the same number in ``clips`` (B, C) up to itself."""
+    C = clips.shape[1]
+    return (clips[:, :, None] == clips[:, None]) & jnp.tri(C, dtype=bool)
