@@ -172,7 +172,7 @@ def run_uninstalled(tmp_path):
         assert files[0].read_text() in done.stdout
         assert not [row for row in rows if "error" in row or "skipped" in row]
         for row in rows:
-            if row["part"] not in ("limits", "parity"):
+            if row["part"] not in ("limits", "serving", "parity"):
                 assert all(row[name] > 0 for name in ("flops_per_second", "flops_share", "bytes_share"))
         return rows, files[0].read_text()
 
@@ -180,9 +180,9 @@ def run_uninstalled(tmp_path):
 
 
 def test_accelerator(run_uninstalled):
-    parts = ["inference", "training", "torch", "parity"]
+    parts = ["inference", "serving", "training", "torch", "parity"]
     (limits, *rows), tables = run_uninstalled(
-        "accelerator", "--one-process", "--parts", *parts, "--cases", "prefill_single"
+        "accelerator", "--one-process", "--slots", "2", "--parts", *parts, "--cases", "prefill_single"
     )
     assert (limits["part"], limits["platform"]) == ("limits", "cpu")
     assert limits["flops_per_second"]["median"] > 0
@@ -197,6 +197,13 @@ def test_accelerator(run_uninstalled):
         assert dense["compile_seconds"] > 0
         assert dense["layers"] == 4
     assert {row["program"] for row in rows if row["part"] == "torch"} == set(programs)
+
+    dense, drops, more = (row for row in rows if row["part"] == "serving")
+    assert (dense["slots"], drops["slots"], dense["requests"]) == (2, 2, 8)
+    assert drops["cache_bytes"] < dense["cache_bytes"]
+    assert dense["cache_bytes"] * drops["slots"] // drops["cache_bytes"] == more["slots"]
+    assert dense["new_tokens"] == drops["new_tokens"] == more["new_tokens"]
+    assert all(row["serving_seconds"]["median"] > 0 for row in (dense, drops, more))
 
     parity = {(row["implementation"], row["dtype"]): row["cases"]["prefill_single"] for row in rows if "cases" in row}
     assert set(parity) == {(name, dtype) for name in ("xla", "blocked") for dtype in ("float32", "bfloat16")}
