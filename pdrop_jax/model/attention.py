@@ -75,9 +75,15 @@ def attention(
     # A padding query far behind the valid keys has only padding in its window: were that hidden, it would have no key.
     # From valid queries the causal mask hides padding anyway.
     length = length if window is None else None
-    call, even = (lambda *operands, run=run: run(*operands, causal, window, chosen) for run in (_dot_product, _even))
+
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None) -> jax.Array:
+        return _dot_product(q, k, v, length, causal, window, chosen)
+
+    def even(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None) -> jax.Array:
+        return _even(q, k, v, length, causal, window, chosen)
+
     if chosen == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2):
-        call = _unless_differentiated(call, even)  # cuDNN has no gradient of odd lengths
+        return _unless_differentiated(call, even)(q, k, v, length)  # cuDNN has no gradient of odd lengths
     return call(q, k, v, length)
 
 
@@ -198,7 +204,10 @@ def _even(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None, ca
 
 
 def _unless_differentiated(call: Callable[..., jax.Array], otherwise: Callable[..., jax.Array]) -> Any:
-    """``call``, but ``otherwise``, which gives the same, in a computation that is differentiated."""
+    """``call``, but ``otherwise``, which gives the same, in a computation that is differentiated.
+
+    Neither may have defaults: custom_vjp would take them for operands.
+    """
     function = jax.custom_vjp(call)
     function.defvjp(lambda *operands: jax.vjp(otherwise, *operands), lambda vjp, cotangent: vjp(cotangent))
     return function
@@ -228,15 +237,13 @@ def segment_attention(
     if _is_splash(implementation):
         return splash_two_way(q, k, v, segment)
     if implementation == "cudnn" or (implementation == "auto" and _choose(q, False, None) == "cudnn"):
-        return _unless_differentiated(_segment_mask, _segment_blocks)(q, k, v, segment)
+        return _unless_differentiated(_segment_cudnn, _segment_blocks)(q, k, v, segment)
     return _segment_blocks(q, k, v, segment)
 
 
-def _segment_mask(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, implementation: Literal["xla", "cudnn"] = "cudnn"
-) -> jax.Array:
+def _segment_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
     seen = segment[:, None, :, None] == segment[:, None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="cudnn")
 
 
 def _segment_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
