@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from examples.demo.evaluate import BATCH, NEW_TOKENS, Case, draw_cases
 from pdrop_jax.analysis.budget import Budget
-from pdrop_jax.analysis.effects import Mean, divergence, mean_of
+from pdrop_jax.analysis.effects import Mean, mean_of
+from pdrop_jax.analysis.metrics import kl
 from pdrop_jax.analysis.tune.allocation import allocate, candidate_layers, drop_shares, rescaled_sensitivity
 from pdrop_jax.analysis.tune.calibrate import Sample, calibrate
 from pdrop_jax.batch import Batch
@@ -45,9 +46,9 @@ class Flags:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Of Q questions: log-probabilities (Q, V) of the first token, whether right (Q,), and kept tokens."""
+    """Of Q questions: probabilities (Q, V) of the first token, whether right (Q,), and kept tokens."""
 
-    log_probs: np.ndarray
+    probs: np.ndarray
     right: np.ndarray
     kept: list[Any]
 
@@ -108,16 +109,16 @@ def asked(
     Args:
       kept: [question][drop][image] -> the tokens to keep, for the score "given".
     """
-    texts, log_probs, found = [], [], []
+    texts, probs, found = [], [], []
     for batch, rows in tqdm(batches, name, disable=None):
         if kept is not None:
             batch = dataclasses.replace(batch, scores=survivals(batch, kept[len(texts) : len(texts) + rows]))
         answer = generate_batch(model, batch, Sampling(NEW_TOKENS), rows=rows)
         texts += answer.texts
         found += answer.kept
-        log_probs.append(np.asarray(jax.nn.log_softmax(answer.first_logits)))
+        probs.append(np.asarray(jax.nn.softmax(answer.first_logits)))
     right = np.array([text == case.answer for text, case in zip(texts, cases, strict=True)], float)
-    return Answers(np.concatenate(log_probs), right, found)
+    return Answers(np.concatenate(probs), right, found)
 
 
 def survivals(batch: Batch, kept: Sequence[Any]) -> np.ndarray:
@@ -134,7 +135,7 @@ def print_table(dense: Answers, found: dict[str, Answers], pictures: list[str]) 
     def shown(mean: Mean, form: str) -> str:
         return f"{mean.value:{form}} ({mean.low:{form}} to {mean.high:{form}})"
 
-    kl = {name: divergence(dense.log_probs, answers.log_probs) for name, answers in found.items()}
+    divergences = {name: kl(dense.probs, answers.probs) for name, answers in found.items()}
     rows = [
         ["contender", "KL to dense float", "right answers", "KL, difference", "right answers, difference"],
         ["---"] * 5,
@@ -144,11 +145,16 @@ def print_table(dense: Answers, found: dict[str, Answers], pictures: list[str]) 
         apart = ["", ""]
         if "joint" in name:
             apart = [
-                shown(mean_of(kl[name] - kl[FLOAT], pictures), "+.4f"),
+                shown(mean_of(divergences[name] - divergences[FLOAT], pictures), "+.4f"),
                 shown(mean_of(answers.right - found[FLOAT].right, pictures), "+.1%"),
             ]
         rows.append(
-            [name, shown(mean_of(kl[name], pictures), ".4f"), shown(mean_of(answers.right, pictures), ".1%"), *apart]
+            [
+                name,
+                shown(mean_of(divergences[name], pictures), ".4f"),
+                shown(mean_of(answers.right, pictures), ".1%"),
+                *apart,
+            ]
         )
     print(f"{len(dense.right):,} questions; differences are to {FLOAT!r}\n")
     print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))

@@ -111,9 +111,9 @@ def run(
     inputs: list[Any] = [model or DEMO, questions, *(image for question in asked for image in question.images)]
     inputs += [paraphrases] if paraphrases else []
     again = overwrite or share.count > 1
-    check_outputs([(plot, PLOTS), (html, [".html"])], overwrite=again, inputs=inputs)
-    if out:
-        check_output(out, overwrite=True, inputs=inputs)
+    outputs = [(plot, PLOTS), (html, [".html"])]
+    check_outputs([(out, ()), *outputs], overwrite=True, inputs=inputs)  # a study in OUT may be complete, or go on
+    check_outputs(outputs, overwrite=again, inputs=inputs)
 
     from pdrop_jax.analysis.paraphrases import read_paraphrases
     from pdrop_jax.analysis.settings import StudyOptions

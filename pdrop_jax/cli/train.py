@@ -23,7 +23,8 @@ def run(
 
     Args:
       recipe: TOML or JSON file, or a preset:
-        llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain, llava-next-finetune.
+        llava-1.5-pretrain, llava-1.5-finetune, llava-next-pretrain, llava-next-finetune, llava-uhd-v4-stage1 to
+        -stage4, standby-stage1, standby-stage2.
       settings: Override settings of the recipe, e.g. run.steps=100.
       mesh: Devices along the mesh axes data, fsdp and tensor (default: the recipe's mesh, or all devices along fsdp).
       allow_changes: Resume even if the recipe, the data or the starting model has changed since the run was started.

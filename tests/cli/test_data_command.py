@@ -53,5 +53,6 @@ def test_mistakes(fails, data, args, message):
 def test_a_mistyped_preset_lists_the_presets(fails, data):
     assert fails("train", "llava-1.5-fintune") == (
         "pdrop train: llava-1.5-fintune is neither a preset nor a file: the presets are llava-1.5-finetune, "
-        "llava-1.5-pretrain, llava-next-finetune, llava-next-pretrain"
+        "llava-1.5-pretrain, llava-next-finetune, llava-next-pretrain, llava-uhd-v4-stage1, llava-uhd-v4-stage2, "
+        "llava-uhd-v4-stage3, llava-uhd-v4-stage4, standby-stage1, standby-stage2"
     )

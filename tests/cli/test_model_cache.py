@@ -63,12 +63,13 @@ def hub_snapshot(repo):
 
 def test_every_command_takes_an_id(hub, tiny, pdrop, fails, tmp_path):
     questions = tmp_path / "questions.jsonl"
-    questions.write_text(json.dumps({"question_id": 1, "text": "Who?", "image": PHOTO.name}) + "\n")
+    lines = [json.dumps({"question_id": n, "text": "Who?", "image": PHOTO.name}) + "\n" for n in range(2)]
+    questions.write_text("".join(lines))
     answers = tmp_path / "answers.jsonl"
     named = ("--model", "lab/tiny")
     asked = ("--questions", questions, "--images", GOLDEN)
     assert pdrop("eval", *named, *asked, "--out", answers, "--max-new-tokens", 2).code == 0
-    assert json.loads(answers.read_text())["model_id"] == "tiny"
+    assert json.loads(answers.read_text().splitlines()[0])["model_id"] == "tiny"
     assert "the schedule drops nothing" in fails("study", *named, *asked)  # which is found after loading
     assert pdrop("cost", *named).code == 0
     assert pdrop("export", "lab/tiny", tmp_path / "back", "--format", "original").code == 0

@@ -94,7 +94,8 @@ def test_models_and_page(url, models):
     (found,) = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).json()["data"]
     budgets = {name: model.config.schedule.to_json() for name, model in models.items()}
     assert found["id"] == "tiny"
-    assert found["pdrop"] == {"default": "own", "budgets": budgets}
+    layers = models["own"].config.text.num_layers
+    assert found["pdrop"] == {"default": "own", "num_layers": layers, "budgets": budgets}
     page = httpx.get(url)
     assert page.headers["content-type"].startswith("text/html")
     assert "pdrop" in page.text
