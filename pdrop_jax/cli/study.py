@@ -23,7 +23,7 @@ from pdrop_jax.cli.options import (
     unset,
 )
 from pdrop_jax.errors import UserError, printable
-from pdrop_jax.io import check_output, check_outputs, write_file
+from pdrop_jax.io import check_outputs, write_file
 from pdrop_jax.schedule import parse_schedule
 
 

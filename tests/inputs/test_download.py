@@ -1,4 +1,4 @@
-"""Images at http(s) URLs: where the library may connect to. The server's tests (serve/test_bad_requests.py) download."""
+"""Images at http(s) URLs: where the library may connect to. Downloads: serve/test_bad_requests.py."""
 
 import http.server
 import threading

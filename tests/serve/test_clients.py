@@ -98,4 +98,4 @@ def test_models_and_page(url, models):
     assert found["pdrop"] == {"default": "own", "num_layers": layers, "budgets": budgets}
     page = httpx.get(url)
     assert page.headers["content-type"].startswith("text/html")
-    assert "pdrop" in page.text
+    assert "PyramidDrop" in page.text
