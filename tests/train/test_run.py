@@ -377,7 +377,10 @@ def test_rows_that_weigh_nothing_are_in_the_log(folder):
         ({"model_start": "nowhere"}, "nowhere is not a checkpoint"),
         ({"data_images": "nowhere"}, "data.images is nowhere, which is not a folder"),
         ({"data_conversations": "nowhere.json"}, "nowhere.json cannot be read: there is no such file"),
-        ({"model_groups": ("head",)}, "model.groups.0 is 'head', it must be 'vision', 'projector', 'llm' or 'lora'"),
+        (
+            {"model_groups": ("head",)},
+            "model.groups.0 is 'head', it must be 'vision', 'compressor', 'standby', 'projector', 'llm' or 'lora'",
+        ),
         ({"model_groups": ()}, "model.groups is [], it must have at least 1 item"),
         ({"model_groups": ("lora",)}, "model.lora_rank is 0"),
         ({"model_lora_rank": 4}, "LoRA needs both a rank above 0 and the group"),
