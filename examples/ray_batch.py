@@ -34,7 +34,8 @@ class Flags:
       prompt: question about every picture, unless there is a column of questions.
       image_column: pictures as encoded bytes, or as Hugging Face datasets store them, {"bytes", "path"}.
       workers: processes with a model each.
-      gpus: GPUs of each worker. For TPUs say --tpus.
+      gpus, tpus: accelerators of each worker.
+      address: of the cluster; by default the running one, or one on this machine.
     """
 
     source: Annotated[str, tyro.conf.Positional]

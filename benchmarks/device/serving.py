@@ -33,7 +33,7 @@ QUESTION = "What is on the table?"
 def serving(options: argparse.Namespace) -> Iterator[Row]:
     """Requests a second, dense, with drops, and with drops in as much cache memory as the dense slots take."""
     if options.shape not in LONGEST:
-        yield {"part": "serving", "skipped": f"needs a tokenizer, which {options.shape} has not: choose --shape 7b"}
+        yield {"part": "serving", "skipped": f"there is no tokenizer for {options.shape}: choose --shape 7b"}
         return
     shape = shape_of(options)
     layers, memory = inference_layers(shape, options.memory), None
