@@ -31,7 +31,7 @@ def run(
       action: pack, or check, which writes nothing.
       source: Training data: JSON, JSON Lines, Parquet, WebDataset tar or ArrayRecord. A file, a folder of shards, or a
         quoted pattern such as 'data/train-*.parquet'.
-      out: Folder of the shards.
+      out: Folder of the shards; gs://BUCKET/NAME is one in a bucket.
       images: Folder that the names of pictures are relative to (default: the folder of SOURCE).
       outside_images: Allow pictures outside the --images folder, such as "../1.png".
       records_per_shard: Records for each shard.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -187,6 +187,8 @@ def _one_line_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {error}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{name}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller") from None
+    except UnidentifiedImageError:  # which would name an object in memory
+        raise UserError(f"{name}: cannot be read as a picture: its format is not recognised") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a damaged file
         raise UserError(f"{name}: cannot be read as a picture: {_one_line(error)}") from None
 

@@ -96,7 +96,7 @@ def begin_two(recipe, folder):
         together = ("--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(number))
         environment = os.environ | {
             "TMPDIR": str(own / "temporary"),
-            "JAX_COMPILATION_CACHE_DIR": str(own / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": f"{as_path(recipe.run.folder).bucket}/compiled",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         command = [*PDROP, "train", "recipe.json", *together]
@@ -118,6 +118,7 @@ def test_two_processes_without_a_shared_disk_are_killed_while_they_save(local, n
     for process in begin_two(recipe, tmp_path):
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said
+        assert "programs    0 compiled, " in said
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
     alone, together = ([loss for _, loss in losses(folder)] for folder in (local / "run", run))
     np.testing.assert_allclose(alone, together, rtol=1e-5)

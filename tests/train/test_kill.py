@@ -31,6 +31,9 @@ from tiny_run import (
 )
 
 from pdrop_jax import checkpoint
+from pdrop_jax.train.data.pack import pack
+from pdrop_jax.train.data.sources.open_source import open_source
+from pdrop_jax.train.recipe import SourceRecipe
 from pdrop_jax.train.result import model_of
 
 KILLS = 10
@@ -91,9 +94,16 @@ def same(one, other):
 
 
 def test_a_run_that_is_killed_ten_times_ends_the_same(folder):
-    """Killed at a random moment of a step or as soon as a save has begun, wherever the run then is."""
-    validation = {"validation_conversations": str(folder / "data/data.json"), "validation_every": 15}
-    recipe = {"run_steps": 60, "run_save_every": 3, **validation}
+    """Killed at a random moment of a step or as soon as a save has begun, wherever the run then is.
+
+    It is trained on a mixture of two formats, which must go on with the rows that are due.
+    """
+    data, images, packed = str(folder / "data/data.json"), str(folder / "data/images"), str(folder / "packed")
+    pack(open_source(data, images), packed, records_per_shard=5)
+    sources = (SourceRecipe(data, images, 2.0), SourceRecipe(packed, None, 1.0))
+    mixture = {"data_conversations": None, "data_images": None, "data_sources": sources}
+    validation = {"validation_conversations": data, "validation_images": images, "validation_every": 15}
+    recipe = {"run_steps": 60, "run_save_every": 3, **mixture, **validation}
     finish(begin(folder, "whole", **recipe))
     rng = random.Random(0)
     run, kills, while_saving = folder / "killed", 0, 0

@@ -21,7 +21,7 @@ from pdrop_jax.errors import UserError, printable
 from pdrop_jax.inputs.images import decode_image
 from pdrop_jax.inputs.messages import Message
 from pdrop_jax.io import check_file, read_bytes, write_file, written_aside
-from pdrop_jax.paths import in_bucket
+from pdrop_jax.paths import as_path, files_below, in_bucket, probe
 from pdrop_jax.train.data.examples import read_record
 from pdrop_jax.train.data.invalid import CORRUPT, NO_FILE, InvalidRecord, Report, check_report
 from pdrop_jax.train.data.sources.manifest import (
@@ -92,6 +92,7 @@ def pack(
     """Writes the valid records of ``source`` as shards to the folder ``out``, or those of the shards that it lacks.
 
     Args:
+      out: local, or in a bucket, to which each shard is uploaded when it is whole.
       records_per_shard: records of the source, valid or not, for each shard.
       outside_images, workers: see ``check``.
 
@@ -99,11 +100,12 @@ def pack(
       UserError: a file is damaged, no record is valid, the disk is full, or ``out`` holds something else.
     """
     import_grain()  # which brings the package that writes ArrayRecord
+    out = as_path(out)
     if in_bucket(out):
-        raise UserError(f"{out}: shards are written to a local disk only: name a local folder and copy it")
-    out = pathlib.Path(out)
+        probe(out)
     manifest = _begin(out, Manifest(fingerprint(source.files), records_per_shard, outside_images), source)
-    done = {shard.number: shard for shard in manifest.shards if shard.is_in(out)}
+    sizes = files_below(out)
+    done = {shard.number: shard for shard in manifest.shards if shard.is_among(sizes)}
     if manifest.complete and len(done) == len(manifest.shards):
         return manifest
     tasks = (task for task in _tasks(source, records_per_shard, outside_images) if task.number not in done)
@@ -117,7 +119,7 @@ def pack(
 
 def _begin(out: pathlib.Path, new: Manifest, source: Source) -> Manifest:
     """The manifest of what ``out`` already holds of ``source``."""
-    if not os.path.lexists(out):
+    if not out.exists() and not out.is_symlink():
         return new
     if not out.is_dir():
         raise UserError(f"{out} is a file, expected the name of a folder to write")

@@ -3,15 +3,15 @@
 import dataclasses
 import hashlib
 import os
-import pathlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file, read_json
+from pdrop_jax.paths import as_path, files_below
 from pdrop_jax.schema import NO_OTHER_KEYS, validated
 from pdrop_jax.train.data.invalid import Report
 from pdrop_jax.train.data.sources.files import open_binary
@@ -55,9 +55,9 @@ class Shard:
             self.seen, Counter(self.invalid), {reason: list(named) for reason, named in self.examples.items()}
         )
 
-    def is_in(self, folder: pathlib.Path) -> bool:
-        """Whether the file is there and has its size."""
-        return not self.records or ((path := folder / self.name).is_file() and check_file(path) == self.bytes)
+    def is_among(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the file is among those with these names and sizes in bytes."""
+        return not self.records or sizes.get(self.name) == self.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,8 @@ def merged(reports: Iterable[Report]) -> Report:
 
 def read_manifest(folder: str | os.PathLike) -> Manifest | None:
     """The manifest in a folder, or None. Raises UserError if it is malformed."""
-    path = pathlib.Path(folder) / MANIFEST
-    return validated(Manifest, read_json(path), str(path)) if os.path.lexists(path) else None
+    path = as_path(folder) / MANIFEST
+    return validated(Manifest, read_json(path), str(path)) if path.exists() or path.is_symlink() else None
 
 
 def check_complete(folder: str | os.PathLike, files: Sequence[str]) -> None:
@@ -117,7 +117,8 @@ def check_complete(folder: str | os.PathLike, files: Sequence[str]) -> None:
     if manifest is None or not manifest.complete:
         raise UserError(f"{folder} holds shards, but packing was not completed: run the same pdrop data pack again")
     expected = [shard for shard in manifest.shards if shard.records]
-    damaged = [shard.name for shard in expected if not shard.is_in(pathlib.Path(folder))]
+    sizes = files_below(as_path(folder))
+    damaged = [shard.name for shard in expected if not shard.is_among(sizes)]
     if damaged:
         raise UserError(
             f"{folder} lacks {len(damaged)} of {len(expected)} shards or has them in part, the first is {damaged[0]}: "

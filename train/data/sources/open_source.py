@@ -3,7 +3,7 @@
 import os
 
 from pdrop_jax.errors import UserError
-from pdrop_jax.paths import in_bucket, is_dir
+from pdrop_jax.paths import is_dir
 from pdrop_jax.train.data.sources.files import Format, files_of, format_of
 from pdrop_jax.train.data.sources.json_source import JsonSource
 from pdrop_jax.train.data.sources.manifest import SUFFIX, check_complete
@@ -34,9 +34,10 @@ def open_source(path: str, images: str | None = None) -> Source:
     if is_dir(path) and files[0].endswith(SUFFIX):
         check_complete(path, files)
     kind = SOURCES[format_of(files[0])]
-    if kind is PackedSource and in_bucket(path):
+    if kind is PackedSource and path.startswith("s3:"):
         raise UserError(
-            f"{path} holds ArrayRecord shards, which are read from a local disk only: copy them to a folder"
+            f"{path} holds ArrayRecord shards, which are read from a local disk or gs:// only: copy them, or train on "
+            "Parquet or tar files"
         )
     images = os.path.dirname(files[0]) or "." if images is None else images
     check_images_folder(images)
