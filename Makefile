@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
+# What is imported is compiled to bytecode then; all of it would take a minute.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .PHONY: demo test test-newest lint types docs format clean
 
@@ -38,6 +39,7 @@ clean:
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip  # older ones take minutes to choose versions
 	$(INSTALL) .
 	touch $@
 
