@@ -106,7 +106,10 @@ def with_captions(images: Sequence[ImageTokens]) -> list[ImageTokens]:
 FAMILY = HostFamily(
     # The processor writes the marks in place of what the chat template writes.
     places=ImagePlaces(
-        {"image": "<start_of_image>"}, ("\n\n<start_of_image>", "<end_of_image>\n\n"), writes_marks=False
+        {"image": "<start_of_image>"},
+        ("\n\n<start_of_image>", "<end_of_image>\n\n"),
+        writes_marks=False,
+        reserved=("<image_soft_token>",),
     ),
     load_processor=load_processor,
     picture_tokens=picture_tokens,
