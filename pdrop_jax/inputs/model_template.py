@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pdrop_jax.batch import IGNORE
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, one_line
 from pdrop_jax.inputs.chat_template import (
     IMAGE_PLACEHOLDER,
     IMAGE_TAG,
@@ -211,8 +211,7 @@ class ModelTemplate:
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=asks
             )
         except Exception as error:  # a template is a program: it raises what it likes
-            why = " ".join(str(error).split())[:200]
-            raise UserError(f"the model's chat template refuses the conversation: {why}") from None
+            raise UserError(f"the model's chat template refuses the conversation: {one_line(error, 200)}") from None
 
     @functools.cached_property
     def _shapes(self) -> dict[Role, str | None]:
