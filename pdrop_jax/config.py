@@ -301,7 +301,7 @@ class LlavaConfig:
 
 
 def _released(family: ModuleType, size: str) -> LlavaConfig:
-    return LlavaConfig.released(*family.released(size), **family.FIELDS)
+    return LlavaConfig.released(family.released_text(size), family.released_tower(size), **family.FIELDS)
 
 
 MODELS: dict[str, Callable[[], LlavaConfig]] = {
