@@ -14,6 +14,7 @@ from pdrop_jax.cache_folder import cache_folder
 from pdrop_jax.errors import printable
 
 FOLDER = "compilation"
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event at the end of a compilation, in its thread
 
 # JAX keeps programs that took a second or more. A start of training runs dozens of smaller ones, and compiling them
 # takes longer than reading them.
@@ -111,7 +112,7 @@ class CompilationStats:
         self.cached += event == "/jax/compilation_cache/cache_hits"
 
     def _duration(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == COMPILED:
             self.requested += 1
             self.seconds += duration_secs
         elif event == "/jax/compilation_cache/compile_time_saved_sec":

@@ -258,6 +258,10 @@ class LlavaConfig:
         own: dict[str, Any] = {"schedule": schedule, "select_layer": -1, "template": "own"}
         return cls(vision=vision, text=text, **own, **fields)
 
+    def with_cache_dtype(self, dtype: CacheDtype | None) -> "LlavaConfig":
+        """The same model with quantized KV caches, or with plain ones."""
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, cache_dtype=dtype))
+
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         del data["text"]["cache_dtype"]  # chosen when a model is loaded, as the dtype is
@@ -301,7 +305,7 @@ class LlavaConfig:
 
 
 def _released(family: ModuleType, size: str) -> LlavaConfig:
-    return LlavaConfig.released(*family.released(size), **family.FIELDS)
+    return LlavaConfig.released(family.released_text(size), family.released_tower(size), **family.FIELDS)
 
 
 MODELS: dict[str, Callable[[], LlavaConfig]] = {

@@ -37,6 +37,11 @@ def printable(text: object, keep: str = "") -> str:
     return _UNSAFE.sub(escaped, str(text))
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What another library's error says, on one line of at most ``most`` characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def error_text(error: Exception) -> str:
     """The printed form of an error: one line, followed by the list of a UserError that has one."""
     lines = error.args if isinstance(error, UserError) else (error,)

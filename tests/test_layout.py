@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "pdrop_jax.model": MODEL | {"pdrop_jax.families.*.params", "pdrop_jax.families.*.tower"},
     "pdrop_jax.inputs": BASE | {"pdrop_jax.families.*.inputs"},
     "pdrop_jax.checkpoint": MODEL,
-    "pdrop_jax.generation": LIBRARY,
+    "pdrop_jax.generation": LIBRARY | {"pdrop_jax.compilation_cache"},
     "pdrop_jax.eval": LIBRARY | {"pdrop_jax.convert"},
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,

@@ -115,7 +115,7 @@ def load(
     folder = as_path(folder)
     config = LlavaConfig.load(folder)
     result = config if schedule is None else dataclasses.replace(config, schedule=schedule)
-    result = dataclasses.replace(result, text=dataclasses.replace(result.text, cache_dtype=quantize_cache))
+    result = result.with_cache_dtype(quantize_cache)
     find_score(result)
     targets = abstract_arrays(folder, config, mesh=mesh)
     # Both copy arrays. One decoder array at a time keeps the model from being in memory twice.

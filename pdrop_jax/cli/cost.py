@@ -73,8 +73,7 @@ def run(
     from pdrop_jax.model.scores import find_score
     from pdrop_jax.schedule import DropSchedule
 
-    config = compressed(config_of(model), compress_vision, merge_size)
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=quantize_cache))
+    config = compressed(config_of(model), compress_vision, merge_size).with_cache_dtype(quantize_cache)
     if image_tokens is None and not isinstance(config.vision, VisionConfig):
         raise UserError(f"{printable(model)} takes pictures of any size: pass --image-tokens, for example 1024")
     tokens = largest_picture(config) if image_tokens is None else image_tokens

@@ -83,7 +83,8 @@ def run(
     check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
-    shown = [read_conversation(*row)[1] for row in zip(prompts, images, strict=True)]  # fails before a model is loaded
+    # Fails before a model is loaded. Images at URLs are downloaded here, so what it returns is what is asked.
+    prompts, shown = zip(*(read_conversation(*row) for row in zip(prompts, images, strict=True)), strict=True)
     with progress("loading"):
         devices = device_mesh(mesh)
         schedule = parse_schedule(layers, ratios, score)
@@ -93,7 +94,7 @@ def run(
         answer = generate(
             loaded,
             prompts,
-            images,
+            shown,
             sampling,
             implementation=attention,
             stream=_print_piece if live else None,

@@ -87,9 +87,8 @@ def run(
     from pdrop_jax.planner import programs
     from pdrop_jax.schedule import DropSchedule
 
-    config = compressed(config_of(model), compress_vision, merge_size)
+    config = compressed(config_of(model), compress_vision, merge_size).with_cache_dtype(quantize_cache)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=quantize_cache))
     slots = bucket_for(bucket[0], bucket[1:], config)
     job = programs.Program(
         config=config,

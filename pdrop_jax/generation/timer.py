@@ -6,9 +6,7 @@ from typing import Any
 
 import jax
 
-COMPILED = (
-    "/jax/core/compile/backend_compile_duration"  # recorded at the end of a compilation, in the thread that asked
-)
+from pdrop_jax.compilation_cache import COMPILED
 
 
 class _Compilations(threading.local):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from tokenizers.pre_tokenizers import Metaspace
@@ -43,11 +43,13 @@ class ImagePlaces:
       marks: directly before and after a placeholder; each part of an image with captions has its own.
       writes_marks: whether the template writes them. Otherwise it writes the placeholder alone, in whose place the
         processor puts the marks with the image's tokens between them.
+      reserved: further tokens that stand for an image's tokens once the processor has written them.
     """
 
     placeholders: Mapping[Kind, str]
     marks: tuple[str, str] = ("", "")
     writes_marks: bool = True
+    reserved: tuple[str, ...] = ()
 
 
 LLAVA_PLACES = ImagePlaces({"image": "<image>", "video": "<video>"})
@@ -177,14 +179,35 @@ def write_captions(text: str, captions: Sequence[Sequence[str]], place: str = re
     return re.sub(place, written, text)
 
 
-def without_tags(text: str, tag: str = IMAGE_TAG) -> str:
-    """``text`` without ``tag``, including those that form as others are removed: ``<im<image>age>``."""
+def without_tags(text: str, *tags: str) -> str:
+    """``text`` without ``tags``, including those that form as others are removed: ``<im<image>age>``.
+
+    Args:
+      tags: what to remove; by default the ``<image>`` tag.
+    """
+    tags = tags or (IMAGE_TAG,)
+    if not any(tag in text for tag in tags):
+        return text
     kept: list[str] = []
-    for char in text if tag in text else ():
+    for char in text:
         kept.append(char)
-        if char == tag[-1] and "".join(kept[-len(tag) :]) == tag:
-            del kept[-len(tag) :]
-    return "".join(kept) if tag in text else text
+        for tag in tags:
+            if char == tag[-1] and "".join(kept[-len(tag) :]) == tag:
+                del kept[-len(tag) :]
+                break
+    return "".join(kept)
+
+
+def is_token(tokenizer: Any, text: str) -> bool:
+    """Whether ``text`` is a token that was added to the vocabulary, so that it is one wherever it is written."""
+    return any(str(token) == text for token in tokenizer.added_tokens_decoder.values())
+
+
+def check_reserved(text: str, reserved: Iterable[str], tokenizer: Any) -> None:
+    """Raises UserError if ``text`` has one of ``reserved`` as a token: the model would take it for an image's."""
+    for token in reserved:
+        if token in text and is_token(tokenizer, token):
+            raise UserError(f"the text has {token}, which stands for an image: leave it out of questions and answers")
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import httpcore
 import httpx
 
-from pdrop_jax.errors import UserError, printable
+from pdrop_jax.errors import UserError, one_line, printable
 
 REDIRECTS = 3
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses in IPv6
@@ -109,7 +109,7 @@ def _one_line_errors(where: str, rules: DownloadRules) -> Iterator[None]:
         ssl.SSLError,
         OSError,
     ) as error:
-        raise UserError(f"{where} cannot be fetched: {' '.join(str(error).split())[:100]}") from None
+        raise UserError(f"{where} cannot be fetched: {one_line(error, 100)}") from None
 
 
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:

@@ -1,10 +1,13 @@
 """preprocessor_config.json: image preprocessing settings, validated before they are passed to transformers."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pdrop_jax.errors import UserError, one_line
 from pdrop_jax.io import read_json
 from pdrop_jax.schema import Pixels, validated
 
@@ -60,3 +63,12 @@ def read_settings(folder: pathlib.Path, schema: type[BaseModel] = Settings) -> d
         path = folder / "processor_config.json"
         found = read_json(path).get("image_processor") if path.exists() else None
     return {} if found is None else validated(schema, found, str(path)).model_dump(mode="json", exclude_none=True)
+
+
+@contextlib.contextmanager
+def making_processor(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what transformers says of the settings in ``folder`` into a UserError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the image processor in {folder} cannot be read: {one_line(error)}") from None

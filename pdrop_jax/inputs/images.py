@@ -18,11 +18,11 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pdrop_jax.config import LlavaConfig
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, one_line
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens, count, grid_shape, levels, pooled, tiled, whole
 from pdrop_jax.inputs.encoded import is_url, read_url
 from pdrop_jax.inputs.families import FAMILIES
-from pdrop_jax.inputs.image_settings import read_settings
+from pdrop_jax.inputs.image_settings import making_processor, read_settings
 from pdrop_jax.inputs.resize import pad_and_resize, trim
 from pdrop_jax.inputs.slices import sliced
 from pdrop_jax.io import check_file
@@ -85,10 +85,8 @@ def load_image_processor(folder: pathlib.Path, config: LlavaConfig) -> ImageProc
                 f"the image processor in {folder} tiles pictures into {settings['image_grid_pinpoints']}, the model "
                 f"into {points}: copy the preprocessor_config.json of this model"
             )
-    try:
+    with making_processor(folder):
         processor = kind.from_dict(settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the image processor in {folder} cannot be read: {_one_line(error)}") from None
     if both_edges:
         cuts = settings.get("do_center_crop", "crop_size" in settings)
         supported, crop = processor.do_resize and not cuts and processor.size.height, processor.size
@@ -190,7 +188,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError:  # which would name an object in memory
         raise UserError(f"{name}: cannot be read as a picture: its format is not recognised") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a damaged file
-        raise UserError(f"{name}: cannot be read as a picture: {_one_line(error)}") from None
+        raise UserError(f"{name}: cannot be read as a picture: {one_line(error)}") from None
 
 
 def _check_edges(size: tuple[int, int]) -> None:
@@ -345,7 +343,3 @@ def to_crop(image: Image.Image, processor: ImageProcessor, aspect: Literal["squa
         image = trim(image)
     pixels: Any = processor(image, return_tensors="np")["pixel_values"][0]
     return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

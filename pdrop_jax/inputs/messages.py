@@ -16,7 +16,6 @@ from pdrop_jax.inputs.frames import Standby
 from pdrop_jax.inputs.images import Picture, Video, decode_image
 
 Role = Literal["system", "user", "assistant"]
-Prompt = str | Sequence[Turn] | Sequence[Mapping[str, Any]]
 Opener = Callable[[Any, str], Any]  # makes a picture of what a content names, and of how errors refer to that content
 
 CONTENT = ("text", "image", "image_url", "video")  # types of content
@@ -67,6 +66,9 @@ class Message:
         return tags + "".join(part if isinstance(part, str) else IMAGE_TAG for part in inline)
 
 
+Prompt = str | Sequence[Turn] | Sequence[Mapping[str, Any]] | Sequence[Message]
+
+
 def read_conversation(prompt: Prompt, images: Sequence[Any] = ()) -> tuple[list[Message], list[Any]]:
     """The messages of ``prompt``, and one image for each of their media, in order.
 
@@ -80,7 +82,7 @@ def read_conversation(prompt: Prompt, images: Sequence[Any] = ()) -> tuple[list[
         ``{"type": "text", "text": …}``, ``{"type": "image"}`` with the image under "image", "path", "url" or "base64"
         or without one, ``{"type": "image_url", "image_url": {"url": …}}`` and ``{"type": "video", "video": frames}``.
         A URL is a path, or a ``file://``, ``data:``, ``http://`` or ``https://`` URL. ``"mode": "standby"`` shows an
-        image as ``frames.Standby``.
+        image as ``frames.Standby``. The result of an earlier call is a prompt too, whose URLs are not read again.
       images: pictures, ``Video``s and ``Standby``s of these; None stands for one that is not known yet.
 
     Raises:
@@ -137,6 +139,9 @@ def _read_all(prompt: Any, opener: Opener) -> list[_Raw]:
         raise UserError(f"a prompt is a question or a list of messages, got a {type(prompt).__name__}")
     if not prompt:
         raise UserError("a conversation needs at least one question, got none")
+    if all(isinstance(message, Message) for message in prompt):
+        check_order([message.role for message in prompt])
+        return [(message.role, list(message.parts)) for message in prompt]
     if any(isinstance(message, Mapping) for message in prompt):
         read = [_read(message, f"message {number}", opener) for number, message in enumerate(prompt, 1)]
         check_order([role for role, _ in read])

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from pdrop_jax.batch import IGNORE
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, one_line
 from pdrop_jax.inputs.chat_template import (
     IMAGE_PLACEHOLDER,
     IMAGE_TAG,
     ImagePlaces,
     Kind,
+    check_reserved,
     check_unicode,
     token_ids,
     without_tags,
@@ -106,9 +107,7 @@ class ModelTemplate:
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""
-        for place in {IMAGE_TAG, *self.places.placeholders.values()}:
-            text = without_tags(text, place)
-        return text
+        return without_tags(text, IMAGE_TAG, *self.places.placeholders.values(), *self.places.reserved)
 
     def check_trainable(self) -> None:
         """Raises UserError if the answers cannot be told from the rest, or their end could not be learned."""
@@ -180,6 +179,7 @@ class ModelTemplate:
                 f"the conversation has {plural(media, 'image')}, but its text by the model's chat template has places "
                 f"for {places}: leave {' and '.join(self.places.placeholders.values())} out of questions and answers"
             )
+        check_reserved(text, self.places.reserved, self.tokenizer)
         if not self.places.writes_marks:
             before, after = self.places.marks
             text = self._places.sub(f"{before}{IMAGE_TAG}{after}", text)
@@ -211,8 +211,7 @@ class ModelTemplate:
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=asks
             )
         except Exception as error:  # a template is a program: it raises what it likes
-            why = " ".join(str(error).split())[:200]
-            raise UserError(f"the model's chat template refuses the conversation: {why}") from None
+            raise UserError(f"the model's chat template refuses the conversation: {one_line(error, 200)}") from None
 
     @functools.cached_property
     def _shapes(self) -> dict[Role, str | None]:

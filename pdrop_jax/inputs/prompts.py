@@ -15,6 +15,8 @@ from pdrop_jax.inputs.chat_template import (
     LLAVA_PLACES,
     ImagePlaces,
     Turn,
+    check_reserved,
+    is_token,
     render,
     template_named,
     token_ids,
@@ -33,18 +35,23 @@ class LlavaTemplate:
     Attributes:
       tokenizer: a transformers tokenizer.
       name: a name in ``chat_template.TEMPLATES``.
+      places: what the model's own template would write where an image stands; as text it is refused.
     """
 
     tokenizer: Any
     name: str
+    places: ImagePlaces = LLAVA_PLACES
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation. If the last message is from the user, it ends where the model continues.
 
         Raises:
-          UserError: there is a system message, or more turns than the template supports.
+          UserError: there is a system message, more turns than the template supports, or a token that stands for an
+            image.
         """
-        return render(self._turns(messages), self.name)
+        text = render(self._turns(messages), self.name)
+        check_reserved(text, self._reserved, self.tokenizer)
+        return text
 
     def ids(self, messages: Sequence[Message], captions: Sequence[Sequence[str]] = ()) -> list[int]:
         """Token ids of ``render``, with IMAGE_PLACEHOLDER for each image or video. Errors are those of ``render``.
@@ -61,7 +68,7 @@ class LlavaTemplate:
 
     def without_places(self, text: str) -> str:
         """``text`` that a model wrote, without anything that stands for an image."""
-        return without_tags(text)
+        return without_tags(text, IMAGE_TAG, *(token for token in self._reserved if is_token(self.tokenizer, token)))
 
     @functools.cached_property
     def end_token(self) -> str | None:
@@ -79,11 +86,17 @@ class LlavaTemplate:
 
     def training_text(self, messages: Sequence[Message]) -> TrainingText:
         """The text of a conversation and the spans of its answers, see ``targets.training_text``."""
-        return training_text(self._turns(messages), self.name)
+        found = training_text(self._turns(messages), self.name)
+        check_reserved(found.text, self._reserved, self.tokenizer)
+        return found
 
     def tokenize(self, texts: Sequence[TrainingText]) -> list[Example]:
         """Ids and labels of ``texts``, see ``targets.tokenize``."""
         return tokenize(self.tokenizer, texts, self.name)
+
+    @property
+    def _reserved(self) -> list[str]:
+        return [token for token in (*self.places.placeholders.values(), *self.places.reserved) if token != IMAGE_TAG]
 
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
         if messages[0].role == "system":
@@ -119,7 +132,7 @@ def prompt_template(
     """
     if name != OWN:
         template_named(name)
-        return LlavaTemplate(tokenizer, name)
+        return LlavaTemplate(tokenizer, name, places)
     if chat_template is None:
         raise UserError(
             "template 'own' is the model's own chat template, but its folder holds none: copy chat_template.jinja or "

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, one_line
 from pdrop_jax.io import JSON_BYTES, check_file, read_json
 
 SERIALIZED, SENTENCEPIECE, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -57,7 +57,7 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
         # On a damaged file the tokenizers library raises a bare Exception, or panics, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error, 200)}") from None
 
 
 def _check_template(processor: Any, path: pathlib.Path) -> None:

@@ -2,13 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
-from command import PDROP
+from command import PDROP, kill_at_line
 from mutations import mutations, one_line
 from PIL import Image
 from tiny_run import write_start
@@ -49,16 +47,9 @@ def command(folder):
 def test_a_process_is_killed_and_two_go_on(pdrop, fails, command, folder, tmp_path):
     """Killed with its first answers; then two processes share the rest, and the last to finish writes the file."""
     out = tmp_path / "shared.json"
-    unfinished = tmp_path / "shared.json.unfinished"
     shared = (*command, "--out", out, "--num-processes", 2, "--process-id")
     process = subprocess.Popen([*PDROP, *map(str, shared), "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 240
-    while not unfinished.exists() or unfinished.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_at_line(process, tmp_path / "shared.json.unfinished", 3)
     other = pdrop(*shared, 1)
     assert other.stdout == f"{out}: process 1 of 2 has answered its share; the last process to finish writes the file\n"
     assert "of a study of another set of edit sizes: [50.0], this run has [70.0]" in fails(

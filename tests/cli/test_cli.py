@@ -1,11 +1,14 @@
 """The ``pdrop`` command as a user types it: exit codes, what is printed where."""
 
 import base64
+import functools
+import http.server
 import io
 import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.download import DownloadRules, download
 from pdrop_jax.schedule import DropSchedule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,6 +64,31 @@ def test_messages_are_asked_as_prompts_are(pdrop, model, tmp_path):
     assert Image.open(tmp_path / "kept.png").width
     file.write_text(json.dumps([inside, inside]))
     assert [row["token_ids"] for row in json.loads(pdrop(*common, "--messages", file).stdout)["rows"]] == [wanted] * 2
+
+
+def test_an_image_at_a_url_is_downloaded_once(pdrop, model, tmp_path, monkeypatch):
+    """Though it is read before the model is loaded, answered about, and drawn."""
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *_):
+            requests.append(self.path)
+
+    rules = DownloadRules(("127.0.0.1",))
+    monkeypatch.setattr("pdrop_jax.inputs.encoded.download", functools.partial(download, rules=rules))
+    serve = functools.partial(Handler, directory=GOLDEN)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{PHOTO.name}"
+        contents = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Who is it?"}]
+        file = tmp_path / "messages.json"
+        file.write_text(json.dumps([{"role": "user", "content": contents}]))
+        common = ("generate", "--model", model, "--max-new-tokens", 6, "--json")
+        found = pdrop(*common, "--messages", file, "--picture", tmp_path / "kept.png")
+        server.shutdown()
+    assert requests == [f"/{PHOTO.name}"]
+    wanted = pdrop(*common, "--image", PHOTO, "--prompt", "Who is it?")
+    assert json.loads(found.stdout)["token_ids"] == json.loads(wanted.stdout)["token_ids"]
 
 
 def test_an_image_on_stdin_or_in_a_data_url(pdrop, fails, model, monkeypatch):

@@ -5,13 +5,11 @@ import dataclasses
 import json
 import os
 import resource
-import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
-from command import PDROP
+from command import PDROP, kill_at_line
 from PIL import Image
 from tiny_run import write_start
 
@@ -275,13 +273,7 @@ def test_killed_at_any_moment_no_answer_is_lost_or_doubled(folder, tmp_path):
         return subprocess.Popen(command, env=environment)
 
     for process, part in [(begin(n), part) for n, part in enumerate(parts)]:
-        until = time.monotonic() + 120
-        while not part.exists() or not part.stat().st_size:
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_at_line(process, part)
     assert not out.exists()
     assert [process.wait(120) for process in [begin(0), begin(1)]] == [0, 0]
     run(folder, tmp_path / "b.jsonl", batch_size=1, sampling=Sampling(120))

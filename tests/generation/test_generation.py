@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pdrop_jax import compilation_cache
 from pdrop_jax.config import LlavaConfig, TextConfig, VisionConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import decode, generate, generate_batch, start
@@ -202,7 +203,7 @@ def test_the_largest_and_smallest_values_draw(extreme):
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+    lambda event, seconds, **_: COMPILED.append(event) if event == compilation_cache.COMPILED else None
 )
 
 

@@ -18,7 +18,7 @@ from pdrop_jax.model.quantization import quantize_decoder
 
 def test_sessions_and_engines_answer_as_generate():
     model = plain()
-    config = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, cache_dtype="int8"))
+    config = model.config.with_cache_dtype("int8")
     params = quantize_decoder(config, model.params, "w8a8")
     processor = dataclasses.replace(model.processor, config=config)
     model = dataclasses.replace(model, config=config, params=params, processor=processor)

@@ -73,6 +73,7 @@ def test_images_inside_messages(tmp_path):
     assert images[6] is array
     assert images[7] is BLUE
     assert images[8:] == [Video([RED, str(path)]), Video([BLUE])]
+    assert read_conversation([message], images) == ([message], images)  # what was read is a prompt too
 
 
 QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

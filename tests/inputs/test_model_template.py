@@ -13,6 +13,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER, LLAVA_PLACES, ImagePlaces
 from pdrop_jax.inputs.messages import read_conversation
 from pdrop_jax.inputs.model_template import ModelTemplate, find_chat_template
+from pdrop_jax.inputs.prompts import LlavaTemplate
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 # What llava-hf/llava-1.5-7b-hf ships: images first, no system prompt, no end of an answer.
@@ -204,6 +205,17 @@ def test_a_family_says_its_placeholders():
     assert found.without_places("a <|image<|image_pad|>_pad|>b<image>") == "a b"
     with pytest.raises(UserError, match="has 1 image, but its text by the model's chat template has places for 2"):
         found.ids(read_conversation([user(IMAGE, text("<|image_pad|>"))], [None])[0])
+
+
+def test_the_token_of_a_video_is_refused_where_there_is_one():
+    messages, _ = read_conversation("What is <video>?")
+    plain = LlavaTemplate(tokenizer_of(SMOL), "vicuna_v1")
+    assert "<video>" in plain.tokenizer.decode(plain.ids(messages))
+    assert plain.without_places("a <video>") == "a <video>"
+    special = LlavaTemplate(tokenizer_of(CHATML), "vicuna_v1")
+    with pytest.raises(UserError, match=r"^the text has <video>, which stands for an image: leave it out of questions"):
+        special.ids(messages)
+    assert special.without_places("a <vid<video>eo>") == "a "
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,12 @@ from pdrop_jax.schedule import DropSchedule
 BY_SLOTS = dataclasses.replace(MHA, sliding_window=6, full_layers=(1,))
 
 
-def with_cache(config, dtype):
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=dtype))
-
-
 GROUPED = llava_config(GQA, dataclasses.replace(TWO_DROPS, positions="original"))
 
 
 @pytest.mark.parametrize(
     "config",
-    [with_cache(GROUPED, "int8"), with_cache(llava_config(BY_SLOTS), "int4")],
+    [GROUPED.with_cache_dtype("int8"), llava_config(BY_SLOTS).with_cache_dtype("int4")],
     ids=["int8, grouped", "int4, windows by slots"],
 )
 def test_prefill_and_decode_are_the_full_forward(config):
@@ -38,7 +34,7 @@ def test_prefill_and_decode_are_the_full_forward(config):
 
 
 def test_turns_of_a_conversation_are_the_prefill_of_the_whole():
-    config = with_cache(llava_config(MHA), "int4")
+    config = llava_config(MHA).with_cache_dtype("int4")
     params = params_of(config)
     for turn, (logits, _, drops) in enumerate(rerank_turns(config, params)):
         expected, _, chosen = prefill(config, params, whole_at(turn), new_slots=4)
@@ -60,7 +56,7 @@ def test_a_vector_is_within_half_a_step_of_its_own_scale(dtype, steps):
 
 
 def test_the_cache_is_where_and_what_it_says():
-    config = with_cache(llava_config(GQA), "int8")
+    config = llava_config(GQA).with_cache_dtype("int8")
     _, state, _ = prefill(config, params_of(config), make_batch(PROMPTS, BUCKET), new_slots=4)
     plan = config.schedule.plan(3, BUCKET)
     for stage, found in zip(plan, state.caches, strict=True):
@@ -82,15 +78,15 @@ def test_costs_count_the_values_and_a_scale_for_each_head():
     dense, bucket = dataclasses.replace(LlavaConfig.llava_1_5_7b(), schedule=DropSchedule.none()), Bucket(64, (576,))
     plain = cost_of(dense, bucket).cache_bytes
     assert plain == 640 * 32 * 2 * 32 * 128 * 2
-    assert cost_of(with_cache(dense, "int8"), bucket).cache_bytes == plain * (128 + 4) / 256
-    assert cost_of(with_cache(dense, "int4"), bucket).cache_bytes == plain * (64 + 4) / 256
+    assert cost_of(dense.with_cache_dtype("int8"), bucket).cache_bytes == plain * (128 + 4) / 256
+    assert cost_of(dense.with_cache_dtype("int4"), bucket).cache_bytes == plain * (64 + 4) / 256
 
 
 def test_scores_are_of_the_quantized_keys():
     """The first drop ranks embeddings: nothing but the keys of the ranking differs, by less with more bits."""
     config = llava_config(MHA, DropSchedule((0,), (0.5,)))
     batch = make_batch(PROMPTS, BUCKET)
-    of = {dtype: forward(with_cache(config, dtype), params_of(config), batch) for dtype in (None, "int8", "int4")}
+    of = {dtype: forward(config.with_cache_dtype(dtype), params_of(config), batch) for dtype in (None, "int8", "int4")}
     exact, *others = (np.asarray(out.drops[0].scores) for out in of.values())
     eight, four = (np.abs(found - exact).max() for found in others)
     assert 0 < eight < 0.2 * four

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from pdrop_jax.errors import UserError, printable
+from pdrop_jax.errors import UserError, one_line, printable
 from pdrop_jax.inputs.images import decode_image
 from pdrop_jax.inputs.messages import Message
 from pdrop_jax.io import check_file, read_bytes, write_file, written_aside
@@ -233,7 +233,7 @@ def _write_records(path: pathlib.Path, records: Iterator[bytes]) -> int:
             writer.close()
             return check_file(new)
         except RuntimeError as error:
-            raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:200]})") from None
+            raise UserError(f"{path} cannot be written ({one_line(error, 200)})") from None
 
 
 def _shown(shards: Iterator[Shard], what: str, source: Source) -> Iterator[Shard]:

@@ -20,7 +20,7 @@ from pdrop_jax.families.gemma3.config import GemmaVisionConfig
 from pdrop_jax.inputs.anyres import ImageTokens, whole
 from pdrop_jax.inputs.chat_template import ImagePlaces
 from pdrop_jax.inputs.family import HostFamily
-from pdrop_jax.inputs.image_settings import Settings, read_settings
+from pdrop_jax.inputs.image_settings import Settings, making_processor, read_settings
 
 # transformers' processor has these where preprocessor_config.json is silent.
 PAN_AND_SCAN = {
@@ -51,10 +51,8 @@ def load_processor(folder: pathlib.Path, config: LlavaConfig) -> Gemma3ImageProc
     square = {"height": vision.image_size, "width": vision.image_size}
     settings = PAN_AND_SCAN | {"size": square} | read_settings(folder, GemmaSettings)
     tokens = settings.pop("image_seq_length", vision.tokens_a_side**2)
-    try:
+    with making_processor(folder):
         processor = Gemma3ImageProcessorPil(**settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the image processor in {folder} cannot be read: {' '.join(str(error).split())}") from None
     size = processor.size
     if not processor.do_resize or processor.do_center_crop or (size.height, size.width) != tuple(square.values()):
         raise UserError(
@@ -106,7 +104,10 @@ def with_captions(images: Sequence[ImageTokens]) -> list[ImageTokens]:
 FAMILY = HostFamily(
     # The processor writes the marks in place of what the chat template writes.
     places=ImagePlaces(
-        {"image": "<start_of_image>"}, ("\n\n<start_of_image>", "<end_of_image>\n\n"), writes_marks=False
+        {"image": "<start_of_image>"},
+        ("\n\n<start_of_image>", "<end_of_image>\n\n"),
+        writes_marks=False,
+        reserved=("<image_soft_token>",),
     ),
     load_processor=load_processor,
     picture_tokens=picture_tokens,

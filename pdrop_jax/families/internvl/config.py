@@ -55,11 +55,6 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def released(size: Size) -> tuple[TextConfig, TiledVisionConfig]:
-    """Decoder and tower."""
-    return released_text(size), released_tower(size)
-
-
 def released_tower(size: Size) -> TiledVisionConfig:
     """InternViT-300M, or InternViT-6B for the two largest models."""
     if size not in ("38b", "78b"):

@@ -24,7 +24,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
 from pdrop_jax.inputs.chat_template import ImagePlaces
 from pdrop_jax.inputs.family import HostFamily
-from pdrop_jax.inputs.image_settings import Settings, read_settings
+from pdrop_jax.inputs.image_settings import Settings, making_processor, read_settings
 
 MOST_TILES = 128
 Tiles = Annotated[int, Field(ge=1, le=MOST_TILES)]
@@ -49,10 +49,8 @@ def load_processor(folder: pathlib.Path, config: LlavaConfig) -> GotOcr2ImagePro
     side = config.crop_tower.image_size
     square = {"height": side, "width": side}
     settings = {"size": square} | read_settings(folder, TileSettings)
-    try:
+    with making_processor(folder):
         processor = GotOcr2ImageProcessorPil(**settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the image processor in {folder} cannot be read: {' '.join(str(error).split())}") from None
     size = processor.size
     if not processor.do_resize or processor.do_center_crop or (size.height, size.width) != (side, side):
         raise UserError(

@@ -23,7 +23,7 @@ from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
 from pdrop_jax.inputs.chat_template import ImagePlaces
 from pdrop_jax.inputs.family import HostFamily
-from pdrop_jax.inputs.image_settings import Deviation, Mean, read_settings
+from pdrop_jax.inputs.image_settings import Deviation, Mean, making_processor, read_settings
 
 Area = Annotated[int, Field(ge=1, le=2**26)]  # pixels of a picture
 
@@ -76,10 +76,8 @@ def load_processor(folder: pathlib.Path, config: LlavaConfig) -> Qwen2VLImagePro
             )
     # With early compression a token is made of more patches than the released processor's.
     settings["merge_size"] = vision.token_side
-    try:
+    with making_processor(folder):
         processor = Qwen2VLImageProcessorPil(**settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the image processor in {folder} cannot be read: {' '.join(str(error).split())}") from None
     low, high = processor.size.shortest_edge, processor.size.longest_edge
     if not low or not high or low > high:
         raise UserError(

@@ -16,11 +16,6 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def released(size: Size) -> tuple[TextConfig, TiledVisionConfig]:
-    """Decoder and tower."""
-    return released_text(size), released_tower(size)
-
-
 def released_tower(size: Size) -> TiledVisionConfig:
     """SigLIP base on 512 pixels, or SigLIP SO400M on 384 for the largest model."""
     if size == "2.2b":

@@ -29,7 +29,7 @@ from pdrop_jax.families.internvl.inputs import check_length, crops_as_tokens
 from pdrop_jax.inputs.anyres import ImageSize, ImageTokens
 from pdrop_jax.inputs.chat_template import ImagePlaces
 from pdrop_jax.inputs.family import HostFamily
-from pdrop_jax.inputs.image_settings import Settings, read_settings
+from pdrop_jax.inputs.image_settings import Settings, making_processor, read_settings
 
 MARK = "<fake_token_around_image>"
 WHOLE = f"{MARK}<global-img>"
@@ -60,10 +60,8 @@ def load_processor(folder: pathlib.Path, config: LlavaConfig) -> SmolVLMImagePro
     side = config.crop_tower.image_size
     defaults = {"size": {"longest_edge": min(4 * side, 4096)}, "max_image_size": {"longest_edge": side}}
     settings = defaults | read_settings(folder, SmolSettings)
-    try:
+    with making_processor(folder):
         processor = SmolVLMImageProcessorPil(**settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the image processor in {folder} cannot be read: {' '.join(str(error).split())}") from None
     if not processor.do_resize or processor.do_center_crop or settings["max_image_size"]["longest_edge"] != side:
         raise UserError(
             f"the image processor in {folder} does not resize pictures to tiles of the vision tower's {side}x{side} "

@@ -1,11 +1,13 @@
 """Which files a path names, and what they are by their first bytes. Everything that is opened here is a local file."""
 
+import contextlib
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import BinaryIO, Literal, get_args
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, one_line
 from pdrop_jax.io import check_file
 from pdrop_jax.paths import as_path, in_bucket
 
@@ -56,6 +58,22 @@ def open_binary(path: str | os.PathLike) -> BinaryIO:
         return as_path(path).open("rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def reading(path: str, errors: tuple[type[Exception], ...], make: str = "write") -> Iterator[None]:
+    """Turns the ``errors`` that a library raises on a damaged file into a UserError.
+
+    Args:
+      make: how the file was made, and can be once more.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        reason = one_line(error, 200)
+        raise UserError(f"{path} is damaged or was cut short ({reason}): {make} or download it again") from None
 
 
 def format_of(path: str | os.PathLike) -> Format:

@@ -19,10 +19,11 @@ from pdrop_jax.inputs.chat_template import IMAGE_TAG
 from pdrop_jax.inputs.images import MAX_EDGE
 from pdrop_jax.inputs.messages import Medium, Message
 from pdrop_jax.io import parse_json
-from pdrop_jax.train.data.sources.files import check_format
+from pdrop_jax.train.data.sources.files import check_format, reading
 from pdrop_jax.train.data.sources.source import Place, Source, numbers_of
 
 OPEN_FILES = 64
+ERRORS = (RuntimeError, ValueError, OSError, IndexError)  # of Riegeli, whose records have checksums
 
 
 class PackedSource(Source):
@@ -38,7 +39,7 @@ class PackedSource(Source):
     def records(self) -> Iterator[Any]:
         for number, path in enumerate(self.files):
             check_format(path, "ArrayRecord")
-            with _one_line_errors(path):
+            with reading(path, ERRORS, "pack"):
                 shard = self._open(number)
                 index = unpack_index(shard[len(shard) - 1], path)
                 if len(index) != len(shard) - 1:
@@ -49,7 +50,7 @@ class PackedSource(Source):
 
     def extract(self, *place: int) -> str | bytes:
         number, at, which, _, _ = place
-        with _one_line_errors(self.files[number]):
+        with reading(self.files[number], ERRORS, "pack"):
             return unpack_record(self._open(number)[at], f"{self.files[number]}, record {at}")[which]
 
     def size(self, reference: str) -> tuple[int, int]:
@@ -116,14 +117,3 @@ def import_grain() -> Any:
     except ImportError:
         raise UserError("training needs grain, which is not installed: pip install 'pdrop-jax[train]'") from None
     return grain
-
-
-@contextlib.contextmanager
-def _one_line_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, OSError, IndexError) as error:  # Riegeli, whose records have checksums
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or was cut short ({reason}): pack or download it again") from None

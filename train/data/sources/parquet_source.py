@@ -8,7 +8,7 @@ from typing import Any
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import inside
-from pdrop_jax.train.data.sources.files import check_format, open_binary
+from pdrop_jax.train.data.sources.files import check_format, open_binary, reading
 from pdrop_jax.train.data.sources.source import PICTURE_BYTES, Place, Source
 
 TEXTS = ("id", "conversations", "messages")
@@ -37,12 +37,12 @@ class ParquetSource(Source):
     def records(self) -> Iterator[Any]:
         for number, path in enumerate(self.files):
             check_format(path, "Parquet")
-            with _one_line_errors(path):
+            with _reading(path):
                 yield from self._records(number)
 
     def extract(self, *place: int) -> str | bytes:
         number, group, row, column, which = place
-        with _one_line_errors(self.files[number]), self._lock:
+        with _reading(self.files[number]), self._lock:
             found = self._column(number, group, PICTURES[column])[row].as_py()
         if isinstance(found, list):
             found = found[which]
@@ -135,14 +135,7 @@ def _with_places(record: dict[str, Any], number: int, group: int, row: int) -> d
     return record
 
 
-@contextlib.contextmanager
-def _one_line_errors(path: str) -> Iterator[None]:
+def _reading(path: str) -> contextlib.AbstractContextManager[None]:
     import pyarrow
 
-    try:
-        yield
-    except UserError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or was cut short ({reason}): write or download it again") from None
+    return reading(path, (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError))

@@ -11,13 +11,14 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from pdrop_jax.errors import UserError, printable
+from pdrop_jax.errors import UserError
 from pdrop_jax.io import parse_json
 from pdrop_jax.train.data.invalid import MALFORMED, InvalidRecord
-from pdrop_jax.train.data.sources.files import check_format, open_binary
+from pdrop_jax.train.data.sources.files import check_format, open_binary, reading
 from pdrop_jax.train.data.sources.source import PICTURE_BYTES, RECORD_BYTES, Place, Source
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)  # of tarfile, on a damaged file
 
 
 class TarSource(Source):
@@ -43,21 +44,16 @@ def _members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
     """The regular files in a tar archive. Raises UserError if it is damaged or cut short."""
     size = file.seek(0, 2)
     file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or it keeps all of them
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"member {member.name!r} ends behind the end of the file")
-                if member.isreg() and not member.issparse() and not posixpath.basename(member.name).startswith("."):
-                    yield member
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("the mark at its end is missing")
-    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged or was cut short ({printable(error)}): write or download it again"
-        ) from None
+    with reading(path, ERRORS), tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # or it keeps all of them
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError(f"member {member.name!r} ends behind the end of the file")
+            if member.isreg() and not member.issparse() and not posixpath.basename(member.name).startswith("."):
+                yield member
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("the mark at its end is missing")
 
 
 def _key(member: tarfile.TarInfo) -> str:
