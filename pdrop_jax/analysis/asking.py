@@ -235,9 +235,9 @@ def _plans(
     """The batches of each setting; most share those of the first."""
     first = plan_batches(model.processor, questions, batch_size, max_new_tokens)
     for setting in settings:
-        if setting.rewordings is not None or setting.more_rows:
+        if setting.rewordings is not None or setting.more_rows or setting.tokens_of:
             rows = batch_size + setting.more_rows
-            yield plan_batches(model.processor, setting.asked(questions), rows, max_new_tokens)
+            yield plan_batches(model.processor, setting.asked(questions), rows, max_new_tokens, setting.tokens_of)
         else:
             yield first
 

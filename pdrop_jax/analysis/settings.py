@@ -18,7 +18,6 @@ from pdrop_jax.analysis.paraphrases import Rewording, matched, templates
 from pdrop_jax.errors import UserError
 from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.pretrained import Model
-from pdrop_jax.inputs.downsample import can_downsample
 from pdrop_jax.model.scores import SCORES, find_score
 from pdrop_jax.schedule import DropSchedule
 
@@ -122,13 +121,11 @@ def make_settings(model: Model, questions: Sequence[Question], options: StudyOpt
     names = possible_scores(model, schedule) if options.scores is None else options.scores
     found += [Setting("scores", name, dataclasses.replace(schedule, score=name)) for name in names]
     found.append(Setting("controls", "another question's tokens", dataclasses.replace(schedule, score="given")))
-    if can_downsample(config):
-        text = config.text
 
-        def average(n: int) -> int:
-            return max(1, layer_tokens(text, schedule, n) // text.num_layers)
+    def average(n: int) -> int:
+        return max(1, layer_tokens(config.text, schedule, n) // config.text.num_layers)
 
-        found.append(Setting("controls", "picture downsampled", DENSE, tokens_of=average))
+    found.append(Setting("controls", "picture downsampled", DENSE, tokens_of=average))
     found.append(Setting("controls", "no image", DropSchedule((0,), (0.0,), schedule.positions, "none")))
     for setting in found:  # fail before the first answer
         find_score(dataclasses.replace(config, schedule=setting.schedule))

@@ -181,8 +181,13 @@ def _study(
     """The statistics of [setting][question] -> answer."""
     config, clusters, expected = model.config, clusters_of(questions), field(questions, ANSWER)
     reference = [answer.text for answer in answers[0]]
-    sizes = [answer.tokens for answer in answers[0] if answer.tokens]
-    n = round(sum(sizes) / max(len(sizes), 1))
+
+    def mean_tokens(found: Sequence[StudyAnswer]) -> int:
+        sizes = [answer.tokens for answer in found if answer.tokens]
+        return round(sum(sizes) / max(len(sizes), 1))
+
+    n = mean_tokens(answers[0])
+    shown = {setting: mean_tokens(found) for setting, found in zip(settings, answers, strict=True) if setting.tokens_of}
 
     def effect_of(found: Sequence[StudyAnswer]) -> Effect:
         texts = [answer.text for answer in found]
@@ -227,7 +232,7 @@ def _study(
         kinds["kl"] = [
             name for name, (_, kl) in more.items() if kl and name != SAMPLED
         ]  # which has the same distributions
-        tokens = n if setting.tokens_of is None else setting.tokens_of(n)
+        tokens = shown.get(setting, n)
         return StudyRow(
             setting,
             layer_tokens(config.text, setting.schedule, tokens) / config.text.num_layers,

@@ -109,12 +109,14 @@ def run(
     )
     try:
         found = tune(exact, deployed, asked, task, out)
+        if out is not None:
+            save(folder, out, found.schedule)
     except KeyboardInterrupt:
-        kept = f"; run the same command to resume from {printable(out)}.search.unfinished" if search and out else ""
-        print(f"pdrop tune: interrupted{kept}", file=sys.stderr)
+        journal = f"{out}.search.unfinished"
+        kept = search and out is not None and as_path(journal).exists()
+        again = f"; run the same command to resume from {printable(journal)}" if kept else ""
+        print(f"pdrop tune: interrupted{again}", file=sys.stderr)
         return 130
-    if out is not None:
-        save(folder, out, found.schedule)
     if json_output:
         print(json.dumps(found.as_json()))
         return 0

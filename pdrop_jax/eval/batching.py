@@ -6,6 +6,7 @@ the sizes of its images, for which only file headers are read. Images of at most
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import smallest_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.downsample import downsampled
+from pdrop_jax.inputs.downsample import downsampled, measure_downsampled
 from pdrop_jax.inputs.images import as_tokens, measure, read_image
 from pdrop_jax.inputs.messages import read_conversation
 from pdrop_jax.inputs.processor import Processor
@@ -47,9 +48,16 @@ class Group:
 
 
 def plan_batches(
-    processor: Processor, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+    processor: Processor,
+    questions: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    tokens_of: Callable[[int], int] | None = None,
 ) -> list[Group]:
     """Splits ``questions`` into batches, largest bucket first, so that a batch too large for the device fails at once.
+
+    Args:
+      tokens_of: see ``read_batches``.
 
     Raises:
       UserError: a question does not fit the model, image tags and images differ in number, the header of an image
@@ -57,6 +65,7 @@ def plan_batches(
     """
     check_batch_size(batch_size)
     config = processor.config
+    size_of = measure if tokens_of is None else functools.partial(measure_downsampled, tokens_of=tokens_of)
     buckets: dict[Bucket, list[tuple[int, np.ndarray]]] = {}
     with tqdm(questions, "measuring", unit=" questions", disable=None, delay=2, leave=False) as bar:
         for number, question in enumerate(bar):
@@ -64,7 +73,8 @@ def plan_batches(
             try:
                 messages, _ = read_conversation(question.text, question.images)
                 sizes = [
-                    measure(image, processor.image_processor, config, alone=count == 1) for image in question.images
+                    size_of(image, processor=processor.image_processor, config=config, alone=count == 1)
+                    for image in question.images
                 ]
                 ids = np.array(processor.prompts().ids(messages, [size.texts for size in sizes]), np.int32)
                 text = int((ids != IMAGE_PLACEHOLDER).sum())
@@ -161,7 +171,7 @@ def _batch(
         alone = len(question.images) == 1
         try:
             images = [
-                downsampled(read_image(image), tokens_of, settings, config)
+                downsampled(read_image(image), tokens_of, settings, config, alone=alone)
                 if tokens_of
                 else as_tokens(read_image(image), settings, config, alone=alone)
                 for image in question.images

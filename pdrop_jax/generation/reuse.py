@@ -61,8 +61,11 @@ def rest_of(ids: Sequence[int] | np.ndarray, config: LlavaConfig, bucket: Bucket
 
 
 def image_key(image: ImageTokens) -> bytes:
-    """SHA-256 of a processed picture: its pixels, and how tokens are formed from their features."""
-    digest = hashlib.sha256()
+    """SHA-256 of a processed picture: its pixels, and how tokens are formed from their features.
+
+    Standby tokens are counted in it: their indices look like those of patches.
+    """
+    digest = hashlib.sha256(f"{image.standby} {image.video}".encode())
     for array in (image.crops, image.index, image.weight, image.layout, image.positions):
         digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode())
         if array is not None:
@@ -75,6 +78,7 @@ class ImageCache:
 
     Every picture is encoded alone, by the program of the smallest of a few shapes that holds it. So what a request
     reads is the same, bit by bit, whether an earlier one had the picture or not, and whatever shares its batch.
+    Prompts with standby tokens (``inputs.frames.Standby``) do without it: their pictures are encoded with the prompt.
 
     Args:
       buckets: of the requests.

@@ -73,15 +73,20 @@ class RunningBatch:
     def compile(self, buckets: Sequence[Bucket]) -> None:
         """Compiles all programs for requests in ``buckets``, with a progress bar. Nothing may be running."""
         rows = [1 << n for n in range(self._prefill_rows.bit_length())]
-        recalled = [(bucket, True) for bucket in buckets if bucket.images and self.prefixes]
-        todo = [(*p, count) for p in [*((bucket, False) for bucket in buckets), *recalled] for count in rows]
         config, processor = self._model.config, self._model.processor
+        shown = [bucket for bucket in buckets if bucket.images]
+        programs = [(bucket, False, False) for bucket in buckets]  # bucket, recall, standby
+        programs += [(bucket, True, False) for bucket in shown if self.prefixes]
+        programs += [(bucket, False, True) for bucket in shown if config.standby]
+        todo = [(*program, count) for program in programs for count in rows]
         with on_devices(self._model), tqdm(todo, "compiling", unit=" programs", disable=None, leave=False) as bar:
             if self.images:
                 self.images.compile()
-            for bucket, recall, count in bar:
-                reusable = Reusable(rest=rest_of([0], config, bucket))
-                request = Request.of(assemble([Row([0])], config, bucket), Sampling(), processor, reusable)
+            for bucket, recall, standby, count in bar:
+                reusable, batch = Reusable(rest=rest_of([0], config, bucket)), assemble([Row([0])], config, bucket)
+                if standby:
+                    batch = dataclasses.replace(batch, clips=np.zeros((1, bucket.crops), np.int32))
+                request = Request.of(batch, Sampling(), processor, reusable)
                 self._prefill([request] * count, [0] * count, recall)
             self._decode()
             if self._extras:
@@ -93,11 +98,11 @@ class RunningBatch:
         free = (slot for slot in range(self.slots) if slot not in self.running)
         new = dict(zip(free, requests, strict=False))
         self.running |= new
-        buckets: dict[Bucket, list[int]] = {}
+        alike: dict[tuple[Bucket, bool], list[int]] = {}
         for slot, request in new.items():
-            buckets.setdefault(request.batch.bucket, []).append(slot)
-        for slots in buckets.values():
-            self._admit_bucket({slot: new[slot] for slot in slots})
+            alike.setdefault((request.batch.bucket, request.batch.clips is None), []).append(slot)
+        for slots in alike.values():
+            self._admit_alike({slot: new[slot] for slot in slots})
         self._collect()
 
     def release(self) -> None:
@@ -119,8 +124,9 @@ class RunningBatch:
         for send in unsent:
             send()
 
-    def _admit_bucket(self, requests: dict[int, Request]) -> None:
-        """Prefills requests of one bucket, those with a new prefix before others with the same."""
+    def _admit_alike(self, requests: dict[int, Request]) -> None:
+        """Prefills requests of one bucket, all with standby tokens or none, those with a new prefix before others with
+        the same."""
         prefixes, waves = self.prefixes, [list(requests)]
         if prefixes:
             waves = prefixes.waves({slot: request.reusable for slot, request in requests.items()})
@@ -133,7 +139,7 @@ class RunningBatch:
                     self._prefill([requests[slot] for slot in part], part, recall)
 
     def _prefill(self, requests: list[Request], slots: list[int], recall: bool) -> None:
-        """Prefills requests of one bucket; with ``recall`` the first stage of their prefixes is cached."""
+        """Prefills requests that are alike; with ``recall`` the first stage of their prefixes is cached."""
         now, count = time.perf_counter(), len(requests)
         rows = np.minimum(np.arange(power_of_two(count)), count - 1)  # the last one is repeated as padding
         padded = [requests[r] for r in rows]
@@ -164,7 +170,7 @@ class RunningBatch:
             )
         else:
             pictures = None
-            if images:
+            if images and batch.clips is None:
                 found = images.entries(reusable, shown)[rows]
                 pictures, batch = (images.pool, found), without_crops(batch)
             self._state, pool, lengths, drops = admit(
@@ -251,4 +257,4 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 def without_crops(batch: Batch) -> Batch:
     layout = None if batch.patch_layout is None else batch.patch_layout[:, :0]
-    return dataclasses.replace(batch, crops=batch.crops[:, :0], patch_layout=layout)
+    return dataclasses.replace(batch, crops=batch.crops[:, :0], patch_layout=layout, clips=None)

@@ -28,6 +28,8 @@ class HostFamily:
       cuts: processor -> whether an image may be followed by further images that are cut from it (pan-and-scan).
       crops: (image, processor) -> these further images.
       with_captions: an image and its crops -> the same, with the text that the processor writes in front of each.
+      coarser: (processor, config) -> the same processor with each smaller bound on the number of tiles; none if it cuts
+        no tiles.
     """
 
     places: ImagePlaces
@@ -39,3 +41,4 @@ class HostFamily:
     cuts: Callable[[Any], bool] = lambda processor: False
     crops: Callable[[Image.Image, Any], list[Image.Image]] = lambda image, processor: []
     with_captions: Callable[[Sequence[ImageTokens]], list[ImageTokens]] = list
+    coarser: Callable[[Any, LlavaConfig], list[Any]] = lambda processor, config: []

@@ -238,10 +238,12 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
 
-    def size() -> tuple[int, int]:
-        return image_size(picture) if isinstance(picture, Encoded) else open_image(picture).size[::-1]
+    return measure_size(lambda: picture_size(picture), processor, config, alone=alone)
 
-    return measure_size(size, processor, config, alone=alone)
+
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """(height, width) in pixels; of a file at most the header is read."""
+    return image_size(picture) if isinstance(picture, Encoded) else open_image(picture).size[::-1]
 
 
 def measure_size(

@@ -2,7 +2,7 @@
 
 With ``TextConfig.cache_dtype`` a head's key or value of a token is quantized once, when it is computed, with a scale of
 its own. Whatever attends to it or is ranked by it sees the quantized values, in a prefill too: a token decoded and the
-same token in a longer prompt are alike.
+same token in a longer prompt are alike. A stream's keys are quantized once more when a question rotates them.
 """
 
 import dataclasses

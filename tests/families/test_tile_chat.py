@@ -2,14 +2,19 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import pytest
 from checks import check_conversation
 from test_tile_models import check_inputs
 from tiny_tiles import SIDE, photo, torch_inputs_of
 
+from pdrop_jax.analysis.asking import ask
 from pdrop_jax.analysis.figures import answer_picture
+from pdrop_jax.analysis.settings import DENSE, Setting
 from pdrop_jax.errors import UserError
+from pdrop_jax.eval.batching import plan_batches
+from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate, start
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
@@ -78,6 +83,33 @@ def test_a_picture_of_more_tiles_than_the_model_has_positions(kind, crops, bound
         small(["?"], [photo(70, 700)])
     with pytest.raises(UserError, match=bound):
         measure(photo(70, 700), small.image_processor, small.config, alone=True)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_downsampled_picture_has_fewer_tiles(kind, tiles, tmp_path):
+    """As many as come nearest, with the text around them: 1 x 3 and 1 x 2 and the whole, of 4 tokens each."""
+    folder = tmp_path / "own"
+    shutil.copytree(tiles[kind][1], folder)
+    if kind == "smolvlm":
+        (folder / "preprocessor_config.json").unlink()  # up to four tiles a side, not two
+    model, picture = load(folder), tmp_path / "picture.png"
+    photo(60, 200).save(picture)
+    questions = [Question(1, "What is this?", [picture])]
+    found = {}
+    for wanted in (17, 11):
+        given = []
+
+        def tokens_of(n, wanted=wanted, given=given):
+            given.append(n)
+            return min(n, wanted)
+
+        setting = Setting("controls", "picture downsampled", DENSE, tokens_of=tokens_of)
+        groups = list(enumerate(plan_batches(model.processor, questions, 1, 1, tokens_of)))
+        ((_, (answer,)),) = ask(model, questions, groups, 1, Sampling(1), None, setting)
+        (found[wanted],) = answer.image_tokens
+        assert len(set(given)) == 1
+    assert model.processor.all_tokens([picture])[0].size.tokens == {"internvl": 16, "smolvlm": 36}[kind]
+    assert found == {17: 16, 11: 12}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

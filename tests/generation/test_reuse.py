@@ -4,17 +4,18 @@ import dataclasses
 import functools
 import itertools
 import random
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_generation import BLUE, COMPILED, CONFIG, RED, model
+from test_generation import BLUE, COMPILED, CONFIG, RED, TOKENIZER, model
 
 from pdrop_jax.batch import Bucket
 from pdrop_jax.compilation_cache import CompilationStats
-from pdrop_jax.config import Tiling
+from pdrop_jax.config import StandbyConfig, Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.continuous import Engine
 from pdrop_jax.generation.engine import generate, stop_ids_of
@@ -30,8 +31,9 @@ from pdrop_jax.inputs.anyres import tiled
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.processor import as_list
-from pdrop_jax.model.params import abstract_params
+from pdrop_jax.inputs.frames import Standby
+from pdrop_jax.inputs.processor import Processor, as_list
+from pdrop_jax.model.params import abstract_params, init_params
 from pdrop_jax.model.vlm import embed_images
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.serve.metrics import Metrics
@@ -116,6 +118,41 @@ def test_each_cache_alone(caches, score):
     cached = usage(answers[-1:]).get("prompt_tokens_details", {"cached_tokens": 0})
     assert cached == {"cached_tokens": answers[-1].cached}
     assert (answers[-1].cached > 0) == (name == "prefixes")
+
+
+@functools.cache
+def standby_model():
+    """With as many standby tokens as a picture has patches: the two modes differ in nothing but what is shown."""
+    config = dataclasses.replace(CONFIG, standby=StandbyConfig(16, temporal_layers=1, frames=3))
+    params = init_params(config) | {name: x for name, x in model().params.items() if name != "standby"}
+    return Model(config, params, Processor.load(TOKENIZER, config))
+
+
+@pytest.mark.parametrize("caches", [{}, {"image_cache": 4 * IMAGE, "prefix_cache": 5 * PREFIX}], ids=len)
+def test_a_picture_in_focus_is_not_that_in_standby(caches):
+    """Asked in both modes in one batch, by turns and in one prompt, for the first time and again; nothing compiles."""
+    asked = [
+        ("<image> What is it?", RED),
+        ("<image> What is it?", Standby(RED)),
+        ("<image> and <image>?", [RED, Standby(RED)]),
+        ("<image> and <image>?", [Standby(RED), RED]),
+    ]
+    expected = [generate(standby_model(), [prompt], [shown], Sampling(NEW)) for prompt, shown in asked]
+    assert len({tuple(answer.token_ids[0]) for answer in expected}) > 2
+    turn = threading.Lock()
+    with Engine(standby_model(), 2, max_new_tokens=NEW, buckets=[TWO], prefill_rows=2, turn=turn, **caches) as engine:
+        engine.warm_up()
+        before = len(COMPILED)
+        with turn:  # the first two are there before the engine looks
+            handles = [engine.submit(*asked[n], Sampling(NEW)) for n in (0, 1, 2, 3, 1, 0, 3, 2)]
+        for n, handle in zip((0, 1, 2, 3, 1, 0, 3, 2), handles, strict=True):
+            answer = handle.result()
+            assert (answer.token_ids, answer.stage_lengths) == (expected[n].token_ids[0], expected[n].stage_lengths[0])
+        assert COMPILED[before:] == []
+        if caches:
+            images, prefixes = engine.caches["images"], engine.caches["prefixes"]
+            assert (images.hits, images.misses, prefixes.entries) == (0, 1, 4)  # the first request alone is in focus
+            assert prefixes.hits == 4
 
 
 def rows_of(numbers):

@@ -8,11 +8,12 @@ from PIL import Image
 from tiny import GQA, llava_config
 
 from pdrop_jax.batch import Bucket
+from pdrop_jax.config import Tiling
 from pdrop_jax.inputs.anyres import ImageTokens
 from pdrop_jax.inputs.assemble import Row, assemble
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
-from pdrop_jax.inputs.downsample import averages, downsampled
-from pdrop_jax.inputs.images import load_image_processor
+from pdrop_jax.inputs.downsample import averages, downsampled, measure_downsampled
+from pdrop_jax.inputs.images import load_image_processor, measure
 from pdrop_jax.schedule import DropSchedule
 
 CONFIG = llava_config(GQA, DropSchedule.none())  # 4 x 4 features
@@ -57,3 +58,33 @@ def test_a_row_of_pictures_of_several_kinds(tmp_path):
     np.testing.assert_array_equal(index[first][:, 0], np.arange(16))
     np.testing.assert_allclose(weight[second].sum(1), 1, rtol=1e-6)
     assert set(index[second][weight[second] > 0]) == set(range(16, 32))
+
+
+@pytest.mark.parametrize("size", [(112, 112), (100, 40), (30, 200)])
+def test_a_picture_in_tiles_gets_the_nearest_number(tmp_path, size):
+    """Of those of smaller pictures of its shape; several pictures in a row are whole, as they always are."""
+    grids = ((16, 32), (32, 16), (32, 32), (16, 48), (48, 16), (48, 48))
+    config = dataclasses.replace(CONFIG, tiling=Tiling(grids, rounded=True, alone=True))
+    processor = load_image_processor(tmp_path, config)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    whole = measure(picture, processor, config, alone=True)
+    there = {
+        measure(picture.resize((size[1] * n // 16, size[0] * n // 16)), processor, config, alone=True).tokens
+        for n in range(8, 17)
+    }
+    counts = []
+    for wanted in (whole.tokens, whole.tokens // 2, 1):
+        given = []
+
+        def tokens_of(n, wanted=wanted, given=given):
+            given.append(n)
+            return wanted
+
+        found = downsampled(picture, tokens_of, processor, config)
+        assert set(given) == {whole.tokens}
+        assert found.size == measure_downsampled(picture, tokens_of, processor, config, alone=True)
+        assert abs(len(found) - wanted) <= min(abs(n - wanted) for n in there)
+        counts.append(len(found))
+    assert counts[0] == whole.tokens >= counts[1] >= counts[2] > 0
+    beside = measure_downsampled(picture, lambda n: n // 2, processor, config, alone=False)
+    assert beside == measure(picture, processor, config, alone=False)

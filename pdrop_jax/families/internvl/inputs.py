@@ -6,6 +6,7 @@ several tiles, the whole picture follows as one more crop. All of its crops stan
     <img> tile 1, tile 2, …, thumbnail </img>
 """
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -110,6 +111,15 @@ def crops_as_tokens(pixels: Any, config: LlavaConfig, grid: tuple[int, int] | No
     return ImageTokens(crops, index[:, None], grid=grid)
 
 
+def coarser(processor: Any, config: LlavaConfig) -> list[Any]:
+    """The same image processor with each smaller ``max_patches``."""
+    found = []
+    for most in range(processor.max_patches - 1, processor.min_patches - 1, -1):
+        found.append(copy.copy(processor))
+        found[-1].max_patches = most
+    return found
+
+
 def video_tokens(frames: Sequence[Image.Image], fps: float, processor: Any, config: LlavaConfig) -> ImageTokens:
     """The model's input for RGB frames, each of which is one crop behind its number."""
     pixels = processor(list(frames), crop_to_patches=False, return_tensors="np")["pixel_values"]
@@ -124,4 +134,5 @@ FAMILY = HostFamily(
     picture_tokens=picture_tokens,
     measure=measure,
     video_tokens=video_tokens,
+    coarser=coarser,
 )

@@ -10,6 +10,7 @@ A picture is resized to whole tiles (transformers' own processor). Each tile has
 To a drop all of them are one image, as the steps of a video are.
 """
 
+import copy
 import dataclasses
 import math
 import pathlib
@@ -115,9 +116,19 @@ def captions_of(rows: int, columns: int) -> tuple[str, ...]:
     return (*tiles, f"\n\n{WHOLE}")
 
 
+def coarser(processor: Any, config: LlavaConfig) -> list[Any]:
+    """The same image processor with each smaller number of tiles along the longest edge."""
+    side, found = config.crop_tower.image_size, []
+    for tiles in range(math.ceil(processor.size.longest_edge / side) - 1, 0, -1):
+        found.append(copy.copy(processor))
+        found[-1].size = dataclasses.replace(processor.size, longest_edge=tiles * side)
+    return found
+
+
 FAMILY = HostFamily(
     places=ImagePlaces({"image": "<image>"}),
     load_processor=load_processor,
     picture_tokens=picture_tokens,
     measure=measure,
+    coarser=coarser,
 )
