@@ -150,10 +150,10 @@ async def respond(service: Service, body: bytes) -> Response:
         return Stream(asked, events(service, request, asked, responses))
     try:
         answers = await asked.answers()
+        check_complete(answers)
+        extra = {"pdrop": await detailed(service, asked)} if request.pdrop_details else {}
     finally:
-        asked.cancel()
-    check_complete(answers)
-    extra = {"pdrop": await detailed(service, asked)} if request.pdrop_details else {}
+        asked.close()
     return JSONResponse(responses.whole(answers, extra))
 
 
@@ -198,7 +198,7 @@ class Stream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._asked.cancel()
+            self._asked.close()
 
 
 class Counted:

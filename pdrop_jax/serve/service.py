@@ -47,7 +47,7 @@ class Asked:
 
     Attributes:
       budget: the name of its drop budget.
-      media: its images and videos in order.
+      media: its images and videos in order, if details of the answer are asked for.
       handles: one for each of ``n`` answers.
       events: see ``pieces``.
       cancelled: whether nobody waits for the answers any more.
@@ -73,8 +73,10 @@ class Asked:
             pass
         return [handle.result(0) for handle in self.handles]
 
-    def cancel(self) -> None:
+    def close(self) -> None:
+        """Cancels what goes on, and lets go of the images: a handle refers to this, which refers to it."""
         self.cancelled = True
+        self.media.clear()
         for handle in self.handles:
             handle.cancel()
 
@@ -211,7 +213,8 @@ class Service:
         def submit() -> None:
             images = open_images(dict(zip(urls, found, strict=True)), self.limits)
             prompt = as_prompt(request, images, self.limits)
-            asked.media += [item[item["type"]] for x in prompt for item in x["content"] if item["type"] != "text"]
+            if request.pdrop_details:
+                asked.media += [item[item["type"]] for x in prompt for item in x["content"] if item["type"] != "text"]
             sampling = request.sampling(self.max_new_tokens, secrets.randbelow(NUM_SEEDS))
             grammar = grammar_of(request)
             for number in range(request.n or 1):
@@ -231,7 +234,7 @@ class Service:
         try:
             await _in_thread(self._computing, submit)
         except BaseException:
-            asked.cancel()
+            asked.close()
             raise
         return asked
 

@@ -22,7 +22,6 @@ from pdrop_jax.io import UNFINISHED, check_output, put_in_place, write_file
 from pdrop_jax.model.params import init_params
 from pdrop_jax.paths import as_path, files_below, in_bucket
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.train.data.pack import pack
 
 PICTURES = pathlib.Path(__file__).parents[2] / "examples" / "grids"
 
@@ -168,8 +167,6 @@ def test_files_are_not_replaced_unasked(bucket, tmp_path):
 def test_what_needs_a_local_disk_says_so(name, fails):
     hub = fails("export", DEMO, f"gs://{name}/hf", "--format", "hf", "--push-to-hub", "me/model")
     assert "--push-to-hub uploads a local folder" in hub
-    with pytest.raises(UserError, match="shards are written to a local disk only"):
-        pack(None, f"gs://{name}/shards")
 
 
 def test_paths():

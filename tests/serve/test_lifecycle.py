@@ -6,11 +6,14 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from command import PDROP
 from served import GRID, LONGEST, PICTURE, said
+
+from benchmarks.soak import memory, picture
 
 ROW = "What is in row 3, column 2?"
 OPTIONS = ["--slots", "1", "--images", "1", "--max-new-tokens", "40", "--max-prompt-tokens", "208", "--port", "0"]
@@ -37,6 +40,7 @@ def test_running_answers_finish_after_sigterm(process, generate):
     request = {"model": "tiny", "messages": said(PICTURE, ROW), "temperature": 0, "max_tokens": LONGEST}
     answer = httpx.post(chat, json=request, headers=headers, timeout=60).json()
     assert answer["choices"][0]["message"]["content"] == generate(ROW, [GRID]).texts[0]
+    check_that_pictures_leave_no_memory(chat, headers, process.pid)
 
     body = json.dumps({**request, "max_tokens": 40, "regex": "[a-z ]{900}"}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nConnection: close\r\n"
@@ -58,6 +62,16 @@ def test_running_answers_finish_after_sigterm(process, generate):
     assert choice["finish_reason"] == "length"
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
+
+
+def check_that_pictures_leave_no_memory(chat, headers, pid):
+    """Each takes 256 MiB while it is decoded, and two are at a time."""
+    before = memory(pid)
+    request = {"model": "tiny", "messages": said(picture(8000, 8000), "a"), "max_tokens": 1}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: httpx.post(chat, json=request, headers=headers, timeout=60), range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert memory(pid) - before < 2**29
 
 
 @pytest.mark.parametrize(
