@@ -5,12 +5,13 @@ import contextlib
 import http.server
 import socket
 import threading
+import time
 import zlib
 from pathlib import Path
 
 import httpx
 import pytest
-from served import GRID, KEY, PICTURE, SLOTS, WAITING, said
+from served import GRID, KEY, PICTURE, WAITING, said
 
 import pdrop_jax
 
@@ -204,17 +205,18 @@ def test_without_the_key_nothing_is_answered(url, given):
 def test_a_full_queue_is_429(post, service, idle):
     """None of the answers that were queued for the refused request goes on."""
     idle()
-    answers = []
-    first = threading.Thread(target=lambda: answers.append(post(json=asks("a", n=16, **LONG))))
-    first.start()
-    while service.engines["own"].waiting < 16 - SLOTS:
-        pass
-    refused = post(json=asks("a", n=16, **LONG))
+    answers, engine = [], service.engines["own"]
+    first = threading.Thread(target=lambda: answers.append(post(json=asks("a", n=WAITING - 1, **LONG))))
+    with engine._turn:  # until then nothing leaves the queue
+        first.start()
+        while engine.waiting < WAITING - 1:
+            time.sleep(0.001)
+        refused = post(json=asks("a", n=16, **LONG))
     assert message_of(refused, 429).startswith(f"{WAITING} requests wait already")
     assert refused.headers["Retry-After"] == "1"
     first.join()
     assert answers[0].status_code == 200
-    assert len(answers[0].json()["choices"]) == 16
+    assert len(answers[0].json()["choices"]) == WAITING - 1
     idle()
 
 
