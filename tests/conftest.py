@@ -10,8 +10,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-# Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. The recorded vectors
-# are replayed by programs as shipped (tests/analysis/test_check.py).
+# Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. Most of the recorded
+# vectors are replayed by programs as shipped (tests/parity/test_replay.py).
 # jaxlib after 0.10 does not know the second flag, and aborts.
 os.environ["XLA_FLAGS"] = " ".join(
     [

@@ -36,25 +36,37 @@ CASES = {
     "train_plain_pretrain": {"loss", "gradients", "scores", "kept"},
     "preprocess_masks": {"tokens", "labels"},
 }
+# Each of the schedules is compiled, and the other two train steps are as large as those that remain. Optimised as users
+# have it, these would take longer than all others together.
+UNOPTIMISED = ["schedules", "train_single_turn", "train_plain_pretrain"]
+SHIPPED = [name for name in CASES if name not in UNOPTIMISED]
 
 
-def test_every_case_by_programs_as_shipped():
+def check_rows(rows, names):
+    figures = {field.name for field in dataclasses.fields(Comparison)} - {"case"}
+    found = {row.case: {name for name in figures if getattr(row, name) is not None} for row in rows}
+    assert found == {name: CASES[name] for name in names}
+    assert not [row for row in rows if not row.ok]
+
+
+def test_cases_by_programs_of_the_tests():
+    check_rows(check(GOLDEN, REFERENCE, UNOPTIMISED), UNOPTIMISED)
+
+
+def test_cases_by_programs_as_shipped():
     """In a separate process, because the tests compile without optimisation."""
     code = f"""
 import dataclasses, json, pathlib
 from pdrop_jax.parity.replay import Reference, check
 from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
-rows = check(pathlib.Path({str(GOLDEN)!r}), Reference(read, torch_arrays))
+rows = check(pathlib.Path({str(GOLDEN)!r}), Reference(read, torch_arrays), {SHIPPED})
 print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [Comparison(**row) for row in json.loads(done.stdout.splitlines()[-1])]
-    names = {field.name for field in dataclasses.fields(Comparison)} - {"case"}
-    assert {row.case: {name for name in names if getattr(row, name) is not None} for row in rows} == CASES
-    assert not [row for row in rows if not row.ok]
+    check_rows([Comparison(**row) for row in json.loads(done.stdout.splitlines()[-1])], SHIPPED)
 
 
 def test_a_shift_beyond_the_tolerance_fails():
