@@ -24,9 +24,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Two workers share two cores: threads of torch and numpy that wait for each other there take twice the processor time.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-# Tests compile the same programs again and again, also in the processes that they start. Each worker has a cache of its
-# own, because one process could read what another is still writing.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pdrop-jax-tests-")
+# Tests compile the same programs again and again, in both workers and in the processes that they start. A program that
+# is read while another process still writes it is compiled, with a warning.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pdrop-jax-tests-")
 os.environ["PDROP_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # for processes without JAX's settings
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -50,7 +52,8 @@ hypothesis.settings.load_profile("pdrop")
 
 
 def pytest_unconfigure():
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
