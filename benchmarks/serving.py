@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -105,6 +105,7 @@ def serve_transformers(folder: str) -> None:
     import fastapi
     import torch
     import uvicorn
+    from fastapi.concurrency import iterate_in_threadpool
     from fastapi.responses import StreamingResponse
     from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration, TextIteratorStreamer
@@ -113,7 +114,7 @@ def serve_transformers(folder: str) -> None:
 
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    app, alone = fastapi.FastAPI(), threading.Lock()
+    app, alone = fastapi.FastAPI(), asyncio.Lock()  # one of threads would be waited for by all threads of the server
 
     @app.get("/health")
     def health() -> str:
@@ -126,14 +127,14 @@ def serve_transformers(folder: str) -> None:
         shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text["text"]}]}]
         prompt = processor.apply_chat_template(shown, add_generation_prompt=True)
 
-        def pieces() -> Iterator[str]:
-            with alone:
+        async def pieces() -> AsyncIterator[str]:
+            async with alone:
                 inputs = processor(images=picture, text=prompt, return_tensors="pt", add_special_tokens=False)
                 streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
                 options = {"max_new_tokens": body["max_tokens"], "do_sample": False, "streamer": streamer}
                 thread = threading.Thread(target=model.generate, kwargs={**inputs, **options})
                 thread.start()
-                for piece in streamer:
+                async for piece in iterate_in_threadpool(streamer):
                     yield "data: " + json.dumps({"choices": [{"delta": {"content": piece}}]}) + "\n\n"
                 thread.join()
 
@@ -192,21 +193,16 @@ def main(flags: Flags) -> None:
             "pdrop serve, dense": (ours, {"pdrop": "dense"}),
             "FastAPI and transformers, dense": (theirs, {}),
         }
-        rows = [
-            {"clients": clients, "server": name}
-            | asyncio.run(measure(url, {**body, **extra}, clients, max(flags.requests, clients)))
-            for clients in flags.clients
-            for name, (url, extra) in contenders.items()
-        ]
-    if flags.json:
-        print(*map(json.dumps, rows), sep="\n")
-        return
-    print(f"{os.cpu_count()} cores, {flags.new_tokens} new tokens, {flags.slots} slots")
-    print("| clients | server | requests/s | first token ms, median | 95 % | each further token ms |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        *names, rate, first, late, token = row.values()
-        print(f"| {names[0]} | {names[1]} | {rate:.2f} | {first:.0f} | {late:.0f} | {token:.1f} |")
+        if not flags.json:
+            print(f"{os.cpu_count()} cores, {flags.new_tokens} new tokens, {flags.slots} slots")
+            print("| clients | server | requests/s | first token ms, median | 95 % | each further token ms |")
+            print("|---|---|---|---|---|---|", flush=True)
+        for clients in flags.clients:
+            for name, (url, extra) in contenders.items():
+                found = asyncio.run(measure(url, {**body, **extra}, clients, max(flags.requests, clients)))
+                rate, first, late, token = found.values()
+                line = f"| {clients} | {name} | {rate:.2f} | {first:.0f} | {late:.0f} | {token:.1f} |"
+                print(json.dumps({"clients": clients, "server": name} | found) if flags.json else line, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from pdrop_jax.serve.service import Service
 
 KEY = "PDROP_API_KEY"  # the environment variable
 PICTURE_BLOCK = 2**26  # bytes
+# For as long an idle connection is kept: longer than clients and load balancers keep theirs (5 s in httpx, 60 s at
+# Amazon, 600 s at Google), or a request is lost that is sent as the server closes.
+KEEP_ALIVE_SECONDS = 620
 
 
 class Server(uvicorn.Server):
@@ -48,7 +51,8 @@ def serve(service: Service, host: str, port: int, api_key: str | None) -> int:
         print(f"note: whoever reaches {host} may ask: set {KEY} to require an API key", file=sys.stderr)
     print(f"serving {service.name} on http://{host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
     app = create_app(service, api_key)
-    server = Server(uvicorn.Config(app, log_level="warning", server_header=False), service)
+    settings = uvicorn.Config(app, log_level="warning", server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS)
+    server = Server(settings, service)
     server.run(sockets=[listening])
     if service.compiling:  # XLA cannot be interrupted, and a process that ends while it runs may crash
         sys.stderr.flush()

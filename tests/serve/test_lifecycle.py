@@ -1,5 +1,6 @@
 """``pdrop serve`` as a process: it starts, answers, and ends without breaking off an answer."""
 
+import http.client
 import json
 import os
 import signal
@@ -40,7 +41,12 @@ def test_running_answers_finish_after_sigterm(process, generate):
     request = {"model": "tiny", "messages": said(PICTURE, ROW), "temperature": 0, "max_tokens": LONGEST}
     answer = httpx.post(chat, json=request, headers=headers, timeout=60).json()
     assert answer["choices"][0]["message"]["content"] == generate(ROW, [GRID]).texts[0]
+    idle, began = http.client.HTTPConnection(url.removeprefix("http://")), time.monotonic()
+    assert health_over(idle) == b'{"status":"ready"}'
     check_that_pictures_leave_no_memory(chat, headers, process.pid)
+    time.sleep(max(0.0, began + 5.5 - time.monotonic()))  # clients keep a connection for 5 s
+    assert health_over(idle) == b'{"status":"ready"}'
+    idle.close()
 
     body = json.dumps({**request, "max_tokens": 40, "regex": "[a-z ]{900}"}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nConnection: close\r\n"
@@ -62,6 +68,11 @@ def test_running_answers_finish_after_sigterm(process, generate):
     assert choice["finish_reason"] == "length"
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
+
+
+def health_over(connection):
+    connection.request("GET", "/health")
+    return connection.getresponse().read()
 
 
 def check_that_pictures_leave_no_memory(chat, headers, pid):
