@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# What is imported is compiled to bytecode then; all of it would take a minute.
+# Modules are compiled to bytecode when they are first imported; compiling all of them now would take a minute.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .PHONY: demo test test-newest lint types docs format clean

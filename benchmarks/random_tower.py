@@ -22,7 +22,7 @@ from transformers import (
 )
 
 IMAGE = "<image>"
-# Of LLaVA-1.5's pictures: 336 pixels in patches of 14, which are 576 tokens.
+# As in LLaVA-1.5: 336 pixels in patches of 14, which makes 576 tokens.
 PIXELS, PATCH = 336, 14
 # ChatML, with pictures before the text as LLaVA puts them.
 TEMPLATE = (
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("language_model", type=pathlib.Path, help="folder of a language model")
     parser.add_argument("out", type=pathlib.Path, help="folder to write")
-    parser.add_argument("--gguf-file", help="name of its file, if it is one in GGUF format")
+    parser.add_argument("--gguf-file", help="GGUF file in that folder, if the model is in GGUF format")
     parser.add_argument("--hidden", type=int, default=384, help="width of the tower")
     parser.add_argument("--layers", type=int, default=12, help="layers of the tower")
     write(**vars(parser.parse_args()))

@@ -114,7 +114,7 @@ def serve_transformers(folder: str) -> None:
 
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    app, alone = fastapi.FastAPI(), asyncio.Lock()  # one of threads would be waited for by all threads of the server
+    app, alone = fastapi.FastAPI(), asyncio.Lock()  # threads that wait for a lock would use up the server's
 
     @app.get("/health")
     def health() -> str:

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from etils.epath.gpath import PosixGPath
 
-from pdrop_jax.errors import UserError
+from pdrop_jax.errors import UserError, one_line
 
 _URL = re.compile(r"(gs|s3):/{1,2}([^/].*)?", re.DOTALL)  # one slash: pathlib makes gs:/b of gs://b
 _KINDS = {  # scheme: name, client library, extra, how to get credentials
@@ -293,7 +293,7 @@ def reason(path: str | os.PathLike, error: Exception) -> str:
     """Why a request about ``path`` failed and what to do, in the words of one line."""
     scheme, _, rest = os.fspath(path).partition("://")
     name, _, _, credentials = _KINDS[scheme]
-    text = " ".join(str(error).split())
+    text = one_line(error)
     kind = type(error).__name__
     code = str(getattr(error, "code", ""))
     if kind in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError") or "Anonymous" in text:

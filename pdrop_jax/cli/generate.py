@@ -83,7 +83,8 @@ def run(
     check_implementation(attention)
     if video:
         images = [[*entry, Video(video)] for entry in images]
-    # Fails before a model is loaded. Images at URLs are downloaded here, so what it returns is what is asked.
+    # Invalid input fails before a model is loaded. URLs are downloaded here, so the results are passed on in place of
+    # the arguments.
     prompts, shown = zip(*(read_conversation(*row) for row in zip(prompts, images, strict=True)), strict=True)
     with progress("loading"):
         devices = device_mesh(mesh)

@@ -63,7 +63,7 @@ def rest_of(ids: Sequence[int] | np.ndarray, config: LlavaConfig, bucket: Bucket
 def image_key(image: ImageTokens) -> bytes:
     """SHA-256 of a processed picture: its pixels, and how tokens are formed from their features.
 
-    Standby tokens are counted in it: their indices look like those of patches.
+    The key includes the number of standby tokens, whose indices look like those of patches.
     """
     digest = hashlib.sha256(f"{image.standby} {image.video}".encode())
     for array in (image.crops, image.index, image.weight, image.layout, image.positions):

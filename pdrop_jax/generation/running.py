@@ -125,8 +125,10 @@ class RunningBatch:
             send()
 
     def _admit_alike(self, requests: dict[int, Request]) -> None:
-        """Prefills requests of one bucket, all with standby tokens or none, those with a new prefix before others with
-        the same."""
+        """Prefills requests of one bucket that all have standby tokens or all have none.
+
+        A request whose prefix is new comes before others with the same prefix.
+        """
         prefixes, waves = self.prefixes, [list(requests)]
         if prefixes:
             waves = prefixes.waves({slot: request.reusable for slot, request in requests.items()})

@@ -26,7 +26,7 @@ def downsampled(
     *,
     alone: bool = True,
 ) -> ImageTokens:
-    """An RGB image with ``tokens_of(n)`` tokens, or a few less, in place of the n that it has.
+    """An RGB image with about ``tokens_of(n)`` tokens in place of n: never more, unless pictures are cut into tiles.
 
     Models that take pictures of any size get a smaller picture. Models that cut pictures into tiles get fewer tiles, so
     that the number of tokens is the nearest that there is, which may be more. Others have a grid of as many features

@@ -27,7 +27,6 @@ from pdrop_jax.serve.service import Asked, Service
 PAGE = pathlib.Path(__file__).parent / "page"  # static files, served at /
 BODY_BYTES = 2**26  # of a request
 BODY_SECONDS = 60  # to receive it
-GONE = ApiError(499, "the client went away", "invalid_request_error")  # for the metrics: nobody reads it
 
 
 def create_app(service: Service, api_key: str | None = None, body_bytes: int = BODY_BYTES) -> FastAPI:
@@ -115,10 +114,15 @@ async def read_body(request: Request, limit: int) -> bytes:
                 if len(body) > limit:
                     raise too_large
     except ClientDisconnect:
-        raise GONE from None
+        raise _client_gone() from None
     except TimeoutError:
         raise ApiError(408, f"the request did not come within {BODY_SECONDS} s", "invalid_request_error") from None
     return bytes(body)
+
+
+def _client_gone() -> ApiError:
+    """For the metrics: nobody reads it. A single instance would collect tracebacks, and with them requests."""
+    return ApiError(499, "the client went away", "invalid_request_error")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -132,7 +136,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise GONE
+            raise _client_gone()
         return working.result()
     finally:
         leaving.cancel()

@@ -6,16 +6,14 @@ import sys
 from types import FrameType
 
 import uvicorn
-from PIL import Image
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.serve.app import create_app
 from pdrop_jax.serve.service import Service
 
 KEY = "PDROP_API_KEY"  # the environment variable
-PICTURE_BLOCK = 2**26  # bytes
-# For as long an idle connection is kept: longer than clients and load balancers keep theirs (5 s in httpx, 60 s at
-# Amazon, 600 s at Google), or a request is lost that is sent as the server closes.
+# Seconds that an idle connection is kept open: longer than clients and load balancers keep theirs (5 s in httpx, 60 s
+# at Amazon, 600 s at Google). Otherwise a request sent just as the server closes the connection is lost.
 KEEP_ALIVE_SECONDS = 620
 
 
@@ -44,9 +42,6 @@ def serve(service: Service, host: str, port: int, api_key: str | None) -> int:
       UserError: the port is taken or the address is not this machine's.
     """
     listening = bind(host, port)
-    # glibc returns a block of more than 32 MiB to the system when it is freed. In Pillow's blocks of 16 MiB, large
-    # pictures that many threads decode leave gigabytes behind.
-    Image.core.set_block_size(PICTURE_BLOCK)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         print(f"note: whoever reaches {host} may ask: set {KEY} to require an API key", file=sys.stderr)
     print(f"serving {service.name} on http://{host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)

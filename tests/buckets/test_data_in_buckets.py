@@ -8,7 +8,7 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.io import read_bytes
 from pdrop_jax.paths import as_path, files_below
 from pdrop_jax.train.data.examples import read_record
-from pdrop_jax.train.data.pack import pack
+from pdrop_jax.train.data.pack import check, pack
 from pdrop_jax.train.data.sources.open_source import open_source
 from pdrop_jax.train.data.sources.source import reference_finder
 
@@ -39,6 +39,8 @@ def test_a_format_in_a_bucket(local, bucket, format):
     upload(root, bucket)
     there = [None if place is None else str(bucket) + place.removeprefix(str(root)) for place in (path, images)]
     assert contents(open_source(*there)) == contents(open_source(path, images))
+    report = check(open_source(*there))
+    assert (report.seen, report.valid) == (12, 12)
 
 
 def test_shards_are_packed_into_a_bucket_and_read_there(tmp_path, bucket, server, pdrop, fails, monkeypatch):

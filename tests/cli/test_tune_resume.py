@@ -3,11 +3,10 @@
 import json
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
-from command import PDROP
+from command import PDROP, wait_for_lines
 from PIL import Image
 from tiny_run import write_start
 
@@ -45,12 +44,13 @@ def evaluated(monkeypatch):
 def test_it_goes_on_where_it_was(pdrop, command, evaluated, tmp_path):
     """After Ctrl-C in a process of its own, and after a kill, which may leave half a line."""
     out, kept = tmp_path / "out", tmp_path / "out.search.unfinished"
-    process = subprocess.Popen([*PDROP, *map(str, command), str(out)], stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 240
-    while not kept.exists() or kept.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    process = subprocess.Popen(
+        [*PDROP, *map(str, command), str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )
+    wait_for_lines(process, kept, 2)
     process.send_signal(signal.SIGINT)
     (said,) = (line for line in process.communicate()[1].splitlines() if line.startswith("pdrop"))
     assert said == f"pdrop tune: interrupted; run the same command to resume from {kept}"

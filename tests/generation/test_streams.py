@@ -34,8 +34,7 @@ def watching(mode="keep", of=None, **options):
 
 
 def with_cache(model, dtype):
-    text = dataclasses.replace(model.config.text, cache_dtype=dtype)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, text=text))
+    return dataclasses.replace(model, config=model.config.with_cache_dtype(dtype))
 
 
 @pytest.mark.parametrize("mode", ["keep", "rerank"])
@@ -65,7 +64,6 @@ def test_a_quantized_cache_takes_less_and_answers_at_any_time():
         for start in (1, 2, 6):  # the window is full, the bank fills, the bank has forgotten frames
             assert session.watch(FRAMES[start : 2 * start]).cache_bytes == size
             answer = session.ask("Hm?", sampling=ASKED)
-            assert len(answer.token_ids) <= NEW
             plain.watch(FRAMES[start : 2 * start])
             assert answer.stage_lengths == plain.ask("Hm?", sampling=ASKED).stage_lengths
         assert session.watch([]).frames == 10

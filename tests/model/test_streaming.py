@@ -55,10 +55,6 @@ def watched(config, keeps_images, frames):
     return logits, state
 
 
-def with_cache(config, dtype):
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, cache_dtype=dtype))
-
-
 class Masked:
     """The reference: every token of every frame stays in the slot that it was written to, and masks hide what left."""
 
@@ -169,7 +165,7 @@ def test_detaching_is_masking(name, keeps_images):
 
 def test_a_quantized_cache_is_detached_as_it_is():
     """The slots hold the integers and scales of a cache that keeps everything; nothing held is rounded again."""
-    config = with_cache(CONFIGS["dense"], "int8")
+    config = CONFIGS["dense"].with_cache_dtype("int8")
     params, reference = params_of(config), Masked(config, True)
     state = begin(config, params, LAYOUT, text_batch(PREFIX), OFFSETS, keeps_images=True)
     for number in range(4):
@@ -193,7 +189,7 @@ def test_a_quantized_cache_is_detached_as_it_is():
 
 def test_an_answer_is_as_near_to_the_float_caches_as_the_bits_allow():
     """With int8 a step is 7 / 127 of int4's. Keys are rounded twice: as projected, and as turned for a question."""
-    exact, *others = (watched(with_cache(CONFIGS["original"], x), False, 7)[0] for x in (None, "int8", "int4"))
+    exact, *others = (watched(CONFIGS["original"].with_cache_dtype(x), False, 7)[0] for x in (None, "int8", "int4"))
     eight, four = (np.abs(logits - exact).max() for logits in others)
     assert 0 < eight < 0.2 * four
 
@@ -214,7 +210,7 @@ def test_the_bank_takes_what_was_kept_longest():
 
 @pytest.mark.parametrize(("name", "dtype", "keeps_images"), [("dense", None, True), ("original", "int8", False)])
 def test_the_state_is_updated_in_place(name, dtype, keeps_images):
-    config = with_cache(CONFIGS[name], dtype)
+    config = CONFIGS[name].with_cache_dtype(dtype)
     _, state = watched(config, keeps_images, 7)
     state = jax.tree.map(jnp.copy, state)
     program = watch.lower(config, params_of(config), LAYOUT, state, frame_batch(0), OFFSETS).compile()

@@ -36,8 +36,8 @@ CASES = {
     "train_plain_pretrain": {"loss", "gradients", "scores", "kept"},
     "preprocess_masks": {"tokens", "labels"},
 }
-# Each of the schedules is compiled, and the other two train steps are as large as those that remain. Optimised as users
-# have it, these would take longer than all others together.
+# Each schedule compiles programs of its own, and these two train steps are like the remaining ones. Optimised, these
+# cases would take longer than all others together.
 UNOPTIMISED = ["schedules", "train_single_turn", "train_plain_pretrain"]
 SHIPPED = [name for name in CASES if name not in UNOPTIMISED]
 

@@ -158,7 +158,7 @@ def message_of(answer, status):
     assert "\n" not in error["message"]
     assert len(error["message"]) < 400
     assert "Traceback" not in answer.text
-    assert str(Path(pdrop_jax.__file__).parent) not in answer.text  # of GRID's path the request itself tells
+    assert str(Path(pdrop_jax.__file__).parent) not in answer.text  # GRID's own path is in the request
     return error["message"]
 
 
@@ -209,7 +209,9 @@ def test_a_full_queue_is_429(post, service, idle):
     first = threading.Thread(target=lambda: answers.append(post(json=asks("a", n=WAITING - 1, **LONG))))
     with engine._turn:  # until then nothing leaves the queue
         first.start()
+        until = time.monotonic() + 60
         while engine.waiting < WAITING - 1:
+            assert time.monotonic() < until
             time.sleep(0.001)
         refused = post(json=asks("a", n=16, **LONG))
     assert message_of(refused, 429).startswith(f"{WAITING} requests wait already")

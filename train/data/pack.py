@@ -21,7 +21,7 @@ from pdrop_jax.errors import UserError, one_line, printable
 from pdrop_jax.inputs.images import decode_image
 from pdrop_jax.inputs.messages import Message
 from pdrop_jax.io import check_file, read_bytes, write_file, written_aside
-from pdrop_jax.paths import as_path, files_below, in_bucket, probe
+from pdrop_jax.paths import as_path, files_below, in_bucket, is_file, probe
 from pdrop_jax.train.data.examples import read_record
 from pdrop_jax.train.data.invalid import CORRUPT, NO_FILE, InvalidRecord, Report, check_report
 from pdrop_jax.train.data.sources.manifest import (
@@ -208,7 +208,7 @@ def _picture(source: Source, reference: str) -> Picture:
     try:
         found, name = source.read(reference), "the picture"
         if isinstance(found, str):
-            if not os.path.exists(found):
+            if not is_file(found):
                 raise InvalidRecord(NO_FILE, reference)
             found, name = read_bytes(found, PICTURE_BYTES), reference
         return Picture(found, decode_image(found, name).size[::-1])

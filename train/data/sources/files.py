@@ -65,7 +65,7 @@ def reading(path: str, errors: tuple[type[Exception], ...], make: str = "write")
     """Turns the ``errors`` that a library raises on a damaged file into a UserError.
 
     Args:
-      make: how the file was made, and can be once more.
+      make: the verb that tells how to make the file again, such as "pack".
     """
     try:
         yield
