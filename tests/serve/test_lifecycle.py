@@ -51,11 +51,11 @@ def test_running_answers_finish_after_sigterm(process, generate):
 
     body = json.dumps({**request, "max_tokens": 40, "regex": "[a-z ]{900}"}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nConnection: close\r\n"
+    head += "Expect: 100-continue\r\n"
     with socket.create_connection(url.removeprefix("http://").split(":")) as running:
         running.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode())
-        running.sendall(body[:-1])  # it is being answered, however fast the machine is
-        while b"pdrop_first" not in httpx.get(f"{url}/metrics").content:
-            pass
+        assert running.recv(2**16).startswith(b"HTTP/1.1 100 ")  # it is being answered, however fast the machine is
+        running.sendall(body[:-1])
         process.send_signal(signal.SIGTERM)
         while (refused := httpx.post(chat, json=request, headers=headers, timeout=60)).status_code == 200:
             pass
