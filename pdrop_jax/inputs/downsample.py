@@ -38,7 +38,7 @@ def downsampled(
     """
     if config.text.mrope_sections:
         return as_tokens(_smaller(image, tokens_of, processor, config), processor, config)
-    if _cuts_tiles(config):
+    if cuts_tiles(config):
         size, processor = _fewer_tiles(image.size[::-1], tokens_of, processor, config, alone)
         if size != image.size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.BICUBIC)
@@ -52,7 +52,7 @@ def measure_downsampled(
     picture: Picture, tokens_of: Callable[[int], int], processor: ImageProcessor, config: LlavaConfig, *, alone: bool
 ) -> ImageSize:
     """Space for what ``downsampled`` makes of an image. At most the header of a file is read."""
-    if not _cuts_tiles(config):
+    if not cuts_tiles(config):
         return measure(picture, processor, config, alone=alone)
     size, processor = _fewer_tiles(picture_size(picture), tokens_of, processor, config, alone)
     return measure_size(lambda: size, processor, config, alone=alone)
@@ -90,7 +90,8 @@ def _cells(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
     return index, weight
 
 
-def _cuts_tiles(config: LlavaConfig) -> bool:
+def cuts_tiles(config: LlavaConfig) -> bool:
+    """Whether ``downsampled`` gives a picture fewer tiles, so that it takes less space than the picture."""
     family = FAMILIES.get(config.family)
     return not config.text.mrope_sections and (config.tiling is not None or bool(family and family.measure))
 

@@ -21,7 +21,7 @@ from pdrop_jax.errors import UserError, one_line, printable
 from pdrop_jax.inputs.images import decode_image
 from pdrop_jax.inputs.messages import Message
 from pdrop_jax.io import check_file, read_bytes, write_file, written_aside
-from pdrop_jax.paths import as_path, files_below, in_bucket, is_file, probe
+from pdrop_jax.paths import as_path, files_below, in_bucket, is_file, lexists, probe
 from pdrop_jax.train.data.examples import read_record
 from pdrop_jax.train.data.invalid import CORRUPT, NO_FILE, InvalidRecord, Report, check_report
 from pdrop_jax.train.data.sources.manifest import (
@@ -119,7 +119,7 @@ def pack(
 
 def _begin(out: pathlib.Path, new: Manifest, source: Source) -> Manifest:
     """The manifest of what ``out`` already holds of ``source``."""
-    if not out.exists() and not out.is_symlink():
+    if not lexists(out):
         return new
     if not out.is_dir():
         raise UserError(f"{out} is a file, expected the name of a folder to write")

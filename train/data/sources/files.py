@@ -9,7 +9,7 @@ from typing import BinaryIO, Literal, get_args
 
 from pdrop_jax.errors import UserError, one_line
 from pdrop_jax.io import check_file
-from pdrop_jax.paths import as_path, in_bucket
+from pdrop_jax.paths import as_path, lexists
 
 Format = Literal["JSON", "Parquet", "tar", "ArrayRecord"]
 
@@ -118,7 +118,7 @@ def files_of(path: str) -> list[str]:
     place = as_path(path)
     if place.is_dir():
         found = _shards_in(place)
-    elif set(place.name) & set("*?[") and not (place.exists() if in_bucket(path) else os.path.lexists(path)):
+    elif set(place.name) & set("*?[") and not lexists(path):
         found = sorted(entry for entry in place.parent.glob(place.name) if entry.is_file())
         if not found:
             raise UserError(f"{path} matches no files")

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pdrop_jax.errors import UserError
 from pdrop_jax.io import check_file, read_json
-from pdrop_jax.paths import as_path, files_below
+from pdrop_jax.paths import as_path, files_below, lexists
 from pdrop_jax.schema import NO_OTHER_KEYS, validated
 from pdrop_jax.train.data.invalid import Report
 from pdrop_jax.train.data.sources.files import open_binary
@@ -108,7 +108,7 @@ def merged(reports: Iterable[Report]) -> Report:
 def read_manifest(folder: str | os.PathLike) -> Manifest | None:
     """The manifest in a folder, or None. Raises UserError if it is malformed."""
     path = as_path(folder) / MANIFEST
-    return validated(Manifest, read_json(path), str(path)) if path.exists() or path.is_symlink() else None
+    return validated(Manifest, read_json(path), str(path)) if lexists(path) else None
 
 
 def check_complete(folder: str | os.PathLike, files: Sequence[str]) -> None:
