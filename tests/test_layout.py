@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "pdrop_jax.paths": {"pdrop_jax.errors"},
     "pdrop_jax.schema": {"pdrop_jax.errors"},
     "pdrop_jax.cache_folder": set(),
+    "pdrop_jax.without_torch": set(),
     "pdrop_jax.compilation_cache": {"pdrop_jax.cache_folder", "pdrop_jax.errors"},
     "pdrop_jax.batch": set(),
     "pdrop_jax.schedule": READING | {"pdrop_jax.batch"},
@@ -35,13 +36,14 @@ MAY_IMPORT = {
     "pdrop_jax.config": READING | CONFIG | {"pdrop_jax.schedule"},
     "pdrop_jax.sharding": BASE,
     "pdrop_jax.model": MODEL | {"pdrop_jax.families.*.params", "pdrop_jax.families.*.tower"},
-    "pdrop_jax.inputs": BASE | {"pdrop_jax.families.*.inputs"},
+    "pdrop_jax.inputs": BASE | {"pdrop_jax.families.*.inputs", "pdrop_jax.without_torch"},
     "pdrop_jax.checkpoint": MODEL,
     "pdrop_jax.generation": LIBRARY | {"pdrop_jax.compilation_cache"},
     "pdrop_jax.eval": LIBRARY | {"pdrop_jax.convert"},
     "pdrop_jax.analysis": LIBRARY | {"pdrop_jax.eval"},
     "pdrop_jax.parity": LIBRARY,
-    "pdrop_jax.train": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache", "pdrop_jax.eval"},
+    "pdrop_jax.train": LIBRARY
+    | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache", "pdrop_jax.eval", "pdrop_jax.without_torch"},
     "pdrop_jax.convert": LIBRARY | {"pdrop_jax.cache_folder", "pdrop_jax.families.*.checkpoint"},
     # A family stands together in one folder, but each of its files belongs to one part of the project: * is its name.
     "pdrop_jax.families": set(),
@@ -52,7 +54,9 @@ MAY_IMPORT = {
     "pdrop_jax.families.*.checkpoint": LIBRARY | {"pdrop_jax.convert", "pdrop_jax.families.*.inputs"},
     "pdrop_jax.serve": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.compilation_cache"},
     "pdrop_jax.planner": LIBRARY | {"pdrop_jax.analysis", "pdrop_jax.train"},
-    "pdrop_jax.cli": LIBRARY | APPLICATIONS | {"pdrop_jax.compilation_cache", "pdrop_jax.planner", "pdrop_jax.serve"},
+    "pdrop_jax.cli": LIBRARY
+    | APPLICATIONS
+    | {"pdrop_jax.compilation_cache", "pdrop_jax.planner", "pdrop_jax.serve", "pdrop_jax.without_torch"},
 }
 
 

@@ -17,6 +17,7 @@ from pdrop_jax.cli.platforms import skip_missing_tpu
 from pdrop_jax.compilation_cache import enable_in_environment
 from pdrop_jax.errors import UserError, exit_on_error, printable
 from pdrop_jax.paths import as_path
+from pdrop_jax.without_torch import want_no_torch
 
 COMMANDS = {
     "generate": "answer questions about images",
@@ -64,7 +65,10 @@ def main() -> None:
     enable_in_environment()
     module = importlib.import_module(f"pdrop_jax.cli.{name}")
     with exit_on_error(f"pdrop {name}: "):
-        code = parsed(module.run, f"pdrop {name}", sys.argv[2:])()
+        run = parsed(module.run, f"pdrop {name}", sys.argv[2:])
+        if name != "convert":  # convert --check runs the models of transformers
+            want_no_torch()
+        code = run()
         _flush()
     sys.exit(code)
 

@@ -15,7 +15,7 @@ from pdrop_jax.inputs import assemble
 from pdrop_jax.train.data.batches import Planned
 from pdrop_jax.train.data.index import Dataset, open_dataset
 from pdrop_jax.train.data.sources.packed_source import import_grain
-from pdrop_jax.train.data.workers import end_with_parent
+from pdrop_jax.train.data.workers import begin_worker
 
 __all__ = ["Dataset", "Step", "check_batches", "import_grain", "open_dataset", "pipeline"]
 
@@ -75,11 +75,7 @@ def pipeline(
         flags.FLAGS.mark_as_parsed()
     one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    return source.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=_begin)
-
-
-def _begin(_worker: int, _workers: int) -> None:
-    end_with_parent()
+    return source.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=begin_worker)
 
 
 def check_batches(dataset: Dataset, batch_size: int, parts: int, process_count: int) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from pdrop_jax.errors import UserError
+from pdrop_jax.without_torch import want_no_torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -48,10 +49,16 @@ def in_order(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterat
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
-    end_with_parent()
+    begin_worker()
 
 
-def end_with_parent() -> None:
+def begin_worker(*_numbers: int) -> None:
+    """First call in a worker process, before it imports what its work needs. grain passes two numbers."""
+    want_no_torch()
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
     """Makes this worker process exit when the main process ends, even if that is killed.
 
     Otherwise the worker would wait forever for space in a queue that nobody reads. ``parent.join`` waits on a pipe
