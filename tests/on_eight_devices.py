@@ -37,6 +37,7 @@ from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import attention
+from pdrop_jax.model.cache import StageCache, scatter_token, write_token
 from pdrop_jax.model.decoder import positions_of
 from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
 from pdrop_jax.model.params import init_params
@@ -157,6 +158,21 @@ def test_the_tpu_kernel_is_given_the_rows_and_heads_of_a_device(shape):
     with jax.set_mesh(mesh_of(shape)):
         ours = values_and_gradient(functools.partial(splash_causal, interpret=True))
     close(ours, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])
+def test_a_tpu_writes_a_token_into_the_rows_and_heads_of_a_device(shape, monkeypatch):
+    """Two key-value heads: four devices have copies of both."""
+    cache, new = (
+        StageCache(*(jax.random.normal(jax.random.key(n), dims) for n in pair))
+        for dims, pair in (((3, 4, 2, 32, 8), (0, 1)), ((3, 4, 1, 2, 8), (2, 3)))
+    )
+    slot = jnp.array([0, 17, 31, 32])
+    expected = scatter_token(cache, new, slot)
+    monkeypatch.setattr("pdrop_jax.model.cache.platform", lambda: "tpu")
+    with jax.set_mesh(mesh_of(shape)):
+        program = jax.jit(write_token).lower(cache, new, slot).compile()
+        jax.tree.map(np.testing.assert_array_equal, program(cache, new, slot), expected)
 
 
 @pytest.mark.parametrize("case", ["prefill_batch_ragged", "gqa_decode_greedy", "train_multi_turn"])

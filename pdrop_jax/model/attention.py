@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
-from pdrop_jax.model.cache import KeysOrValues, Quantized
+from pdrop_jax.model.cache import TILE, KeysOrValues, Quantized
 from pdrop_jax.model.splash import splash_causal, splash_two_way
 from pdrop_jax.sharding import platform
 
@@ -23,7 +23,6 @@ SEGMENT_BLOCK = 512  # queries that ``segment_attention`` takes at once
 # A tower of more tokens runs the kernel on a TPU: by the estimate both take as long with 577, and with 4096 the kernel
 # saves four fifths of the tower's time.
 LONGEST_TOWER = 1024
-TILE = 16  # rows of a bfloat16 tile on a TPU
 
 
 @jax.named_scope("attention")
@@ -150,7 +149,7 @@ def attend_masked(q: jax.Array, k: KeysOrValues, v: KeysOrValues, seen: Callable
     and to its probability.
     """
     B, T, N, H = q.shape
-    (k, k_scale), (v, v_scale) = _with_scale(k, q.dtype), _with_scale(v, q.dtype)
+    (k, k_scale), (v, v_scale) = with_scale(k, q.dtype), with_scale(v, q.dtype)
     K, C = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2)  # (B, K, T, G, H)
     blocks = []
@@ -169,7 +168,7 @@ def attend_masked(q: jax.Array, k: KeysOrValues, v: KeysOrValues, seen: Callable
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2).reshape(B, T, N, H)
 
 
-def _with_scale(x: KeysOrValues, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+def with_scale(x: KeysOrValues, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     """Keys or values (B, K, C, H) of a cache, and their scales (B, K, 1, C) if they are quantized."""
     return (x.qvalue.astype(dtype), x.scale[:, :, None]) if isinstance(x, Quantized) else (x, None)
 

@@ -6,8 +6,8 @@ same token in a longer prompt are alike. A stream's keys are quantized once more
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 
 from pdrop_jax.config import CacheDtype, LlavaConfig
 from pdrop_jax.model.quantization import quantize_along, stored_bytes
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain, partition, platform
 
+TILE = 16  # slots of a bfloat16 tile of a TPU's memory
 AXES = ("batch", "heads", None, None)  # logical axes of a layer's keys and values (B, K, C, H), and scales (B, K, C)
 
 
@@ -113,11 +114,32 @@ def write_tokens(
 
     What would go past the last slot is left out: a chunk's padding may reach there.
     """
-    write = scatter_tokens
-    if jax.tree.leaves(k)[0].shape[1] == 1:
-        write = functools.partial(jax.lax.platform_dependent, tpu=select_tokens, default=scatter_tokens)
-    layer = jnp.asarray(layer)
-    return jax.tree.map(lambda old, new: write(old, layer, new, first), cache, StageCache(k, v))
+    layer, rows = jnp.asarray(layer), jnp.arange(first.shape[0])[:, None]
+    slots = first[:, None] + jnp.arange(jax.tree.leaves(k)[0].shape[1])  # (B, T)
+    return jax.tree.map(lambda old, new: old.at[layer, rows, :, slots].set(new, mode="drop"), cache, StageCache(k, v))
+
+
+@jax.named_scope("attention")
+def write_token(cache: StageCache, new: StageCache, slot: jax.Array) -> StageCache:
+    """Writes one new token of each row into its ``slot`` (B,) of all layers, unless that is past the last.
+
+    Args:
+      new: keys and values (L_s, B, 1, K, H).
+    """
+    if platform() != "tpu":
+        return scatter_token(cache, new, slot)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return write_in_tiles(cache, new, slot)
+
+    def specs(tree: StageCache, *axes: str | None) -> Any:
+        return jax.tree.map(lambda x: partition((*axes, None)[: x.ndim], x.shape, mesh), tree)
+
+    # The compiler would gather rows to loop over them: each device loops over its own.
+    caches = specs(cache, None, *AXES)
+    news, rows = specs(new, None, "batch", None, "heads"), partition(AXES[:1], slot.shape, mesh)
+    write = jax.shard_map(write_in_tiles, mesh=mesh, in_specs=(caches, news, rows), out_specs=caches, check_vma=False)
+    return write(cache, new, slot)
 
 
 def write_slots(
@@ -128,23 +150,36 @@ def write_slots(
     return jax.tree.map(lambda old, new: old.at[layer, rows, :, slots].set(new), cache, StageCache(k, v))
 
 
-def scatter_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """``old`` (L_s, B, K, C, ...) with ``new`` (B, T, K, ...) in one layer's slots from ``first`` (B,) on."""
-    rows = jnp.arange(first.shape[0])[:, None]
-    slots = first[:, None] + jnp.arange(new.shape[1])  # (B, T)
-    return old.at[layer, rows, :, slots].set(new, mode="drop")
+def scatter_token(cache: StageCache, new: StageCache, slot: jax.Array) -> StageCache:
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[:, jnp.arange(len(slot)), :, slot].set(new[:, :, 0].swapaxes(0, 1), mode="drop")
+
+    return jax.tree.map(write, cache, new)
 
 
-def select_tokens(old: jax.Array, layer: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Same as ``scatter_tokens`` for a single token, T = 1.
+def write_in_tiles(cache: StageCache, new: StageCache, slot: jax.Array) -> StageCache:
+    """Same as ``scatter_token``, for TPUs: reads, changes and writes the memory tiles that hold a row's slot.
 
-    It writes the whole layer, which is slower on a CPU. For a scatter XLA for TPUs wants heads next to H, however, and
-    would copy all caches into that layout and back in each call of ``engine.decode``.
+    For a scatter, and for slices of a single slot, XLA wants heads next to H and copies all caches into that layout and
+    back in each call of ``engine.decode``. Selecting among all slots, as an alternative, writes the whole cache.
     """
-    chosen = (jnp.arange(old.shape[3]) == first[:, None])[:, None]  # (B, 1, C)
-    chosen = jnp.expand_dims(chosen, tuple(range(3, old.ndim - 1)))
-    updated = jnp.where(chosen, new.swapaxes(1, 2), old[layer])
-    return jax.lax.dynamic_update_index_in_dim(old, updated, layer, 0)
+    C = cache.slots
+    size = min(TILE, C)
+
+    def write_row(b: jax.Array, cache: StageCache) -> StageCache:
+        begin = jnp.minimum(slot[b] // size * size, C - size)
+
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            (L, _, K), rest = old.shape[:3], old.shape[4:]
+            at = (0, b, 0, begin, *(0 for _ in rest))
+            tile = jax.lax.dynamic_slice(old, at, (L, 1, K, size, *rest))
+            token = jax.lax.dynamic_index_in_dim(new, b, axis=1).swapaxes(2, 3)  # (L_s, 1, K, 1, ...)
+            chosen = (begin + jnp.arange(size) == slot[b]).reshape(size, *(1 for _ in rest))
+            return jax.lax.dynamic_update_slice(old, jnp.where(chosen, token, tile), at)
+
+        return jax.tree.map(write, cache, new)
+
+    return jax.lax.fori_loop(0, len(slot), write_row, cache)
 
 
 def cache_bytes(caches: Sequence[StageCache | None]) -> int:

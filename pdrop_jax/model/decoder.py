@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import Implementation, LlavaConfig, Remat, TextConfig
 from pdrop_jax.model.attention import attend_cache, attention
-from pdrop_jax.model.cache import StageCache, as_cached, cache_prompt, restored, write_slots, write_tokens
+from pdrop_jax.model.cache import StageCache, as_cached, cache_prompt, restored, write_slots, write_token, write_tokens
+from pdrop_jax.model.decode_attention import attend_token, seen_slots
 from pdrop_jax.model.drop import Boundary, DropRecord, Past, TokenBuffer, drop
 from pdrop_jax.model.layers import decoder_layer, layer_of, rematerialise, scan_layers
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.rope import Rope, rope_at, rope_tables, rotate, rotate_cached
 from pdrop_jax.model.scores import find_score
-from pdrop_jax.model.slot_attention import EVERYTHING, Places, Ring, attend_places, check_masks, stage_places
+from pdrop_jax.model.slot_attention import EVERYTHING, Places, Ring, attend_places, check_masks, sees, stage_places
 from pdrop_jax.schedule import DropSchedule, Stage
 
 
@@ -165,6 +166,7 @@ def run_stages(
     bases = (False, True) if text.local_rope_theta else (False,)  # of all layers, or without and with a window
     tables = max_positions and [rope_tables(text, jnp.arange(max_positions)[None], local) for local in bases]
     rings = None if past is None else past.rings
+    single = past is not None and rings is None and buffer.slots == 1
 
     def ropes_at(positions: jax.Array) -> list[Rope]:
         if tables:
@@ -192,6 +194,7 @@ def run_stages(
 
     for s, stage in enumerate(plan[first:], first):
         layers, cache = stages[str(s)], None if past is None else past.caches[s]
+        write_behind = single and not isinstance(layers, list)
         start = jnp.int32(0) if past is None else past.lengths[s]
         if s and image_sizes:
             ropes = ropes_of(buffer, s, dropped=s > (past is None))  # among cached tokens, numbered as they are
@@ -230,6 +233,7 @@ def run_stages(
             of_stage: Any = of_stage,
             first_layer: int = stage.start,
             ring: Ring | None = None if rings is None else rings[s],
+            behind: StageCache | None = cache if write_behind else None,
         ) -> Any:
             x, cache, _ = carry
             ropes, key_ropes, query, key, windows, start = of_stage
@@ -242,6 +246,13 @@ def run_stages(
                     keys, values = written.layer(n)
                     keys = rotate_cached(restored(keys, q.dtype), rope_in(windows[n], key_ropes))
                     return attend_places(rotate(q, rope), keys, values, query, key, windows[n]), written
+                if single:
+                    own = None if behind is None else StageCache(*stored)
+                    held = write_tokens(cache, n, *stored, start) if behind is None else behind
+                    seen = (
+                        sees(query, key, windows[n])[:, 0] if text.by_slots else seen_slots(start, held.slots, window)
+                    )
+                    return attend_token(q, held, n, start, seen, own), own or held
                 if cache is not None:
                     written = write_tokens(cache, n, *stored, start)
                     cached = written.layer(n)
@@ -263,14 +274,16 @@ def run_stages(
             carried, stacked = (new, None) if cache is not None else (None, new)
             return (out, carried, x if follow else None), (stacked, x if keep_hidden else None)
 
-        begin = (buffer.hidden, cache, buffer.hidden if follow else None)
-        (x, cache, last_input), outputs = scan_layers(rematerialise(body, remat), begin, layers)
-        prompt_cache, inputs = outputs or (None, None)  # a stage may have no layers
+        begin = (buffer.hidden, None if write_behind else cache, buffer.hidden if follow else None)
+        (x, written, last_input), outputs = scan_layers(rematerialise(body, remat), begin, layers)
+        new, inputs = outputs or (None, None)  # a stage may have no layers
+        if write_behind and new is not None:
+            written = write_token(cache, new, start)
         last_layer = layer_of(layers, -1) if follow and stage.num_layers else None
         left = None if stage.stop >= config.additions else buffer.additions
         buffer = dataclasses.replace(buffer, hidden=x, additions=left)
         first_output = buffer if first_output is None else first_output
-        caches.append(prompt_cache if past is None else cache)
+        caches.append(new if past is None else written)
         lengths.append(buffer.length + start)
         if key is not None and rings is None and (past is not None or new_slots is not None):
             index.append(jnp.pad(key.index, [(0, 0), (0, new_slots or 0)]))

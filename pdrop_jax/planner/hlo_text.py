@@ -86,8 +86,8 @@ class Module:
     def executed(self, into_fusions: bool = False) -> Iterator[tuple[Instruction, Computation, int]]:
         """(instruction, its computation, how often it runs), with the bodies of loops as often as they run.
 
-        A loop whose number of steps is not in the text, such as a decode loop, counts as one step; all branches of a
-        conditional count.
+        A loop whose number of steps is not in the text, such as a decode loop, counts as one step. Of a conditional's
+        branches the one with the largest results counts, such as that of a decode step that reads full caches.
 
         Args:
           into_fusions: also the instructions that fusions and reductions call.
@@ -98,10 +98,14 @@ class Module:
             for x in computation:
                 yield x, computation, times
                 if into_fusions or x.opcode in ("while", "call", "conditional"):
-                    for callee in x.called:
+                    called = [max(x.called, key=self._bytes)] if x.opcode == "conditional" else x.called
+                    for callee in called:
                         yield from visit(callee, times * self._trips(x))
 
         yield from visit("", 1)
+
+    def _bytes(self, name: str) -> int:
+        return sum(x.bytes for x in self.computations[name])
 
     def _trips(self, loop: Instruction) -> int:
         """Trip count of a loop over layers, microbatches or pieces of a collective; 1 for anything else."""

@@ -23,7 +23,7 @@ from tiny import (
 
 from pdrop_jax.batch import Bucket
 from pdrop_jax.model import multi_turn, vlm
-from pdrop_jax.model.cache import empty_caches, grow, scatter_tokens, select_tokens, write_tokens
+from pdrop_jax.model.cache import empty_caches, grow, write_tokens
 from pdrop_jax.model.decoder import DecodeState, positions_of, run_stages
 from pdrop_jax.model.drop import Boundary, TokenBuffer, drop, pyramiddrop_score
 from pdrop_jax.model.layers import layer_of
@@ -230,14 +230,3 @@ def test_padding_of_a_chunk_may_reach_beyond_the_cache():
         expected[1, 0, :, 1:5] = x[0].swapaxes(0, 1)
         expected[1, 1, :, 4:6] = x[1, :2].swapaxes(0, 1)
         assert np.array_equal(ours, expected)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_tpu_selects_what_others_scatter(dtype):
-    draw = np.random.default_rng(0).standard_normal
-    old, new = (jnp.asarray(draw(shape), dtype) for shape in ((3, 4, 2, 6, 8), (4, 1, 2, 8)))
-    first = jnp.array([0, 5, 2, 6])  # the last row is full: its token is left out
-    written = [write(old, jnp.int32(1), new, first) for write in (scatter_tokens, select_tokens)]
-    assert np.array_equal(*written)
-    assert np.array_equal(written[1][1, 1, :, 5], new[1, 0])
-    assert np.array_equal(written[1][1, 3], old[1, 3])

@@ -1,0 +1,114 @@
+"""A decode step: one new token of each row attends to a cache of those before it, and to itself.
+
+Two orders give the same. A list of layers writes the token's key and value into the cache before each layer attends.
+A scanned stack attends first and has the token's own beside the cache (``own``); they are written behind the last layer
+of a stage, for all layers at once: written by each layer, they would cost a TPU more time than the attention. In a list
+XLA for CPUs would copy the cache between reading and writing it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pdrop_jax.model.attention import with_scale
+from pdrop_jax.model.cache import KeysOrValues, StageCache
+from pdrop_jax.sharding import platform
+
+MATRIX_ROWS = 8
+LANES = 128  # numbers in a row of a TPU's registers
+READ_SIZES = 4
+LEAST_READ = 256  # slots: with fewer, reading costs less than choosing
+
+
+def seen_slots(slot: jax.Array, slots: int, window: int | None = None) -> jax.Array:
+    """What a token that goes to ``slot`` (B,) sees of a cache, itself included, (B, C) bool."""
+    key = jnp.arange(slots)
+    seen = key <= slot[:, None]
+    return seen if window is None else seen & (key > slot[:, None] - window)
+
+
+def read_sizes(slots: int) -> list[int]:
+    """How many slots of a cache a step may read, ascending: a program reads at fixed places, so there are few sizes.
+
+    On a GPU all are read: the choice would be made on the host, once in every layer.
+    """
+    if platform() == "gpu":
+        return [slots]
+    part = max(LEAST_READ, -(-slots // (READ_SIZES * LANES)) * LANES)
+    return [*range(part, slots, part), slots]
+
+
+@jax.named_scope("attention")
+def attend_token(
+    q: jax.Array,
+    cache: StageCache,
+    layer: jax.Array | int,
+    slot: jax.Array,
+    seen: jax.Array,
+    own: StageCache | None = None,
+) -> jax.Array:
+    """Attention of one new token of each row.
+
+    Args:
+      q: (B, 1, N, H).
+      slot: (B,) int32, the slot of a row's token.
+      seen: (B, C) bool, which slots of the cache the token sees, its own included.
+      own: key and value (B, 1, K, H) of the token if the cache does not hold them yet: see ``cache.write_token``.
+
+    Returns:
+      (B, 1, N, H), dtype of q.
+    """
+    if own is not None:
+        seen &= jnp.arange(cache.slots) != slot[:, None]
+    sizes = read_sizes(cache.slots)
+    branches = [functools.partial(_attend, layer=layer, slots=size) for size in sizes]
+    last = slot.max() - (own is not None)
+    number = (last >= jnp.array(sizes[:-1], jnp.int32)).sum()
+    return jax.lax.switch(number, branches, q, cache, seen, own)
+
+
+def _attend(
+    q: jax.Array, cache: StageCache, seen: jax.Array, own: StageCache | None, *, layer: jax.Array | int, slots: int
+) -> jax.Array:
+    """``attend_token`` to the first ``slots`` slots of the cache."""
+    B, _, N, H = q.shape
+    one = jax.tree.map(lambda x: x[layer, :, :, :slots], cache)
+    K = jax.tree.leaves(one.k)[0].shape[1]
+    rows = _matrix_rows(q.reshape(B, K, N // K, H))
+    logits = jnp.where(seen[:, None, None, :slots], _logits(rows, one.k), -jnp.inf)
+    if own is None:
+        out = _weighted(jax.nn.softmax(logits, axis=-1), one.v, q.dtype)
+    else:
+        own = jax.tree.map(lambda x: x.swapaxes(1, 2), own)
+        own_logit = _logits(rows, own.k)
+        highest = jnp.maximum(logits.max(-1, keepdims=True), own_logit)
+        weights, own_weight = jnp.exp(logits - highest), jnp.exp(own_logit - highest)
+        total = weights.sum(-1, keepdims=True) + own_weight
+        out = _weighted(weights / total, one.v, q.dtype) + _weighted(own_weight / total, own.v, q.dtype)
+    return out.astype(q.dtype)[:, :, : N // K].reshape(B, 1, N, H)
+
+
+def _logits(q: jax.Array, k: KeysOrValues) -> jax.Array:
+    """(B, K, Q, H) and (B, K, C, H) -> (B, K, Q, C) float32."""
+    k, scale = with_scale(k, q.dtype)
+    logits = jnp.einsum("BKQH,BKCH->BKQC", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return logits if scale is None else logits * scale
+
+
+def _weighted(probs: jax.Array, v: KeysOrValues, dtype: Any) -> jax.Array:
+    """(B, K, Q, C) float32 and (B, K, C, H) -> (B, K, Q, H) float32."""
+    v, scale = with_scale(v, dtype)
+    probs = (probs if scale is None else probs * scale).astype(v.dtype)
+    return jnp.einsum("BKQC,BKCH->BKQH", probs, v, preferred_element_type=jnp.float32)
+
+
+def _matrix_rows(x: jax.Array) -> jax.Array:
+    """``x`` (B, K, Q, ...), on a TPU with at least 8 rows Q.
+
+    XLA computes products of fewer rows on the vector unit, in three times the cycles of eight on the matrix unit.
+    """
+    if platform() != "tpu" or x.shape[2] >= MATRIX_ROWS:
+        return x
+    return jax.lax.optimization_barrier(jnp.pad(x, [(0, 0), (0, 0), (0, MATRIX_ROWS - x.shape[2]), (0, 0)]))
