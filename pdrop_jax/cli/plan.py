@@ -82,11 +82,15 @@ def run(
 
     devices = devices_of(topology)
 
+    import jax
+
     from pdrop_jax.convert.pretrained import config_of
     from pdrop_jax.inputs.buckets import bucket_for
     from pdrop_jax.planner import programs
     from pdrop_jax.schedule import DropSchedule
 
+    # What is compiled for chips that are not there could be kept, but not be read again.
+    jax.config.update("jax_enable_compilation_cache", False)
     config = compressed(config_of(model), compress_vision, merge_size).with_cache_dtype(quantize_cache)
     config = config if schedule is None else dataclasses.replace(config, schedule=schedule)
     slots = bucket_for(bucket[0], bucket[1:], config)

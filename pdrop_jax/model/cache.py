@@ -171,7 +171,7 @@ def write_in_tiles(cache: StageCache, new: StageCache, slot: jax.Array) -> Stage
 
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
             (L, _, K), rest = old.shape[:3], old.shape[4:]
-            at = (0, b, 0, begin, *(0 for _ in rest))
+            at: list[Any] = [0, b, 0, begin, *(0 for _ in rest)]
             tile = jax.lax.dynamic_slice(old, at, (L, 1, K, size, *rest))
             token = jax.lax.dynamic_index_in_dim(new, b, axis=1).swapaxes(2, 3)  # (L_s, 1, K, 1, ...)
             chosen = (begin + jnp.arange(size) == slot[b]).reshape(size, *(1 for _ in rest))

@@ -7,10 +7,10 @@ XLA for CPUs would copy the cache between reading and writing it.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pdrop_jax.model.attention import with_scale
 from pdrop_jax.model.cache import KeysOrValues, StageCache
@@ -79,14 +79,15 @@ def _attend(
     rows = _matrix_rows(q.reshape(B, K, N // K, H))
     logits = jnp.where(seen[:, None, None, :slots], _logits(rows, one.k), -jnp.inf)
     if own is None:
-        out = _weighted(jax.nn.softmax(logits, axis=-1), one.v, q.dtype)
+        out = _weighted(jax.nn.softmax(logits, axis=-1), one.v, q.dtype, q.dtype)
     else:
         own = jax.tree.map(lambda x: x.swapaxes(1, 2), own)
         own_logit = _logits(rows, own.k)
         highest = jnp.maximum(logits.max(-1, keepdims=True), own_logit)
         weights, own_weight = jnp.exp(logits - highest), jnp.exp(own_logit - highest)
         total = weights.sum(-1, keepdims=True) + own_weight
-        out = _weighted(weights / total, one.v, q.dtype) + _weighted(own_weight / total, own.v, q.dtype)
+        out = _weighted(weights / total, one.v, q.dtype, jnp.float32)
+        out += _weighted(own_weight / total, own.v, q.dtype, jnp.float32)
     return out.astype(q.dtype)[:, :, : N // K].reshape(B, 1, N, H)
 
 
@@ -97,11 +98,11 @@ def _logits(q: jax.Array, k: KeysOrValues) -> jax.Array:
     return logits if scale is None else logits * scale
 
 
-def _weighted(probs: jax.Array, v: KeysOrValues, dtype: Any) -> jax.Array:
-    """(B, K, Q, C) float32 and (B, K, C, H) -> (B, K, Q, H) float32."""
+def _weighted(probs: jax.Array, v: KeysOrValues, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
+    """(B, K, Q, C) float32 and (B, K, C, H) -> (B, K, Q, H) of dtype ``result``; the product is one of ``dtype``."""
     v, scale = with_scale(v, dtype)
     probs = (probs if scale is None else probs * scale).astype(v.dtype)
-    return jnp.einsum("BKQC,BKCH->BKQH", probs, v, preferred_element_type=jnp.float32)
+    return jnp.einsum("BKQC,BKCH->BKQH", probs, v, preferred_element_type=result)
 
 
 def _matrix_rows(x: jax.Array) -> jax.Array:

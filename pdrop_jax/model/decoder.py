@@ -277,7 +277,7 @@ def run_stages(
         begin = (buffer.hidden, None if write_behind else cache, buffer.hidden if follow else None)
         (x, written, last_input), outputs = scan_layers(rematerialise(body, remat), begin, layers)
         new, inputs = outputs or (None, None)  # a stage may have no layers
-        if write_behind and new is not None:
+        if write_behind and cache is not None and new is not None:
             written = write_token(cache, new, start)
         last_layer = layer_of(layers, -1) if follow and stage.num_layers else None
         left = None if stage.stop >= config.additions else buffer.additions

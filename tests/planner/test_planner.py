@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -102,9 +103,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def planned(folder, *options):
+def planned(folder, *options, **environment):
     command = [*PDROP, "plan", "--model", folder, "--topology", "v5e:2x4", "--bucket", "112", "144", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
 def test_a_training_step_is_compiled_for_a_slice(folder, tmp_path):
@@ -206,9 +207,11 @@ def test_decode_copies_no_stack_of_weights_or_keys(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def plain_decode(folder):
-    done = planned(folder, *DECODE)
-    assert done.returncode == 0, done.stderr
+def plain_decode(folder, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    done = planned(folder, *DECODE, JAX_COMPILATION_CACHE_DIR=str(cache))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [*cache.glob("jit_decode*")]  # could not be read again
     return json.loads(done.stdout)["plans"][0]
 
 
