@@ -1,4 +1,4 @@
-"""Pruning decided in float and then quantized, beside pruning decided under quantization, on the demo model.
+"""Pruning decided in float and then quantized, beside pruning decided under quantization, on the demo model or another.
 
 All contenders answer the same questions about pictures of test photos with the same number of image tokens, averaged
 over layers, and w4a4 with an int4 cache. "in float": the drops are allocated and the tokens are chosen by the float
@@ -10,6 +10,7 @@ in nats. Intervals are 95 % bootstrap intervals over pictures; differences are p
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from pdrop_jax.analysis.tune.allocation import allocate, candidate_layers, drop_
 from pdrop_jax.analysis.tune.calibrate import Sample, calibrate
 from pdrop_jax.batch import Batch
 from pdrop_jax.generation.engine import generate_batch, with_rows
-from pdrop_jax.generation.pretrained import Model, load, reschedule
+from pdrop_jax.generation.pretrained import DEMO, Model, load, reschedule
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
@@ -38,6 +39,7 @@ FLOAT = "quota, in float"  # what the differences are to
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
+    model: pathlib.Path = DEMO  # another checkpoint's answers are right if they are the demo's, to the letter
     pictures: int = 200
     keep: float = 0.5
     calibration_pictures: int = 8
@@ -55,7 +57,7 @@ class Answers:
 
 def main(flags: Flags) -> None:
     """Prints a table with a row for each contender."""
-    exact, quantized = load(), load(**QUANTIZED)
+    exact, quantized = load(flags.model), load(flags.model, **QUANTIZED)
     cases = draw_cases(flags.pictures, flags.seed)
     batches = batches_of(exact, cases)
     calibration = batches_of(exact, draw_cases(flags.calibration_pictures, flags.seed + 1))

@@ -1,5 +1,6 @@
 """Every benchmark at a tiny size, to its last printed line: docs/benchmarks.md names these commands."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,10 +12,11 @@ import sys
 import pytest
 import torch
 from tiny_run import write_start
-from tiny_server import write_model
+from tiny_server import CONFIG, write_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from pdrop_jax.convert.importer import read
+from pdrop_jax.schedule import DropSchedule
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -107,8 +109,12 @@ def test_quantized(run):
     assert rows[-1].startswith("| the same image tokens in the last stage | 100.0% |")
 
 
-def test_quota(run):
-    out = run("quota", "--pictures", 1, "--calibration-pictures", 1).splitlines()
+def test_quota(run, tmp_path):
+    config = dataclasses.replace(
+        CONFIG, text=dataclasses.replace(CONFIG.text, num_layers=5), schedule=DropSchedule.none()
+    )
+    model = write_model(tmp_path / "tiny", config)
+    out = run("quota", "--model", model, "--pictures", 1, "--calibration-pictures", 1).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("|")]
     names = [row[0] for row in rows[2:]]
     assert names[:4] == ["dense, float", "dense, quantized", "pyramiddrop, in float", "quota, in float"]

@@ -20,8 +20,8 @@ CONFIG = LlavaConfig(
 )
 
 
-def write_model(folder):
+def write_model(folder, config=CONFIG):
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), abstract_params(CONFIG))
-    checkpoint.save(folder, CONFIG, params, companions=DEMO, single_file=True)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), abstract_params(config))
+    checkpoint.save(folder, config, params, companions=DEMO, single_file=True)
     return folder

@@ -120,8 +120,8 @@ def attend_cache(
 ) -> jax.Array:
     """``attention`` of new tokens to a cache that holds them already: each sees the slots up to its own.
 
-    One token is a matrix-vector product for each head, where no flash kernel helps. More are taken in blocks, as in
-    ``blocked``, or their scores would fill the memory.
+    They are taken in blocks, as in ``blocked``, or their scores would fill the memory. The single token of a decode
+    step has ``decode_attention.attend_token``.
 
     Args:
       q: (B, T, N, H).

@@ -16,7 +16,7 @@ from pdrop_jax.model.attention import with_scale
 from pdrop_jax.model.cache import KeysOrValues, StageCache
 from pdrop_jax.sharding import platform
 
-MATRIX_ROWS = 8
+MATRIX_ROWS = 8  # queries of a head that XLA gives to a TPU's matrix unit
 LANES = 128  # numbers in a row of a TPU's registers
 READ_SIZES = 4
 LEAST_READ = 256  # slots: with fewer, reading costs less than choosing
@@ -32,7 +32,7 @@ def seen_slots(slot: jax.Array, slots: int, window: int | None = None) -> jax.Ar
 def read_sizes(slots: int) -> list[int]:
     """How many slots of a cache a step may read, ascending: a program reads at fixed places, so there are few sizes.
 
-    On a GPU all are read: the choice would be made on the host, once in every layer.
+    On a GPU all are read: XLA makes such a choice on the host there, once in every layer.
     """
     if platform() == "gpu":
         return [slots]
@@ -108,7 +108,8 @@ def _weighted(probs: jax.Array, v: KeysOrValues, dtype: DTypeLike, result: DType
 def _matrix_rows(x: jax.Array) -> jax.Array:
     """``x`` (B, K, Q, ...), on a TPU with at least 8 rows Q.
 
-    XLA computes products of fewer rows on the vector unit, in three times the cycles of eight on the matrix unit.
+    XLA computes products of fewer rows on the vector unit, by its own estimate in two to three times the cycles of
+    eight rows on the matrix unit.
     """
     if platform() != "tpu" or x.shape[2] >= MATRIX_ROWS:
         return x
