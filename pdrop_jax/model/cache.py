@@ -165,6 +165,7 @@ def write_in_tiles(cache: StageCache, new: StageCache, slot: jax.Array) -> Stage
     """
     C = cache.slots
     size = min(TILE, C)
+    new = jax.tree.map(lambda x: x.swapaxes(2, 3), new)  # (L_s, B, K, 1, ...)
 
     def write_row(b: jax.Array, cache: StageCache) -> StageCache:
         begin = jnp.minimum(slot[b] // size * size, C - size)
@@ -173,8 +174,8 @@ def write_in_tiles(cache: StageCache, new: StageCache, slot: jax.Array) -> Stage
             (L, _, K), rest = old.shape[:3], old.shape[4:]
             at: list[Any] = [0, b, 0, begin, *(0 for _ in rest)]
             tile = jax.lax.dynamic_slice(old, at, (L, 1, K, size, *rest))
-            token = jax.lax.dynamic_index_in_dim(new, b, axis=1).swapaxes(2, 3)  # (L_s, 1, K, 1, ...)
-            chosen = (begin + jnp.arange(size) == slot[b]).reshape(size, *(1 for _ in rest))
+            token = jax.lax.dynamic_index_in_dim(new, b, axis=1)
+            chosen = jax.lax.broadcasted_iota(jnp.int32, tile.shape, 3) == slot[b] - begin
             return jax.lax.dynamic_update_slice(old, jnp.where(chosen, token, tile), at)
 
         return jax.tree.map(write, cache, new)
