@@ -203,7 +203,8 @@ def test_decode_copies_no_stack_of_weights_or_keys(tmp_path):
     assert done.returncode == 0, done.stderr
     stacks = {dims for dims in re.findall(r"bf16\[([\d,]+)\]", done.stdout) if re.match(r"2,\d+,\d", dims)}
     assert {"2,4,2,384,128", "2,256,2,128", "2,256,384", "2,384,256"} <= stacks
-    assert not stacks & set(re.findall(r"= bf16\[([\d,]+)\]\S* copy\(", done.stdout))
+    copied = stacks & set(re.findall(r"= bf16\[([\d,]+)\]\S* copy\(", done.stdout))
+    assert copied <= {"2,4,2,1,128"}  # the new tokens
 
 
 @pytest.fixture(scope="module")
