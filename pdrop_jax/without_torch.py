@@ -21,8 +21,8 @@ def want_no_torch() -> None:
 
 
 def import_transformers() -> None:
-    """Imports transformers as this process wants it. No-op if nothing was said, or if torch is there already."""
-    if not _wanted or "torch" in sys.modules:
+    """Imports transformers as this process wants it. No-op if nothing was said, or if it or torch is there already."""
+    if not _wanted or "transformers" in sys.modules or "torch" in sys.modules:
         return
     sys.modules["torch"] = None  # type: ignore[assignment]  # as Python documents it: importing it fails
     try:

@@ -37,7 +37,7 @@ from pdrop_jax.inputs.buckets import choose_bucket
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.attention import attention
-from pdrop_jax.model.cache import StageCache, scatter_token, write_token
+from pdrop_jax.model.cache import StageCache, scatter_token, write_in_all_layers
 from pdrop_jax.model.decoder import positions_of
 from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
 from pdrop_jax.model.params import init_params
@@ -171,7 +171,7 @@ def test_a_tpu_writes_a_token_into_the_rows_and_heads_of_a_device(shape, monkeyp
     expected = scatter_token(cache, new, slot)
     monkeypatch.setattr("pdrop_jax.model.cache.platform", lambda: "tpu")
     with jax.set_mesh(mesh_of(shape)):
-        program = jax.jit(write_token).lower(cache, new, slot).compile()
+        program = jax.jit(write_in_all_layers).lower(cache, new, slot).compile()
         jax.tree.map(np.testing.assert_array_equal, program(cache, new, slot), expected)
 
 

@@ -1,5 +1,6 @@
 """Commands and the workers of training start without torch, though it is installed here."""
 
+import importlib
 import json
 import pathlib
 import subprocess
@@ -21,7 +22,7 @@ finally:
 
 
 def imported(module: str) -> tuple[bool, bool]:
-    __import__(module)
+    importlib.import_module(module)
     return "transformers" in sys.modules, "torch" in sys.modules
 
 
@@ -42,3 +43,14 @@ def test_converting_may_check_with_the_models_of_transformers():
     code = COMMAND.replace("finally:", "except SystemExit:\n    import pdrop_jax.inputs")
     done = subprocess.run([sys.executable, "-c", code, "convert", "nowhere", "new"], capture_output=True, text=True)
     assert done.stderr.endswith("True True\n")
+
+
+def test_a_transformers_that_is_there_already_stays_as_it_is():
+    """Such as one that a user's main module imports, which worker processes import again."""
+    code = (
+        "import transformers\n"
+        "from pdrop_jax.without_torch import want_no_torch\n"
+        "want_no_torch()\n"
+        "import pdrop_jax.inputs, torch"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -120,8 +120,8 @@ def attend_cache(
 ) -> jax.Array:
     """``attention`` of new tokens to a cache that holds them already: each sees the slots up to its own.
 
-    They are taken in blocks, as in ``blocked``, or their scores would fill the memory. The single token of a decode
-    step has ``decode_attention.attend_token``.
+    They are taken in blocks, as in ``blocked``, or their scores would fill the memory. A decode step's single token has
+    ``decode_attention.attend_token``, except in a stream.
 
     Args:
       q: (B, T, N, H).
@@ -155,7 +155,7 @@ def attend_masked(q: jax.Array, k: KeysOrValues, v: KeysOrValues, seen: Callable
     blocks = []
     for start in range(0, T, BLOCK):
         block = q[:, :, start : start + BLOCK]
-        # T and G are one axis: with two axes of size 1 XLA for CPUs takes a slower product (a decode step by a third).
+        # T and G are one axis: with two axes of size 1 XLA for CPUs takes a slower product.
         rows = block.reshape(B, K, -1, H)
         logits = jnp.einsum("BKQH,BKCH->BKQC", rows, k, preferred_element_type=jnp.float32) * H**-0.5
         if k_scale is not None:

@@ -120,7 +120,7 @@ def write_tokens(
 
 
 @jax.named_scope("attention")
-def write_token(cache: StageCache, new: StageCache, slot: jax.Array) -> StageCache:
+def write_in_all_layers(cache: StageCache, new: StageCache, slot: jax.Array) -> StageCache:
     """Writes one new token of each row into its ``slot`` (B,) of all layers, unless that is past the last.
 
     Args:
@@ -151,6 +151,8 @@ def write_slots(
 
 
 def scatter_token(cache: StageCache, new: StageCache, slot: jax.Array) -> StageCache:
+    """``write_in_all_layers`` on CPUs and GPUs."""
+
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[:, jnp.arange(len(slot)), :, slot].set(new[:, :, 0].swapaxes(0, 1), mode="drop")
 

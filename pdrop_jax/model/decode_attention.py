@@ -16,7 +16,7 @@ from pdrop_jax.model.attention import with_scale
 from pdrop_jax.model.cache import KeysOrValues, StageCache
 from pdrop_jax.sharding import platform
 
-MATRIX_ROWS = 8  # queries of a head that XLA gives to a TPU's matrix unit
+MATRIX_ROWS = 8  # queries of a head with which XLA takes a TPU's matrix unit
 LANES = 128  # numbers in a row of a TPU's registers
 READ_SIZES = 4
 LEAST_READ = 256  # slots: with fewer, reading costs less than choosing
@@ -53,9 +53,11 @@ def attend_token(
 
     Args:
       q: (B, 1, N, H).
-      slot: (B,) int32, the slot of a row's token.
+      slot: (B,) int32, the slot of a row's token, at most C. What is read goes by the largest, also of a row that is
+        done.
       seen: (B, C) bool, which slots of the cache the token sees, its own included.
-      own: key and value (B, 1, K, H) of the token if the cache does not hold them yet: see ``cache.write_token``.
+      own: key and value (B, 1, K, H) of the token if the cache does not hold them yet: see
+        ``cache.write_in_all_layers``.
 
     Returns:
       (B, 1, N, H), dtype of q.

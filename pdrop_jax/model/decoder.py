@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import Implementation, LlavaConfig, Remat, TextConfig
 from pdrop_jax.model.attention import attend_cache, attention
-from pdrop_jax.model.cache import StageCache, as_cached, cache_prompt, restored, write_slots, write_token, write_tokens
+from pdrop_jax.model.cache import (
+    StageCache,
+    as_cached,
+    cache_prompt,
+    restored,
+    write_in_all_layers,
+    write_slots,
+    write_tokens,
+)
 from pdrop_jax.model.decode_attention import attend_token, seen_slots
 from pdrop_jax.model.drop import Boundary, DropRecord, Past, TokenBuffer, drop
 from pdrop_jax.model.layers import decoder_layer, layer_of, rematerialise, scan_layers
@@ -147,7 +155,7 @@ def run_stages(
       max_positions: static, rope tables are made for so many positions; None is the buffer's slots, and with ``past``
         no table at all, for a single token.
       new_slots: without ``past``, returns a cache for each stage with so many slots for tokens to come.
-      implementation: of the attention without ``past``; with it, it is ``attention.attend_cache``.
+      implementation: of the attention without ``past``; with it, it is that of caches, which has one.
       remat: what a layer keeps for its gradient.
       keep_hidden: also returns the input of each layer.
     """
@@ -233,7 +241,7 @@ def run_stages(
             of_stage: Any = of_stage,
             first_layer: int = stage.start,
             ring: Ring | None = None if rings is None else rings[s],
-            behind: StageCache | None = cache if write_behind else None,
+            before: StageCache | None = cache if write_behind else None,
         ) -> Any:
             x, cache, _ = carry
             ropes, key_ropes, query, key, windows, start = of_stage
@@ -247,12 +255,12 @@ def run_stages(
                     keys = rotate_cached(restored(keys, q.dtype), rope_in(windows[n], key_ropes))
                     return attend_places(rotate(q, rope), keys, values, query, key, windows[n]), written
                 if single:
-                    own = None if behind is None else StageCache(*stored)
-                    held = write_tokens(cache, n, *stored, start) if behind is None else behind
+                    own = None if before is None else StageCache(*stored)
+                    held = write_tokens(cache, n, *stored, start) if before is None else before
                     seen = (
                         sees(query, key, windows[n])[:, 0] if text.by_slots else seen_slots(start, held.slots, window)
                     )
-                    return attend_token(q, held, n, start, seen, own), own or held
+                    return attend_token(q, held, n, start, seen, own), held if own is None else own
                 if cache is not None:
                     written = write_tokens(cache, n, *stored, start)
                     cached = written.layer(n)
@@ -276,9 +284,9 @@ def run_stages(
 
         begin = (buffer.hidden, None if write_behind else cache, buffer.hidden if follow else None)
         (x, written, last_input), outputs = scan_layers(rematerialise(body, remat), begin, layers)
-        new, inputs = outputs or (None, None)  # a stage may have no layers
+        new, inputs = outputs or (None, None)  # keys and values that the layers return; a stage may have no layers
         if write_behind and cache is not None and new is not None:
-            written = write_token(cache, new, start)
+            written = write_in_all_layers(cache, new, start)
         last_layer = layer_of(layers, -1) if follow and stage.num_layers else None
         left = None if stage.stop >= config.additions else buffer.additions
         buffer = dataclasses.replace(buffer, hidden=x, additions=left)

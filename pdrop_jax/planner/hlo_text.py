@@ -10,7 +10,10 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "
 
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_CALLS = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=(%[\w.-]+|\{[^}]*\})")
+_CALLS = re.compile(
+    r"(?:calls|to_apply|body|(?:called|branch)_computations|(?:true|false)_computation)=(%[\w.-]+|\{[^}]*\})"
+)
+_NAMES = {"parameter", "tuple", "get-tuple-element", "bitcast"}  # of what is there already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +101,14 @@ class Module:
             for x in computation:
                 yield x, computation, times
                 if into_fusions or x.opcode in ("while", "call", "conditional"):
-                    called = [max(x.called, key=self._bytes)] if x.opcode == "conditional" else x.called
-                    for callee in called:
+                    for callee in [max(x.called, key=self._written)] if x.opcode == "conditional" else x.called:
                         yield from visit(callee, times * self._trips(x))
 
         yield from visit("", 1)
 
-    def _bytes(self, name: str) -> int:
-        return sum(x.bytes for x in self.computations[name])
+    def _written(self, name: str) -> int:
+        """Bytes of all results in a computation."""
+        return sum(x.bytes for x in self.computations[name] if x.opcode not in _NAMES)
 
     def _trips(self, loop: Instruction) -> int:
         """Trip count of a loop over layers, microbatches or pieces of a collective; 1 for anything else."""

@@ -190,3 +190,32 @@ def test_products_without_those_on_padding(instruction, macs, dtype):
     module = parse(text)
     found = products(module, module.computations[""], module.computations[""].instructions["o"])
     assert found == ((0, macs) if dtype == "s8" else (macs, 0))
+
+
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%few, %most, %none}", "true_computation=%few, false_computation=%most"]
+)
+def test_of_a_conditional_the_branch_that_writes_most_counts(branches):
+    """Each is given the whole cache, and names it; what counts is what it computes."""
+    text = """HloModule step
+%few (cache: f32[64,128]) -> f32[64,8] {
+  %cache.1 = f32[64,128]{1,0} parameter(0)
+  %same = f32[64,128]{1,0} bitcast(%cache.1)
+  ROOT %logits.1 = f32[64,8]{1,0} add(%same, %same), CYCLES
+}
+%most (cache: f32[64,128]) -> f32[64,16] {
+  %cache.2 = f32[64,128]{1,0} parameter(0)
+  ROOT %logits.2 = f32[64,16]{1,0} add(%cache.2, %cache.2), CYCLES
+}
+%none (cache: f32[64,128]) -> f32[64,128] {
+  ROOT %cache.3 = f32[64,128]{1,0} parameter(0)
+}
+ENTRY %main (c: f32[64,128]) -> f32[64,16] {
+  %c = f32[64,128]{1,0} parameter(0)
+  %n = s32[] constant(1)
+  ROOT %out = f32[64,16]{1,0} conditional(%n, %c, %c, %c), BRANCHES
+}
+""".replace("CYCLES", CYCLES).replace("BRANCHES", branches)
+    module = parse(text)
+    assert [x.name for x, *_ in module.executed() if x.opcode == "add"] == ["logits.2"]
+    assert estimate(module, "v5e").time.cycles == pytest.approx(1)
