@@ -73,6 +73,11 @@ def test_few_sizes_are_compiled(slots, sizes):
     assert read_sizes(slots) == sizes
 
 
+def test_a_gpu_reads_all(monkeypatch):
+    monkeypatch.setattr(decode_attention, "platform", lambda: "gpu")
+    assert read_sizes(4096) == [4096]
+
+
 @pytest.mark.parametrize("bits", [None, "int8", "int4"])
 @pytest.mark.parametrize("slots", [6, 32, 39])
 def test_a_tpu_writes_in_tiles_what_others_scatter(slots, bits):
