@@ -100,6 +100,16 @@ def shards(axis: str, size: int) -> int:
     return size // NamedSharding(mesh, partition((axis,), (size,), mesh)).shard_shape((size,))[0]
 
 
+def spare(axis: str, size: int) -> int:
+    """How many rows of padding let more devices share a dimension of ``size``, such as ten crops on four devices; 0 where
+    they have as many rows to compute without it, and without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 0
+    padding = -size % devices_along(axis, mesh)
+    return padding if (size + padding) // devices_along(axis, mesh) < size // shards(axis, size) else 0
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tells the compiler the sharding of ``x`` by a logical axis for each dimension; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -45,6 +45,7 @@ from pdrop_jax.model.placement import shardings
 from pdrop_jax.model.quantization import quantize_decoder
 from pdrop_jax.model.rope import rope_tables
 from pdrop_jax.model.splash import splash_causal
+from pdrop_jax.model.vision import image_features
 from pdrop_jax.model.vlm import embed, forward
 from pdrop_jax.parity.replay import Reference, check
 from pdrop_jax.schedule import DropSchedule
@@ -55,6 +56,7 @@ from pdrop_jax.train.step import init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+HARDEST = MESHES[2:]  # more devices than heads, and all axes at once: what other families are tried on
 CONFIG = llava_config()
 BATCH = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8], training_batch())
 GREEDY = token_sampler(Sampling())
@@ -139,6 +141,23 @@ def test_a_drop_stays_within_the_rows_of_a_device(shape):
     assert max((math.prod(map(int, dims.split(","))) for dims in moved), default=0) < hidden
 
 
+@pytest.mark.parametrize("class_attention", [False, True])
+def test_crops_that_do_not_divide_are_padded_for_the_tower(class_attention):
+    """Ten crops: two on each device, where the rows of the mesh alone would leave five."""
+    pixels = np.random.default_rng(0).normal(size=(5, 2, *CONFIG.vision.crop_shape)).astype(np.float32)
+    run = jax.jit(image_features, static_argnums=0, static_argnames="class_attention")
+    alone = run(CONFIG, params_of(CONFIG), pixels, class_attention=class_attention)
+    mesh = mesh_of((1, 2, 4))
+    params = jax.device_put(params_of(CONFIG), shardings(CONFIG, params_of(CONFIG), mesh))
+    with jax.set_mesh(mesh):
+        assert [sharding.spare("crops", n) for n in (1, 3, 4, 6, 8, 10, 16)] == [0, 5, 4, 2, 0, 6, 0]
+        program = run.lower(CONFIG, params, pixels, class_attention=class_attention).compile()
+        found = program(params, pixels)
+    close(found, alone)
+    tower = CONFIG.vision
+    assert f"f32[2,{tower.patches_a_side**2 + tower.class_tokens},{tower.hidden_size}]" in program.as_text()
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])
 def test_the_tpu_kernel_is_given_the_rows_and_heads_of_a_device(shape):
     """Two key-value heads: on four devices they are repeated, and their gradients added up."""
@@ -209,7 +228,7 @@ def check_on_a_mesh(config, rows, shape):
 
 
 @pytest.mark.parametrize("own", [{"full_layers": (1,)}, DEEPSTACK], ids=["windows", "deepstack"])
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", HARDEST)
 def test_pictures_of_any_size_on_a_mesh(shape, own):
     """A tower over pictures of any size, M-RoPE through two drops, the first before all of DeepStack is added."""
     tower, deepstack = QwenVisionConfig(**SMALL, **own), own is DEEPSTACK
@@ -224,7 +243,7 @@ def test_pictures_of_any_size_on_a_mesh(shape, own):
     check_on_a_mesh(config, rows, shape)
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", HARDEST)
 def test_windows_by_the_slots_before_the_drops_on_a_mesh(shape):
     """Gemma 3: both kinds of layers, pictures that see themselves both ways, norms of heads."""
     tower = GemmaVisionConfig(56, 14, 32, 48, 2, 4, tokens_a_side=2)

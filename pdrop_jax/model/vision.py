@@ -29,7 +29,7 @@ from pdrop_jax.model.layers import (
 )
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.standby import first_tokens, seen_crops, standby_layer
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain, spare
 from pdrop_jax.vision_config import WINDOW
 
 # LlavaConfig.family -> from the last hidden state of its crops to their tokens, in place of LLaVA's projector.
@@ -156,10 +156,13 @@ def image_features(
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
     pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
+    if clips is None:  # standby tokens look at their neighbours among the crops
+        pixels = jnp.pad(pixels, [(0, spare("crops", len(pixels)))] + [(0, 0)] * 3)
     x, attention = vision_features(
         config, params["vision"], pixels, implementation, remat, class_attention, params.get("standby"), clips
     )
-    x = constrain(x, "batch", None, None)
+    x = constrain(x, "batch", None, None)[: B * C]
+    attention = None if attention is None else attention[: B * C]
     x, extra = (x, None) if clips is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
     D, side, merge = config.text.hidden_size, config.crop_tower.features_a_side, config.crop_tower.merge_size
 
