@@ -101,8 +101,10 @@ def shards(axis: str, size: int) -> int:
 
 
 def spare(axis: str, size: int) -> int:
-    """How many rows of padding let more devices share a dimension of ``size``, such as ten crops on four devices; 0 where
-    they have as many rows to compute without it, and without a mesh."""
+    """How many rows of padding let more devices share a dimension of ``size``, such as ten crops on four devices.
+
+    0 without a mesh, and where no device has fewer rows to compute with it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 0
