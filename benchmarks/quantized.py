@@ -1,4 +1,4 @@
-"""How far int8 weights are from bfloat16 weights, for the demo model on pictures that it was not trained on.
+"""How far int8 weights are from bfloat16 weights, for the demo model or another on pictures of test photos.
 
 The bfloat16 model answers greedily. Then each contender reads the same questions and the same
 answers, and its next-token distributions are compared: KL(bfloat16 || contender) in nats, and the best token. Finally
@@ -9,6 +9,7 @@ each contender answers on its own. float32 is the baseline: it shows the effect 
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from examples.demo.evaluate import BATCH, NEW_TOKENS, Case, draw_cases
 from pdrop_jax.batch import Batch
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.generation.engine import generate_batch
-from pdrop_jax.generation.pretrained import Model, load
+from pdrop_jax.generation.pretrained import DEMO, Model, load
 from pdrop_jax.generation.result import Generation
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.model.vlm import decode_step, prefill
@@ -35,13 +36,14 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
+    model: pathlib.Path = DEMO
     pictures: int = 200
     seed: int = 0
 
 
 def main(flags: Flags) -> None:
     """Prints a table with one column per contender."""
-    models = {name: load(**options) for name, options in CONTENDERS.items()}
+    models = {name: load(flags.model, **options) for name, options in CONTENDERS.items()}
     first = next(iter(models))
     cases = draw_cases(flags.pictures, flags.seed)
     found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in models}

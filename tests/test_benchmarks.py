@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import os
 import pathlib
 import re
@@ -9,12 +10,15 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import pytest
 import torch
+from tiny_run import CONFIG as TINY
 from tiny_run import write_start
 from tiny_server import CONFIG, write_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
+from pdrop_jax import DEMO, checkpoint
 from pdrop_jax.convert.importer import read
 from pdrop_jax.schedule import DropSchedule
 
@@ -34,6 +38,19 @@ def run(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory):
+    """The first three layers of the demo model: trained, so that scores differ among tokens, and soon compiled."""
+    config, params = checkpoint.load(DEMO, schedule=DropSchedule.none())
+    (layers,) = params["stages"].values()
+    stages = {str(n): jax.tree.map(operator.itemgetter(slice(n, n + 1)), layers) for n in range(3)}
+    text = dataclasses.replace(config.text, num_layers=3)
+    config = dataclasses.replace(config, text=text, schedule=DropSchedule((1, 2), (0.5, 0.25)))
+    folder = tmp_path_factory.mktemp("demo") / "short"
+    checkpoint.save(folder, config, {**params, "stages": stages}, companions=DEMO, single_file=True)
+    return folder
 
 
 def run_as_shipped(name, *options):
@@ -73,7 +90,7 @@ def test_inference(run):
 
 
 def test_training(run):
-    out = run("training", *SHAPE, "--steps", 1, "--pictures", 24)
+    out = run("training", *SHAPE, "--image-tokens", 16, "--steps", 1, "--pictures", 16)
     assert "speed-up" in out
     assert out.splitlines()[-1].startswith("| 2 worker processes |")
 
@@ -103,8 +120,8 @@ def test_reuse(run):
     assert [row.split("|")[1].strip() for row in rows] == ["no cache", "image cache", "image and prefix cache"]
 
 
-def test_quantized(run):
-    rows = run("quantized", "--pictures", 1).splitlines()
+def test_quantized(run, short_demo):
+    rows = run("quantized", "--model", short_demo, "--pictures", 1).splitlines()
     assert rows[0] == "|  | bfloat16 | int8 weights | float32 |"
     assert rows[-1].startswith("| the same image tokens in the last stage | 100.0% |")
 
@@ -136,7 +153,10 @@ def test_convert_7b(run, tmp_path):
 
 
 def test_plan_tables(run, tmp_path):
-    model = write_start(tmp_path / "model")
+    # The TPU compiler takes its time for each stage.
+    text = dataclasses.replace(TINY.text, num_layers=2)
+    config = dataclasses.replace(TINY, text=text, schedule=DropSchedule((1,), (0.5,)))
+    model = write_start(tmp_path / "model", config)
     rows = run("plan_tables", "--models", model, "--chips", "v5e", "--slices", "2x2", "--rows", 4).splitlines()
     assert [row.split("|")[2].strip() for row in rows] == ["PyramidDrop", "dense"]
     assert all(row.split("|")[5].strip() == "1" and " GiB | " in row and " ms | " in row for row in rows), rows
@@ -150,14 +170,14 @@ def test_verify(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_batches():
+def test_batches(short_demo):
     """A row in bfloat16 keeps the same tokens in a batch as alone."""
-    options = ["--dtypes", "bfloat16", "--pictures", 2, "--batch-size", 8]
-    (found,) = run_as_shipped("batches", *options)
+    options = ["--dtypes", "bfloat16", "--pictures", 2, "--batch-size", 8, "--xla-default"]
+    found, by_default = run_as_shipped("batches", "--model", short_demo, *options)
+    assert (found["xla_default"], by_default["xla_default"]) == (False, True)
     assert found["rows"] == 8
     assert found["kept_otherwise"] == found["answered_otherwise"] == 0
     assert max(found["largest_score_difference"]) < 1e-6
-    (by_default,) = run_as_shipped("batches", *options, "--xla-default")
     assert max(by_default["largest_score_difference"]) > 1e-4  # what the compiler option is for
 
 
@@ -230,9 +250,9 @@ def test_accelerator_reports_a_part_that_fails(run_uninstalled, tmp_path):
         run_uninstalled("accelerator", "--parts", "training")
 
 
-def test_stream(run):
+def test_stream(run, short_demo):
     """Memory and tokens are those of the first part that fills window and bank."""
-    found = json.loads(run("stream", "--frames", 30, "--parts", 2, "--json"))["results"]
+    found = json.loads(run("stream", "--model", short_demo, "--frames", 30, "--parts", 2, "--json"))["results"]
     assert [row["frames"] for row in found] == [16, 31]
     assert {(row["window"], row["cache_mb"]) for row in found} == {(1, found[0]["cache_mb"])}
 

@@ -23,7 +23,8 @@ from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.schedule import DropSchedule
 
 GRIDS = pathlib.Path(__file__).parents[2] / "examples" / "grids"
-QUESTIONS = read_questions(GRIDS / "questions.jsonl", GRIDS)[:10]
+ASKED = read_questions(GRIDS / "questions.jsonl", GRIDS)
+QUESTIONS = ASKED[:3] + ASKED[5:8]  # about two pictures
 CHROMIUM = shutil.which("chromium")
 
 
@@ -34,8 +35,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def study(model):
-    options = StudyOptions(layers=[1], ratios=[0.0, 1.0], scores=["pyramiddrop"], edit_sizes=[25, 60, 200], draws=2)
-    return run_study(model, QUESTIONS, options, batch_size=5)
+    options = StudyOptions(layers=[1], ratios=[0.0, 1.0], scores=["pyramiddrop"], edit_sizes=[25, 60, 200], draws=1)
+    return run_study(model, QUESTIONS, options, batch_size=3)
 
 
 def asked(model, questions, rows, max_new_tokens=1, given=None):
@@ -60,7 +61,7 @@ def test_every_group_is_there(study):
     }
     noise = ["nothing", "float32", "other words", "reworded by 25 %", "reworded by 200 %", SAMPLED]  # none is of 60 %
     assert [row.setting.name for row in study.group("noise")] == noise
-    assert (study.questions, study.pictures, study.image_tokens) == (10, 2, 144)
+    assert (study.questions, study.pictures, study.image_tokens) == (6, 2, 144)
 
 
 def test_keeping_everything_changes_nothing_and_no_image_changes_most(study):
@@ -85,7 +86,7 @@ def test_a_downsampled_picture_has_as_many_tokens_as_a_layer_sees(study):
 def test_a_drop_is_as_large_as_a_rewording(study):
     """Sizes are those of the rewordings that were found; the demo model's tokenizer has few tokens a question."""
     small, large = row(study, "reworded by 25 %"), row(study, "reworded by 200 %")
-    assert [round(x.rewording.value) for x in (small, large)] == [110, 190]
+    assert [round(x.rewording.value) for x in (small, large)] == [100, 200]
     assert row(study, "layer 1, ratio 1").rewording.value == 0
     gone = row(study, "no image")
     assert (gone.flipped.value > large.flipped.value) == (gone.rewording.value == np.inf)
@@ -108,7 +109,7 @@ def test_right_answers_are_those_of_the_file(model, study):
     answers = asked(reschedule(model, DENSE), QUESTIONS, 5, 16)
     right = [answer.text == question.fields["answer"] for answer, question in zip(answers, QUESTIONS, strict=True)]
     assert study.right.value == pytest.approx(np.mean(right))
-    assert 0 < sum(right) <= 10
+    assert 0 < sum(right) <= 6
 
 
 def test_another_questions_tokens_are_its_tokens(model):
@@ -141,7 +142,7 @@ def test_as_json(study):
     first = data["rows"][0]
     assert first["setting"]["schedule"]["layers"] == [1]
     assert first["flipped"]["value"] == pytest.approx(np.mean(first["effect"]["flipped"]))
-    assert len(first["effect"]["kl"]) == len(first["effect"]["right"]) == 10
+    assert len(first["effect"]["kl"]) == len(first["effect"]["right"]) == 6
 
 
 def test_without_answers_and_other_words(model):

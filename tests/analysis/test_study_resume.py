@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
 
 import numpy as np
 import pytest
-from command import PDROP, kill_at_line
+from command import Forked, kill_at_line
 from mutations import mutations, one_line
 from PIL import Image
 from tiny_run import write_start
@@ -48,8 +47,7 @@ def test_a_process_is_killed_and_two_go_on(pdrop, fails, command, folder, tmp_pa
     """Killed with its first answers; then two processes share the rest, and the last to finish writes the file."""
     out = tmp_path / "shared.json"
     shared = (*command, "--out", out, "--num-processes", 2, "--process-id")
-    process = subprocess.Popen([*PDROP, *map(str, shared), "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    kill_at_line(process, tmp_path / "shared.json.unfinished", 3)
+    kill_at_line(Forked(*shared, 0), tmp_path / "shared.json.unfinished", 3)
     other = pdrop(*shared, 1)
     assert other.stdout == f"{out}: process 1 of 2 has answered its share; the last process to finish writes the file\n"
     assert "of a study of another set of edit sizes: [50.0], this run has [70.0]" in fails(

@@ -4,14 +4,13 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from command import PDROP
+from command import Forked
 from tiny_run import arrays_of, lines_of, losses, recipe_in, write_data, write_start
 
 from pdrop_jax.errors import UserError
@@ -99,8 +98,7 @@ def begin_two(recipe, folder):
             "JAX_COMPILATION_CACHE_DIR": f"{as_path(recipe.run.folder).bucket}/compiled",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        command = [*PDROP, "train", "recipe.json", *together]
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=own, env=environment))
+        processes.append(Forked("train", "recipe.json", *together, cwd=own, env=environment))
     return processes
 
 
@@ -113,11 +111,9 @@ def test_two_processes_without_a_shared_disk_are_killed_while_they_save(local, n
         time.sleep(0.01)
     for process in pair:
         process.kill()
-        process.communicate()
     assert not (run / "model").exists()
     for process in begin_two(recipe, tmp_path):
-        said = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, said
+        process.finish()
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
     assert [line["cached"] for line in lines_of(run) if line.get("event") == "compiled"][-1]  # in the bucket
     alone, together = ([loss for _, loss in losses(folder)] for folder in (local / "run", run))

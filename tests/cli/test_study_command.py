@@ -13,7 +13,7 @@ DEMO = pathlib.Path(__file__).parents[2] / "pdrop_jax" / "demo"
 def test_the_command(pdrop, tmp_path):
     files = [tmp_path / name for name in ("study.json", "study.png", "study.html")]
     result = pdrop(
-        *("study", "--model", DEMO, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--limit", 10),
+        *("study", "--model", DEMO, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--limit", 5),
         *("--layers", 1, "--ratios", 0.0, 1.0, "--scores", "pyramiddrop", "--batch-size", 5),
         *("--edit-sizes", 25, "--out", files[0], "--plot", files[1], "--html", files[2]),
     )
@@ -22,8 +22,8 @@ def test_the_command(pdrop, tmp_path):
     names = [row["setting"]["name"] for row in data["rows"]]
     assert [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()] == ["", "---", "dense", *names]
     assert names[:2] == ["layer 1, ratio 0", "layer 1, ratio 1"]
-    assert data["questions"] == 10
-    assert data["pictures"] < 10
+    assert data["questions"] == 5
+    assert data["pictures"] < 5
     assert f"has only {data['pictures']} image" in result.stderr
     assert Image.open(files[1]).width == 1650
     assert files[2].read_text().startswith("<!doctype html>")

@@ -2,11 +2,10 @@
 
 import json
 import signal
-import subprocess
 
 import numpy as np
 import pytest
-from command import PDROP, wait_for_lines
+from command import Forked, wait_for_lines
 from PIL import Image
 from tiny_run import write_start
 
@@ -14,7 +13,7 @@ from pdrop_jax import checkpoint
 from pdrop_jax.analysis.tune.search import Objective
 from pdrop_jax.config import LlavaConfig
 
-SEARCH = ("--keep", 0.6, "--layers", 1, 3, "--score", "norm", "--search", "--rounds", 1, "--dtype", "float32", "--json")
+SEARCH = ("--keep", 0.6, "--layers", 1, 2, "--score", "norm", "--search", "--rounds", 1, "--dtype", "float32", "--json")
 
 
 @pytest.fixture
@@ -44,17 +43,11 @@ def evaluated(monkeypatch):
 def test_it_goes_on_where_it_was(pdrop, command, evaluated, tmp_path):
     """After Ctrl-C in a process of its own, and after a kill, which may leave half a line."""
     out, kept = tmp_path / "out", tmp_path / "out.search.unfinished"
-    process = subprocess.Popen(
-        [*PDROP, *map(str, command), str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
-    )
+    process = Forked(*command, out)
     wait_for_lines(process, kept, 2)
     process.send_signal(signal.SIGINT)
-    (said,) = (line for line in process.communicate()[1].splitlines() if line.startswith("pdrop"))
+    (said,) = (line for line in process.finish(130).splitlines() if line.startswith("pdrop"))
     assert said == f"pdrop tune: interrupted; run the same command to resume from {kept}"
-    assert process.returncode == 130
     known = kept.read_bytes().count(b"\n")
     assert not out.exists()
     with kept.open("ab") as file:

@@ -7,17 +7,15 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import socket
-import subprocess
 import time
 
 import jax
 import numpy as np
 import pytest
-from command import PDROP
+from command import Forked
 from tiny_run import (
     arrays_of,
     evaluation_in,
@@ -56,30 +54,10 @@ def begin(folder, name, *options, limit=None, devices=1, **changes):
     path.write_text(json.dumps(dataclasses.asdict(recipe)))
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
 
-    def no_larger_file():
-        if limit:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.Popen(
-        [*PDROP, "train", path, *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=no_larger_file,
-        start_new_session=True,
-    )
-
-
-def finish(process, code=0):
-    said = process.communicate(timeout=300)[1]
-    assert process.returncode == code, said
-    return said
+    return Forked("train", path, *options, env=environment, largest_file=limit)
 
 
 def lines_of(run):
@@ -104,7 +82,7 @@ def test_a_run_that_is_killed_ten_times_ends_the_same(folder):
     mixture = {"data_conversations": None, "data_images": None, "data_sources": sources}
     validation = {"validation_conversations": data, "validation_images": images, "validation_every": 15}
     recipe = {"run_steps": 60, "run_save_every": 3, **mixture, **validation}
-    finish(begin(folder, "whole", **recipe))
+    begin(folder, "whole", **recipe).finish()
     rng = random.Random(0)
     run, kills, while_saving = folder / "killed", 0, 0
     while kills < KILLS:
@@ -116,7 +94,6 @@ def test_a_run_that_is_killed_ten_times_ends_the_same(folder):
         while in_save and process.poll() is None and not any(run.glob("checkpoints/*tmp*")):
             time.sleep(0.0005)
         process.kill()
-        process.communicate()
         if process.returncode != -signal.SIGKILL:  # it came to its end first
             assert not process.returncode
             break
@@ -124,7 +101,7 @@ def test_a_run_that_is_killed_ten_times_ends_the_same(folder):
         while_saving += any(run.glob("checkpoints/*tmp*"))
     assert kills == KILLS
     assert while_saving >= 3
-    said = finish(begin(folder, "killed", **recipe))
+    said = begin(folder, "killed", **recipe).finish()
     assert "is damaged" not in said
     assert "programs    0 compiled, " in said  # a restarted run finds all of them in the cache
     assert scalars(run) == scalars(folder / "whole")
@@ -135,14 +112,13 @@ def test_a_run_that_is_killed_ten_times_ends_the_same(folder):
 def test_an_extended_run_that_is_killed_at_its_end_has_the_model_of_its_last_step(folder, tmp_path):
     """Killed once at each of these moments, the last of a run, always by the same command."""
     run, expected = folder / "extended", tmp_path / "expected"
-    finish(begin(folder, "extended", run_steps=4))
+    begin(folder, "extended", run_steps=4).finish()
     longer, kills = functools.partial(begin, folder, "extended", "--allow-changes", run_steps=6), 0
     for moment in ("checkpoints/6", ".model.new.unfinished/params", ".model.new.unfinished/training.json"):
         process = longer()
         while not (run / moment).exists() and process.poll() is None:
             time.sleep(0.0005)
         process.kill()
-        process.communicate()
         kills += process.returncode == -signal.SIGKILL
         if not expected.exists():
             assert checkpoint.training(run / "model")["step"] == 4
@@ -151,7 +127,7 @@ def test_an_extended_run_that_is_killed_at_its_end_has_the_model_of_its_last_ste
         if checkpoint.training(run / "model")["step"] == 6:  # it had its name already
             jax.tree.map(np.testing.assert_array_equal, model, arrays_of(expected))
     assert kills >= 2
-    assert f"{run}/model: trained for 6 steps" in finish(longer())
+    assert f"{run}/model: trained for 6 steps" in longer().finish()
     assert checkpoint.training(run / "model")["step"] == 6
     same(run, expected)
 
@@ -178,26 +154,24 @@ def test_workers_end_with_a_run_that_is_killed(folder, moment, seconds):
     assert len(in_session(process.pid)) >= 2  # workers, and multiprocessing's own tracker of what they share
     process.kill()
     killed = time.monotonic()
-    process.wait()
     while in_session(process.pid) and time.monotonic() < killed + seconds:
         time.sleep(0.05)
     assert not in_session(process.pid)
-    process.communicate()
 
 
 def test_a_run_that_is_told_to_end_saves_and_goes_on(folder):
     recipe = {"run_steps": 60, "run_save_every": 50}
-    finish(begin(folder, "untold", **recipe))
+    begin(folder, "untold", **recipe).finish()
     process = begin(folder, "told", **recipe)
     while lines_of(folder / "told") < 10:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = finish(process)
+    said = process.finish()
     assert "run the same command to resume" in said
     last = losses(folder / "told")[-1][0]
     assert ("saved", last) in events(folder / "told")
     assert last < 60
-    said = finish(begin(folder, "told", **recipe))
+    said = begin(folder, "told", **recipe).finish()
     assert f"resumed     after {last} steps" in said
     assert losses(folder / "told") == losses(folder / "untold")
     same(folder / "told", folder / "untold")
@@ -205,13 +179,12 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(folder):
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     recipe = {"run_steps": 6, "run_save_every": 2}
-    finish(begin(folder, "roomy", **recipe))
+    begin(folder, "roomy", **recipe).finish()
     process = begin(folder, "full", **recipe)
     while not (folder / "full/checkpoints/2").exists():
         time.sleep(0.001)
     process.kill()
-    process.communicate()
-    said = finish(begin(folder, "full", limit=100_000, **recipe), code=2)
+    said = begin(folder, "full", limit=100_000, **recipe).finish(2)
     assert len([line for line in said.splitlines() if line.startswith("pdrop train:")]) == 1
     assert "Traceback" not in said
     words = [line.split()[0] for line in said.splitlines()]
@@ -220,7 +193,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     assert "cannot be written" in said
     assert "free disk space and run the same command again" in said
     assert (folder / "full/checkpoints/2").exists()
-    finish(begin(folder, "full", **recipe))
+    begin(folder, "full", **recipe).finish()
     assert losses(folder / "full") == losses(folder / "roomy")
     same(folder / "full", folder / "roomy")
 
@@ -237,9 +210,9 @@ def begin_two(folder, name, **changes):
 def test_two_processes_are_one_with_the_same_batch(folder):
     write_questions(folder)
     checks = {"validation_conversations": str(folder / "data/data.json"), **evaluation_in(folder)}
-    finish(begin(folder, "one", run_grad_accum_steps=2, **checks))
+    begin(folder, "one", run_grad_accum_steps=2, **checks).finish()
     for process in begin_two(folder, "two", run_grad_accum_steps=2, **checks):
-        finish(process)
+        process.finish()
     one, two = losses(folder / "one"), losses(folder / "two")
     assert [step for step, _ in one] == [step for step, _ in two]
     np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in two], rtol=1e-5)
@@ -249,35 +222,34 @@ def test_two_processes_are_one_with_the_same_batch(folder):
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     answers = [(folder / run / "evaluation/6.jsonl").read_text() for run in ("one", "two")]
     assert answers[0] == answers[1]
-    finish(begin(folder, "two", run_grad_accum_steps=2))  # and goes on as one: it has nothing left to do
+    begin(folder, "two", run_grad_accum_steps=2).finish()  # and goes on as one: it has nothing left to do
 
 
 def test_one_of_two_processes_dies(folder):
     """The other ends too; both go on, then one alone; the losses are those of a run on one device."""
-    recipe = {"run_batch_size": 8, "run_steps": 60, "run_grad_accum_steps": 1, "optimizer_eps": 1e-2}
+    recipe = {"run_batch_size": 8, "run_steps": 30, "run_grad_accum_steps": 1, "optimizer_eps": 1e-2}
     run = folder / "pair"
 
     def both_until(step):
-        pair = begin_two(folder, "pair", devices=4, **recipe)
+        pair = begin_two(folder, "pair", devices=2, **recipe)
         while ((lines_of(run) and losses(run)) or [(0, 0)])[-1][0] < step and all(x.poll() is None for x in pair):
             time.sleep(0.01)
         return pair
 
-    finish(begin(folder, "alone", **recipe))
-    first, second = both_until(7)
+    begin(folder, "alone", **recipe).finish()
+    first, second = both_until(4)
     second.kill()
-    said = first.communicate(timeout=DEAD_SECONDS)[1]
+    first.wait(DEAD_SECONDS)
     # A broken collective is ours to report; where a process waits for another in jax or orbax, jax aborts it.
     ends = {1: "has another process died?", -signal.SIGABRT: "another task died"}
-    assert ends[first.returncode] in said, said
-    second.communicate()
+    assert ends[first.returncode] in first.stderr, first.stderr
     assert not (run / "model").exists()
-    for process in (pair := both_until(20)):
+    for process in (pair := both_until(10)):
         process.terminate()
     for process in pair:
-        finish(process)
-    assert 20 <= losses(run)[-1][0] < 60
-    finish(begin(folder, "pair", **recipe))
+        process.finish()
+    assert 10 <= losses(run)[-1][0] < 30
+    begin(folder, "pair", **recipe).finish()
     alone, pair = losses(folder / "alone"), losses(run)
-    assert [step for step, _ in alone] == [step for step, _ in pair] == list(range(1, 61))
+    assert [step for step, _ in alone] == [step for step, _ in pair] == list(range(1, 31))
     np.testing.assert_allclose([loss for _, loss in alone], [loss for _, loss in pair], rtol=1e-4)

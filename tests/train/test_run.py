@@ -192,13 +192,13 @@ def test_a_run_goes_on_with_another_schedule(folder, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         train(recipe)
-    recipe = recipe_in(folder, model_layers=(3,), model_ratios=(0.5,), optimizer_learning_rate=0.0)
+    recipe = recipe_in(folder, model_layers=(2,), model_ratios=(0.5,), optimizer_learning_rate=0.0)
     train(recipe, allow_changes=True)
     config, params = checkpoint.load(folder / "run/model")
-    assert config.schedule.layers == (3,)
+    assert config.schedule.layers == (2,)
     _, before = checkpoint.load(folder / "run/model", schedule=CONFIG.schedule)
     config = dataclasses.replace(CONFIG, schedule=config.schedule)
-    assert params["stages"]["0"]["mlp"]["up"]["kernel"].shape[0] == 3
+    assert params["stages"]["0"]["mlp"]["up"]["kernel"].shape[0] == 2
     shutil.rmtree(folder / "run/model")
     shutil.rmtree(folder / "run/checkpoints/6")
     shutil.rmtree(folder / "run/checkpoints/4", ignore_errors=True)
@@ -351,9 +351,9 @@ def test_a_model_that_is_not_of_the_last_step_is_written_again(folder, whole, ho
 
 def test_a_finished_run_with_another_schedule_gets_its_model(folder, whole):
     shutil.copytree(whole, folder / "run")
-    train(recipe_in(folder, model_layers=(3,), model_ratios=(0.5,)), allow_changes=True)
+    train(recipe_in(folder, model_layers=(2,), model_ratios=(0.5,)), allow_changes=True)
     _, params = checkpoint.load(folder / "run/model", schedule=CONFIG.schedule)
-    assert LlavaConfig.load(folder / "run/model").schedule.layers == (3,)
+    assert LlavaConfig.load(folder / "run/model").schedule.layers == (2,)
     jax.tree.map(np.testing.assert_array_equal, params, checkpoint.load(whole / "model")[1])
 
 

@@ -21,8 +21,8 @@ TIMES = ("seconds", "data_seconds", "compute_seconds", "tokens_per_second", "pic
 TOKENIZER = pathlib.Path(__file__).parents[2] / "examples/tiny_tokenizer"
 CONFIG = LlavaConfig(
     vision=VisionConfig(28, 7, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
-    text=TextConfig(320, 32, 48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, max_length=256),
-    schedule=DropSchedule((1, 2), (0.5, 0.25)),
+    text=TextConfig(320, 32, 48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_length=256),
+    schedule=DropSchedule((1,), (0.5,)),
     template="mistral_instruct",
 )
 
