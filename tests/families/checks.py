@@ -17,24 +17,35 @@ from pdrop_jax.model.vlm import forward
 SAMPLING = Sampling(max_new_tokens=5)
 
 
+def whole(model, session, question, pictures):
+    """The whole conversation as the batch of one prefill."""
+    row = model.processor.row([*session.turns, (question, None)], pictures)
+    return assemble([row], model.config, choose_bucket([row], model.config, SAMPLING.max_new_tokens))
+
+
 def at_once(model, session, question, pictures):
     """The answer to the whole conversation in one prefill."""
-    row = model.processor.row([*session.turns, (question, None)], pictures)
-    batch = assemble([row], model.config, choose_bucket([row], model.config, 5))
-    return generate_batch(model, batch, SAMPLING)
+    return generate_batch(model, whole(model, session, question, pictures), SAMPLING)
 
 
 def check_conversation(model, mode, turns):
-    """Each of ``turns``, (question, picture or None), is answered as if everything was asked at once."""
-    session, pictures = Session(model, mode), []
-    for question, picture in turns:
-        pictures += [picture] if picture else []
-        expected = at_once(model, session, f"<image>{question}" if picture else question, pictures)
-        answer = session.ask(question, picture, SAMPLING)
+    """Each of ``turns``, (question, pictures), is answered as if everything was asked at once.
+
+    Returns:
+      The buckets of the conversation as it grows; for each of them programs are compiled.
+    """
+    session, shown, buckets = Session(model, mode), [], set()
+    for question, pictures in turns:
+        shown += pictures
+        batch = whole(model, session, "<image>" * len(pictures) + question, shown)
+        buckets.add(batch.bucket)
+        expected = generate_batch(model, batch, SAMPLING)
+        answer = session.ask(question, pictures, SAMPLING)
         assert answer.token_ids == expected.token_ids[0]
         assert answer.kept == expected.kept[0]
         assert answer.stage_lengths == expected.stage_lengths[0]
     assert answer.cached > 0 or model.config.schedule.layers == (0,)
+    return buckets
 
 
 def check_drops(model, rows, run, new_tokens):
@@ -47,7 +58,7 @@ def check_drops(model, rows, run, new_tokens):
     questions, images = zip(*rows, strict=True)
     batch = model.processor(list(questions), list(images))
     logits = jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits
-    answers = generate_batch(model, batch, Sampling(max_new_tokens=new_tokens))
+    answers = generate(model, questions, images, Sampling(max_new_tokens=new_tokens))
     for b, row in enumerate(rows):
         with torch.no_grad():
             theirs, kept = run(row, [])
@@ -61,14 +72,22 @@ def check_drops(model, rows, run, new_tokens):
         assert answers.token_ids[b] == new
 
 
-def check_rows_alone(model, rows):
-    """A row keeps and answers the same alone and in a batch of ``rows``, (question, images)."""
+def check_rows_alone(model, rows, alone):
+    """A row keeps and answers the same alone and in a batch of ``rows``, (question, images).
+
+    Args:
+      alone: numbers of the rows that are asked alone too. Those of as many pictures share a bucket, which is smaller
+        than the batch's unless they have the most.
+    """
     questions, images = zip(*rows, strict=True)
     batch = generate(model, questions, images, SAMPLING)
-    for b in range(len(rows)):
-        alone = generate(model, questions[b : b + 1], images[b : b + 1], SAMPLING)
-        assert alone.token_ids[0] == batch.token_ids[b]
-        assert alone.kept[0] == [[image for image in at if image] for at in batch.kept[b]]
+    asked = {b: model.processor.row(*rows[b]) for b in alone}
+    for b, row in asked.items():
+        alike = [other for other in asked.values() if len(other.images) == len(row.images)]
+        bucket = choose_bucket(alike, model.config, SAMPLING.max_new_tokens)
+        found = generate_batch(model, assemble([row], model.config, bucket), SAMPLING)
+        assert found.token_ids[0] == batch.token_ids[b]
+        assert found.kept[0] == [[image for image in at if image] for at in batch.kept[b]]
     return batch
 
 
@@ -94,13 +113,14 @@ def check_slots(model, rows, batch):
         assert [answer.cached > 0 for answer in found] == [bool(images) for _, images in rows]
 
 
-def check_gradients(config, params, rows, answers, predictions, model, naming):
-    """The loss and every gradient are those of torch, with and without remat.
+def check_gradients(config, params, rows, answers, predictions, model, naming, remat):
+    """The loss and every gradient are those of torch.
 
     Args:
       rows: of the prompts.
       answers: ids of each row's answer.
       predictions: logits (n, V) of torch's ``model`` for each answer's tokens.
+      remat: what ``compute_loss`` computes again.
 
     Returns:
       torch's gradients by name.
@@ -112,15 +132,14 @@ def check_gradients(config, params, rows, answers, predictions, model, naming):
     batch = assemble(rows, config, choose_bucket(rows, config))
     assert int(count_targets(batch.labels)) == targets
 
-    def loss(params, remat):
+    def loss(params):
         return compute_loss(config, params, batch, remat=remat)[0] / targets
 
     theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
-    for remat in ("none", "full"):
-        value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat)
-        assert abs(float(value) - total.item() / targets) < 1e-4
-        ours = torch_arrays(config, jax.device_get(gradient), naming)
-        assert ours.keys() == theirs.keys()
-        for name, x in theirs.items():
-            assert np.abs(ours[name] - x).max() <= 1e-4 * max(np.abs(x).max(), 1e-2), name
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert abs(float(value) - total.item() / targets) < 1e-4
+    ours = torch_arrays(config, jax.device_get(gradient), naming)
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        assert np.abs(ours[name] - x).max() <= 1e-4 * max(np.abs(x).max(), 1e-2), name
     return theirs

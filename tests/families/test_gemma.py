@@ -89,8 +89,17 @@ def test_greedy_answers_are_those_of_transformers(dense, settings):
         assert len(new) == 16
 
 
-@pytest.mark.parametrize("positions", ["original", "dense"])
-@pytest.mark.parametrize(("layers", "ratios"), [((2, 4), (0.5, 0.2)), ((0, 3), (0.7, 0.0))])
+# Both schedules with both ways to count positions, and both kinds of pictures with each.
+@pytest.mark.parametrize(
+    ("settings", "layers", "ratios", "positions"),
+    [
+        ("squares", (2, 4), (0.5, 0.2), "dense"),
+        ("squares", (0, 3), (0.7, 0.0), "original"),
+        ("pan-and-scan", (2, 4), (0.5, 0.2), "original"),
+        ("pan-and-scan", (0, 3), (0.7, 0.0), "dense"),
+    ],
+    indirect=["settings"],
+)
 def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(folder, settings, layers, ratios, positions):
     """The layers after the drops are one of each kind: 2 sees everything, 0, 3 and 4 have a window."""
     model = load(folder, schedule=DropSchedule(layers, ratios, positions))
@@ -102,7 +111,7 @@ def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(folder, setti
 
 
 def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(folder, settings):
-    model = load(folder, schedule=DropSchedule((2, 4), (0.5, 0.2)))
-    batch = check_rows_alone(model, ROWS[1:4])
-    if not settings:
-        check_slots(model, ROWS[1:4], batch)
+    model = load(folder, schedule=DropSchedule((2, 4), (0.5, 0.2), "original" if settings else "dense"))
+    batch = check_rows_alone(model, ROWS, [1, 2, 3] if settings else [1, 2])
+    if not settings:  # each row is prefilled alone there, too
+        check_slots(model, ROWS, batch)

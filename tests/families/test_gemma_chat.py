@@ -13,25 +13,37 @@ from torch_gemma_drops import drop_run
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.chat_template import IMAGE_PLACEHOLDER
 from pdrop_jax.inputs.messages import Message, read_conversation
 from pdrop_jax.schedule import DropSchedule
 
-TURNS = [("What?", photo(60, 200, 1)), ("And it?", None), ("Here?", photo(300, 90, 2)), ("So?", None)]
+# The first two questions fit in a bucket, the third in a larger one.
+TURNS = [
+    ("What is there in this picture, and where is it?", [photo(60, 200, 1)]),
+    ("Hm?", []),
+    ("Here?", [photo(300, 90, 2)]),
+]
+# All fit in the bucket of the first question, so that few programs are compiled.
+IN_ONE_BUCKET = [
+    (f"{'Look closely. ' * 7}What?", [photo(60, 200, 1), photo(200, 60, 2), photo(110, 120, 3)]),
+    ("And it?", []),
+    ("Here?", [photo(50, 190, 4)]),
+    ("So?", []),
+]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "mode"),
+    ("schedule", "mode", "turns", "buckets"),
     [
-        (DropSchedule((2, 4), (0.5, 0.2)), "rerank"),
-        (DropSchedule((2, 4), (0.5, 0.2), "original"), "rerank"),
-        (DropSchedule((0,), (0.5,)), "rerank"),
-        (DropSchedule.none(), "keep"),
+        (DropSchedule((2, 4), (0.5, 0.2)), "rerank", TURNS, 2),
+        (DropSchedule((0,), (0.5,), "original"), "rerank", IN_ONE_BUCKET, 1),
+        (DropSchedule.none(), "keep", IN_ONE_BUCKET, 1),
     ],
 )
-def test_a_conversation_is_answered_as_if_asked_at_once(schedule, mode, gemma):
+def test_a_conversation_is_answered_as_if_asked_at_once(schedule, mode, turns, buckets, gemma):
     model = load(gemma[1], schedule=schedule)
-    check_conversation(model, mode, TURNS)
+    assert len(check_conversation(model, mode, turns)) == buckets
 
 
 @pytest.mark.parametrize("positions", ["dense", "original"])
@@ -39,22 +51,26 @@ def test_tokens_that_were_dropped_stay_dropped(positions, gemma):
     """The first turn is a prefill; afterwards the cache of every stage, and where its tokens stood, is continued."""
     model = load(gemma[1], schedule=DropSchedule((2, 4), (0.5, 0.2), positions))
     session = Session(model, "keep")
-    first = session.ask(*TURNS[0], SAMPLING)
-    assert first.kept == at_once(model, Session(model), f"<image>{TURNS[0][0]}", [TURNS[0][1]]).kept[0]
+    question, pictures = TURNS[0]
+    first = session.ask(question, pictures, SAMPLING)
+    assert first.kept == at_once(model, Session(model), "<image>" * len(pictures) + question, pictures).kept[0]
     index = [np.asarray(x[0]) for x in session._past.model.index]
     lengths = [int(n[0]) for n in session._past.model.lengths]
-    # A stage's cached tokens stand where they stood before any drop: text, the kept tokens of the picture, text.
-    picture = model.processor.row("What?", [TURNS[0][1]]).ids.index(IMAGE_PLACEHOLDER)
+    # A stage's cached tokens stand where they stood before any drop: text, the kept tokens of a picture, text.
+    asked = model.processor.row(question, pictures).ids
+    places = [n for n, id_ in enumerate(asked) if id_ == IMAGE_PLACEHOLDER]
+    shown = [n + 15 * before for before, n in enumerate(places)]  # each stands for 16 tokens
     for stage, kept in enumerate(first.kept, 1):
-        text = [n for n in range(lengths[0]) if not picture <= n < picture + 16]
-        assert index[stage][: lengths[stage]].tolist() == sorted(text + [picture + n for n in kept[0]])
+        text = [n for n in range(lengths[0]) if not any(picture <= n < picture + 16 for picture in shown)]
+        stay = [picture + n for picture, image in zip(shown, kept, strict=True) for n in image]
+        assert index[stage][: lengths[stage]].tolist() == sorted(text + stay)
         new = index[stage][lengths[stage] : lengths[stage] + 4].tolist()
         assert new == list(range(lengths[0], lengths[0] + 4))
-    second = session.ask("And it?", None, SAMPLING)
+    second = session.ask(*TURNS[1], SAMPLING)
     assert second.kept == first.kept
     # The whole conversation behind the first prompt as new tokens of a torch model whose tokens are deleted.
-    inputs, ids = torch_inputs("What?", [TURNS[0][1]]), session._past.ids
-    new = ids[len(model.processor.row("What?", [TURNS[0][1]]).ids) : session._past.asked]
+    inputs, ids = torch_inputs(question, pictures), session._past.ids
+    new = ids[len(asked) : session._past.asked]
     assert len(new) > tiny_gemma.WINDOW
     for token in second.token_ids:
         with torch.no_grad():
@@ -62,17 +78,17 @@ def test_tokens_that_were_dropped_stay_dropped(positions, gemma):
         assert kept == first.kept
         assert token == int(logits[-1].argmax())
         new = [*new, token]
-    both = session.ask(*TURNS[2], SAMPLING).kept
-    assert [images[0] for images in both] == [images[0] for images in first.kept]
-    assert [len(images[1]) for images in both] == [8, 3]
+    more = session.ask(*TURNS[2], Sampling(max_new_tokens=1)).kept
+    assert [images[:-1] for images in more] == first.kept
+    assert [len(images[-1]) for images in more] == [8, 3]
 
 
 def test_crops_are_pictures_of_a_conversation(gemma_crops):
     model = load(gemma_crops, schedule=DropSchedule((2,), (0.5,)))
     session = Session(model)
-    session.ask("Hm?", photo(60, 50, 3), SAMPLING)
-    answer = session.ask(*TURNS[0], SAMPLING)
-    expected = model.processor.row([*session.turns[:1], ("<image>What?", None)], [photo(60, 50, 3), TURNS[0][1]])
+    session.ask("Hm?", photo(60, 50, 3), Sampling(max_new_tokens=1))
+    answer = session.ask("What?", photo(60, 200, 1), Sampling(max_new_tokens=1))
+    expected = model.processor.row([*session.turns[:1], ("<image>What?", None)], [photo(60, 50, 3), photo(60, 200, 1)])
     assert [len(image) for image in answer.kept[0]] == [8] * (1 + 4)
     assert answer.stage_lengths[0] == len(expected.ids) + 15 * 5
     assert session.turns[1][0] == "<image>\nWhat?"

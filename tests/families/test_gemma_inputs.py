@@ -20,6 +20,7 @@ from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.images import Video, blank, measure
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.slot_attention import EVERYTHING, Places, sees
@@ -53,10 +54,13 @@ def test_a_window_hides_the_end_of_no_picture_but_its_own_start():
     ]
 
 
-@pytest.mark.parametrize("score", ["pyramiddrop", "fastv"])
-@pytest.mark.parametrize("layer", [2, 3, 4, 5])
+@pytest.mark.parametrize(("layer", "score"), [(2, "pyramiddrop"), (4, "pyramiddrop"), (3, "fastv"), (5, "fastv")])
 def test_scores_are_the_attention_of_the_layer(layer, score, gemma):
-    """``fastv`` scores with the layer before: its rope and its window, which differ where the next one sees all."""
+    """``fastv`` scores with the layer before: its rope and its window, which differ where the next one sees all.
+
+    Each scores with a layer that sees everything, 2, and with one that has a window, 4; behind the latter is layer 5,
+    which sees everything.
+    """
     schedule = DropSchedule((layer,), (0.5,), score=score)
     model = load(gemma[1], schedule=schedule)
     batch = model.processor(["What?"], [PHOTO])
@@ -83,7 +87,7 @@ def test_scores_are_the_attention_of_the_layer(layer, score, gemma):
 def test_other_scores_keep_their_count(score, gemma):
     counts = [0, 0] if score == "none" else [8, 4]
     model = load(gemma[1], schedule=DropSchedule((2, 4), tuple(n / 16 for n in counts), score=score))
-    answer = generate(model, ["What?"], [[PHOTO, PHOTO]])
+    answer = generate(model, ["What?"], [[PHOTO, PHOTO]], Sampling(max_new_tokens=1))
     assert [[len(image) for image in at] for at in answer.kept[0]] == [[n, n] for n in counts]
 
 
@@ -98,7 +102,7 @@ def test_the_factor_of_the_embeddings_is_rounded_as_by_torch(gemma):
 
 def test_figures_show_the_crops_of_a_picture(gemma_crops):
     model = load(gemma_crops, schedule=DropSchedule((2,), (0.5,)))
-    kept = generate(model, ["What?"], [[PHOTO, photo(50, 50, 2)]]).kept[0]
+    kept = generate(model, ["What?"], [[PHOTO, photo(50, 50, 2)]], Sampling(max_new_tokens=1)).kept[0]
     drawn = answer_picture([PHOTO, photo(50, 50, 2)], kept, model.processor)
     assert [len(images) for images in kept] == [1 + 3 + 1]
     assert drawn.height > 5 * tiny_gemma.SIDE

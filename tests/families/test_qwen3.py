@@ -15,8 +15,9 @@ from pdrop_jax.convert.hf_config import hf_config, llava_from_hf
 from pdrop_jax.errors import UserError
 from pdrop_jax.families.qwen3_vl.inputs import times
 from pdrop_jax.generation.chat import Session
-from pdrop_jax.generation.engine import generate, generate_batch
+from pdrop_jax.generation.engine import generate
 from pdrop_jax.generation.pretrained import load
+from pdrop_jax.generation.result import kept_tokens
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.images import Video
 from pdrop_jax.model.rope import turned_by
@@ -121,11 +122,12 @@ def test_additions_behind_a_drop_go_to_the_tokens_that_are_left(layers, folders)
     model = load(folders["qwen3_vl"][1], schedule=DropSchedule(layers, ratios))
     row = "Which?", [photo(300, 120, 2), photo(40, 50, 1)]
     batch = model.processor([row[0]], [row[1]])
-    logits = np.asarray(jax.jit(forward, static_argnums=0)(model.config, model.params, batch).logits)[0]
+    found = jax.jit(forward, static_argnums=0)(model.config, model.params, batch)
+    logits = np.asarray(found.logits)[0]
     with torch.no_grad():
         theirs, kept = drop_run(torch_model("qwen3_vl"), torch_inputs("qwen3_vl", *row), layers, ratios)
     assert np.abs(logits[: len(theirs)] - theirs.numpy()).max() < 1e-4
-    assert generate_batch(model, batch, Sampling(max_new_tokens=1)).kept[0] == kept
+    assert kept_tokens(batch, jax.device_get(found.drops))[0] == kept
 
 
 def test_stacks_of_layers_and_lists_add_the_same(folders):

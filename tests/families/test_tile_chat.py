@@ -34,7 +34,7 @@ SIZES = {
     "internvl": [(70, 700), (60, 300), (200, 300), (310, 60)],
     "smolvlm": [(70, 400), (30, 150), (300, 60), (400, 70)],
 }
-TURNS = [("What?", PICTURES[0]), ("And here?", PICTURES[2])]
+TURNS = [("What?", PICTURES[:1]), ("And here?", PICTURES[2:])]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -26,10 +26,10 @@ ROWS = [("Which?", [photo(75, 300, 3)], "Yes."), ("Both", [photo(40, 50, 1), pho
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers", "ratios"),
-    [("internvl-6b", (), ()), ("smolvlm", (), ())],
+    ("kind", "layers", "ratios", "remat"),
+    [("internvl-6b", (), (), "none"), ("smolvlm", (), (), "full")],
 )
-def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, tiles):
+def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, remat, tiles):
     config, params = checkpoint.load(tiles[kind][1], schedule=DropSchedule(layers, ratios))
     processor = Processor.load(tiles[kind][1], config)
     model = torch_model(kind)
@@ -43,7 +43,7 @@ def test_loss_and_every_gradient_are_those_of_torch(kind, layers, ratios, tiles)
         answers.append(new)
         predictions.append(logits[-len(new) - 1 : -1])
     naming = list(namings_for(config).values())[-1]
-    for name, x in check_gradients(config, params, rows, answers, predictions, model, naming).items():
+    for name, x in check_gradients(config, params, rows, answers, predictions, model, naming, remat).items():
         # All logits of a query move alike with a bias of the keys, unless rope turns them apart.
         assert np.abs(x).max() > 1e-7 or ("vision" in name and "k_proj.bias" in name), name
 
