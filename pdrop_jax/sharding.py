@@ -20,6 +20,7 @@ Logical = tuple[str | None, ...]  # a name of RULES for each dimension; None is 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "crops": ("data", "fsdp", "tensor"),
+    "rows": ("data", "fsdp", "tensor"),
     "sequence": ("tensor",),
     "model": ("fsdp",),
     "heads": ("tensor",),
@@ -110,6 +111,16 @@ def spare(axis: str, size: int) -> int:
         return 0
     padding = -size % devices_along(axis, mesh)
     return padding if (size + padding) // devices_along(axis, mesh) < size // shards(axis, size) else 0
+
+
+def constrain_hidden(x: jax.Array) -> jax.Array:
+    """Tells the compiler the sharding of hidden states (B, T, D) where every token is on its own: between the products.
+
+    Each device has whole rows if there are enough of them; slots of every row otherwise. A drop moves tokens within
+    a row, and the compiler has no fast sum over devices whose slots are no whole tiles.
+    """
+    whole = x.shape[1] > 1 and shards("rows", len(x)) > shards("batch", len(x))
+    return constrain(x, "rows", None, None) if whole else constrain(x, "batch", "sequence", None)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

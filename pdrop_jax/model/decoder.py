@@ -31,6 +31,7 @@ from pdrop_jax.model.rope import Rope, rope_at, rope_tables, rotate, rotate_cach
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.slot_attention import EVERYTHING, Places, Ring, attend_places, check_masks, sees, stage_places
 from pdrop_jax.schedule import DropSchedule, Stage
+from pdrop_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -177,9 +178,8 @@ def run_stages(
     single = past is not None and rings is None and buffer.slots == 1
 
     def ropes_at(positions: jax.Array) -> list[Rope]:
-        if tables:
-            return [rope_at(table, positions) for table in tables]
-        return [rope_tables(text, positions, local) for local in bases]
+        ropes = [rope_at(x, positions) for x in tables] if tables else [rope_tables(text, positions, x) for x in bases]
+        return jax.tree.map(lambda x: constrain(x, "batch", None, None), ropes)
 
     def ropes_of(buffer: TokenBuffer, s: int, dropped: bool) -> list[Rope]:
         before: Any = (0, 0)

@@ -20,7 +20,7 @@ from pdrop_jax.model.params import Params
 from pdrop_jax.model.rope import Rope
 from pdrop_jax.model.slot_attention import EVERYTHING, Places, sees
 from pdrop_jax.schedule import Stage, keep_table
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain, constrain_hidden
 
 
 class Past(NamedTuple):
@@ -205,6 +205,7 @@ def attention_scores(
         cos, sin = (jnp.take_along_axis(x, rows[..., None], axis=1) for x in rope)
         row_rope = cos, sin
     q = project_query(config, params, jnp.take_along_axis(h, rows[..., None], axis=1), row_rope)
+    q = constrain(q, "batch", None, "heads", None)  # few rows: their hidden states are moved, not the weights
     k = project_key(config, params, h, rope)
     k = restored(as_cached(k, config.cache_dtype), k.dtype)
     B, Q, _, H = q.shape
@@ -294,7 +295,7 @@ def compact(buffer: TokenBuffer, keep: jax.Array, slots: int) -> TokenBuffer:
     query_rows = jnp.take_along_axis(kept_up_to, jnp.maximum(buffer.query_rows, 0), axis=1) - 1
     return dataclasses.replace(
         buffer,
-        hidden=constrain(jnp.take_along_axis(buffer.hidden, source[..., None], axis=1), "batch", None, None),
+        hidden=constrain_hidden(jnp.take_along_axis(constrain_hidden(buffer.hidden), source[..., None], axis=1)),
         image_id=gather(buffer.image_id, 0),
         index=gather(buffer.index, 0),
         length=length,

@@ -16,9 +16,8 @@ from pdrop_jax.model.attention import attention
 from pdrop_jax.model.quantization import is_quantized, quantized_product
 from pdrop_jax.model.rope import Rope, rotate
 from pdrop_jax.model.specs import Params
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain_hidden
 
-HIDDEN = ("batch", "sequence", None)
 QK_NORM_EPS = 1e-6  # of a vision tower, whatever its other norms have (InternViT)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
@@ -82,11 +81,11 @@ def decoder_layer(
     out = linear(params["attention"]["o"], out, inputs=2)
     if config.post_norms:
         out = text_norm(config, params["attention_post_norm"], out)
-    x = constrain(x + out, *HIDDEN)
+    x = constrain_hidden(x + out)
     out = gated_mlp(params["mlp"], text_norm(config, params["mlp_norm"], x), config.activation)
     if config.post_norms:
         out = text_norm(config, params["mlp_post_norm"], out)
-    return constrain(x + out, *HIDDEN), cache
+    return constrain_hidden(x + out), cache
 
 
 def project_query(config: TextConfig, params: Params, h: jax.Array, rope: Rope | None) -> jax.Array:
