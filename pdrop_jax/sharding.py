@@ -2,8 +2,8 @@
 
 A mesh has three axes. ``data`` holds copies of the parameters; ``fsdp`` shards them and gathers a layer's when it runs;
 ``tensor`` shards the heads, the mlp and the vocabulary and keeps them sharded. The rows of a batch are sharded over
-data and fsdp, the crops in the vision tower over all three. Axes are of type Auto: the compiler decides what is
-communicated, and ``constrain`` tells it where it would guess wrong.
+data and fsdp, the crops in the vision tower and, between the products of a layer, whole rows over all three. Axes are
+of type Auto: the compiler decides what is communicated, and ``constrain`` tells it where it would guess wrong.
 """
 
 import math
@@ -114,10 +114,11 @@ def spare(axis: str, size: int) -> int:
 
 
 def constrain_hidden(x: jax.Array) -> jax.Array:
-    """Tells the compiler the sharding of hidden states (B, T, D) where every token is on its own: between the products.
+    """Tells the compiler the sharding of hidden states (B, T, D) between the products of a layer.
 
-    Each device has whole rows if there are enough of them; slots of every row otherwise. A drop moves tokens within
-    a row, and the compiler has no fast sum over devices whose slots are no whole tiles.
+    Every token is on its own there: each device has whole rows if there are enough, otherwise slots of every row.
+    Rows are better: a drop moves tokens within them, and XLA for TPUs adds up products by a reduce-scatter only if each
+    device gets whole tiles of slots, which it seldom does of the buffer behind a drop. A single token is whole on each.
     """
     whole = x.shape[1] > 1 and shards("rows", len(x)) > shards("batch", len(x))
     return constrain(x, "rows", None, None) if whole else constrain(x, "batch", "sequence", None)
