@@ -76,7 +76,8 @@ def main() -> None:
     cases = draw_cases(args.pictures)
     for dtype in args.dtypes:
         model = load(args.model, dtype=dtype)
-        for xla_default, engine.start in starts.items():
+        for xla_default, start in starts.items():
+            engine.start = start
             found = compare(model, cases, args.batch_size)
             print(json.dumps({"dtype": dtype, "xla_default": xla_default, "batch_size": args.batch_size, **found}))
         jax.clear_caches()

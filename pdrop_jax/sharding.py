@@ -2,8 +2,9 @@
 
 A mesh has three axes. ``data`` holds copies of the parameters; ``fsdp`` shards them and gathers a layer's when it runs;
 ``tensor`` shards the heads, the mlp and the vocabulary and keeps them sharded. The rows of a batch are sharded over
-data and fsdp, the crops in the vision tower and, between the products of a layer, whole rows over all three. Axes are
-of type Auto: the compiler decides what is communicated, and ``constrain`` tells it where it would guess wrong.
+data and fsdp. The crops in the vision tower are sharded over all three, and so are whole rows between the products of a
+layer, if there are enough. Axes are of type Auto: the compiler decides what is communicated, and ``constrain`` tells it
+where it would guess wrong.
 """
 
 import math
@@ -19,8 +20,7 @@ Logical = tuple[str | None, ...]  # a name of RULES for each dimension; None is 
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "crops": ("data", "fsdp", "tensor"),
-    "rows": ("data", "fsdp", "tensor"),
+    "rows": ("data", "fsdp", "tensor"),  # of a batch, or its crops, each whole
     "sequence": ("tensor",),
     "model": ("fsdp",),
     "heads": ("tensor",),
@@ -101,10 +101,10 @@ def shards(axis: str, size: int) -> int:
     return size // NamedSharding(mesh, partition((axis,), (size,), mesh)).shard_shape((size,))[0]
 
 
-def spare(axis: str, size: int) -> int:
-    """How many rows of padding let more devices share a dimension of ``size``, such as ten crops on four devices.
+def padding_for(axis: str, size: int) -> int:
+    """How many elements to add so that more devices share a dimension of ``size``: 6 to ten crops on eight devices.
 
-    0 without a mesh, and where no device has fewer rows to compute with it.
+    0 without a mesh, or if each device would compute as many as before.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -118,7 +118,8 @@ def constrain_hidden(x: jax.Array) -> jax.Array:
 
     Every token is on its own there: each device has whole rows if there are enough, otherwise slots of every row.
     Rows are better: a drop moves tokens within them, and XLA for TPUs adds up products by a reduce-scatter only if each
-    device gets whole tiles of slots, which it seldom does of the buffer behind a drop. A single token is whole on each.
+    device gets whole tiles of slots, which it seldom does of the buffer behind a drop. A single token, as in decoding,
+    is not cut along tensor.
     """
     whole = x.shape[1] > 1 and shards("rows", len(x)) > shards("batch", len(x))
     return constrain(x, "rows", None, None) if whole else constrain(x, "batch", "sequence", None)

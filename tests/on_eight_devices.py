@@ -56,7 +56,7 @@ from pdrop_jax.train.step import init_state, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-HARDEST = MESHES[2:]  # more devices than heads, and all axes at once: what other families are tried on
+HARDEST = MESHES[2:]  # all along tensor, and all axes at once: what other families are tried on
 CONFIG = llava_config()
 BATCH = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8], training_batch())
 GREEDY = token_sampler(Sampling())
@@ -142,20 +142,39 @@ def test_a_drop_stays_within_the_rows_of_a_device(shape):
 
 
 @pytest.mark.parametrize("class_attention", [False, True])
-def test_crops_that_do_not_divide_are_padded_for_the_tower(class_attention):
-    """Ten crops: two on each device, where the rows of the mesh alone would leave five."""
-    pixels = np.random.default_rng(0).normal(size=(5, 2, *CONFIG.vision.crop_shape)).astype(np.float32)
+@pytest.mark.parametrize("rows", [5, 2])
+def test_crops_that_do_not_divide_are_padded_for_the_tower(rows, class_attention):
+    """Ten crops: two on each device, where the rows of the mesh alone would leave five. A row's crops stay with it."""
+    shape = rows, 10 // rows, *CONFIG.vision.crop_shape
+    pixels, tower = np.random.default_rng(0).normal(size=shape).astype(np.float32), CONFIG.vision
     run = jax.jit(image_features, static_argnums=0, static_argnames="class_attention")
     alone = run(CONFIG, params_of(CONFIG), pixels, class_attention=class_attention)
     mesh = mesh_of((1, 2, 4))
     params = jax.device_put(params_of(CONFIG), shardings(CONFIG, params_of(CONFIG), mesh))
+    pixels = jax.device_put(pixels, sharding.batch_sharding(mesh, rows))
     with jax.set_mesh(mesh):
-        assert [sharding.spare("crops", n) for n in (1, 3, 4, 6, 8, 10, 16)] == [0, 5, 4, 2, 0, 6, 0]
+        assert [sharding.padding_for("rows", n) for n in (1, 3, 4, 6, 8, 10, 16)] == [0, 5, 4, 2, 0, 6, 0]
         program = run.lower(CONFIG, params, pixels, class_attention=class_attention).compile()
         found = program(params, pixels)
     close(found, alone)
-    tower = CONFIG.vision
-    assert f"f32[2,{tower.patches_a_side**2 + tower.class_tokens},{tower.hidden_size}]" in program.as_text()
+    text = program.as_text()
+    assert f"f32[2,{tower.patches_a_side**2 + tower.class_tokens},{tower.hidden_size}]" in text
+    assert rows == 5 or "collective-permute(" not in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((8, 16, 4), (("fsdp", "tensor"),)),
+        ((4, 16, 4), ("fsdp", "tensor")),
+        ((1, 16, 4), (None, "tensor")),
+        ((2, 7, 4), ("fsdp",)),
+        ((8, 1, 4), ("fsdp",)),
+    ],
+)
+def test_hidden_states_are_cut_by_whole_rows_if_there_are_enough(shape, axes):
+    with jax.set_mesh(mesh_of((1, 2, 4))):
+        assert jax.jit(sharding.constrain_hidden)(jnp.zeros(shape)).sharding.spec == PartitionSpec(*axes)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])

@@ -314,7 +314,7 @@ def test_the_model_that_is_shipped_answers(monkeypatch):
     model = load()
     assert model.config == demo_config()
     scores = {score.kind: score for score in evaluation.evaluate(model, 32)}
-    assert scores["place"].share > 0.8  # docs/benchmarks.md has the figure for a hundred times as many
+    assert scores["place"].share > 0.8  # docs/benchmarks.md has the figure for more than a hundred times as many
     left = evaluation.kept_of_place(model, 32)
     chance = [9 * ratio for ratio in model.config.schedule.ratios]
     assert all(ours > 1.5 * blind for ours, blind in zip(left, chance, strict=True))

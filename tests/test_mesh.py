@@ -93,11 +93,11 @@ def test_what_does_not_divide_is_not_cut():
     assert spec == jax.sharding.PartitionSpec(None, "fsdp")
 
 
-@pytest.mark.parametrize(("crops", "axes"), [(8, ("fsdp", "tensor")), (6, ("fsdp",)), (3, None)])
+@pytest.mark.parametrize(("rows", "axes"), [(8, ("fsdp", "tensor")), (6, ("fsdp",)), (3, None)])
 def test_crops_are_sharded_over_as_many_devices_as_they_divide(crops, axes):
     mesh = jax.sharding.AbstractMesh((1, 2, 4), sharding.AXES)
     expected = jax.sharding.PartitionSpec(axes) if axes else jax.sharding.PartitionSpec()
-    assert sharding.partition(("crops", None), (crops, 7), mesh) == expected
+    assert sharding.partition(("rows", None), (crops, 7), mesh) == expected
 
 
 def test_bad_meshes():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pdrop_jax.config import Implementation
 from pdrop_jax.errors import UserError
@@ -143,32 +144,43 @@ def attend_cache(
 
 
 def attend_masked(q: jax.Array, k: KeysOrValues, v: KeysOrValues, seen: Callable[[int, int], jax.Array]) -> jax.Array:
-    """``attend_cache`` with any mask: ``seen(start, stop)`` is that of these queries, (B, stop - start, C) bool.
-
-    Quantized keys and values are the integers of the two products; the scales of a key's slot are applied to its logit
-    and to its probability.
-    """
+    """``attend_cache`` with any mask: ``seen(start, stop)`` is that of these queries, (B, stop - start, C) bool."""
     B, T, N, H = q.shape
-    (k, k_scale), (v, v_scale) = with_scale(k, q.dtype), with_scale(v, q.dtype)
-    K, C = k.shape[1:3]
+    K, C = jax.tree.leaves(k)[0].shape[1:3]
     q = q.reshape(B, T, K, N // K, H).swapaxes(1, 2)  # (B, K, T, G, H)
     blocks = []
     for start in range(0, T, BLOCK):
         block = q[:, :, start : start + BLOCK]
         # T and G are one axis: with two axes of size 1 XLA for CPUs takes a slower product.
-        rows = block.reshape(B, K, -1, H)
-        logits = jnp.einsum("BKQH,BKCH->BKQC", rows, k, preferred_element_type=jnp.float32) * H**-0.5
-        if k_scale is not None:
-            logits = logits * k_scale
+        logits = cache_logits(block.reshape(B, K, -1, H), k).reshape(*block.shape[:-1], C)
         mask = seen(start, start + block.shape[2])[:, None, :, None]
-        logits = jnp.where(mask, logits.reshape(*block.shape[:-1], -1), -jnp.inf)
-        probs = jax.nn.softmax(logits, axis=-1).reshape(B, K, -1, C)
-        probs = (probs if v_scale is None else probs * v_scale).astype(v.dtype)
-        blocks.append(jnp.einsum("BKQC,BKCH->BKQH", probs, v).reshape(block.shape))
+        probs = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1).reshape(B, K, -1, C)
+        blocks.append(weighted_values(probs, v, q.dtype, q.dtype).reshape(block.shape))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2).reshape(B, T, N, H)
 
 
-def with_scale(x: KeysOrValues, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+def cache_logits(q: jax.Array, k: KeysOrValues) -> jax.Array:
+    """(B, K, Q, H) and keys as a cache has them (B, K, C, H) -> (B, K, Q, C) float32.
+
+    Quantized keys are the integers of the product; the scale of a key's slot is applied to its logits.
+    """
+    k, scale = _with_scale(k, q.dtype)
+    logits = jnp.einsum("BKQH,BKCH->BKQC", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return logits if scale is None else logits * scale
+
+
+def weighted_values(probs: jax.Array, v: KeysOrValues, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
+    """(B, K, Q, C) float32 and values as a cache has them (B, K, C, H) -> (B, K, Q, H).
+
+    Multiplied in ``dtype``, summed into ``result``. Quantized values are the integers of the product; the scale of a
+    slot is applied to its probabilities.
+    """
+    v, scale = _with_scale(v, dtype)
+    probs = (probs if scale is None else probs * scale).astype(v.dtype)
+    return jnp.einsum("BKQC,BKCH->BKQH", probs, v, preferred_element_type=result)
+
+
+def _with_scale(x: KeysOrValues, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
     """Keys or values (B, K, C, H) of a cache, and their scales (B, K, 1, C) if they are quantized."""
     return (x.qvalue.astype(dtype), x.scale[:, :, None]) if isinstance(x, Quantized) else (x, None)
 

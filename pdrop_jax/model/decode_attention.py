@@ -10,10 +10,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from pdrop_jax.model.attention import with_scale
-from pdrop_jax.model.cache import KeysOrValues, StageCache
+from pdrop_jax.model.attention import cache_logits, weighted_values
+from pdrop_jax.model.cache import StageCache
 from pdrop_jax.sharding import platform
 
 MATRIX_ROWS = 8  # queries of a head with which XLA takes a TPU's matrix unit
@@ -79,32 +78,18 @@ def _attend(
     one = jax.tree.map(lambda x: x[layer, :, :, :slots], cache)
     K = jax.tree.leaves(one.k)[0].shape[1]
     rows = _matrix_rows(q.reshape(B, K, N // K, H))
-    logits = jnp.where(seen[:, None, None, :slots], _logits(rows, one.k), -jnp.inf)
+    logits = jnp.where(seen[:, None, None, :slots], cache_logits(rows, one.k), -jnp.inf)
     if own is None:
-        out = _weighted(jax.nn.softmax(logits, axis=-1), one.v, q.dtype, q.dtype)
+        out = weighted_values(jax.nn.softmax(logits, axis=-1), one.v, q.dtype, q.dtype)
     else:
         own = jax.tree.map(lambda x: x.swapaxes(1, 2), own)
-        own_logit = _logits(rows, own.k)
+        own_logit = cache_logits(rows, own.k)
         highest = jnp.maximum(logits.max(-1, keepdims=True), own_logit)
         weights, own_weight = jnp.exp(logits - highest), jnp.exp(own_logit - highest)
         total = weights.sum(-1, keepdims=True) + own_weight
-        out = _weighted(weights / total, one.v, q.dtype, jnp.float32)
-        out += _weighted(own_weight / total, own.v, q.dtype, jnp.float32)
+        out = weighted_values(weights / total, one.v, q.dtype, jnp.float32)
+        out += weighted_values(own_weight / total, own.v, q.dtype, jnp.float32)
     return out.astype(q.dtype)[:, :, : N // K].reshape(B, 1, N, H)
-
-
-def _logits(q: jax.Array, k: KeysOrValues) -> jax.Array:
-    """(B, K, Q, H) and (B, K, C, H) -> (B, K, Q, C) float32."""
-    k, scale = with_scale(k, q.dtype)
-    logits = jnp.einsum("BKQH,BKCH->BKQC", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    return logits if scale is None else logits * scale
-
-
-def _weighted(probs: jax.Array, v: KeysOrValues, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
-    """(B, K, Q, C) float32 and (B, K, C, H) -> (B, K, Q, H) of dtype ``result``; the product is one of ``dtype``."""
-    v, scale = with_scale(v, dtype)
-    probs = (probs if scale is None else probs * scale).astype(v.dtype)
-    return jnp.einsum("BKQC,BKCH->BKQH", probs, v, preferred_element_type=result)
 
 
 def _matrix_rows(x: jax.Array) -> jax.Array:

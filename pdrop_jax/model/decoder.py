@@ -178,7 +178,11 @@ def run_stages(
     single = past is not None and rings is None and buffer.slots == 1
 
     def ropes_at(positions: jax.Array) -> list[Rope]:
-        ropes = [rope_at(x, positions) for x in tables] if tables else [rope_tables(text, positions, x) for x in bases]
+        if tables:
+            ropes = [rope_at(table, positions) for table in tables]
+        else:
+            ropes = [rope_tables(text, positions, local) for local in bases]
+        # Heads are cut along tensor, so all of them need the angles of all rows: else each layer would gather them.
         return jax.tree.map(lambda x: constrain(x, "batch", None, None), ropes)
 
     def ropes_of(buffer: TokenBuffer, s: int, dropped: bool) -> list[Rope]:

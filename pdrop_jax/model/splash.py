@@ -48,7 +48,7 @@ def splash_two_way(
     segment = jnp.zeros(q.shape[:2], jnp.int32) if segment is None else segment
     if mesh.empty:
         return local(q, k, v, segment)
-    rows = partition(("crops", None, None, None), q.shape, mesh)
+    rows = partition(("rows", None, None, None), q.shape, mesh)
     specs = (rows, rows, rows, jax.sharding.PartitionSpec(*rows[:1]))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(q, k, v, segment)
 

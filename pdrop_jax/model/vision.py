@@ -29,7 +29,7 @@ from pdrop_jax.model.layers import (
 )
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.standby import first_tokens, seen_crops, standby_layer
-from pdrop_jax.sharding import constrain, spare
+from pdrop_jax.sharding import constrain, padding_for, shards
 from pdrop_jax.vision_config import WINDOW
 
 # LlavaConfig.family -> from the last hidden state of its crops to their tokens, in place of LLaVA's projector.
@@ -62,7 +62,7 @@ def vision_features(
         heads; None without it.
     """
     # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
-    x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "crops", None, None, None))
+    x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "rows", None, None, None))
 
     seen = None if clips is None else seen_crops(clips)
 
@@ -71,7 +71,7 @@ def vision_features(
         out = vision_layer(config.crop_tower, layer, x, implementation)
         if standby is not None and seen is not None:
             extra = standby_layer(config, standby, layer, n, x, extra, seen)
-        return (constrain(out, "crops", None, None), x if class_attention else None, extra), None
+        return (constrain(out, "rows", None, None), x if class_attention else None, extra), None
 
     def run(x: jax.Array, layers: Params | list[Params], extra: jax.Array | None = None) -> Any:
         carry, _ = scan_layers(rematerialise(body, remat), (x, x if class_attention else None, extra), layers)
@@ -100,7 +100,7 @@ def compressed_patches(config: LlavaConfig, params: Params, x: jax.Array) -> jax
     attend = functools.partial(vision_attention, vision, implementation="xla")
     mlp = functools.partial(vision_mlp, vision)
     out = jnp.concatenate([class_token, compress(vision.early_compression, params, windows, attend, mlp)], axis=1)
-    return constrain(out, "crops", None, None)
+    return constrain(out, "rows", None, None)
 
 
 def class_attention_of(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -155,14 +155,21 @@ def image_features(
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
-    pixels = crops.reshape(B * C, *crops.shape[2:]).astype(dtype)
-    if clips is None:  # standby tokens look at their neighbours among the crops
-        pixels = jnp.pad(pixels, [(0, spare("crops", len(pixels)))] + [(0, 0)] * 3)
+    # Crops that the devices do not divide are padded, behind those of a device's rows, or they would be moved. With
+    # ``clips`` crops see others of their row, so none can be added.
+    groups = shards("batch", B)
+    padding = 0 if clips is not None else padding_for("rows", B * C) // groups
+    pixels = crops.reshape(groups, -1, *crops.shape[2:]).astype(dtype)
+    pixels = jnp.pad(pixels, [(0, 0), (0, padding)] + [(0, 0)] * 3).reshape(-1, *crops.shape[2:])
     x, attention = vision_features(
         config, params["vision"], pixels, implementation, remat, class_attention, params.get("standby"), clips
     )
-    x = constrain(x, "batch", None, None)[: B * C]
-    attention = None if attention is None else attention[: B * C]
+
+    def unpadded(x: jax.Array) -> jax.Array:
+        x = constrain(x, "batch", *(None,) * (x.ndim - 1)).reshape(groups, -1, *x.shape[1:])
+        return x[:, : x.shape[1] - padding].reshape(B * C, *x.shape[2:])
+
+    x, attention = unpadded(x), None if attention is None else unpadded(attention)
     x, extra = (x, None) if clips is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
     D, side, merge = config.text.hidden_size, config.crop_tower.features_a_side, config.crop_tower.merge_size
 

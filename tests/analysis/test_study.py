@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def study(model):
-    options = StudyOptions(layers=[1], ratios=[0.0, 1.0], scores=["pyramiddrop"], edit_sizes=[25, 60, 200], draws=1)
+    options = StudyOptions(layers=[1], ratios=[0.0, 1.0], scores=["pyramiddrop"], edit_sizes=[25, 60, 200], draws=2)
     return run_study(model, QUESTIONS, options, batch_size=3)
 
 

@@ -107,7 +107,7 @@ def test_two_processes_without_a_shared_disk_are_killed_while_they_save(local, n
     recipe = recipe_in(local, run_folder=str(run))
     pair = begin_two(recipe, tmp_path)
     while not list((run / "checkpoints").glob("*")):  # a save has begun
-        assert all(process.poll() is None for process in pair)
+        assert all(process.poll() is None for process in pair), [process.stderr for process in pair]
         time.sleep(0.01)
     for process in pair:
         process.kill()

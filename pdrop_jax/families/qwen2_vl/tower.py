@@ -60,7 +60,7 @@ def patch_features(
     B, C, U, F = patches.shape
     vision, P, compression = params["vision"], C * U, config.early_compression
     dtype = vision["embed"]["patch"]["kernel"].dtype
-    x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "crops", None, None))
+    x = linear(vision["embed"]["patch"], constrain(patches.reshape(B, P, F).astype(dtype), "rows", None, None))
     layout = layout.reshape(B, P, -1)
     if config.position_side is not None:
         x = x + learned_positions(config, vision["embed"]["position"], layout)
@@ -112,7 +112,7 @@ def run_layers(
 
     def run_layer(x: jax.Array, layer: Params, whole: bool) -> jax.Array:
         x = x + _attention(config, layer, x, rope, functools.partial(attend, whole=whole))
-        return constrain(x + _mlp(config, layer, x), "crops", None, None)
+        return constrain(x + _mlp(config, layer, x), "rows", None, None)
 
     # A stack is scanned by periods, in each of which the same layers see whole pictures.
     period = _period(full)
@@ -146,7 +146,7 @@ def compressed_patches(config: QwenVisionConfig, params: Params, x: jax.Array, r
 
     windows = x.reshape(B, P // PATCHES, PATCHES, D)
     out = compress(config.early_compression, params, windows, attend, functools.partial(_mlp, config))
-    return constrain(out, "crops", None, None)
+    return constrain(out, "rows", None, None)
 
 
 def _period(full: np.ndarray) -> int:
