@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/pdrop generate --image examples/grid.png --prompt "What is in row 3, column 2?" --picture demo.png --overwrite
 
 test: .venv/installed-test
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal  # on two cores, since many tests wait for processes
 
 # Recorded vectors and the demo on a newer Python, if there is one, with the newest packages.
 test-newest:

@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-# Two workers share two cores: threads of torch and numpy that wait for each other there take twice the processor time.
+# Workers share the cores: threads of torch and numpy that wait for each other there take twice the processor time.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # Tests compile the same programs again and again, in both workers and in the processes that they start. A program that
@@ -52,6 +52,14 @@ MOST_MAPS = 30_000  # of 65,530 that Linux gives a process
 
 hypothesis.settings.register_profile("pdrop", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("pdrop")
+
+
+# Their tests wait for processes: at the end of the suite one worker would be left alone with them.
+FIRST = ("test_kill.py", "test_ray.py", "test_mesh.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 def pytest_unconfigure():
