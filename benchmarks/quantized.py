@@ -1,4 +1,4 @@
-"""How far int8 weights are from bfloat16 weights, for the demo model or another on pictures of test photos.
+"""How far int8 weights are from bfloat16 weights, on pictures that the demo model was not trained on.
 
 The bfloat16 model answers greedily. Then each contender reads the same questions and the same
 answers, and its next-token distributions are compared: KL(bfloat16 || contender) in nats, and the best token. Finally

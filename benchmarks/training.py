@@ -56,7 +56,7 @@ class Flags:
     hidden: int = 1024
     mlp: int = 2752
     heads: int = 16
-    image_tokens: int = 576  # a square number
+    image_tokens: int = Shape.image_tokens  # a square number
     batch: int = 1
     steps: int = 3  # timed steps per process
     repeats: int = 3  # processes per contender
@@ -65,7 +65,9 @@ class Flags:
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.layers, self.hidden, self.mlp, self.heads, image_tokens=self.image_tokens)
+        return Shape(
+            layers=self.layers, hidden=self.hidden, mlp=self.mlp, heads=self.heads, image_tokens=self.image_tokens
+        )
 
     def config(self, name: str) -> LlavaConfig:
         quarters = tuple(self.layers * n // 4 for n in (1, 2, 3))

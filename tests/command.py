@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import unittest.mock
 
 WITHOUT_TORCH = """
 from importlib.machinery import PathFinder
@@ -27,7 +28,7 @@ class Forked:
     Imports are half of what a run of a tiny model takes. A test of how a command starts needs ``PDROP``.
 
     Attributes:
-      stderr: the file of what it says; what it prints goes nowhere.
+      stderr: what it has said so far. What it prints on stdout is lost.
     """
 
     def __init__(self, *arguments, env=None, cwd=None, largest_file=None):
@@ -78,14 +79,10 @@ class Forked:
 @functools.cache
 def _serve_forks():
     FORKS.set_forkserver_preload(["warm"])
-    before = os.environ.get("PYTHONPATH")
     # Python 3.11 does not give its own path to the server.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(pathlib.Path(__file__).parent), before)))
-    multiprocessing.forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    path = os.pathsep.join(filter(None, (str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    with unittest.mock.patch.dict(os.environ, PYTHONPATH=path):
+        multiprocessing.forkserver.ensure_running()
 
 
 def _run(arguments, environ, cwd, largest_file, said):

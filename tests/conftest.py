@@ -25,7 +25,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Workers share the cores: threads of torch and numpy that wait for each other there take twice the processor time.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-# Tests compile the same programs again and again, in both workers and in the processes that they start. A program that
+# Tests compile the same programs again and again, in all workers and in the processes that they start. A program that
 # is read while another process still writes it is compiled, with a warning.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     os.environ["JAX_COMPILATION_CACHE_DIR"]

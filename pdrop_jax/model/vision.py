@@ -155,8 +155,8 @@ def image_features(
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
-    # Crops that the devices do not divide are padded, behind those of a device's rows, or they would be moved. With
-    # ``clips`` crops see others of their row, so none can be added.
+    # Crops that the devices do not divide are padded, behind the crops of each group of rows, so that these stay on the
+    # devices of their rows. With ``clips`` crops see others of their row, so none can be added.
     groups = shards("batch", B)
     padding = 0 if clips is not None else padding_for("rows", B * C) // groups
     pixels = crops.reshape(groups, -1, *crops.shape[2:]).astype(dtype)

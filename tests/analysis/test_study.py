@@ -61,7 +61,7 @@ def test_every_group_is_there(study):
     }
     noise = ["nothing", "float32", "other words", "reworded by 25 %", "reworded by 200 %", SAMPLED]  # none is of 60 %
     assert [row.setting.name for row in study.group("noise")] == noise
-    assert (study.questions, study.pictures, study.image_tokens) == (6, 2, 144)
+    assert (study.questions, study.pictures, study.image_tokens) == (len(QUESTIONS), 2, 144)
 
 
 def test_keeping_everything_changes_nothing_and_no_image_changes_most(study):
@@ -109,7 +109,7 @@ def test_right_answers_are_those_of_the_file(model, study):
     answers = asked(reschedule(model, DENSE), QUESTIONS, 5, 16)
     right = [answer.text == question.fields["answer"] for answer, question in zip(answers, QUESTIONS, strict=True)]
     assert study.right.value == pytest.approx(np.mean(right))
-    assert 0 < sum(right) <= 6
+    assert 0 < sum(right) <= len(QUESTIONS)
 
 
 def test_another_questions_tokens_are_its_tokens(model):
@@ -142,7 +142,7 @@ def test_as_json(study):
     first = data["rows"][0]
     assert first["setting"]["schedule"]["layers"] == [1]
     assert first["flipped"]["value"] == pytest.approx(np.mean(first["effect"]["flipped"]))
-    assert len(first["effect"]["kl"]) == len(first["effect"]["right"]) == 6
+    assert len(first["effect"]["kl"]) == len(first["effect"]["right"]) == len(QUESTIONS)
 
 
 def test_without_answers_and_other_words(model):
