@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -197,7 +198,11 @@ def remove_folder(folder: pathlib.Path) -> None:
         (folder / "config.json").unlink(missing_ok=True)
         folder.rmtree(missing_ok=True)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(10):  # threads of a failed write may still create files in it
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                return
+            time.sleep(0.1)
 
 
 def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """Settings of all tests, and what several of their folders share."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -36,17 +37,16 @@ os.environ["PDROP_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # for proce
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # stack frames in programs, which nobody reads here
+
+# The tolerances are those of float32: accelerators multiply float32 with fewer bits unless told otherwise. In processes
+# that tests start, libtpu would look for its chips.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+# JAX and this package are imported by what needs them: workers start when this has been read.
 import hub_server  # noqa: F401  before transformers, because it decides where the Hub is
 import hypothesis
-import jax
 import pytest
-
-from pdrop_jax.cli import main
-from pdrop_jax.inputs.tokenizer import load_tokenizer
-
-# The tolerances are those of float32: accelerators multiply float32 with fewer bits unless told otherwise.
-jax.config.update("jax_platforms", "cpu")
-os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that tests start: libtpu would look for its chips
 
 MOST_MAPS = 30_000  # of 65,530 that Linux gives a process
 
@@ -62,6 +62,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
+def pytest_collection_finish():
+    """What has been imported stays. Looking for garbage among it took 5 % of the tests' time."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+
+
 def pytest_unconfigure():
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -70,6 +76,10 @@ def pytest_unconfigure():
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """A process that keeps all that it has compiled runs out of memory maps (vm.max_map_count), and LLVM aborts it."""
+    import jax
+
+    import pdrop_jax.inputs  # noqa: F401  transformers with torch, before a command imports it without
+
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
@@ -79,6 +89,8 @@ def _forget_programs():
 @pytest.fixture(scope="module", params=[False, True], ids=["legacy0", "legacy1"])
 def llama(request, tmp_path_factory):
     """The tokenizer that the golden ids were recorded with, and its setting of ``legacy``."""
+    from pdrop_jax.inputs.tokenizer import load_tokenizer
+
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.model").symlink_to(pathlib.Path(__file__).parent / "golden/tokenizer/tokenizer.model")
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}
@@ -97,6 +109,7 @@ class Result:
 @pytest.fixture
 def pdrop(monkeypatch, capfd) -> Callable[..., Result]:
     """Runs the command in this process, which has compiled the model already; see also ``test_a_real_process``."""
+    from pdrop_jax.cli import main
 
     def run(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["pdrop", *map(str, args)])

@@ -370,7 +370,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     """
     write_data(tmp_path / "data")
     write_start(tmp_path / "start")
-    recipe = recipe_in(tmp_path, run_batch_size=8, optimizer_eps=1e-2)
+    recipe = recipe_in(tmp_path, run_batch_size=8, optimizer_eps=1e-2, data_text_buckets=(64,))
 
     programs = []
 

@@ -94,10 +94,10 @@ def test_what_does_not_divide_is_not_cut():
 
 
 @pytest.mark.parametrize(("rows", "axes"), [(8, ("fsdp", "tensor")), (6, ("fsdp",)), (3, None)])
-def test_crops_are_sharded_over_as_many_devices_as_they_divide(crops, axes):
+def test_rows_are_sharded_over_as_many_devices_as_they_divide(rows, axes):
     mesh = jax.sharding.AbstractMesh((1, 2, 4), sharding.AXES)
     expected = jax.sharding.PartitionSpec(axes) if axes else jax.sharding.PartitionSpec()
-    assert sharding.partition(("rows", None), (crops, 7), mesh) == expected
+    assert sharding.partition(("rows", None), (rows, 7), mesh) == expected
 
 
 def test_bad_meshes():

@@ -40,7 +40,9 @@ def test_workers_import_pictures_without_torch():
 
 
 def test_converting_may_check_with_the_models_of_transformers():
-    code = COMMAND.replace("finally:", "except SystemExit:\n    import pdrop_jax.inputs")
+    code = COMMAND.replace("finally:", "except SystemExit:\n    import transformers.utils").replace(
+        '"torch" in sys.modules', "transformers.utils.is_torch_available()"
+    )
     done = subprocess.run([sys.executable, "-c", code, "convert", "nowhere", "new"], capture_output=True, text=True)
     assert done.stderr.endswith("True True\n")
 

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pdrop_jax.checkpoint import check_shapes
 from pdrop_jax.checkpoint.checksums import checksums
+from pdrop_jax.checkpoint.failed_saves import end_failed_save
 from pdrop_jax.checkpoint.noise import silence_library_noise
 from pdrop_jax.checkpoint.remote import orbax_context, orbax_path
 from pdrop_jax.errors import UserError, printable
@@ -238,6 +239,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # TensorStore reports a full disk as ValueError, other code as OSError
+            end_failed_save()
             raise self._full(step, str(error).splitlines()[0][-200:]) from None
 
     def _full(self, step: int, reason: str) -> UserError:

@@ -34,6 +34,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 
 from pdrop_jax.checkpoint.checksums import Checksums, Stored, checksums, verify
+from pdrop_jax.checkpoint.failed_saves import end_failed_save
 from pdrop_jax.checkpoint.noise import silence_library_noise
 from pdrop_jax.checkpoint.remote import orbax_context, orbax_path
 from pdrop_jax.checkpoint.tensor_files import DTYPES, open_tensors, save_tensors
@@ -327,6 +328,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        end_failed_save()
         if in_bucket(folder):
             raise UserError(f"{folder} cannot be written: {reason(folder, error)}") from None
         if not isinstance(error, ValueError | SafetensorError):

@@ -444,9 +444,8 @@ def test_processes_share_out_the_batch(dataset, grouped, processes):
             same(step.batch, together)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("first", [1, 5, 12])
-def test_reading_begins_at_any_step(dataset, workers, first):
+@pytest.mark.parametrize(("first", "workers"), [(1, 0), (5, 0), (12, 0), (5, 2)])
+def test_reading_begins_at_any_step(dataset, first, workers):
     rest = list(pipeline(dataset, B, 0, 12))[first:]
     again = list(pipeline(dataset, B, 0, 12, first=first, workers=workers))
     assert len(again) == len(rest)
@@ -464,7 +463,7 @@ def spoil(folder, kind):
         Image.new("1", (20000, 9000)).save(path)  # Pillow only warns of this one
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("truncated", 0), ("gone", 0), ("bomb", 0), ("truncated", 2)])
+@pytest.mark.parametrize(("kind", "workers"), [("truncated", 0), ("gone", 0), ("bomb", 0), ("truncated", 1)])
 def test_pictures_that_cannot_be_read(tmp_path, kind, workers):
     dataset = opened(tmp_path, [record(n) for n in range(20)])
     spoil(tmp_path, kind)

@@ -25,11 +25,12 @@ from pdrop_jax import checkpoint
 from pdrop_jax.config import LlavaConfig, Tiling
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import init_params
+from pdrop_jax.model.placement import abstract
 from pdrop_jax.schedule import DropSchedule
-from pdrop_jax.train.checkpoints import Trained
-from pdrop_jax.train.loop import train
+from pdrop_jax.train.checkpoints import Checkpoints, Trained
+from pdrop_jax.train.loop import open_job, train
 from pdrop_jax.train.model import write_model
-from pdrop_jax.train.step import train_step
+from pdrop_jax.train.step import changing, train_step
 
 
 @pytest.fixture(scope="module")
@@ -123,26 +124,51 @@ def damage(path, how):
         path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
 
 
+@pytest.fixture(scope="module")
+def state(parts):
+    """What a checkpoint of the runs here contains."""
+    job, params, _ = open_job(recipe_in(parts))
+    return abstract(job.config, changing(jax.eval_shape(job.init, params)), job.mesh)
+
+
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, whole, capsys, how):
-    files = sorted(path for path in (whole / "checkpoints/6").rglob("*") if path.is_file() and path.stat().st_size > 1)
-    assert len(files) > 3
-    if how != "flipped":  # the others take turns: each file is cut or gone
-        files = files[how == "gone" :: 2]
-    for number, path in enumerate(files):
-        run = folder / "run"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, whole, state, capsys, how):
+    def restored(run):
+        with Checkpoints(run, recipe_in(folder).run) as checkpoints:
+            metadata, arrays = checkpoints.restore(lambda _: state)
+        return metadata.step, arrays
+
+    sizes = {path: path.stat().st_size for path in (whole / "checkpoints/6").rglob("*") if path.is_file()}
+    run, intact, harmless = folder / "run", restored(whole), []
+    assert intact[0] == 6
+    for path in (path.relative_to(whole) for path, size in sizes.items() if size > 1):
         shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(whole, run)
-        shutil.rmtree(run / "model")
-        damage(run / "checkpoints/6" / path.relative_to(whole / "checkpoints/6"), how)
-        train(recipe_in(folder))
+        shutil.copytree(whole / "checkpoints", run / "checkpoints")
+        damage(run / path, how)
+        step, arrays = restored(run)
         said = capsys.readouterr().err
-        harmless = "is damaged" not in said  # a file that nothing is read from
-        assert f"resumed     after {6 if harmless else 4} steps" in said, path
-        if not harmless:
+        if step == 6:  # nothing is read from this file
+            jax.tree.map(np.testing.assert_array_equal, arrays, intact[1])
+            assert said == ""
+            harmless.append(path)
+        else:
+            assert step == 4, path
             assert f"the checkpoint of step 6 is damaged and was moved to {run / 'damaged-6'}" in said
-        assert losses(run) == losses(whole), number
-        same(run, whole)
+    assert max(sizes, key=sizes.get).relative_to(whole) not in harmless
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder, whole, capsys, how):
+    run = folder / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "model")
+    damage(max((run / "checkpoints/6").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size), how)
+    train(recipe_in(folder))
+    said = capsys.readouterr().err
+    assert "resumed     after 4 steps" in said
+    assert f"the checkpoint of step 6 is damaged and was moved to {run / 'damaged-6'}" in said
+    assert losses(run) == losses(whole)
+    same(run, whole)
 
 
 def test_a_changed_recipe_is_refused_unless_allowed(folder, whole):
