@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from pdrop_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+TILE = 8  # slots that a TPU lays out together
 Logical = tuple[str | None, ...]  # a name of RULES for each dimension; None is never sharded
 
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -116,13 +117,23 @@ def padding_for(axis: str, size: int) -> int:
 def constrain_hidden(x: jax.Array) -> jax.Array:
     """Tells the compiler the sharding of hidden states (B, T, D) between the products of a layer.
 
-    Every token is on its own there: each device has whole rows if there are enough, otherwise slots of every row.
-    Rows are better: a drop moves tokens within them, and XLA for TPUs adds up products by a reduce-scatter only if each
-    device gets whole tiles of slots, which it seldom does of the buffer behind a drop. A single token, as in decoding,
-    is not cut along tensor.
+    Every token is on its own there. Each device has whole rows if there are enough: a drop moves tokens within them,
+    and XLA for TPUs adds up products by a reduce-scatter only if each device gets whole tiles of ``TILE`` slots, which
+    behind a drop it seldom does of every row. Fewer rows are cut by slots if these are whole tiles, and otherwise as if
+    they were one row, which spares relayouts. A single token, as in decoding, is not cut along tensor.
     """
-    whole = x.shape[1] > 1 and shards("rows", len(x)) > shards("batch", len(x))
-    return constrain(x, "rows", None, None) if whole else constrain(x, "batch", "sequence", None)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    B, T, D = x.shape
+    batch, rows = (devices_along(axis, mesh) for axis in ("batch", "rows"))
+    if T == 1 or batch >= B or B % batch:
+        return constrain(x, "batch", "sequence", None)
+    if B % rows == 0:
+        return constrain(x, "rows", None, None)
+    if T % (TILE * rows // batch) == 0 or B * T % rows:
+        return constrain(x, "batch", "sequence", None)
+    return constrain(x.reshape(B * T, D), "rows", None).reshape(x.shape)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

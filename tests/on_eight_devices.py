@@ -166,15 +166,36 @@ def test_crops_that_do_not_divide_are_padded_for_the_tower(rows, class_attention
     ("shape", "axes"),
     [
         ((8, 16, 4), (("fsdp", "tensor"),)),
-        ((4, 16, 4), ("fsdp", "tensor")),
+        ((4, 32, 4), ("fsdp", "tensor")),
+        ((2, 16, 4), ("fsdp", "tensor")),
         ((1, 16, 4), (None, "tensor")),
         ((2, 7, 4), ("fsdp",)),
+        ((4, 7, 4), ("fsdp",)),
         ((8, 1, 4), ("fsdp",)),
     ],
 )
 def test_hidden_states_are_cut_by_whole_rows_if_there_are_enough(shape, axes):
     with jax.set_mesh(mesh_of((1, 2, 4))):
         assert jax.jit(sharding.constrain_hidden)(jnp.zeros(shape)).sharding.spec == PartitionSpec(*axes)
+
+
+def test_few_rows_whose_slots_are_no_whole_tiles_are_cut_as_one():
+    """No spec says so: two rows of 12 slots on four devices, 6 slots each."""
+    cut = jax.jit(lambda x: sharding.constrain_hidden(jnp.sin(sharding.constrain_hidden(x))))
+    with jax.set_mesh(mesh_of((1, 2, 4))):
+        text = cut.lower(jnp.zeros((4, 12, 4))).compile().as_text()
+    assert re.findall(r"= f32\[([\d,]+)\]\S* sine\(", text) == ["1,6,4"]
+
+
+def test_few_rows_give_what_they_give_on_one_device(one_device):
+    logits, index, *_ = one_device
+    mesh, few = mesh_of((1, 2, 4)), jax.tree.map(lambda x: x[:4], BATCH)
+    params, batch = placed(mesh, params_of(CONFIG), few)
+    with jax.set_mesh(mesh):
+        output = jax.jit(forward, static_argnums=0)(CONFIG, params, batch)
+    valid = np.arange(index.shape[1]) < np.asarray(output.buffer.length)[:, None]
+    np.testing.assert_array_equal(np.asarray(output.buffer.index)[valid], index[:4][valid])
+    close(np.asarray(output.logits)[valid], logits[:4][valid])
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])
