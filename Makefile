@@ -1,8 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-# Modules are compiled to bytecode when they are first imported; compiling all of them now would take a minute. Every
-# process would compile them again if it may not write the bytecode, as images of containers often set.
+# Modules are compiled to bytecode when they are first imported; compiling all of them now would take a minute.
+# Container images often set this variable, and every process would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) --no-compile --editable
 

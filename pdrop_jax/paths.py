@@ -198,11 +198,11 @@ def remove_folder(folder: pathlib.Path) -> None:
         (folder / "config.json").unlink(missing_ok=True)
         folder.rmtree(missing_ok=True)
     else:
-        for _ in range(10):  # threads of a failed write may still create files in it
+        for attempt in range(10):  # threads of a failed write may still create files in it
+            time.sleep(0.1 if attempt else 0)
             shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
+            if not folder.is_dir():
                 return
-            time.sleep(0.1)
 
 
 def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:

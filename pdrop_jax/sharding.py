@@ -119,21 +119,22 @@ def constrain_hidden(x: jax.Array) -> jax.Array:
 
     Every token is on its own there. Each device has whole rows if there are enough: a drop moves tokens within them,
     and XLA for TPUs adds up products by a reduce-scatter only if each device gets whole tiles of ``TILE`` slots, which
-    behind a drop it seldom does of every row. Fewer rows are cut by slots if these are whole tiles, and otherwise as if
-    they were one row, which spares relayouts. A single token, as in decoding, is not cut along tensor.
+    behind a drop it seldom does of every row. Fewer rows are cut by slots if these are whole tiles, and otherwise each
+    into as many parts as there are devices for it, which spares relayouts. The compiler can express that only if rows
+    divide the devices along tensor. A single token, as in decoding, is not cut along tensor.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     B, T, D = x.shape
-    batch, rows = (devices_along(axis, mesh) for axis in ("batch", "rows"))
-    if T == 1 or batch >= B or B % batch:
-        return constrain(x, "batch", "sequence", None)
-    if B % rows == 0:
-        return constrain(x, "rows", None, None)
-    if T % (TILE * rows // batch) == 0 or B * T % rows:
-        return constrain(x, "batch", "sequence", None)
-    return constrain(x.reshape(B * T, D), "rows", None).reshape(x.shape)
+    batch, tensor = devices_along("batch", mesh), mesh.shape["tensor"]
+    rows, left = divmod(B, batch)  # of the devices along tensor
+    if T > 1 and rows > 1 and not left:
+        if rows % tensor == 0:
+            return constrain(x, "rows", None, None)
+        if tensor % rows == 0 and T % (tensor // rows) == 0 and T % (TILE * tensor):
+            return constrain(x.reshape(B * T, D), "rows", None).reshape(x.shape)
+    return constrain(x, "batch", "sequence", None)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

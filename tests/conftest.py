@@ -43,7 +43,7 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # stack frames in programs
 # that tests start, libtpu would look for its chips.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# JAX and this package are imported by what needs them: workers start when this has been read.
+# JAX and this package are imported where they are used: pytest starts its workers only after reading this file.
 import hub_server  # noqa: F401  before transformers, because it decides where the Hub is
 import hypothesis
 import pytest

@@ -171,6 +171,7 @@ def test_crops_that_do_not_divide_are_padded_for_the_tower(rows, class_attention
         ((1, 16, 4), (None, "tensor")),
         ((2, 7, 4), ("fsdp",)),
         ((4, 7, 4), ("fsdp",)),
+        ((6, 12, 4), ("fsdp", "tensor")),
         ((8, 1, 4), ("fsdp",)),
     ],
 )

@@ -3,21 +3,36 @@
 import contextlib
 import threading
 import time
+import warnings
+from collections.abc import Set
+
+from orbax.checkpoint._src.futures.future import AwaitableSignalsContract, set_signals
 
 PATIENCE = 10.0  # seconds
 
 
-def end_failed_save() -> None:
-    """Cancels orbax's threads and waits for them, at most ``PATIENCE`` seconds. For after a save has raised an error.
+def end_failed_save(others: Set[threading.Thread] = frozenset()) -> None:
+    """Ends orbax's threads and waits for them, at most ``PATIENCE`` seconds. For after a save has raised an error.
 
-    orbax raises the first error while other parts of the save still write, or wait for a folder that nobody creates any
-    more. The interpreter joins their threads before it exits, so a run whose disk was full printed its error and then
-    never ended. orbax cancels them itself only if the error comes after its own background thread has started.
+    orbax raises the first error while other parts of the save still write, or wait, some of them for 300 s, for a
+    folder that nobody creates any more. The interpreter joins their threads before it exits, so a run whose disk was
+    full printed its error and did not end. orbax's own ``cancel`` reaches them only if the error came after its
+    background thread had started, and has no equivalent for what waits.
+
+    Args:
+      others: threads that were there before, which belong to other saves.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # of parts that are cancelled before they begin
     until = time.monotonic() + PATIENCE
-    threads = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax.")]
-    while (threads := [thread for thread in threads if thread.is_alive()]) and time.monotonic() < until:
-        for thread in threads:
-            thread.cancel()  # type: ignore[attr-defined]  # again and again: no effect before its event loop runs
-        with contextlib.suppress(Exception):  # raises what the thread has raised
-            threads[0].join(0.1)
+    while time.monotonic() < until:
+        threads = [thread for thread in threading.enumerate() if hasattr(thread, "_receive_signals")]
+        threads = [thread for thread in threads if thread not in others]
+        if not threads:
+            return
+        with contextlib.suppress(Exception):  # the save's own error is the one to report
+            for thread in threads:
+                thread.cancel()  # type: ignore[attr-defined]
+            for operation in {thread._operation_id for thread in threads}:  # type: ignore[attr-defined]
+                awaited = AwaitableSignalsContract.get_awaitable_signals_from_contract(operation)
+                set_signals(awaited, operation_id=operation)
+        threading.Thread.join(threads[0], 0.1)

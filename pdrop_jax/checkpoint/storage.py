@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -323,12 +324,13 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
     silence_library_noise()
+    others = set(threading.enumerate())
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        end_failed_save()
+        end_failed_save(others)
         if in_bucket(folder):
             raise UserError(f"{folder} cannot be written: {reason(folder, error)}") from None
         if not isinstance(error, ValueError | SafetensorError):
