@@ -104,15 +104,14 @@ def run_layers(
     numbers = np.arange(first, first + depth)
     full = np.isin(numbers, config.full_layers) | (config.window_size is None)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, whole: bool) -> jax.Array:
-        if whole:
-            return segment_attention(q, k, v, frame.reshape(B, C * U), implementation)
-        windows = [z.reshape(B * C, U, *z.shape[2:]) for z in (q, k, v)]
-        return segment_attention(windows[0], windows[1], windows[2], frame.reshape(B * C, U)).reshape(q.shape)
-
     def run_layer(x: jax.Array, layer: Params, whole: bool) -> jax.Array:
-        x = x + _attention(config, layer, x, rope, functools.partial(attend, whole=whole))
-        return constrain(x + _mlp(config, layer, x), "rows", None, None)
+        # Cut into windows before the products rather than behind rope, where XLA for TPUs would copy q and k.
+        shape = (B, C * U) if whole else (B * C, U)
+        near, (cos, sin) = frame.reshape(shape), (z.reshape(*shape, -1) for z in rope)
+        attend = functools.partial(segment_attention, segment=near, implementation=implementation)
+        x = x.reshape(*shape, -1)
+        x = x + _attention(config, layer, x, (cos, sin), attend)
+        return constrain((x + _mlp(config, layer, x)).reshape(B, C * U, -1), "rows", None, None)
 
     # A stack is scanned by periods, in each of which the same layers see whole pictures.
     period = _period(full)
