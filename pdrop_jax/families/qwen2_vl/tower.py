@@ -107,8 +107,8 @@ def run_layers(
     def run_layer(x: jax.Array, layer: Params, whole: bool) -> jax.Array:
         # Cut into windows before the products rather than behind rope, where XLA for TPUs would copy q and k.
         shape = (B, C * U) if whole else (B * C, U)
-        near, (cos, sin) = frame.reshape(shape), (z.reshape(*shape, -1) for z in rope)
-        attend = functools.partial(segment_attention, segment=near, implementation=implementation)
+        segment, (cos, sin) = frame.reshape(shape), (z.reshape(*shape, -1) for z in rope)
+        attend = functools.partial(segment_attention, segment=segment, implementation=implementation)
         x = x.reshape(*shape, -1)
         x = x + _attention(config, layer, x, (cos, sin), attend)
         return constrain((x + _mlp(config, layer, x)).reshape(B, C * U, -1), "rows", None, None)
