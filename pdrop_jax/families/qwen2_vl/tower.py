@@ -109,9 +109,8 @@ def run_layers(
         shape = (B, C * U) if whole else (B * C, U)
         segment, (cos, sin) = frame.reshape(shape), (z.reshape(*shape, -1) for z in rope)
         attend = functools.partial(segment_attention, segment=segment, implementation=implementation)
-        x = x.reshape(*shape, -1)
-        x = x + _attention(config, layer, x, (cos, sin), attend)
-        return constrain((x + _mlp(config, layer, x)).reshape(B, C * U, -1), "rows", None, None)
+        x = x + _attention(config, layer, x.reshape(*shape, -1), (cos, sin), attend).reshape(x.shape)
+        return constrain(x + _mlp(config, layer, x), "rows", None, None)
 
     # A stack is scanned by periods, in each of which the same layers see whole pictures.
     period = _period(full)
