@@ -12,11 +12,11 @@ PATIENCE = 10.0  # seconds
 
 
 def end_failed_save(others: Set[threading.Thread] = frozenset()) -> None:
-    """Ends orbax's threads and waits for them, at most ``PATIENCE`` seconds. For after a save has raised an error.
+    """Ends orbax's threads and waits for them, at most ``PATIENCE`` seconds. Call it after a save has failed.
 
     orbax raises the first error while other parts of the save still write, or wait, some of them for 300 s, for a
-    folder that nobody creates any more. The interpreter joins their threads before it exits, so a run whose disk was
-    full printed its error and did not end. orbax's own ``cancel`` reaches them only if the error came after its
+    folder that will never be created. The interpreter joins their threads before it exits, so a run whose disk was full
+    printed its error but took minutes to exit. orbax's own ``cancel`` reaches them only if the error came after its
     background thread had started, and has no equivalent for what waits.
 
     Args:
