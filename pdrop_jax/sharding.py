@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from pdrop_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-TILE = 8  # slots that a TPU lays out together
+SUBLANES = 8  # slots of a TPU register, half a tile of bfloat16 in memory (model.cache.TILE)
 Logical = tuple[str | None, ...]  # a name of RULES for each dimension; None is never sharded
 
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -118,21 +118,21 @@ def constrain_hidden(x: jax.Array) -> jax.Array:
     """Tells the compiler the sharding of hidden states (B, T, D) between the products of a layer.
 
     Every token is on its own there. Each device has whole rows if there are enough: a drop moves tokens within them,
-    and XLA for TPUs adds up products by a reduce-scatter only if each device gets whole tiles of ``TILE`` slots, which
-    behind a drop it seldom does of every row. Fewer rows are cut by slots if these are whole tiles, and otherwise each
-    into as many parts as there are devices for it, which spares relayouts. The compiler can express that only if rows
-    divide the devices along tensor. A single token, as in decoding, is not cut along tensor.
+    and XLA for TPUs adds up products by a reduce-scatter only if each device gets a multiple of ``SUBLANES`` slots,
+    which behind a drop it seldom does of every row. Fewer rows are cut by slots if that gives such multiples, and
+    otherwise each into as many parts as there are devices for it, which spares relayouts. The compiler can express that
+    only if rows divide the devices along tensor. A single token, as in decoding, is not cut along tensor.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     B, T, D = x.shape
     batch, tensor = devices_along("batch", mesh), mesh.shape["tensor"]
-    rows, left = divmod(B, batch)  # of the devices along tensor
+    rows, left = divmod(B, batch)  # rows for all the devices along tensor
     if T > 1 and rows > 1 and not left:
         if rows % tensor == 0:
             return constrain(x, "rows", None, None)
-        if tensor % rows == 0 and T % (tensor // rows) == 0 and T % (TILE * tensor):
+        if tensor % rows == 0 and T % (tensor // rows) == 0 and T % (SUBLANES * tensor):
             return constrain(x.reshape(B * T, D), "rows", None).reshape(x.shape)
     return constrain(x, "batch", "sequence", None)
 
