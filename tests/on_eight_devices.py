@@ -40,9 +40,10 @@ from pdrop_jax.model.attention import attention
 from pdrop_jax.model.cache import StageCache, scatter_token, write_in_all_layers
 from pdrop_jax.model.decoder import positions_of
 from pdrop_jax.model.drop import Boundary, drop, pyramiddrop_score
+from pdrop_jax.model.layers import linear
 from pdrop_jax.model.params import init_params
 from pdrop_jax.model.placement import shardings
-from pdrop_jax.model.quantization import quantize_decoder
+from pdrop_jax.model.quantization import QuantizedKernel, quantize_decoder
 from pdrop_jax.model.rope import rope_tables
 from pdrop_jax.model.splash import splash_causal
 from pdrop_jax.model.vision import image_features
@@ -316,12 +317,13 @@ def test_parameters_are_cut():
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 
-def test_quantized_on_a_mesh(tmp_path):
-    """Loaded in int8 each part where the table wants it, and the answers are those of one device."""
+@pytest.mark.parametrize("quantize", ["int8", "w8a8"])
+def test_quantized_on_a_mesh(tmp_path, quantize):
+    """Loaded in 8 bits each part where the table wants it, and the answers are those of one device."""
     checkpoint.save(tmp_path / "model", CONFIG, params_of(CONFIG))
     mesh = mesh_of((2, 2, 2))
-    _, params = checkpoint.load(tmp_path / "model", mesh=mesh, quantize="int8")
-    expected = quantize_decoder(CONFIG, params_of(CONFIG))
+    _, params = checkpoint.load(tmp_path / "model", mesh=mesh, quantize=quantize)
+    expected = quantize_decoder(CONFIG, params_of(CONFIG), quantize)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     for x, where in zip(jax.tree.leaves(params), jax.tree.leaves(shardings(CONFIG, params, mesh)), strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim)
@@ -330,6 +332,23 @@ def test_quantized_on_a_mesh(tmp_path):
     with jax.set_mesh(mesh):
         tokens = answer(params, batch)
     np.testing.assert_array_equal(tokens, answer(expected, BATCH))
+
+
+def test_products_of_integers_are_scaled_before_devices_exchange_them():
+    rng, mesh = np.random.default_rng(0), mesh_of((2, 2, 2))
+    kernel = QuantizedKernel(
+        jnp.asarray(rng.integers(-127, 128, (4, 16, 32)), jnp.int8), jnp.asarray(rng.random((1, 1, 32)), jnp.float32), 8
+    )
+    x = rng.standard_normal((8, 3, 4, 16)).astype(np.float32)
+    product = jax.jit(functools.partial(linear, inputs=2, summed="heads"))
+    expected = product({"kernel": kernel}, x)
+    cut = jax.sharding.NamedSharding(mesh, PartitionSpec("tensor"))
+    qvalue = jax.device_put(kernel.qvalue, cut)
+    with jax.set_mesh(mesh):
+        args = {"kernel": dataclasses.replace(kernel, qvalue=qvalue)}, jax.device_put(x, sharding.batch_sharding(mesh))
+        text = product.lower(*args).compile().as_text()
+        close(product(*args), expected)
+    assert set(re.findall(r"= (\w+)\[[\d,]*\]\S* all-reduce", text)) == {"f32"}
 
 
 CHAT = dataclasses.replace(

@@ -22,14 +22,15 @@ QK_NORM_EPS = 1e-6  # of a vision tower, whatever its other norms have (InternVi
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q BTNH, k BTKH, v BTKH -> BTNH, cache
 
 
-def linear(params: Params, x: jax.Array, inputs: int = 1) -> jax.Array:
+def linear(params: Params, x: jax.Array, inputs: int = 1, summed: str | None = None) -> jax.Array:
     """``x @ kernel``, plus the bias and the LoRA adapter if there are any: (B, T, *inputs) -> (B, T, *outputs).
 
     Args:
       inputs: how many of the last dimensions of ``x`` are summed over.
+      summed: logical axis of the first of them, which products of integers over several devices need to know.
     """
     kernel = params["kernel"]
-    y = quantized_product(x, kernel, inputs) if is_quantized(kernel) else jnp.tensordot(x, kernel, axes=inputs)
+    y = quantized_product(x, kernel, inputs, summed) if is_quantized(kernel) else jnp.tensordot(x, kernel, axes=inputs)
     if "bias" in params:
         y = y + params["bias"]
     if "lora" in params:
@@ -78,7 +79,7 @@ def decoder_layer(
     h = text_norm(config, params["attention_norm"], x)
     q, k = project_query(config, params, h, rope), project_key(config, params, h, rope)
     out, cache = attend(q, k, linear(params["attention"]["v"], h))
-    out = linear(params["attention"]["o"], out, inputs=2)
+    out = linear(params["attention"]["o"], out, inputs=2, summed="heads")
     if config.post_norms:
         out = text_norm(config, params["attention_post_norm"], out)
     x = constrain_hidden(x + out)
@@ -115,7 +116,7 @@ def gated_mlp(params: Params, x: jax.Array, activation: Literal["silu", "gelu_ta
     """LLaMA's SwiGLU, or with GELU Gemma's."""
     gate = linear(params["gate"], x)
     gate = jax.nn.silu(gate) if activation == "silu" else activate(activation, gate)
-    return linear(params["down"], gate * linear(params["up"], x))
+    return linear(params["down"], gate * linear(params["up"], x), summed="mlp")
 
 
 def vision_embedding(config: VisionConfig, params: Params, pixels: jax.Array) -> jax.Array:

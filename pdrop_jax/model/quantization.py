@@ -10,7 +10,8 @@ Biases, norms, the embedding table, the head, the vision tower and the projector
 - int8 and int4 quantize weights alone. A matrix product reads integers from memory: on a TPU it multiplies by
   ``qvalue * scale``, rounded to the dtype of the activations, elsewhere by ``qvalue``, and scales the float32 sum.
 - w8a8, w4a8 and w4a4 also quantize the input of a product, when it is computed, with a scale for each token that
-  follows from its largest element. The product is one of integers, summed in int32. w4a4 on a TPU multiplies int4;
+  follows from its largest element. The product is one of integers, summed in int32, and over devices along tensor in
+  the dtype of the activations. w4a4 on a TPU multiplies int4;
   everything else widens int4 to int8 first. One product is simulated: XLA for GPUs cannot multiply a single row of
   int8 by int4, so that both become bfloat16, which is exact, and the sum is in float32.
 
@@ -26,11 +27,13 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from pdrop_jax.config import LlavaConfig, Quantization
 from pdrop_jax.errors import UserError
 from pdrop_jax.model.params import Params, path_name, spec_of
-from pdrop_jax.sharding import platform
+from pdrop_jax.sharding import constrain, platform, shards
 
 # Bits of the weights, and of the activations, None where those are not quantized.
 BITS: dict[str, tuple[int, int | None]] = {
@@ -117,14 +120,15 @@ def _quantize(x: jax.Array, bits: int, axes: Iterable[int], calibration: str = "
 _quantize_weights = functools.partial(jax.jit, static_argnums=(1, 2))(_quantize)
 
 
-def quantized_product(x: jax.Array, kernel: QuantizedKernel, inputs: int) -> jax.Array:
+def quantized_product(x: jax.Array, kernel: QuantizedKernel, inputs: int, summed: str | None = None) -> jax.Array:
     """``x @ (qvalue * scale)``: (..., *inputs) -> (..., *outputs), dtype of ``x``.
 
     Args:
       inputs: how many of the last dimensions of ``x`` are summed over.
+      summed: logical axis of the first of them.
     """
     if kernel.activations is not None:
-        return _integer_product(x, kernel, kernel.activations, inputs)
+        return _integer_product(x, kernel, kernel.activations, inputs, summed)
 
     def scale_weights(x: jax.Array, qvalue: jax.Array, scale: jax.Array) -> jax.Array:
         return jnp.tensordot(x, (qvalue.astype(scale.dtype) * scale).astype(x.dtype), axes=inputs)
@@ -138,11 +142,22 @@ def quantized_product(x: jax.Array, kernel: QuantizedKernel, inputs: int) -> jax
     return jax.lax.platform_dependent(x, kernel.qvalue, kernel.scale, tpu=scale_weights, default=scale_product)
 
 
-def _integer_product(x: jax.Array, kernel: QuantizedKernel, bits: int, inputs: int) -> jax.Array:
+def _integer_product(
+    x: jax.Array, kernel: QuantizedKernel, bits: int, inputs: int, summed: str | None
+) -> jax.Array:
     qx, x_scale = quantize_along(x, bits, range(-inputs, 0))
+    leading = x.shape[:-inputs]
+    # Devices along ``summed`` have a part of the sum each, a dimension of its own here: what they exchange is then
+    # scaled and of the dtype of x, as that of any other product, instead of int32.
+    parts = shards(summed, x.shape[-inputs]) if summed else 1
+    qx = qx.reshape(*leading, parts, -1, *x.shape[1 - inputs :] if inputs > 1 else ())
+    qvalue = kernel.qvalue.reshape(parts, -1, *kernel.qvalue.shape[1:])
 
-    def product(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
-        return jnp.tensordot(qx, qvalue, axes=inputs, preferred_element_type=jnp.int32)
+    def product(qx: jax.Array, qvalue: jax.Array, dtype: DTypeLike = jnp.int32) -> jax.Array:
+        """(parts, ..., *outputs)."""
+        first = len(leading)
+        sums = tuple(range(first + 1, first + 1 + inputs)), tuple(range(1, 1 + inputs))
+        return jax.lax.dot_general(qx, qvalue, (sums, ((first,), (0,))), preferred_element_type=dtype)
 
     def as_they_are(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
         return product(qx, qvalue) if qx.dtype == qvalue.dtype else in_bytes(qx, qvalue)
@@ -151,17 +166,18 @@ def _integer_product(x: jax.Array, kernel: QuantizedKernel, bits: int, inputs: i
         return product(qx.astype(jnp.int8), qvalue.astype(jnp.int8))
 
     def simulated(qx: jax.Array, qvalue: jax.Array) -> jax.Array:
-        wide = qx.astype(jnp.bfloat16), qvalue.astype(jnp.bfloat16)
-        return jnp.tensordot(*wide, axes=inputs, preferred_element_type=jnp.float32).astype(jnp.int32)
+        return product(qx.astype(jnp.bfloat16), qvalue.astype(jnp.bfloat16), jnp.float32).astype(jnp.int32)
 
-    single = math.prod(x.shape[:-inputs]) == 1 and kernel.qvalue.dtype == jnp.int4
+    single = math.prod(leading) == 1 and kernel.qvalue.dtype == jnp.int4
     y = jax.lax.platform_dependent(
-        qx, kernel.qvalue, tpu=as_they_are, cuda=simulated if single else in_bytes, default=in_bytes
+        qx, qvalue, tpu=as_they_are, cuda=simulated if single else in_bytes, default=in_bytes
     ).astype(jnp.float32)
     outputs = kernel.scale.shape[inputs:]
-    return (y * x_scale.reshape(*x.shape[:-inputs], *[1] * len(outputs)) * kernel.scale.reshape(outputs)).astype(
-        x.dtype
-    )
+    y = (y * x_scale.reshape(*leading, *[1] * len(outputs)) * kernel.scale.reshape(outputs)).astype(x.dtype)
+    if parts == 1:
+        return y[0]
+    y = constrain(y, summed, "batch", *[None] * (y.ndim - 2))
+    return jax.lax.reduce(y, np.zeros((), y.dtype), jax.lax.add, (0,))  # jnp.sum would exchange float32
 
 
 def is_quantized(x: object) -> TypeGuard[QuantizedKernel]:

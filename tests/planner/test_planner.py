@@ -244,6 +244,8 @@ def test_quantized_arrays_take_their_bits_and_no_plain_copy(
     products = re.findall(r"= (\w+)\[\S* convolution\(%([^,]+), %([^)]+)\)", text)
     integers = [(types[a], types[b]) for result, a, b in products if result == "s32"]
     assert integers == ([operands] * 7 if operands else [])
+    # What devices sum is scaled first.
+    assert not re.findall(r"= s32\[\d+,[\d,]+\]\S* all-reduce", text)
 
 
 @pytest.mark.parametrize("option", ["quantize", "quantize_cache"])
