@@ -22,15 +22,12 @@ from pdrop_jax.model.params import Params, path_name, spec_of
 from pdrop_jax.model.placement import constrain_params
 from pdrop_jax.sharding import batch_sharding
 
-# Along fsdp every product needs its weight gathered, or its gradient summed and scattered. The TPU compiler does that
-# piece by piece while the product runs, but by default not for products with few tokens, which are those of the later
-# stages: it gathers first, and sums whole gradients on every device. With these options it overlaps all of them. With
-# many tokens they only cost. For LLaVA-1.5-7B on v5e:4x4, with one row a device in 8 microbatches, all-reduces shrink
-# from 28 to 2 GiB a step and the estimated time from 3823 to 3781 ms; with 8 rows in one it grows from 1636 to 2068 ms.
-FEW_ROWS = {
-    "xla_tpu_all_gather_collective_matmul_mode": "post_spmd",
-    "xla_tpu_reduce_scatter_collective_matmul_mode": "post_spmd",
-}
+# Along fsdp every product needs its weight gathered, or its gradient summed and scattered. By default the TPU compiler
+# does both piece by piece while the product runs. For a gradient that is best; a product that adds up sixteen pieces of
+# a weight reads and writes its result sixteen times. Without that the gather of the next weight runs beside a product.
+WHOLE_WEIGHTS = {"xla_tpu_enable_windowed_einsum_for_all_gather": "false"}
+# With few tokens it sums whole gradients on every device, unless it is told to cut these, too.
+FEW_ROWS = {**WHOLE_WEIGHTS, "xla_tpu_reduce_scatter_collective_matmul_mode": "post_spmd"}
 
 
 @jax.tree_util.register_dataclass
@@ -199,9 +196,12 @@ _jitted = functools.partial(
     donate_argnames=("state",),
 )
 train_step = _jitted()
+_tpu_train_step = _jitted(compiler_options=WHOLE_WEIGHTS)
 _few_rows_train_step = _jitted(compiler_options=FEW_ROWS)
 
 
 def train_step_for(platform: str, rows: int) -> Any:
     """``train_step``, compiled as a platform such as "tpu" needs it for ``rows`` rows of a device in a microbatch."""
-    return _few_rows_train_step if platform == "tpu" and rows == 1 else train_step
+    if platform != "tpu":
+        return train_step
+    return _few_rows_train_step if rows == 1 else _tpu_train_step

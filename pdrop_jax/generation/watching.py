@@ -120,9 +120,7 @@ class Stream:
     def _begin(self, first: Image.Image) -> None:
         config, model = self._model.config, self._model
         self._size = first.size
-        self._block: list[ImageTokens] = []
         image = self._tokens(first)
-        self._block = []
         self._captions = captions_of([image])
         ids = self._ids([Message("user", (Medium(), self._options.question))])
         at = ids.index(IMAGE_PLACEHOLDER)
@@ -141,15 +139,9 @@ class Stream:
         return self._prompts.ids(messages, self._captions)
 
     def _tokens(self, frame: Image.Image) -> ImageTokens:
-        """The model's input for a frame, with the frames before it that its standby tokens see."""
         config = self._model.config
         image = frame_tokens(frame, self._model.processor.image_processor, config)
-        if not config.standby:
-            return image
-        if len(self._block) == config.standby.frames:
-            self._block = []
-        self._block.append(image)
-        return with_standby(self._block, config)
+        return with_standby(image, config) if config.standby else image
 
     def _batch(self, frame: Image.Image) -> Batch:
         """A frame with the standing question behind it, without padding."""

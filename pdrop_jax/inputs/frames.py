@@ -9,7 +9,7 @@ from PIL import Image
 
 from pdrop_jax.config import LlavaConfig
 from pdrop_jax.errors import UserError
-from pdrop_jax.inputs.anyres import NEWLINE, ImageTokens, whole
+from pdrop_jax.inputs.anyres import ImageTokens, whole
 from pdrop_jax.inputs.families import FAMILIES
 from pdrop_jax.inputs.images import ImageProcessor, Picture, Video, open_image, plain, to_crop
 
@@ -95,15 +95,7 @@ def frame_tokens(image: Image.Image, processor: ImageProcessor, config: LlavaCon
     return whole(untiled(image, processor, config), config)
 
 
-def with_standby(block: Sequence[ImageTokens], config: LlavaConfig) -> ImageTokens:
-    """The last frame of ``block`` with its standby tokens behind its other ones.
-
-    They see the frames of the block before it, so its crops are those of the whole block, zeros for frames to come.
-    """
-    assert config.standby
-    newest, at, m = block[-1], len(block) - 1, config.standby_tokens
-    crops = np.zeros((config.standby.frames, *config.vision.crop_shape), np.float32)
-    crops[: len(block)] = np.concatenate([frame.crops for frame in block])
-    patches = np.where(newest.index == NEWLINE, NEWLINE, newest.index + at * config.image_tokens)
-    own = np.arange(at * m, (at + 1) * m, dtype=np.int32)[:, None]
-    return ImageTokens(crops, np.concatenate([patches, own]), video=True, standby=m)
+def with_standby(frame: ImageTokens, config: LlavaConfig) -> ImageTokens:
+    """A frame with its standby tokens behind its other ones."""
+    own = np.arange(config.standby_tokens, dtype=np.int32)[:, None]
+    return ImageTokens(frame.crops, np.concatenate([frame.index, own]), standby=config.standby_tokens)

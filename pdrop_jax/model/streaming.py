@@ -31,7 +31,8 @@ from pdrop_jax.model.ring import (
 from pdrop_jax.model.rope import Rope, rope_tables, rotate_cached
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.slot_attention import EVERYTHING, Ring
-from pdrop_jax.model.vlm import embed
+from pdrop_jax.model.standby import Block, empty_block
+from pdrop_jax.model.vlm import embed, embed_images
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +46,7 @@ class StreamState:
       rank: (W, n) int32, for each slot of the window, the order in which the bank takes the tokens of its frame.
       frames: () int32, frames so far.
       hidden: (1, C_0, D), the first stage's output if only that is kept; otherwise None.
+      block: what the standby tokens of the next frame see over time; None without standby tokens.
     """
 
     caches: tuple[StageCache | None, ...]
@@ -52,6 +54,7 @@ class StreamState:
     rank: jax.Array
     frames: jax.Array
     hidden: jax.Array | None = None
+    block: Block | None = None
 
 
 def begin(
@@ -88,7 +91,10 @@ def begin(
     if hidden is not None:
         hidden = hidden.at[:, : layout.prefix].set(output.buffer.hidden)
     rank = jnp.zeros((layout.window, layout.frame), jnp.int32)
-    return StreamState(output.state.caches, tokens, rank, jnp.int32(0), hidden)
+    block = None
+    if config.standby:
+        block = empty_block(config, params["standby"]["temporal"]["attention"]["k"]["kernel"].dtype)
+    return StreamState(output.state.caches, tokens, rank, jnp.int32(0), hidden, block)
 
 
 def watch(
@@ -103,7 +109,11 @@ def watch(
     plan = layout.plan(config)[: None if keeps_images else 1]
     number = state.frames
     state = _detach(config, layout, state)
-    buffer = embed(config, params, frame, plan[0].slots)
+    block = state.block
+    if block is not None and config.standby:
+        block = dataclasses.replace(block, at=number % config.standby.frames)
+    images = embed_images(config, params, frame, block=block)
+    buffer = embed(config, params, frame, plan[0].slots, images=images)
     output = run_stages(
         config,
         params["stages"],
@@ -126,7 +136,7 @@ def watch(
     if hidden is not None:
         hidden = hidden.at[:, layout.slots(0, config, number)].set(output.buffer.hidden)
     rank = state.rank.at[number % layout.window].set(rank)
-    return StreamState(output.state.caches, tuple(tokens), rank, number + 1, hidden)
+    return StreamState(output.state.caches, tuple(tokens), rank, number + 1, hidden, images.block)
 
 
 def _past(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from pdrop_jax.model.layers import (
     vision_mlp,
 )
 from pdrop_jax.model.params import Params
-from pdrop_jax.model.standby import first_tokens, seen_crops, standby_layer
+from pdrop_jax.model.standby import Block, Time, first_tokens, seen_crops, standby_layer
 from pdrop_jax.sharding import constrain, padding_for, shards
 from pdrop_jax.vision_config import WINDOW
 
@@ -42,6 +42,21 @@ CROP_TOKENS: dict[str, Callable[[LlavaConfig, Params, jax.Array], jax.Array]] = 
 PATCH_FEATURES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), patch_features)
 
 
+class Features(NamedTuple):
+    """What a vision tower makes of its input.
+
+    Attributes:
+      tokens: hidden states or feature vectors, see the function that returns them.
+      attention: as many numbers, float32, if ``class_attention`` was asked for: that of the class token in the last
+        layer that runs, mean over heads.
+      block: of the standby tokens of a stream's frames, see ``standby.Block``.
+    """
+
+    tokens: jax.Array
+    attention: jax.Array | None = None
+    block: Block | None = None
+
+
 def vision_features(
     config: LlavaConfig,
     params: Params,
@@ -50,43 +65,37 @@ def vision_features(
     remat: Remat = "none",
     class_attention: bool = False,
     standby: Params | None = None,
-    clips: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    time: Time | None = None,
+) -> Features:
     """(P, h, w, 3) normalised pixels -> (P, T, D_vision), the selected hidden state with CLIP's class token.
 
-    With ``standby``, its parameters, and ``clips``, see ``Batch``, the standby tokens follow: (P, T + m, D_vision).
+    With ``standby``, its parameters, and ``time``, what they see, the standby tokens follow: (P, T + m, D_vision).
     The tower's last norm is not part of any hidden state, as in transformers.
-
-    Args:
-      class_attention: also returns the class token's attention in the last layer that runs, (P, T) float32, mean over
-        heads; None without it.
     """
     # A crop is a piece of work of its own: whole crops on each device need no communication within the tower.
     x = vision_embedding(config.crop_tower, params["embed"], constrain(pixels, "rows", None, None, None))
 
-    seen = None if clips is None else seen_crops(clips)
-
     def body(carry: Any, layer: Params, n: Any) -> tuple[Any, None]:
         x, _, extra = carry
         out = vision_layer(config.crop_tower, layer, x, implementation)
-        if standby is not None and seen is not None:
-            extra = standby_layer(config, standby, layer, n, x, extra, seen)
+        if standby is not None and extra is not None:
+            extra = standby_layer(config, standby, layer, n, x, *extra)
         return (constrain(out, "rows", None, None), x if class_attention else None, extra), None
 
-    def run(x: jax.Array, layers: Params | list[Params], extra: jax.Array | None = None) -> Any:
+    def run(x: jax.Array, layers: Params | list[Params], extra: tuple[jax.Array, Time] | None = None) -> Any:
         carry, _ = scan_layers(rematerialise(body, remat), (x, x if class_attention else None, extra), layers)
         return carry
 
-    extra = None if standby is None or seen is None else first_tokens(standby, len(x))
+    extra = None if standby is None or time is None else (first_tokens(standby, len(x)), time)
     x, last_input, extra = run(x, params["layers"], extra)
     last_layers = params["layers"]
     if config.vision.early_compression:
         x, last_layers = compressed_patches(config, params.get("compressor", {}), x), params["later_layers"]
         x, last_input, _ = run(x, last_layers)
-    x = x if extra is None else jnp.concatenate([x, extra], axis=1)
-    if last_input is None:
-        return x, None
-    return x, class_attention_of(config, layer_of(last_layers, -1), last_input)
+    if extra is not None:
+        x, time = jnp.concatenate([x, extra[0]], axis=1), extra[1]
+    attention = None if last_input is None else class_attention_of(config, layer_of(last_layers, -1), last_input)
+    return Features(x, attention, time if isinstance(time, Block) else None)
 
 
 def compressed_patches(config: LlavaConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -118,18 +127,16 @@ def tower_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Each row's pool of feature vectors (B, P, D), which ``Batch.feature_index`` counts.
-
-    With ``class_attention`` also as many numbers (B, P, 1), see ``image_features``.
-    """
+    block: Block | None = None,
+) -> Features:
+    """Each row's pool of feature vectors (B, P, D), which ``Batch.feature_index`` counts; see ``image_features``."""
     crops = jnp.asarray(batch.crops)
     if not isinstance(config.vision, VisionConfig):
         assert batch.patch_layout is not None
         layout, features = jnp.asarray(batch.patch_layout), PATCH_FEATURES[config.family]
-        return features(config.vision, params, crops, layout, implementation, remat), None
-    clips = None if batch.clips is None else jnp.asarray(batch.clips)
-    return image_features(config, params, crops, implementation, remat, class_attention, clips)
+        return Features(features(config.vision, params, crops, layout, implementation, remat))
+    time = block if block is not None or batch.clips is None else seen_crops(jnp.asarray(batch.clips))
+    return image_features(config, params, crops, implementation, remat, class_attention, time)
 
 
 @jax.named_scope("tower")
@@ -140,8 +147,8 @@ def image_features(
     implementation: Implementation = "auto",
     remat: Remat = "none",
     class_attention: bool = False,
-    clips: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    time: Time | None = None,
+) -> Features:
     """The crops of each row as its pool of feature vectors.
 
     Args:
@@ -149,20 +156,19 @@ def image_features(
 
     Returns:
       (B, C * (image_tokens + frame_tokens), D), dtype of the parameters: the features of all crops, then their
-      features as frames of a video; with ``clips`` those of their standby tokens; where images are tiled, one more
-      vector, the newline. With ``class_attention`` also as many numbers (B, ..., 1) float32, see ``vision_features``; 0
-      for the newline.
+      features as frames of a video; with ``time`` those of their standby tokens; where images are tiled, one more
+      vector, the newline. The attention is (B, ..., 1), 0 for the newline.
     """
     B, C = crops.shape[:2]
     dtype = params["vision"]["embed"]["position"].dtype
     # Crops that the devices do not divide are padded, behind the crops of each group of rows, so that these stay on the
-    # devices of their rows. With ``clips`` crops see others of their row, so none can be added.
+    # devices of their rows. With ``time`` crops see others of their row, so none can be added.
     groups = shards("batch", B)
-    padding = 0 if clips is not None else padding_for("rows", B * C) // groups
+    padding = 0 if time is not None else padding_for("rows", B * C) // groups
     pixels = crops.reshape(groups, -1, *crops.shape[2:]).astype(dtype)
     pixels = jnp.pad(pixels, [(0, 0), (0, padding)] + [(0, 0)] * 3).reshape(-1, *crops.shape[2:])
-    x, attention = vision_features(
-        config, params["vision"], pixels, implementation, remat, class_attention, params.get("standby"), clips
+    x, attention, block = vision_features(
+        config, params["vision"], pixels, implementation, remat, class_attention, params.get("standby"), time
     )
 
     def unpadded(x: jax.Array) -> jax.Array:
@@ -170,7 +176,7 @@ def image_features(
         return x[:, : x.shape[1] - padding].reshape(B * C, *x.shape[2:])
 
     x, attention = unpadded(x), None if attention is None else unpadded(attention)
-    x, extra = (x, None) if clips is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
+    x, extra = (x, None) if time is None else jnp.split(x, [x.shape[1] - config.standby_tokens], axis=1)
     D, side, merge = config.text.hidden_size, config.crop_tower.features_a_side, config.crop_tower.merge_size
 
     def pool(x: jax.Array) -> jax.Array:
@@ -184,7 +190,7 @@ def image_features(
         return jnp.concatenate([part.reshape(B, C * part.shape[1], part.shape[2]) for part in parts], axis=1)
 
     if tokens := CROP_TOKENS.get(config.family):
-        return constrain(by_row(tokens(config, params, x)), "batch", None, None), None
+        return Features(constrain(by_row(tokens(config, params, x)), "batch", None, None))
     x = by_row(projector(params["projector"], pool(x)))
     attention = None if attention is None else by_row(pool(attention[..., None])).mean(-1, keepdims=True)
     if extra is not None:
@@ -195,7 +201,7 @@ def image_features(
         newline = jnp.broadcast_to(params["newline"]["embedding"], (B, 1, D))
         x = jnp.concatenate([x, newline], axis=1)
         attention = None if attention is None else jnp.pad(attention, [(0, 0), (0, 1), (0, 0)])
-    return constrain(x, "batch", None, None), attention
+    return Features(constrain(x, "batch", None, None), attention, block)
 
 
 def averaged(x: jax.Array, side: int, stride: int) -> jax.Array:

@@ -13,6 +13,7 @@ from pdrop_jax.model.drop import DropRecord, TokenBuffer
 from pdrop_jax.model.layers import text_norm
 from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score
+from pdrop_jax.model.standby import Block
 from pdrop_jax.model.vision import tower_features
 from pdrop_jax.sharding import constrain
 
@@ -46,11 +47,13 @@ class ImageEmbeddings:
       hidden: (B, S, D), the tokens' embeddings.
       additions: (B, S, A, D), see ``TokenBuffer``; None without DeepStack.
       attention: (B, S) float32, that of the tower's class token; None unless the score needs it.
+      block: of a stream's frame, see ``standby.Block``; otherwise None.
     """
 
     hidden: jax.Array
     additions: jax.Array | None = None
     attention: jax.Array | None = None
+    block: Block | None = None
 
 
 def embed_images(
@@ -59,10 +62,15 @@ def embed_images(
     batch: Batch,
     implementation: Implementation = "auto",
     remat: Remat = "none",
+    block: Block | None = None,
 ) -> ImageEmbeddings:
-    """The image tokens of a batch from its crops, of which there must be at least one a row."""
+    """The image tokens of a batch from its crops, of which there must be at least one a row.
+
+    Args:
+      block: for the single crop of a single row, of what its standby tokens see over time; see ``standby.Block``.
+    """
     needed = find_score(config).class_attention
-    features, seen = tower_features(config, params, batch, implementation, remat, needed)
+    features, seen, block = tower_features(config, params, batch, implementation, remat, needed, block)
     index = jnp.asarray(batch.feature_index)
     shown = index[..., :1] >= 0
 
@@ -74,6 +82,7 @@ def embed_images(
         pick(own),
         jnp.stack([pick(pool) for pool in deeper], axis=2) if deeper else None,
         None if seen is None else pick(seen)[..., 0],
+        block,
     )
 
 

@@ -8,7 +8,8 @@ run. Use it to compare two programs and to find what should not be there. What i
   with heads of 128 numbers at least, or its bytes at the memory's rate, whichever is longer. Its exponentials are not
   counted, which a tower's kernel may spend as long on.
 * A collective takes as long as its bytes do on one ring of links in both directions, and nothing runs beside it.
-  Those that the compiler has split into permutes, or fused with matrix products, to run beside them take no time.
+  Those that the compiler has split into permutes, or starts within a fusion, run beside the other operations of the
+  same loop body: what counts is how much longer all of them together take than these.
 * Prefetches from memory run beside other work and take no time of their own.
 * Where the compiler has no cycles to tell, the matrix unit or the memory at its peak, whichever takes longer.
 """
@@ -17,10 +18,10 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pdrop_jax.analysis.chips import CHIPS, Chip
-from pdrop_jax.planner.hlo_text import Computation, Instruction, Module
+from pdrop_jax.planner.hlo_text import Computation, Instruction, Module, Shape
 from pdrop_jax.planner.traffic import hbm_bytes, products
 
 SCOPES = ("tower", "drop", "attention", "norm", "head", "embed", "optimizer")  # the model's ``jax.named_scope``s
@@ -75,10 +76,13 @@ def estimate(module: Module, chip: str) -> Estimate:
     """The estimate for a program compiled for devices of type ``chip``, such as "v5e"."""
     rates = CHIPS[chip]
     parts: dict[str, Time] = collections.defaultdict(Time)
+    waiting: dict[int, float] = collections.defaultdict(float)  # of a computation: links less what runs beside them
     for x, computation, times in module.executed():
         if not FREE.fullmatch(x.opcode):
             time = _time(module, computation, x, rates)
             parts[_part(module, x, time)] += Time(*(times * value for value in dataclasses.astuple(time)))
+            waiting[id(computation)] += times * (_beside(module, x, rates) - time.cycles)
+    parts["collectives"] += Time(links=sum(max(0.0, left) for left in waiting.values()))
     return Estimate({part: parts[part] for part in PARTS if part in parts})
 
 
@@ -97,15 +101,40 @@ def _time(module: Module, computation: Computation, x: Instruction, chip: Chip) 
         # A TPU's reduce-scatter is a fusion of an all-reduce and a slice.
         sums = [y for name in x.called for y in module.computations[name] if y.opcode == "all-reduce"]
         return Time(cycles=cycles, memory=memory, links=sum(_links(y.bytes, _devices(y), chip) for y in sums))
-    kind = x.opcode.removesuffix("-start")
-    if kind in COLLECTIVES:
-        shapes = x.shapes[len(x.shapes) // 2 :] if x.opcode.endswith("-start") and len(x.shapes) > 1 else x.shapes
-        devices = _devices(x)
-        size = sum(shape.bytes for shape in shapes) * (devices if kind == "reduce-scatter" else 1)
-        # A gather or a scatter sends its array once around the ring, a reduction does both.
-        rounds = {"all-reduce": 2.0, "all-to-all": 0.5, "collective-permute": 0.0}.get(kind, 1.0)
-        return Time(memory=memory, links=rounds * _links(size, devices, chip))
+    if x.opcode.removesuffix("-start") in COLLECTIVES:
+        permute = x.opcode.startswith("collective-permute")
+        return Time(memory=memory, links=0.0 if permute else _collective(x, chip))
     return Time(matrix, memory, cycles)
+
+
+def _beside(module: Module, x: Instruction, chip: Chip) -> float:
+    """Milliseconds of the collectives that ``x`` starts and that run beside other operations."""
+    if x.opcode.startswith("collective-permute"):
+        return 1e3 * sum(shape.bytes for shape in _results(x)) / chip.ici
+    return sum(_collective(y, chip) for y in _started(module, x)) if x.opcode == "fusion" else 0.0
+
+
+def _started(module: Module, fusion: Instruction) -> Iterator[Instruction]:
+    """Collectives that a fusion starts; this and later fusions carry them on."""
+    for inner in (module.computations[name] for name in fusion.called):
+        for y in inner:
+            if y.opcode == "fusion":
+                yield from _started(module, y)
+            elif y.attribute(r'custom_call_target="(\w+)"') == "AsyncCollectiveStart":
+                yield from (inner.instructions[name] for name in y.operands)
+
+
+def _collective(x: Instruction, chip: Chip) -> float:
+    """Milliseconds of a collective other than a permute."""
+    kind, devices = x.opcode.removesuffix("-start"), _devices(x)
+    size = sum(shape.bytes for shape in _results(x)) * (devices if kind == "reduce-scatter" else 1)
+    # A gather or a scatter sends its array once around the ring, a reduction does both.
+    return {"all-reduce": 2.0, "all-to-all": 0.5}.get(kind, 1.0) * _links(size, devices, chip)
+
+
+def _results(x: Instruction) -> tuple[Shape, ...]:
+    """Shapes of a collective's results, which an instruction that starts it has behind those of the operands."""
+    return x.shapes[len(x.shapes) // 2 :] if x.opcode.endswith("-start") and len(x.shapes) > 1 else x.shapes
 
 
 def _links(size: int, devices: int, chip: Chip) -> float:

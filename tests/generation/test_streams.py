@@ -16,10 +16,11 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.generation.chat import Session
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.frames import Standby, frame_tokens, with_standby
+from pdrop_jax.inputs.frames import Standby
 from pdrop_jax.inputs.images import Video
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.model.cache import cache_bytes
+from pdrop_jax.model.layers import layer_of, linear, text_norm
 from pdrop_jax.model.params import init_params
 from pdrop_jax.model.vlm import embed
 
@@ -146,15 +147,6 @@ def standby_model():
     return Model(config, params, Processor.load(TOKENIZER, config))
 
 
-def standby_hidden(batch, m=8):
-    """What the decoder is given for the last standby tokens of a batch."""
-    here = np.flatnonzero((batch.feature_index[0, :, 0] >= 0) & (batch.image_id[0] == 0))[-m:]
-    buffer = jax.jit(embed, static_argnums=(0, 3))(
-        standby_model().config, standby_model().params, batch, batch.bucket.slots
-    )
-    return buffer.hidden[0, here]
-
-
 def test_a_prompt_shows_pictures_in_both_modes():
     processor = standby_model().processor
     contents = [
@@ -181,20 +173,25 @@ def test_a_prompt_shows_pictures_in_both_modes():
 
 
 def test_the_bank_holds_standby_tokens_as_a_video_shows_them():
-    """Frame by frame they are those of the whole clip: attention over time sees the same frames."""
-    session = watching("keep", standby_model(), bank=24)
+    """Frame by frame they are those of the whole clip: attention over time sees the same frames of a block of three."""
+    session, of = watching("keep", standby_model(), bank=24), standby_model()
     session.watch(FRAMES[1:7])
-    stream = session._stream
-    layout, state = stream.layout, stream._state
+    layout, state = session._stream.layout, session._stream._state
     assert (layout.kept, layout.standby, layout.frame, layout.bank) == (8, 8, 24, 3)
     for tokens in state.tokens:
         assert np.asarray(tokens)[layout.prefix :][: 3 * 8].tolist() == [*range(16, 24)] * 3
-    processor = standby_model().processor
-    block = [frame_tokens(frame, processor.image_processor, processor.config) for frame in FRAMES[3:5]]
-    stream._block = block[:1]
-    chunk = stream._batch(FRAMES[4])
-    video = processor(["Hm?"], [Standby(Video(FRAMES[:5]))])
-    np.testing.assert_allclose(standby_hidden(chunk), standby_hidden(video), atol=1e-5)
-    assert len(with_standby(block, processor.config)) == 24
+    batch = of.processor(["Hm?"], [Standby(Video(FRAMES[:7]))])
+    hidden = jax.jit(embed, static_argnums=(0, 3))(of.config, of.params, batch, batch.bucket.slots).hidden
+    # The first layer's keys and values of frames 3, 4 and 2, whose places in the bank the next frames take in turn.
+    layer = layer_of(of.params["stages"]["0"], 0)
+    shown = hidden[0, np.flatnonzero(batch.feature_index[0, :, 0] >= 0)].reshape(7, 8, -1)
+    h = text_norm(of.config.text, layer["attention_norm"], shown[np.array([3, 4, 2])])
+    for name, held in (("k", state.caches[0].k), ("v", state.caches[0].v)):
+        ours = np.asarray(held)[0, 0, :, layout.prefix :][:, : 3 * 8]
+        expected = np.asarray(linear(layer["attention"][name], h)).reshape(3 * 8, *ours.shape[::2])
+        np.testing.assert_allclose(ours.swapaxes(0, 1), expected, atol=1e-5)
+    # A frame brings one crop to the tower, whatever the block holds.
+    assert session._stream._batch(FRAMES[7]).crops.shape[1] == 1
+    assert state.block.k.shape[1] == 3 * 8
     with pytest.raises(UserError, match="the bank of this model holds its 8 standby tokens of a frame"):
         Session(standby_model(), "keep").watch(FRAMES[:1], ratio=0.5)

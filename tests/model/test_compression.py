@@ -89,9 +89,9 @@ def test_a_class_token_passes_the_module_unchanged():
     vision = params(config)["vision"]
     pixels = np.random.default_rng(4).standard_normal((1, CROP, CROP, 3)).astype(np.float32)
     tower = jax.jit(vision_features, static_argnums=0)
-    before, _ = tower(dataclasses.replace(PLAIN, select_layer=2), vision, pixels)
+    before = tower(dataclasses.replace(PLAIN, select_layer=2), vision, pixels).tokens
     idle = jax.tree.map(np.zeros_like, vision["later_layers"])  # layers that add nothing
-    after, _ = tower(config, vision | {"later_layers": idle}, pixels)
+    after = tower(config, vision | {"later_layers": idle}, pixels).tokens
     assert after.shape == (1, 1 + 4, 16)
     assert_close(after[:, 0], before[:, 0], atol=0)
 
@@ -120,8 +120,8 @@ def test_every_array_of_the_module_is_of_its_group():
 def test_the_connector_begins_as_the_projector_of_the_mean():
     config = with_compression(PLAIN, None, 4)
     crops = np.random.default_rng(5).standard_normal((1, 1, CROP, CROP, 3)).astype(np.float32)
-    joined, _ = jax.jit(image_features, static_argnums=0)(config, params(config), crops)
-    x, _ = jax.jit(vision_features, static_argnums=0)(PLAIN, params_of(PLAIN)["vision"], crops[0])
+    joined = jax.jit(image_features, static_argnums=0)(config, params(config), crops).tokens
+    x = jax.jit(vision_features, static_argnums=0)(PLAIN, params_of(PLAIN)["vision"], crops[0]).tokens
     projector = params_of(PLAIN)["projector"]
     expected = jax.jit(layers.projector)(projector, np.asarray(x)[:, 1:].mean(1, keepdims=True))
     assert_close(joined, expected, atol=1e-4)

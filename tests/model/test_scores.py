@@ -273,6 +273,6 @@ def test_the_schedule_keeps_its_score():
 def test_the_tower_is_the_same_with_and_without_its_attention():
     config = config_of("cls")
     pixels = jnp.asarray(BATCH.crops[0])
-    features, attention_of = vision_features(config, params_for(config)["vision"], pixels, class_attention=True)
+    features, attention_of, _ = vision_features(config, params_for(config)["vision"], pixels, class_attention=True)
     assert_close(features, vision_features(config, params_for(config)["vision"], pixels)[0], atol=0)
     assert_close(attention_of.sum(-1), np.ones(2), atol=1e-6)

@@ -28,7 +28,10 @@ CONFIG = dataclasses.replace(BASE, standby=StandbyConfig(8, temporal_layers=1))
 CROPS = np.random.default_rng(0).standard_normal((2, 3, CROP, CROP, 3)).astype(np.float32)
 APART, TOGETHER = np.tile(np.arange(3, dtype=np.int32), (2, 1)), np.zeros((2, 3), np.int32)
 features = jax.jit(
-    lambda config, params, crops, clips: image_features(config, params, crops, clips=clips)[0], static_argnums=0
+    lambda config, params, crops, clips: image_features(
+        config, params, crops, time=None if clips is None else seen_crops(clips)
+    ).tokens,
+    static_argnums=0,
 )
 
 
@@ -56,7 +59,7 @@ def test_a_standby_token_is_a_token_of_its_crop_that_patches_do_not_see():
     params, rng = params_of(CONFIG), np.random.default_rng(1)
     layer = jax.tree.map(lambda x: x[0], params["vision"]["layers"])
     x, s = (jnp.asarray(rng.standard_normal((6, n, 16)), jnp.float32) for n in (17, 8))
-    ours = standby_layer(CONFIG, params["standby"], layer, 0, x, s, seen_crops(jnp.asarray(APART)))
+    ours, _ = standby_layer(CONFIG, params["standby"], layer, 0, x, s, seen_crops(jnp.asarray(APART)))
     whole = jnp.concatenate([x, s], axis=1)
     h = layer_norm(layer["attention_norm"], whole, VISION.norm_eps)
     q, k, v = (linear(layer["attention"][name], h) for name in "qkv")

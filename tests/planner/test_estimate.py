@@ -113,6 +113,44 @@ def test_time_by_part():
     assert set(parts) == {*expected, "collectives"}
 
 
+PERMUTE = "%moved = (bf16[2816,11008]{1,0}, bf16[2816,11008]{1,0}) collective-permute-start(%x), channel_id=9\n  "
+
+
+@pytest.mark.parametrize("permute", ["", PERMUTE])
+def test_collectives_beside_products_take_what_they_need_longer(permute):
+    """A fusion starts a gather within a fusion of its own, and the next one carries it on; a permute may run, too."""
+    text = """HloModule step
+%start (w: bf16[256,11008]) -> (bf16[4096,11008], u32[]) {
+  %w.1 = bf16[256,11008]{1,0} parameter(0)
+  %gather.1 = bf16[4096,11008]{1,0} all-gather(%w.1), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %started = (bf16[4096,11008]{1,0}, u32[]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+%first (x: bf16[64,128], w: bf16[256,11008]) -> (bf16[64,128], u32[]) {
+  %x.1 = bf16[64,128]{1,0} parameter(0)
+  %w.2 = bf16[256,11008]{1,0} parameter(1)
+  ROOT %begin = (bf16[4096,11008]{1,0}, u32[]) fusion(%w.2), kind=kCustom, calls=%start
+}
+%second (x: bf16[64,128], w: bf16[256,11008]) -> (bf16[64,128], u32[]) {
+  %w.3 = bf16[256,11008]{1,0} parameter(1)
+  ROOT %gather.2 = bf16[4096,11008]{1,0} all-gather(%w.3), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+}
+ENTRY %main (x: bf16[64,128], w: bf16[256,11008]) -> bf16[64,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %w = bf16[256,11008]{1,0} parameter(1)
+  PERMUTE%a = (bf16[64,128]{1,0}, u32[]) fusion(%x, %w), kind=kCustom, calls=%first, CYCLES
+  %b = (bf16[64,128]{1,0}, u32[]) fusion(%x, %w), kind=kCustom, calls=%second, CYCLES
+}
+""".replace("PERMUTE", permute)
+    gather = 1e3 * 15 / 16 * 4096 * 11008 * 2 / CHIPS["v5e"].ici
+    moved = 1e3 * 2816 * 11008 * 2 / CHIPS["v5e"].ici if permute else 0
+    for milliseconds in (0.4, 1.0):
+        cycles = CYCLES.replace("1500000", str(int(1.5e6 * milliseconds)))
+        time = estimate(parse(text.replace("CYCLES", cycles)), "v5e").time
+        assert time.cycles == pytest.approx(2 * milliseconds)
+        assert time.links == pytest.approx(max(0, gather + moved - 2 * milliseconds))
+    assert 0.8 < gather < 2
+
+
 def test_a_kernel_of_narrow_heads_takes_as_long_and_needs_no_scope():
     narrow = TEXT.replace("416,128]{3,2,1,0}, ", "416,72]{3,2,1,0}, ").replace(
         ', metadata={op_name="jit(f)/attention/kernel"}', ""
