@@ -17,11 +17,14 @@ from tiny_run import CONFIG as RUN_CONFIG
 from tiny_run import TOKENIZER, arrays_of, compiled_in, losses, recipe_in, write_data, write_start
 
 from pdrop_jax import checkpoint, compilation_cache, sharding
+from pdrop_jax.analysis.settings import StudyOptions
+from pdrop_jax.analysis.study import run_study
 from pdrop_jax.batch import Bucket
 from pdrop_jax.config import LlavaConfig, TextConfig
 from pdrop_jax.convert.importer import read
 from pdrop_jax.convert.names import torch_arrays
 from pdrop_jax.errors import UserError
+from pdrop_jax.eval.questions import Question
 from pdrop_jax.families.gemma3.config import GemmaVisionConfig, gemma3_text
 from pdrop_jax.families.qwen2_vl.config import QwenVisionConfig
 from pdrop_jax.families.qwen2_vl.inputs import lay_out
@@ -380,6 +383,24 @@ COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: COMPILED.append(event) if event == compilation_cache.COMPILED else None
 )
+
+
+def test_a_study_on_a_mesh_is_that_on_one_device():
+    params, processor = params_of(CHAT), Processor.load(TOKENIZER, CHAT)
+    pictures = [Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
+    questions = [Question(n, f"<image>\n{text}", (pictures[n % 2],)) for n, text in enumerate(("What?", "Where?", "Why?"))]
+    options = StudyOptions(layers=[1], ratios=[0.0], scores=["pyramiddrop"], edit_sizes=[])
+
+    def effects(mesh):
+        study = run_study(Model(CHAT, params, processor, mesh), questions, options, batch_size=4, max_new_tokens=2)
+        return {row.setting.name: (row.effect.flipped.tolist(), row.effect.kl) for row in study.rows}
+
+    ours, expected = effects(sharding.make_mesh({"fsdp": 4, "tensor": 2})), effects(None)
+    assert ours.keys() == expected.keys() > {"layer 1, ratio 0", "pyramiddrop", "bfloat16"}
+    for name in ours:
+        assert ours[name][0] == expected[name][0]
+        np.testing.assert_allclose(ours[name][1], expected[name][1], atol=1e-2 if name == "bfloat16" else 1e-5)
+    assert expected["layer 1, ratio 0"][1].min() > 1e-3
 
 
 def test_requests_on_a_mesh_are_answered_as_on_one_device():

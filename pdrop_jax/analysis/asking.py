@@ -28,6 +28,7 @@ from pdrop_jax.generation.pretrained import Model, reschedule
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.inputs.downsample import cuts_tiles
 from pdrop_jax.inputs.images import measure
+from pdrop_jax.model.quantization import is_quantized
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.schema import NO_OTHER_KEYS, validated
 
@@ -250,7 +251,8 @@ def _set(model: Model, whole: Model, setting: Setting) -> Model:
     if setting.dtype is None:
         return found
     dtype = jnp.dtype(setting.dtype)
-    return dataclasses.replace(found, params=jax.tree.map(lambda x: x.astype(dtype), found.params))
+    cast = jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), found.params, is_leaf=is_quantized)
+    return dataclasses.replace(found, params=cast)
 
 
 def _records(

@@ -35,6 +35,7 @@ from pdrop_jax.eval.questions import Question
 from pdrop_jax.eval.shares import Share
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.io import check_output
+from pdrop_jax.model.quantization import quantization_name, quantization_of
 from pdrop_jax.schedule import DropSchedule
 
 SAMPLED = f"sampled at temperature {TEMPERATURE:g}"
@@ -247,13 +248,14 @@ def _study(
             effect,
         )
 
+    quantized = quantization_name(quantization_of(model.params), config.text.cache_dtype)
     return Study(
         len(questions),
         [question.id for question in questions],
         len(set(map(str, clusters))),
         n,
         config.text.num_layers,
-        str(dtype_of(model)),
+        ", ".join(filter(None, [str(dtype_of(model)), quantized])),
         schedule,
         None if dense.right is None else mean_of(dense.right, clusters),
         [row(*pair) for pair in effects.items()],

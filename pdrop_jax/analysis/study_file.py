@@ -27,6 +27,7 @@ def describe_study(
     options: StudyOptions,
     *,
     dtype: str | None,
+    quantized: str | None,
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def describe_study(
     Raises:
       UserError: see ``evaluate.describe``.
     """
-    common = describe(folder, options.schedule, dtype, None, Sampling(max_new_tokens), batch_size)
+    common = describe(folder, options.schedule, dtype, quantized, Sampling(max_new_tokens), batch_size)
     fields = [dict(question.fields) for question in questions]
     paraphrases = options.paraphrases
     return common | {

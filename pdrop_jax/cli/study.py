@@ -17,6 +17,8 @@ from pdrop_jax.cli.options import (
     OutsideImages,
     Process,
     Processes,
+    Quantize,
+    QuantizeCache,
     device_mesh,
     progress,
     share_of,
@@ -44,6 +46,8 @@ def run(
     batch_size: int = 8,
     max_new_tokens: int = 16,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
     mesh: Mesh = (),
     processes: Processes = None,
     process: Process = None,
@@ -121,6 +125,7 @@ def run(
     from pdrop_jax.analysis.study import run_study
     from pdrop_jax.analysis.study_file import describe_study, is_finished, save_study
     from pdrop_jax.analysis.study_report import report, table, warning
+    from pdrop_jax.model.quantization import quantization_name
 
     check_samples(len(asked))
     options = StudyOptions(
@@ -134,13 +139,27 @@ def run(
     )
     folder = as_path(model_folder(model or DEMO, dtype))
     metadata = describe_study(
-        folder, asked, images, options, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens
+        folder,
+        asked,
+        images,
+        options,
+        dtype=dtype,
+        quantized=quantization_name(quantize, quantize_cache),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
     )
     if out and not overwrite and is_finished(out, metadata):
         print(f"{printable(out)}: this study is complete")
         return 0
     with progress("loading"):
-        loaded = load(folder, dtype=dtype, mesh=device_mesh(mesh), verify=not no_verify)
+        loaded = load(
+            folder,
+            dtype=dtype,
+            quantize=quantize,
+            quantize_cache=quantize_cache,
+            mesh=device_mesh(mesh),
+            verify=not no_verify,
+        )
     try:
         study = run_study(
             loaded,

@@ -36,6 +36,7 @@ from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_output
 from pdrop_jax.paths import as_path, in_bucket
+from pdrop_jax.model.quantization import quantization_name
 from pdrop_jax.schedule import DropSchedule
 
 # Names of the keys of ``describe`` in messages.
@@ -117,7 +118,7 @@ def evaluate(
     if not in_bucket(target):  # where it is a folder of objects
         check_output(unfinished(target, share), overwrite=True, inputs=inputs, makes_folder=True)
     folder = as_path(model_folder(model, dtype))
-    quantized = ", ".join(filter(None, [quantize, quantize_cache and f"{quantize_cache} cache"])) or None
+    quantized = quantization_name(quantize, quantize_cache)
     metadata = describe(folder, schedule, dtype, quantized, sampling, batch_size)
     ids = answer_ids(asked, metadata, images)
     if target.exists() and not overwrite:

@@ -67,6 +67,18 @@ def check_quantization(quantize: str | None, cache: str | None = None) -> None:
         raise UserError(f"caches cannot be quantized to {cache!r}: choose int8 or int4")
 
 
+def quantization_name(quantize: str | None, cache: str | None) -> str | None:
+    """Both as a reader is told: "w8a8, int8 cache"; None if nothing is quantized."""
+    return ", ".join(filter(None, [quantize, cache and f"{cache} cache"])) or None
+
+
+def quantization_of(params: Params) -> str | None:
+    """How a model's kernels are quantized, one of ``BITS``; None if they are not."""
+    found = (x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x))
+    bits = {(jnp.iinfo(x.qvalue.dtype).bits, x.activations) for x in found}
+    return next((name for name, known in BITS.items() if known in bits), None)
+
+
 def quantize_decoder(config: LlavaConfig, params: Params, quantization: Quantization = "int8") -> Params:
     """``params``, or a part of them, with the decoder's kernels quantized.
 

@@ -90,11 +90,11 @@ def as_prompt(request: ChatRequest, images: dict[str, Image.Image], limits: Imag
         if isinstance(content, Text):
             return [{"type": "text", "text": content.text}]
         if isinstance(content, ImageUrl):
-            return [{"type": "image", "image": images[where]}]
+            return [{"type": "image", "image": images[where], "mode": content.mode}]
         frames = [images[f"{where}.video.{number}"] for number in range(len(content.video))]
         if limits.videos:
-            return [{"type": "video", "video": Video(frames, content.fps)}]
-        return [{"type": "image", "image": frame} for frame in frames]
+            return [{"type": "video", "video": Video(frames, content.fps), "mode": content.mode}]
+        return [{"type": "image", "image": frame, "mode": content.mode} for frame in frames]
 
     return [
         {

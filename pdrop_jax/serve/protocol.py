@@ -52,12 +52,16 @@ class ImageAddress(_Model):
     url: str
 
 
-class ImageUrl(_Model):
+class _Shown(_Model):
+    mode: Literal["focus", "standby"] = "focus"  # all tokens, or its standby tokens alone, see ``inputs.frames``
+
+
+class ImageUrl(_Shown):
     type: Literal["image_url"]
     image_url: Annotated[ImageAddress, _or_text(lambda url: {"url": url})]
 
 
-class Frames(_Model):
+class Frames(_Shown):
     """A video as the URLs of its frames."""
 
     type: Literal["video"]

@@ -145,6 +145,19 @@ def test_as_json(study):
     assert len(first["effect"]["kl"]) == len(first["effect"]["right"]) == len(QUESTIONS)
 
 
+def test_a_quantized_model_is_its_own_reference(study):
+    """Its drops and noises are compared with what it answers itself, of which float32 changes all but the kernels."""
+    of = load(quantize="w8a8", quantize_cache="int8")
+    options = StudyOptions(layers=[1], ratios=[1.0], scores=["pyramiddrop"], edit_sizes=[])
+    found = run_study(of, QUESTIONS, options, batch_size=3)
+    assert (study.dtype, found.dtype) == ("bfloat16", "bfloat16, w8a8, int8 cache")
+    assert not row(found, "layer 1, ratio 1").effect.flipped.any()
+    ours, theirs = (row(each, "pyramiddrop").effect.kl for each in (found, study))
+    assert np.all(np.isfinite(ours))
+    assert not np.allclose(ours, theirs, rtol=1e-3)
+    assert row(found, "float32").effect.kl.mean() > 0
+
+
 def test_without_answers_and_other_words(model):
     bare = [dataclasses.replace(question, fields={}) for question in QUESTIONS[:2]]
     found = run_study(model, bare, StudyOptions(layers=[], scores=[]), batch_size=2, max_new_tokens=1)

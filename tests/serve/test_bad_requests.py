@@ -22,6 +22,12 @@ def asks(*contents, **fields):
     return {"model": "tiny", "messages": said(*contents), **fields}
 
 
+def shown(mode):
+    (message,) = said(PICTURE, "a")
+    message["content"][0]["mode"] = mode
+    return {"model": "tiny", "messages": [message]}
+
+
 def image(content):
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
@@ -129,6 +135,8 @@ CASES = {
     ),
     "frames": (asks("a") | {"messages": said(f"file://{GRID}", "a")}, "images are data: or http(s) URLs"),
     "bucket": (asks("gs://bucket/a.png", "a"), "images are data: or http(s) URLs"),
+    "mode": (shown("still"), "image_url.mode is 'still', it must be 'focus' or 'standby'"),
+    "standby": (shown("standby"), 'mode "standby" needs a model with standby tokens'),
     "three images": (asks(PICTURE, PICTURE, PICTURE, "a"), "has 3 images, but this server takes at most 2"),
     "no image": (asks(image(b"text"), "a"), "messages.0.content.0: cannot be read as a picture"),
     "bomb": (asks(image(bomb()), "a"), "pixels"),
