@@ -36,6 +36,7 @@ from pdrop_jax.train.recipe import MOST_STEPS, MeshRecipe, Recipe, RunRecipe, ch
 from pdrop_jax.train.spool import spooled
 from pdrop_jax.train.startup import describe, few_rows, step_macs
 from pdrop_jax.train.step import (
+    FEW_ROWS,
     Metrics,
     TrainState,
     changing,
@@ -44,6 +45,7 @@ from pdrop_jax.train.step import (
     not_finite,
     place_rows,
     train_step_for,
+    unknown_options,
 )
 from pdrop_jax.train.stopping import StopRequest
 from pdrop_jax.train.timing import SAVING
@@ -248,13 +250,19 @@ def _run(
     rate = learning_rate(optimizer.learning_rate, optimizer.warmup, job.steps, optimizer.final_share)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
     number, pending, shapes = first, None, set[tuple[Bucket, int]]()
-    step = train_step_for(jax.default_backend(), run.batch_size // _parts(job.mesh, run))
+    platform = jax.default_backend()
+    unknown = unknown_options(FEW_ROWS) if platform == "tpu" else []
+    step = train_step_for(platform, run.batch_size // _parts(job.mesh, run), unknown)
     with (
         spooled(as_path(run.folder)) as spool,
         Progress(spool.folder, first, job.steps, job.recipe) as progress,
         StopRequest() as stop,
         Trace(profile, spool.folder, first, job.steps) as trace,
     ):
+
+        if unknown:
+            names = ", ".join(unknown)
+            progress.say(f"warning: this TPU compiler does not know {names}, so that steps take longer: use jax's libtpu")
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
             macs = step_macs(job.config, job.dataset, run.batch_size, model.groups, read.batch.bucket)

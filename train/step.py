@@ -6,7 +6,7 @@ in the compute dtype and have no gradients.
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -24,8 +24,16 @@ from pdrop_jax.sharding import batch_sharding
 
 # Along fsdp every product needs its weight gathered, or its gradient summed and scattered. By default the TPU compiler
 # does both piece by piece while the product runs. For a gradient that is best; a product that adds up sixteen pieces of
-# a weight reads and writes its result sixteen times. Without that the gather of the next weight runs beside a product.
-WHOLE_WEIGHTS = {"xla_tpu_enable_windowed_einsum_for_all_gather": "false"}
+# a weight reads and writes its result sixteen times. Without that the gather of the next weight runs beside a product,
+# which is the default on v5e and what the other options ask for elsewhere.
+WHOLE_WEIGHTS = {
+    "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
 # With few tokens it sums whole gradients on every device, unless it is told to cut these, too.
 FEW_ROWS = {**WHOLE_WEIGHTS, "xla_tpu_reduce_scatter_collective_matmul_mode": "post_spmd"}
 
@@ -196,12 +204,38 @@ _jitted = functools.partial(
     donate_argnames=("state",),
 )
 train_step = _jitted()
-_tpu_train_step = _jitted(compiler_options=WHOLE_WEIGHTS)
-_few_rows_train_step = _jitted(compiler_options=FEW_ROWS)
 
 
-def train_step_for(platform: str, rows: int) -> Any:
-    """``train_step``, compiled as a platform such as "tpu" needs it for ``rows`` rows of a device in a microbatch."""
+@functools.cache
+def _with_options(options: tuple[tuple[str, str], ...]) -> Any:
+    return _jitted(compiler_options=dict(options))
+
+
+def train_step_for(platform: str, rows: int, unknown: Collection[str] = ()) -> Any:
+    """``train_step``, compiled as a platform such as "tpu" needs it for ``rows`` rows of a device in a microbatch.
+
+    Args:
+      unknown: compiler options to do without, see ``unknown_options``.
+    """
     if platform != "tpu":
         return train_step
-    return _few_rows_train_step if rows == 1 else _tpu_train_step
+    options = FEW_ROWS if rows == 1 else WHOLE_WEIGHTS
+    return _with_options(tuple((name, value) for name, value in options.items() if name not in unknown))
+
+
+def unknown_options(options: Mapping[str, str]) -> list[str]:
+    """Names of those compiler options that the compiler of this process's devices does not know.
+
+    A program with one of them is not compiled, and libtpu has other options in other versions.
+    """
+
+    def known(option: dict[str, str]) -> bool:
+        try:
+            jax.jit(jnp.negative, compiler_options=option).lower(np.float32(0)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            return False
+        return True
+
+    return [name for name, value in options.items() if not known({name: value})]

@@ -14,7 +14,15 @@ from pdrop_jax.model.lora import add_lora
 from pdrop_jax.model.params import path_name, spec_of
 from pdrop_jax.train.optimizer import learning_rate, make_optimizer
 from pdrop_jax.train.recipe import OptimizerRecipe
-from pdrop_jax.train.step import init_state, join, split, train_step
+from pdrop_jax.train.step import (
+    WHOLE_WEIGHTS,
+    init_state,
+    join,
+    split,
+    train_step,
+    train_step_for,
+    unknown_options,
+)
 
 CONFIG = llava_config()
 ADAMW = make_optimizer(
@@ -182,3 +190,12 @@ def test_what_is_split_is_joined():
     assert not jax.tree.leaves(frozen["projector"])
     assert jax.tree.structure(join(trained, frozen)) == jax.tree.structure(params)
     assert isinstance(ADAMW, optax.GradientTransformation)
+
+
+def test_options_that_a_compiler_does_not_know_are_left_out():
+    unknown = unknown_options({"xla_no_such_option": "true", "xla_cpu_enable_fast_math": "False"})
+    assert unknown == ["xla_no_such_option"]
+    assert train_step_for("cpu", 1) is train_step
+    known = train_step_for("tpu", 1, list(WHOLE_WEIGHTS))
+    assert known is train_step_for("tpu", 1, list(WHOLE_WEIGHTS))  # or it would be compiled again
+    assert len({id(step) for step in (known, train_step_for("tpu", 1), train_step_for("tpu", 2))}) == 3
