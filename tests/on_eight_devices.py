@@ -388,7 +388,9 @@ jax.monitoring.register_event_duration_secs_listener(
 def test_a_study_on_a_mesh_is_that_on_one_device():
     params, processor = params_of(CHAT), Processor.load(TOKENIZER, CHAT)
     pictures = [Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
-    questions = [Question(n, f"<image>\n{text}", (pictures[n % 2],)) for n, text in enumerate(("What?", "Where?", "Why?"))]
+    questions = [
+        Question(n, f"<image>\n{text}", (pictures[n % 2],)) for n, text in enumerate(("What?", "Where?", "Why?"))
+    ]
     options = StudyOptions(layers=[1], ratios=[0.0], scores=["pyramiddrop"], edit_sizes=[])
 
     def effects(mesh):

@@ -259,10 +259,11 @@ def _run(
         StopRequest() as stop,
         Trace(profile, spool.folder, first, job.steps) as trace,
     ):
-
         if unknown:
             names = ", ".join(unknown)
-            progress.say(f"warning: this TPU compiler does not know {names}, so that steps take longer: use jax's libtpu")
+            progress.say(
+                f"warning: this TPU compiler does not know {names}, so that steps take longer: use jax's libtpu"
+            )
 
         def log(number: int, metrics: Metrics, read: Step) -> None:
             macs = step_macs(job.config, job.dataset, run.batch_size, model.groups, read.batch.bucket)

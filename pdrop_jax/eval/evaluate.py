@@ -35,8 +35,8 @@ from pdrop_jax.generation.engine import check_implementation
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.io import check_output
-from pdrop_jax.paths import as_path, in_bucket
 from pdrop_jax.model.quantization import quantization_name
+from pdrop_jax.paths import as_path, in_bucket
 from pdrop_jax.schedule import DropSchedule
 
 # Names of the keys of ``describe`` in messages.

@@ -154,9 +154,7 @@ def quantized_product(x: jax.Array, kernel: QuantizedKernel, inputs: int, summed
     return jax.lax.platform_dependent(x, kernel.qvalue, kernel.scale, tpu=scale_weights, default=scale_product)
 
 
-def _integer_product(
-    x: jax.Array, kernel: QuantizedKernel, bits: int, inputs: int, summed: str | None
-) -> jax.Array:
+def _integer_product(x: jax.Array, kernel: QuantizedKernel, bits: int, inputs: int, summed: str | None) -> jax.Array:
     qx, x_scale = quantize_along(x, bits, range(-inputs, 0))
     leading = x.shape[:-inputs]
     # Devices along ``summed`` have a part of the sum each, a dimension of its own here: what they exchange is then

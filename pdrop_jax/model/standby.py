@@ -107,8 +107,8 @@ def over_time(
     q, k, v = (linear(params["attention"][name], h) for name in "qkv")
     if isinstance(time, Block):
         start = (n, time.at * m, 0, 0)
-        time = Block(*(jax.lax.dynamic_update_slice(*z, start) for z in ((time.k, k), (time.v, v))), time.at)
-        k, v = (z[n][None] for z in (time.k, time.v))
+        k, v = (jax.lax.dynamic_update_slice(*z, start) for z in ((time.k, k), (time.v, v)))
+        time, k, v = Block(k, v, time.at), k[n][None], v[n][None]
         seen = jnp.arange(k.shape[1]) < (time.at + 1) * m
     else:
         seen = jnp.repeat(jnp.repeat(time, m, axis=1), m, axis=2)[:, None]

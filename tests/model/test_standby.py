@@ -28,9 +28,9 @@ CONFIG = dataclasses.replace(BASE, standby=StandbyConfig(8, temporal_layers=1))
 CROPS = np.random.default_rng(0).standard_normal((2, 3, CROP, CROP, 3)).astype(np.float32)
 APART, TOGETHER = np.tile(np.arange(3, dtype=np.int32), (2, 1)), np.zeros((2, 3), np.int32)
 features = jax.jit(
-    lambda config, params, crops, clips: image_features(
-        config, params, crops, time=None if clips is None else seen_crops(clips)
-    ).tokens,
+    lambda config, params, crops, clips: (
+        image_features(config, params, crops, time=None if clips is None else seen_crops(clips)).tokens
+    ),
     static_argnums=0,
 )
 
