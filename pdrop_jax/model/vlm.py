@@ -161,10 +161,30 @@ def _pick(features: jax.Array, index: jax.Array, weight: jax.typing.ArrayLike | 
 @jax.named_scope("embed")
 def embed_tokens(config: LlavaConfig, params: Params, ids: jax.typing.ArrayLike) -> jax.Array:
     """Token ids (B, T) -> (B, T, D)."""
-    table = constrain(params["embed"]["embedding"], "vocab", None)  # else rows and D would both want the fsdp axis
-    x = constrain(jnp.asarray(table)[jnp.asarray(ids)], "batch", None, None)
+    x = constrain(_rows_of(jnp.asarray(params["embed"]["embedding"]), jnp.asarray(ids)), "batch", None, None)
     # The factor is rounded to the dtype, as in transformers: 55.5 in bfloat16 for a width of 3072.
     return x * jnp.asarray(config.text.hidden_size**0.5, x.dtype) if config.text.scaled_embeddings else x
+
+
+# Along fsdp each device looks up its own part of D for the tokens of all of them: less is exchanged than the table has,
+# forward and backward. The gradient of a token that occurs often is a long sum, therefore in float32.
+@jax.custom_vjp
+def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return constrain(table[constrain(ids, None, None)], None, None, "model")
+
+
+def _rows_forward(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rows_of(table, ids), (table, ids)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = saved
+    g = constrain(g, None, None, "model").astype(jnp.float32)
+    total = jnp.zeros(table.shape, jnp.float32).at[constrain(ids, None, None)].add(g)
+    return constrain(total.astype(table.dtype), "vocab", "model"), None
+
+
+_rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 @jax.named_scope("head")
