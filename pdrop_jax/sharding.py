@@ -21,6 +21,7 @@ Logical = tuple[str | None, ...]  # a name of RULES for each dimension; None is 
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "copies": ("data",),  # of the parameters: the rows of all devices that share one
     "rows": ("data", "fsdp", "tensor"),  # of a batch, or its crops, each whole
     "sequence": ("tensor",),
     "model": ("fsdp",),

@@ -50,7 +50,7 @@ from pdrop_jax.model.quantization import QuantizedKernel, quantize_decoder
 from pdrop_jax.model.rope import rope_tables
 from pdrop_jax.model.splash import splash_causal
 from pdrop_jax.model.vision import image_features
-from pdrop_jax.model.vlm import embed, forward
+from pdrop_jax.model.vlm import embed, embed_tokens, forward
 from pdrop_jax.parity.replay import Reference, check
 from pdrop_jax.schedule import DropSchedule
 from pdrop_jax.train.loop import train
@@ -120,6 +120,26 @@ def test_a_mesh_changes_nothing(shape, one_device):
         ours, ours_metrics = step(params, batch, mesh)
     close(ours_metrics, metrics)
     close(ours, trained)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_no_device_sees_all_embeddings(shape):
+    """Devices that share a table exchange their parts of the width, for the rows of all of them but not of copies."""
+    mesh, ids = mesh_of(shape), np.random.default_rng(0).integers(0, 40, (8, 64)).astype(np.int32)
+    table = np.random.default_rng(1).standard_normal((40, 32)).astype(np.float32)
+
+    def total(table, ids):
+        return jnp.square(embed_tokens(CONFIG, {"embed": {"embedding": table}}, ids)).sum()
+
+    expected = jax.jit(jax.grad(total))(table, ids)
+    cut = jax.sharding.NamedSharding(mesh, sharding.partition(("vocab", "model"), table.shape, mesh))
+    args = jax.device_put(table, cut), jax.device_put(ids, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(total), out_shardings=cut).lower(*args).compile()
+    close(program(*args), expected)
+    assert f"f32[8,64,{32 // shape[1]}]" in program.as_text() or shape[0] > 1
+    if shape[0] > 1 or shape[1] > 1:
+        assert "f32[8,64,32]" not in program.as_text()
 
 
 @pytest.mark.parametrize("shape", MESHES)

@@ -36,15 +36,15 @@ from pdrop_jax.train.recipe import MOST_STEPS, MeshRecipe, Recipe, RunRecipe, ch
 from pdrop_jax.train.spool import spooled
 from pdrop_jax.train.startup import describe, few_rows, step_macs
 from pdrop_jax.train.step import (
-    FEW_ROWS,
     Metrics,
     TrainState,
     changing,
+    compiler_options,
     init_state,
     join,
     not_finite,
     place_rows,
-    train_step_for,
+    train_step_with,
     unknown_options,
 )
 from pdrop_jax.train.stopping import StopRequest
@@ -250,9 +250,9 @@ def _run(
     rate = learning_rate(optimizer.learning_rate, optimizer.warmup, job.steps, optimizer.final_share)
     rates = jax.device_get(jax.vmap(rate)(np.arange(job.steps)))
     number, pending, shapes = first, None, set[tuple[Bucket, int]]()
-    platform = jax.default_backend()
-    unknown = unknown_options(FEW_ROWS) if platform == "tpu" else []
-    step = train_step_for(platform, run.batch_size // _parts(job.mesh, run), unknown)
+    options = compiler_options(jax.default_backend(), run.batch_size // _parts(job.mesh, run))
+    unknown = unknown_options(options)
+    step = train_step_with({name: value for name, value in options.items() if name not in unknown})
     with (
         spooled(as_path(run.folder)) as spool,
         Progress(spool.folder, first, job.steps, job.recipe) as progress,

@@ -23,9 +23,9 @@ from pdrop_jax.model.placement import constrain_params
 from pdrop_jax.sharding import batch_sharding
 
 # Along fsdp every product needs its weight gathered, or its gradient summed and scattered. By default the TPU compiler
-# does both piece by piece while the product runs. For a gradient that is best; a product that adds up sixteen pieces of
-# a weight reads and writes its result sixteen times. Without that the gather of the next weight runs beside a product,
-# which is the default on v5e and what the other options ask for elsewhere.
+# does both piece by piece while the product runs, in as many pieces as there are devices. For a gradient that is best,
+# but a product of a weight in pieces reads and writes its result for each of them. Without that the gather of the next
+# weight runs beside a product, which is the default on v5e and what the other options ask for elsewhere.
 WHOLE_WEIGHTS = {
     "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
     "xla_enable_async_all_gather": "true",
@@ -206,36 +206,36 @@ _jitted = functools.partial(
 train_step = _jitted()
 
 
+def compiler_options(platform: str, rows: int) -> dict[str, str]:
+    """What ``train_step`` is compiled with on a platform such as "tpu", for ``rows`` rows of a device at a time."""
+    if platform != "tpu":
+        return {}
+    return FEW_ROWS if rows == 1 else WHOLE_WEIGHTS
+
+
+def train_step_with(options: Mapping[str, str]) -> Any:
+    """``train_step``, compiled with some options."""
+    return _with_options(tuple(sorted(options.items()))) if options else train_step
+
+
 @functools.cache
 def _with_options(options: tuple[tuple[str, str], ...]) -> Any:
     return _jitted(compiler_options=dict(options))
 
 
-def train_step_for(platform: str, rows: int, unknown: Collection[str] = ()) -> Any:
-    """``train_step``, compiled as a platform such as "tpu" needs it for ``rows`` rows of a device in a microbatch.
-
-    Args:
-      unknown: compiler options to do without, see ``unknown_options``.
-    """
-    if platform != "tpu":
-        return train_step
-    options = FEW_ROWS if rows == 1 else WHOLE_WEIGHTS
-    return _with_options(tuple((name, value) for name, value in options.items() if name not in unknown))
-
-
-def unknown_options(options: Mapping[str, str]) -> list[str]:
-    """Names of those compiler options that the compiler of this process's devices does not know.
+def unknown_options(options: dict[str, str]) -> list[str]:
+    """Names of those options that the compiler of this process's devices does not know.
 
     A program with one of them is not compiled, and libtpu has other options in other versions.
     """
 
-    def known(option: dict[str, str]) -> bool:
+    def known(some: dict[str, str]) -> bool:
         try:
-            jax.jit(jnp.negative, compiler_options=option).lower(np.float32(0)).compile()
+            jax.jit(jnp.negative, compiler_options=some).lower(np.float32(0)).compile()
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):
                 raise
             return False
         return True
 
-    return [name for name, value in options.items() if not known({name: value})]
+    return [] if not options or known(options) else [name for name in options if not known({name: options[name]})]

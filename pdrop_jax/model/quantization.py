@@ -10,8 +10,8 @@ Biases, norms, the embedding table, the head, the vision tower and the projector
 - int8 and int4 quantize weights alone. A matrix product reads integers from memory: on a TPU it multiplies by
   ``qvalue * scale``, rounded to the dtype of the activations, elsewhere by ``qvalue``, and scales the float32 sum.
 - w8a8, w4a8 and w4a4 also quantize the input of a product, when it is computed, with a scale for each token that
-  follows from its largest element. The product is one of integers, summed in int32, and over devices along tensor in
-  the dtype of the activations. w4a4 on a TPU multiplies int4;
+  follows from its largest element. The product is one of integers, summed in int32. Devices along tensor, which have a
+  part of the sum each, scale it first and add up numbers of the activations' dtype. w4a4 on a TPU multiplies int4;
   everything else widens int4 to int8 first. One product is simulated: XLA for GPUs cannot multiply a single row of
   int8 by int4, so that both become bfloat16, which is exact, and the sum is in float32.
 

@@ -15,7 +15,7 @@ from pdrop_jax.model.params import Params
 from pdrop_jax.model.scores import find_score
 from pdrop_jax.model.standby import Block
 from pdrop_jax.model.vision import tower_features
-from pdrop_jax.sharding import constrain
+from pdrop_jax.sharding import constrain, shards
 
 
 @jax.tree_util.register_dataclass
@@ -166,11 +166,17 @@ def embed_tokens(config: LlavaConfig, params: Params, ids: jax.typing.ArrayLike)
     return x * jnp.asarray(config.text.hidden_size**0.5, x.dtype) if config.text.scaled_embeddings else x
 
 
-# Along fsdp each device looks up its own part of D for the tokens of all of them: less is exchanged than the table has,
-# forward and backward. The gradient of a token that occurs often is a long sum, therefore in float32.
+# Along fsdp each device looks up its own part of D for the tokens of all of them: they exchange hidden states, which
+# are smaller than the table. The gradient of a token that occurs often is a long sum, therefore in float32.
 @jax.custom_vjp
 def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
-    return constrain(table[constrain(ids, None, None)], None, None, "model")
+    rows = _shared_rows(table)
+    return constrain(table[constrain(ids, rows, None)], rows, None, "model")
+
+
+def _shared_rows(table: jax.Array) -> str:
+    """Logical axis of the rows that a device looks up; where fsdp does not cut D, its own alone."""
+    return "copies" if shards("model", table.shape[1]) > 1 else "batch"
 
 
 def _rows_forward(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -179,8 +185,9 @@ def _rows_forward(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[ja
 
 def _rows_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
     table, ids = saved
-    g = constrain(g, None, None, "model").astype(jnp.float32)
-    total = jnp.zeros(table.shape, jnp.float32).at[constrain(ids, None, None)].add(g)
+    rows = _shared_rows(table)
+    g = constrain(g, rows, None, "model").astype(jnp.float32)
+    total = jnp.zeros(table.shape, jnp.float32).at[constrain(ids, rows, None)].add(g)
     return constrain(total.astype(table.dtype), "vocab", "model"), None
 
 

@@ -82,7 +82,8 @@ def estimate(module: Module, chip: str) -> Estimate:
             time = _time(module, computation, x, rates)
             parts[_part(module, x, time)] += Time(*(times * value for value in dataclasses.astuple(time)))
             waiting[id(computation)] += times * (_beside(module, x, rates) - time.cycles)
-    parts["collectives"] += Time(links=sum(max(0.0, left) for left in waiting.values()))
+    if longer := sum(max(0.0, left) for left in waiting.values()):
+        parts["collectives"] += Time(links=longer)
     return Estimate({part: parts[part] for part in PARTS if part in parts})
 
 
@@ -133,8 +134,12 @@ def _collective(x: Instruction, chip: Chip) -> float:
 
 
 def _results(x: Instruction) -> tuple[Shape, ...]:
-    """Shapes of a collective's results, which an instruction that starts it has behind those of the operands."""
-    return x.shapes[len(x.shapes) // 2 :] if x.opcode.endswith("-start") and len(x.shapes) > 1 else x.shapes
+    """Shapes of a collective's results, which an instruction that starts it has behind those of the operands.
+
+    Such an instruction also returns semaphores, which are no results.
+    """
+    shapes = tuple(shape for shape in x.shapes if shape.dims or shape.dtype != "u32")
+    return shapes[len(shapes) // 2 :] if x.opcode.endswith("-start") and len(shapes) > 1 else shapes
 
 
 def _links(size: int, devices: int, chip: Chip) -> float:

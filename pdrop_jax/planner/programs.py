@@ -27,7 +27,7 @@ from pdrop_jax.planner.hlo import Report, compile_report
 from pdrop_jax.sharding import batch_sharding, devices_along, make_mesh, partition
 from pdrop_jax.train.optimizer import make_optimizer
 from pdrop_jax.train.recipe import OptimizerRecipe
-from pdrop_jax.train.step import init_state, train_step_for
+from pdrop_jax.train.step import compiler_options, init_state, train_step_with
 
 GROUPS = ("projector", "llm")
 QUERIES = 4  # query rows of a training example
@@ -167,7 +167,7 @@ def lower(job: Program, mesh: Mesh) -> Any:
         init = functools.partial(init_state, config, groups=job.groups, optimizer=optimizer, dtype=jnp.bfloat16)
         train_state = abstract(config, jax.eval_shape(init, abstract_params(config)), mesh)
         rows = job.rows // (devices_along("batch", mesh) * job.grad_accum_steps)
-        program, arguments = train_step_for("tpu", rows), (config, optimizer, train_state, batch)
+        program, arguments = train_step_with(compiler_options("tpu", rows)), (config, optimizer, train_state, batch)
         settings = {"grad_accum_steps": job.grad_accum_steps}
     else:
         params = abstract_params(config, jnp.bfloat16)

@@ -92,7 +92,7 @@ def as_prompt(request: ChatRequest, images: dict[str, Image.Image], limits: Imag
         if isinstance(content, ImageUrl):
             return [{"type": "image", "image": images[where], "mode": content.mode}]
         frames = [images[f"{where}.video.{number}"] for number in range(len(content.video))]
-        if limits.videos:
+        if limits.videos or content.mode == "standby":  # standby tokens see the frames before theirs
             return [{"type": "video", "video": Video(frames, content.fps), "mode": content.mode}]
         return [{"type": "image", "image": frame, "mode": content.mode} for frame in frames]
 

@@ -12,22 +12,27 @@ from pdrop_jax.analysis.patches import View, views_of
 from pdrop_jax.generation.continuous import Engine
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.requests import Completion
+from pdrop_jax.inputs.frames import Standby
 from pdrop_jax.inputs.images import Video, open_image
 
 
 def details(budget: str, model: Model, engine: Engine, media: Sequence[Any], answer: Completion) -> dict[str, Any]:
     """See docs/guides/serve.md for the form."""
     schedule, processor = model.config.schedule, model.processor
-    pictures = [crop for each in media for crop in ([each] if isinstance(each, Video) else processor.with_crops(each))]
+    uncut = Video | Standby
+    pictures = [crop for each in media for crop in ([each] if isinstance(each, uncut) else processor.with_crops(each))]
     tokens = [processor.tokens(picture, alone=len(pictures) == 1) for picture in pictures]
-    counts = [sum(map(len, tokens)), *(sum(map(len, images)) for images in answer.kept)]
+    ranked = sum(len(image) - image.standby for image in tokens)
+    counts = [ranked, *(sum(map(len, images)) for images in answer.kept)]
     layers = schedule.layer_ranges(model.config.text.num_layers)
     images = []
     for number, (picture, image) in enumerate(zip(pictures, tokens, strict=True)):
-        kept = [np.arange(len(image)), *(np.array(at[number], int) for at in answer.kept)]
-        scores = [at[number] for at in answer.scores]
-        views = [] if isinstance(picture, Video) else views_of(open_image(picture), image, processor)
-        images.append({"tokens": len(image), "views": [_view(view, kept, scores) for view in views]})
+        views = []
+        if not isinstance(picture, uncut):
+            kept = [np.arange(len(image)), *(np.array(at[number], int) for at in answer.kept)]
+            scores = [at[number] for at in answer.scores]
+            views = [_view(view, kept, scores) for view in views_of(open_image(picture), image, processor)]
+        images.append({"tokens": len(image), "views": views})
     first = answer.first_token_seconds or answer.queue_seconds
     return {
         "budget": budget,

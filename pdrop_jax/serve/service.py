@@ -27,6 +27,7 @@ from pdrop_jax.inputs.anyres import levels
 from pdrop_jax.inputs.buckets import prompt_buckets
 from pdrop_jax.inputs.download import DownloadRules
 from pdrop_jax.inputs.families import FAMILIES
+from pdrop_jax.inputs.frames import Standby
 from pdrop_jax.serve.constrained import Grammars, grammar_of
 from pdrop_jax.serve.conversation import ImageLimits, as_prompt, fetch, image_urls, open_images
 from pdrop_jax.serve.metrics import Metrics
@@ -223,7 +224,8 @@ class Service:
             images = open_images(dict(zip(urls, found, strict=True)), self.limits)
             prompt = as_prompt(request, images, self.limits)
             if request.pdrop_details:
-                asked.media += [item[item["type"]] for x in prompt for item in x["content"] if item["type"] != "text"]
+                shown = [item for message in prompt for item in message["content"] if item["type"] != "text"]
+                asked.media += [Standby(x[x["type"]]) if x["mode"] == "standby" else x[x["type"]] for x in shown]
             sampling = request.sampling(self.max_new_tokens, secrets.randbelow(NUM_SEEDS))
             grammar = grammar_of(request)
             for number in range(request.n or 1):

@@ -14,8 +14,10 @@ import pdrop_jax
 from pdrop_jax.config import StandbyConfig
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.chat import Session
+from pdrop_jax.generation.continuous import Engine
 from pdrop_jax.generation.pretrained import Model
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.download import DownloadRules
 from pdrop_jax.inputs.frames import Standby
 from pdrop_jax.inputs.images import Video
 from pdrop_jax.inputs.processor import Processor
@@ -23,6 +25,9 @@ from pdrop_jax.model.cache import cache_bytes
 from pdrop_jax.model.layers import layer_of, linear, text_norm
 from pdrop_jax.model.params import init_params
 from pdrop_jax.model.vlm import embed
+from pdrop_jax.serve.conversation import ImageLimits, as_prompt
+from pdrop_jax.serve.details import details
+from pdrop_jax.serve.protocol import ChatRequest
 
 ASKED = Sampling(NEW)
 FRAMES = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (20, 30, 3), np.uint8)) for n in range(12)]
@@ -142,7 +147,8 @@ def test_a_mistake_leaves_the_stream_as_it_was():
 
 @functools.cache
 def standby_model():
-    config = dataclasses.replace(model().config, standby=StandbyConfig(8, temporal_layers=1, frames=3))
+    tower = dataclasses.replace(model().config.vision, num_layers=4)  # of which three run
+    config = dataclasses.replace(model().config, vision=tower, standby=StandbyConfig(8, temporal_layers=2, frames=3))
     params = jax.tree.map(lambda x: x + 0.1, init_params(config))  # so that attention over time is not zero
     return Model(config, params, Processor.load(TOKENIZER, config))
 
@@ -170,6 +176,21 @@ def test_a_prompt_shows_pictures_in_both_modes():
         processor([[{"role": "user", "content": [{"type": "image", "mode": "standby"}]}]], [FRAMES[0]])
     with pytest.raises(UserError, match="a model with standby tokens: convert the checkpoint with --standby 16"):
         model().processor(["Hm?"], [Standby(FRAMES[0])])
+
+
+def test_a_server_shows_a_video_by_its_standby_tokens():
+    contents = [{"type": "video", "video": ["0", "1"], "mode": "standby"}, {"type": "text", "text": "Hm?"}]
+    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": contents}]})
+    images = {f"messages.0.content.0.video.{n}": FRAMES[n] for n in range(2)}
+    prompt = as_prompt(request, images, ImageLimits(count=2, pixels=10**6, videos=False, downloads=DownloadRules()))
+    shown = Standby(Video(FRAMES[:2]))
+    of = standby_model()
+    with Engine(of, 1, max_new_tokens=NEW, buckets=[of.processor(["Hm?"], [shown]).bucket]) as engine:
+        answer = engine.submit(prompt, sampling=ASKED).result()
+        found = details("own", of, engine, [shown], answer)
+    assert answer.token_ids == pdrop_jax.generate(of, ["Hm?"], [shown], ASKED).token_ids[0]
+    assert found["images"] == [{"tokens": 16, "views": []}]
+    assert [stage["image_tokens"] for stage in found["stages"]] == [0] * len(found["stages"])
 
 
 def test_the_bank_holds_standby_tokens_as_a_video_shows_them():

@@ -72,3 +72,17 @@ def _variables(jaxpr):
 
 def test_targets_are_counted_without_slot_0():
     assert int(count_targets(jnp.array([[5, IGNORE, 7], [IGNORE, 6, 6]]))) == 3
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    """A sum of ones in bfloat16 would stop at 256."""
+    ids = np.array([[3] * 1023, [3] * 1022 + [5]], np.int32)
+
+    def total(table):
+        return vlm.embed_tokens(CONFIG, {"embed": {"embedding": table}}, ids).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(jnp.zeros((VOCAB, CONFIG.text.hidden_size), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    assert set(np.asarray(gradient[3], np.float32)) == {2048.0}  # 2,045 in bfloat16
+    assert set(np.asarray(gradient[5], np.float32)) == {1.0}
+    assert not gradient[:3].any()

@@ -113,7 +113,9 @@ def test_time_by_part():
     assert set(parts) == {*expected, "collectives"}
 
 
-PERMUTE = "%moved = (bf16[2816,11008]{1,0}, bf16[2816,11008]{1,0}) collective-permute-start(%x), channel_id=9\n  "
+PERMUTE = """%moved = (bf16[2816,11008]{1,0}, bf16[2816,11008]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=9
+  """
 
 
 @pytest.mark.parametrize("permute", ["", PERMUTE])
