@@ -125,8 +125,8 @@ def test_a_training_step_is_compiled_for_a_slice(folder, tmp_path):
     # does by default. The drops add what the ranking's two products gather, with some to spare for its pieces.
     sent = {plan["model"]: {kind: size for kind, (_, size) in plan["collectives"].items()} for plan in said["plans"]}
     ranking = 256 * (4 + 2) * 128 * 2  # the weights of q and k, bfloat16
-    assert 0 < sent["PyramidDrop"]["all-reduce"] <= 1.01 * sent["dense"]["all-reduce"]
-    assert sent["PyramidDrop"]["all-reduce"] < 0.2 * LAYERS * 2
+    for sums in (each["all-reduce"] for each in sent.values()):
+        assert 0 < sums < 2**13  # of norms and metrics: not even the embedding's gradient is summed as a whole
     assert sent["PyramidDrop"]["all-gather"] <= sent["dense"]["all-gather"] + 2 * ranking
     assert sent["PyramidDrop"]["collective-permute"] <= sent["dense"]["collective-permute"] + 2 * ranking
     # The estimate: of both programs, in all parts of the model, and of the program that was written.
