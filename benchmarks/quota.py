@@ -7,6 +7,10 @@ w4a4`` does. Schedules are calibrated on other pictures. KL is of the first new 
 in nats. Intervals are 95 % bootstrap intervals over pictures; differences are paired by question.
 
     python -m benchmarks.quota                      # five or six questions about each of 200 pictures
+    python -m benchmarks.quota --model MODEL --questions Q.jsonl --images DIR --calibration-pictures 32
+
+Questions of one's own are those of ``pdrop study``, one picture each; lines with an "answer" tell what is right. The
+first of them calibrate.
 """
 
 import dataclasses
@@ -26,9 +30,11 @@ from pdrop_jax.analysis.metrics import kl
 from pdrop_jax.analysis.tune.allocation import allocate, candidate_layers, drop_shares, rescaled_sensitivity
 from pdrop_jax.analysis.tune.calibrate import Sample, calibrate
 from pdrop_jax.batch import Batch
+from pdrop_jax.eval.questions import read_questions
 from pdrop_jax.generation.engine import generate_batch, with_rows
 from pdrop_jax.generation.pretrained import DEMO, Model, load, reschedule
 from pdrop_jax.generation.sampling import Sampling
+from pdrop_jax.inputs.images import open_image
 from pdrop_jax.schedule import DropSchedule
 
 QUANTIZED: dict[str, Any] = {"quantize": "w4a4", "quantize_cache": "int4"}
@@ -39,8 +45,10 @@ FLOAT = "quota, in float"  # what the differences are to
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    model: pathlib.Path = DEMO  # another checkpoint's answers are right if they are the demo's, to the letter
-    pictures: int = 200
+    model: pathlib.Path = DEMO
+    questions: pathlib.Path | None = None  # instead of the demo's
+    images: pathlib.Path = pathlib.Path()
+    pictures: int = 200  # of the demo's
     keep: float = 0.5
     calibration_pictures: int = 8
     seed: int = 0
@@ -58,10 +66,9 @@ class Answers:
 def main(flags: Flags) -> None:
     """Prints a table with a row for each contender."""
     exact, quantized = load(flags.model), load(flags.model, **QUANTIZED)
-    cases = draw_cases(flags.pictures, flags.seed)
+    first, cases = cases_of(flags)
     batches = batches_of(exact, cases)
-    calibration = batches_of(exact, draw_cases(flags.calibration_pictures, flags.seed + 1))
-    samples = [Sample(batch, rows) for batch, rows in calibration]
+    samples = [Sample(batch, rows) for batch, rows in batches_of(exact, first)]
     in_float, joint = (allocated(exact, model, samples, flags.keep) for model in (exact, quantized))
 
     dense = asked(reschedule(exact, DropSchedule.none()), batches, cases, "dense, float")
@@ -79,6 +86,23 @@ def main(flags: Flags) -> None:
     for name, schedule in (("in float", in_float), ("joint", joint)):
         kept = zip(schedule.layers, schedule.ratios, strict=True)
         print(f"\nAllocated {name}: {', '.join(f'{ratio:.1%} after {layer}' for layer, ratio in kept)}")
+
+
+def cases_of(flags: Flags) -> tuple[list[Case], list[Case]]:
+    """Questions to calibrate with, and those to compare."""
+    if flags.questions is None:
+        return draw_cases(flags.calibration_pictures, flags.seed + 1), draw_cases(flags.pictures, flags.seed)
+    found = []
+    for question in read_questions(flags.questions, flags.images):
+        if len(question.images) != 1:
+            raise SystemExit(f"{question.where} has {len(question.images)} pictures: the comparison takes one")
+        picture = np.asarray(open_image(question.images[0]))
+        found.append(Case("own", picture, [(question.text, None)], str(question.fields.get("answer", ""))))
+    if len(found) < flags.calibration_pictures + 2:
+        raise SystemExit(
+            f"{flags.questions} has {len(found)} questions, of which {flags.calibration_pictures} calibrate"
+        )
+    return found[: flags.calibration_pictures], found[flags.calibration_pictures :]
 
 
 def batches_of(model: Model, cases: Sequence[Case]) -> list[tuple[Batch, int]]:

@@ -24,6 +24,7 @@ from pdrop_jax.schedule import DropSchedule
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+GRIDS = ROOT / "examples/grids"
 SHAPE = ["--layers", "4", "--hidden", "32", "--mlp", "48", "--heads", "2", "--repeats", "1"]
 
 
@@ -126,12 +127,15 @@ def test_quantized(run, short_demo):
     assert rows[-1].startswith("| the same image tokens in the last stage | 100.0% |")
 
 
-def test_quota(run, tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_quota(run, tmp_path, own):
     config = dataclasses.replace(
         CONFIG, text=dataclasses.replace(CONFIG.text, num_layers=5), schedule=DropSchedule.none()
     )
     model = write_model(tmp_path / "tiny", config)
-    out = run("quota", "--model", model, "--pictures", 1, "--calibration-pictures", 1).splitlines()
+    asked = ["--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--calibration-pictures", 8] if own else []
+    asked = asked or ["--pictures", 1, "--calibration-pictures", 1]
+    out = run("quota", "--model", model, *asked).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("|")]
     names = [row[0] for row in rows[2:]]
     assert names[:4] == ["dense, float", "dense, quantized", "pyramiddrop, in float", "quota, in float"]

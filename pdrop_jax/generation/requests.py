@@ -213,7 +213,7 @@ class Request:
             reason = "cancelled"
         if reason:
             piece += self.text.end()
-        elif self.constraint:
+        elif self.constraint and new:  # there may be none yet: others' prompts are prefilled in between
             self.constraint.accept(self.ids[known:])
             self.allowed = self.constraint.allowed()
         if piece:

@@ -18,6 +18,8 @@ from pdrop_jax.batch import Bucket
 from pdrop_jax.errors import UserError
 from pdrop_jax.generation.continuous import Engine, EngineFull
 from pdrop_jax.generation.engine import generate
+from pdrop_jax.generation.requests import Request
+from pdrop_jax.generation.reuse import Reusable
 from pdrop_jax.generation.sampling import Sampling
 from pdrop_jax.generation.slots import SlotShape, slot_bytes, slot_shape
 from pdrop_jax.generation.stopping import StopStream
@@ -296,6 +298,15 @@ def test_stop_strings_constraints_and_logprobs_of_single_requests():
         assert COMPILED[before:] == []
         with pytest.raises(UserError, match=r"top_logprobs must be in 0\.\.20, got 21"):
             engine.submit(text, sampling=sampling, top_logprobs=21)
+
+
+def test_a_constraint_is_asked_only_about_new_tokens():
+    """A state may be read twice between two tokens of a request, while another one's prompt is prefilled."""
+    batch = model().processor(["What?"])
+    request = Request.of(batch, Sampling(LONGEST), model().processor, Reusable(), constraint=Even())
+    assert not request.take([6], stopped=False)
+    assert not request.take([6], stopped=False)
+    assert (request.ids, request.constraint.last) == ([6], 6)
 
 
 def test_extras_have_to_be_asked_for(engine):
