@@ -98,11 +98,10 @@ def cases_of(flags: Flags) -> tuple[list[Case], list[Case]]:
             raise SystemExit(f"{question.where} has {len(question.images)} pictures: the comparison takes one")
         picture = np.asarray(open_image(question.images[0]))
         found.append(Case("own", picture, [(question.text, None)], str(question.fields.get("answer", ""))))
-    if len(found) < flags.calibration_pictures + 2:
-        raise SystemExit(
-            f"{flags.questions} has {len(found)} questions, of which {flags.calibration_pictures} calibrate"
-        )
-    return found[: flags.calibration_pictures], found[flags.calibration_pictures :]
+    first = flags.calibration_pictures
+    if len(found) < first + 2:
+        raise SystemExit(f"{flags.questions} has {len(found)} questions, of which {first} calibrate: ask more")
+    return found[:first], found[first:]
 
 
 def batches_of(model: Model, cases: Sequence[Case]) -> list[tuple[Batch, int]]:

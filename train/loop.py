@@ -262,7 +262,7 @@ def _run(
         if unknown:
             names = ", ".join(unknown)
             progress.say(
-                f"warning: this TPU compiler does not know {names}, so that steps take longer: use jax's libtpu"
+                f"warning: this TPU compiler does not know {names}, so steps take longer: install jax[tpu]'s libtpu"
             )
 
         def log(number: int, metrics: Metrics, read: Step) -> None:

@@ -83,7 +83,9 @@ def standby_layer(
     x = x + linear(layer["attention"]["o"], attention(q, k, v, causal=False, implementation="xla"), inputs=2)
     mlp, first = _row(params["mlps"], n), config.vision_layers - temporal_layers(config)
     x = x + vision_mlp(vision, {**layer, "mlp": mlp}, x)
-    own = jnp.maximum(n - first, 0)  # layers without attention over time compute that of the first one, for nothing
+    # Layers before the first one with attention over time compute that one's, which is not used; in a block the first
+    # one overwrites what they have written.
+    own = jnp.maximum(n - first, 0)
     out, time = over_time(vision, _row(params["temporal"], own), x, time, own)
     return x + jnp.where(n >= first, out, 0), time
 

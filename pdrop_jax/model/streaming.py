@@ -110,7 +110,7 @@ def watch(
     number = state.frames
     state = _detach(config, layout, state)
     block = state.block
-    if block is not None and config.standby:
+    if config.standby and block:
         block = dataclasses.replace(block, at=number % config.standby.frames)
     images = embed_images(config, params, frame, block=block)
     buffer = embed(config, params, frame, plan[0].slots, images=images)
