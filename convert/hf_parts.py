@@ -27,9 +27,24 @@ FAMILIES: dict[Family, dict[str, Any]] = {
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
+    "qwen3": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
 }
 # model_type of the original LLaVA code, whose config.json contains the language model's keys beside its own.
-ORIGINAL_TYPES: dict[Family, str] = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
+# The last one is that of its forks: such checkpoints are read, but not written.
+ORIGINAL_TYPES: dict[Family, str] = {
+    "llama": "llava_llama",
+    "mistral": "llava_mistral",
+    "qwen2": "llava_qwen",
+    "qwen3": "llava_qwen3",
+}
 
 ACTIVATIONS: dict[str, Activation] = {  # Hugging Face's name -> ours
     "quick_gelu": "quick_gelu",
@@ -111,7 +126,7 @@ def read_text(data: dict[str, Any], where: str, prefix: str = "") -> tuple[TextC
     if found.mlp_bias:
         raise UserError("mlp_bias is not supported: LLaMA-family models of LLaVA have none")
     rope, scaling = found.rope_parameters, found.rope_parameters or found.rope_scaling
-    bias = family == "llama" and bool(found.attention_bias)
+    bias = family in ("llama", "qwen3") and bool(found.attention_bias)
     text = TextConfig(
         vocab_size=found.vocab_size,
         hidden_size=found.hidden_size,
@@ -129,6 +144,7 @@ def read_text(data: dict[str, Any], where: str, prefix: str = "") -> tuple[TextC
         max_length=found.max_position_embeddings,
         family=family,
         sliding_window=_sliding_window(family, found),
+        qk_norm=family == "qwen3",
     )
     return text, found
 
@@ -136,16 +152,16 @@ def read_text(data: dict[str, Any], where: str, prefix: str = "") -> tuple[TextC
 def text_to_hf(config: TextConfig) -> dict[str, Any]:
     """Raises UserError if transformers' class of the family cannot express it."""
     biases = {"llama": config.qkv_bias == config.output_bias, "mistral": not (config.qkv_bias or config.output_bias)}
-    biases["qwen2"] = config.qkv_bias and not config.output_bias
+    biases |= {"qwen2": config.qkv_bias and not config.output_bias, "qwen3": biases["llama"]}
     if not biases[config.family] or (config.family == "llama" and config.sliding_window):
         raise UserError(
             f"a {config.family} model with q/k/v bias {config.qkv_bias}, output bias {config.output_bias} and sliding "
             f"window {config.sliding_window} cannot be exported: transformers has none"
         )
-    own: dict[str, Any] = {"attention_bias": config.qkv_bias}
+    own: dict[str, Any] = {"attention_bias": config.qkv_bias} if config.family in ("llama", "qwen3") else {}
     if config.family != "llama":
-        own = {"sliding_window": config.sliding_window}
-    if config.family == "qwen2":
+        own["sliding_window"] = config.sliding_window
+    if config.family in ("qwen2", "qwen3"):
         own |= {
             "use_sliding_window": config.sliding_window is not None,
             "max_window_layers": config.num_layers if config.sliding_window is None else 0,
@@ -200,12 +216,12 @@ def rope_scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _sliding_window(family: Family, found: Text) -> int | None:
-    """The window of every layer: Mistral's is on unless it is null, Qwen2 switches it on and may spare layers."""
+    """The window of every layer: Mistral's is on unless it is null, Qwen's is switched on and may spare layers."""
     window, num_layers = found.sliding_window, found.num_hidden_layers
-    if family == "llama" or window is None or (family == "qwen2" and not found.use_sliding_window):
-        return None
     if family == "mistral":
         return window
+    if family == "llama" or window is None or not found.use_sliding_window:
+        return None
     full = num_layers if found.max_window_layers is None else min(found.max_window_layers, num_layers)
     types = found.layer_types or ["full_attention"] * full + ["sliding_attention"] * (num_layers - full)
     if len(set(types)) > 1:

@@ -41,6 +41,7 @@ CLASSES = {
     "llama": "LlavaLlamaForCausalLM",
     "mistral": "LlavaMistralForCausalLM",
     "qwen2": "LlavaQwenForCausalLM",
+    "qwen3": "LlavaQwen3ForCausalLM",
 }
 
 
@@ -128,9 +129,11 @@ def original_config(config: LlavaConfig, dtype: str) -> dict[str, Any]:
 
     Raises:
       UserError: it is a OneVision model, whose tower that code builds by its name, a LLaVA-NeXT-Video model, whose
-        names in that code are not known here, or of another family.
+        names in that code are not known here, has a Qwen3 decoder, or is of another family.
     """
     tiling = config.tiling
+    if config.text.family == "qwen3":
+        raise UserError("the original code has no Qwen3: export the model in Hugging Face's format, --format hf")
     if config.family != "LLaVA" or config.frame_stride or (tiling and tiling.max_tiles):
         kind = "LLaVA-NeXT-Video" if config.frame_stride else "LLaVA-OneVision" if tiling else config.family
         raise UserError(f"a {kind} model can be exported in Hugging Face's format only: --format hf")

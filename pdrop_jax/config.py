@@ -305,7 +305,8 @@ class LlavaConfig:
 
 
 def _released(family: ModuleType, size: str) -> LlavaConfig:
-    return LlavaConfig.released(family.released_text(size), family.released_tower(size), **family.FIELDS)
+    fields = family.released_fields(size)
+    return LlavaConfig.released(family.released_text(size), family.released_tower(size), **fields)
 
 
 MODELS: dict[str, Callable[[], LlavaConfig]] = {
@@ -314,7 +315,7 @@ MODELS: dict[str, Callable[[], LlavaConfig]] = {
     "llava-next-7b": LlavaConfig.llava_next_7b,
     "llava-next-13b": LlavaConfig.llava_next_13b,
     **{f"gemma-3-{size}": functools.partial(LlavaConfig.gemma3, size) for size in ("4b", "12b", "27b")},
-    **{f"internvl3-{size}": functools.partial(_released, internvl, size) for size in get_args(internvl.Size)},
+    **{f"internvl{size}": functools.partial(_released, internvl, size) for size in get_args(internvl.Size)},
     **{f"smolvlm2-{size}": functools.partial(_released, smolvlm, size) for size in get_args(smolvlm.Size)},
     "qwen2.5-vl-3b": functools.partial(LlavaConfig.qwen2_5_vl, "3b"),
     "qwen2.5-vl-7b": functools.partial(LlavaConfig.qwen2_5_vl, "7b"),

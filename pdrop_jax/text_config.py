@@ -9,7 +9,17 @@ from pdrop_jax.errors import UserError
 from pdrop_jax.schema import NO_OTHER_KEYS, Heads, Layers, NormEps, Positions, Positive, RopeBase, Vocabulary, Width
 
 Family = Literal[
-    "llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "smolvlm", "idefics3"
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "gemma3",
+    "internvl",
+    "smolvlm",
+    "idefics3",
 ]
 CacheDtype = Literal["int8", "int4"]
 

@@ -71,8 +71,8 @@ ConfigModel = Annotated[
     str,
     _option(
         "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, qwen2.5-vl-3b to -72b, qwen3-vl-2b to -32b, "
-        "gemma-3-4b to -27b, internvl3-1b to -78b, smolvlm2-256m to -2.2b, or a checkpoint of which only the config is "
-        "read: a folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub.",
+        "gemma-3-4b to -27b, internvl3-1b to -78b, internvl3.5-1b to -38b, smolvlm2-256m to -2.2b, or a checkpoint of "
+        "which only the config is read: a folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub.",
         "NAME|DIR|ID",
         "llava-1.5-7b",
     ),

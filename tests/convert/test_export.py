@@ -106,6 +106,13 @@ def test_the_other_families_there_and_back_by_way_of_the_original_format(variant
     assert_same(weights(tmp_path / "original again"), weights(tmp_path / "original"))
 
 
+def test_a_qwen3_has_no_original_format(hf_folder, tmp_path):
+    convert(hf_folder["qwen3"], tmp_path / "ours")
+    with pytest.raises(UserError, match=r"the original code has no Qwen3: .* --format hf"):
+        export(tmp_path / "ours", tmp_path / "original", "original")
+    assert not (tmp_path / "original").exists()
+
+
 def test_the_siglip_tower_beside_an_original_export_loads_in_transformers(torch_model, hf_folder, tmp_path):
     convert(hf_folder["qwen2_siglip_head"], tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back", "original")

@@ -303,7 +303,9 @@ def test_parts_of_another_kind(parts, hf, tmp_path):
     for kind in ("gemma", "llava_llama", "llava"):
         edit_json(config, model_type=kind)
         refused(
-            parts, tmp_path, f"--llm takes a llama or mistral or qwen2 language model, .*llm has model_type '{kind}'"
+            parts,
+            tmp_path,
+            f"--llm takes a llama or mistral or qwen2 or qwen3 language model, .*llm has model_type '{kind}'",
         )
     edit_json(config, model_type="llama")
     edit_json(parts / "vision" / "config.json", model_type="dinov2")

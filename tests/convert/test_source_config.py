@@ -97,7 +97,7 @@ def test_the_published_hugging_face_7b():
     assert llava_from_hf(HF_7B) == expected
 
 
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("vision", ["clip_vision_model", "siglip_vision_model"])
 def test_keys_left_out_have_the_defaults_of_transformers(text, vision):
     data = {"text_config": {"model_type": text}, "vision_config": {"model_type": vision}}
@@ -121,6 +121,7 @@ def test_parts_left_out_are_those_of_transformers():
         ({"vocab_size": 128256}, "llama_3"),
         ({"model_type": "mistral"}, "mistral_instruct"),
         ({"model_type": "qwen2"}, "qwen"),
+        ({"model_type": "qwen3"}, "qwen"),
     ],
 )
 def test_the_template_is_what_llava_used_with_such_a_language_model(text, template):

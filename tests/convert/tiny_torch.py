@@ -22,6 +22,7 @@ VARIANTS = {
     },
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 6},
     "qwen2_siglip": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True, "siglip": True},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
     "next_mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None, "kind": "llava_next"},
     "onevision": {"model_type": "qwen2", "num_key_value_heads": 2, "siglip": True, "kind": "llava_onevision"},
     "next_video": {"num_key_value_heads": 2, "kind": "llava_next_video"},

@@ -108,8 +108,9 @@ SMOLVLM2_2B = {
 }
 HUB = {"internvl3-8b": INTERNVL3_8B, "smolvlm2-2.2b": SMOLVLM2_2B}
 RELEASED = [name for name in MODELS if name.startswith(("internvl", "smolvlm"))]
-# Millions of parameters, as the models are named.
+# Millions of parameters as the models are named, and billions as InternVL3.5's table of models lists them.
 MILLIONS = {"internvl3-1b": 938, "smolvlm2-256m": 256, "smolvlm2-500m": 507, "smolvlm2-2.2b": 2246}
+BILLIONS = {"1b": 1.1, "2b": 2.3, "4b": 4.7, "8b": 8.5, "14b": 15.1, "38b": 38.4}
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("internvl3-8b", 13 * 256), ("smolvlm2-2.2b", 17 * 81)])
@@ -137,9 +138,11 @@ def test_every_tensor_of_the_released_sizes(name):
     assert torch_shapes(config, list(namings_for(config).values())[-1]) == expected
     if name in MILLIONS:
         assert count(abstract_params(config)) // 10**6 == MILLIONS[name]
+    if name.startswith("internvl3.5"):
+        assert round(count(abstract_params(config)) / 1e9, 1) == BILLIONS[name.rpartition("-")[2]]
 
 
-@pytest.mark.parametrize("name", ["internvl3-78b", "smolvlm2-2.2b"])
+@pytest.mark.parametrize("name", ["internvl3-78b", "internvl3.5-8b", "smolvlm2-2.2b"])
 def test_forward_and_decode_of_the_released_sizes(name):
     config = config_of(name)
     config = type(config)(**{**vars(config), "schedule": DropSchedule((5, 12), (0.5, 0.25))})

@@ -19,8 +19,10 @@ from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 __all__ = ["image_processor", "photo", "save", "tokenizer", "torch_inputs", "torch_model"]
 
-# InternVL's towers of 300M and of 6B parameters differ: norms, biases and a norm of queries and keys.
+# InternVL's towers of 300M and of 6B parameters differ: norms, biases and a norm of queries and keys. The second one
+# stands in front of a Qwen3 decoder here, as in InternVL3.5-38B.
 KINDS = ("internvl", "internvl-6b", "smolvlm", "idefics3")
+DECODERS = {"internvl": "qwen2", "internvl-6b": "qwen3", "smolvlm": "llama", "idefics3": "llama"}
 PLACES = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
 SMOL = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *PLACES]
 MARKS = {
@@ -124,7 +126,7 @@ def image_processor(kind):
 def torch_model(kind):
     """Every parameter is random, or a forgotten norm, bias or scale would not show."""
     name = family(kind)
-    text = {**TEXT, "model_type": "qwen2" if name == "internvl" else "llama", "vocab_size": len(tokenizer(kind))}
+    text = {**TEXT, "model_type": DECODERS[kind], "vocab_size": len(tokenizer(kind))}
     text["eos_token_id"] = tokenizer(kind).eos_token_id
     own = {"image_seq_length": TOKENS[name]} if name == "internvl" else {"scale_factor": 3, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(

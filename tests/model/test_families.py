@@ -39,6 +39,7 @@ TEXTS = {
     "qwen2_window": transformers.Qwen2Config(
         **SIZES, use_sliding_window=True, max_window_layers=0, sliding_window=WINDOW
     ),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
     "mistral": transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=None),
     "mistral_window": transformers.MistralConfig(**SIZES, sliding_window=WINDOW),
     "llama_3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3),

@@ -33,23 +33,24 @@ def norm(w, name):
     return {"scale": w[f"{name}.weight"], "bias": w[f"{name}.bias"]}
 
 
-def attention_params(w, prefix, output, H):
+def attention_params(w, prefix, output, H, qk_norm=False):
     def heads(x):
         return x.reshape(*x.shape[:-1], -1, H)
 
     projections = {name: jax.tree.map(heads, linear(w, f"{prefix}.{name}_proj")) for name in "qkv"}
     o = linear(w, f"{prefix}.{output}")
-    return {**projections, "o": {**o, "kernel": o["kernel"].reshape(-1, H, o["kernel"].shape[-1])}}
+    norms = {name: {"scale": w[f"{prefix}.{name}.weight"]} for name in ("q_norm", "k_norm")} if qk_norm else {}
+    return {**projections, **norms, "o": {**o, "kernel": o["kernel"].reshape(-1, H, o["kernel"].shape[-1])}}
 
 
 def mlp_params(w, prefix=""):
     return {name: linear(w, f"{prefix}{name}_proj") for name in ("gate", "up", "down")}
 
 
-def decoder_layer_params(w, H, prefix=""):
+def decoder_layer_params(w, H, prefix="", qk_norm=False):
     return {
         "attention_norm": {"scale": w[f"{prefix}input_layernorm.weight"]},
-        "attention": attention_params(w, f"{prefix}self_attn", "o_proj", H),
+        "attention": attention_params(w, f"{prefix}self_attn", "o_proj", H, qk_norm),
         "mlp_norm": {"scale": w[f"{prefix}post_attention_layernorm.weight"]},
         "mlp": mlp_params(w, f"{prefix}mlp."),
     }
@@ -87,7 +88,8 @@ def stack(layers):
 
 def decoder_params(w, text, prefix):
     """The language model's part of our tree, without stage boundaries."""
-    layers = [decoder_layer_params(w, text.head_dim, f"{prefix}layers.{n}.") for n in range(text.num_layers)]
+    H, places = text.head_dim, [f"{prefix}layers.{n}." for n in range(text.num_layers)]
+    layers = [decoder_layer_params(w, H, place, text.qk_norm) for place in places]
     head = {} if text.tie_embeddings else {"head": linear(w, "lm_head")}
     return {
         "embed": {"embedding": w[f"{prefix}embed_tokens.weight"]},

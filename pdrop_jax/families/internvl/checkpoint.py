@@ -71,7 +71,7 @@ def parts_from_hf(data: dict[str, Any], where: str) -> tuple[TextConfig, Text, d
             f"{where}: vision_feature_layer {found.vision_feature_layer} is not supported for internvl, whose features "
             "are the last layer's, -1"
         )
-    text, special = text_from_hf(found.text_config, found.tie_word_embeddings, ("qwen2",), where)
+    text, special = text_from_hf(found.text_config, found.tie_word_embeddings, ("qwen2", "qwen3"), where)
     merge = 1 / found.downsample_ratio
     if merge != int(merge):
         raise UserError(f"{where}: downsample_ratio is {found.downsample_ratio}, expected 1 divided by a whole number")
@@ -132,6 +132,7 @@ def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> di
     """config.json for transformers; ``special`` are the ids of BOS and EOS."""
     vision = config.vision
     assert isinstance(vision, TiledVisionConfig)
+    text = dataclasses.replace(config.text, family="qwen3" if config.text.qk_norm else "qwen2")
     return {
         "architectures": [KINDS["internvl"]],
         "model_type": "internvl",
@@ -143,7 +144,7 @@ def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> di
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": config.text.tie_embeddings,
-        "text_config": text_to_hf(dataclasses.replace(config.text, family="qwen2")) | special | {"torch_dtype": dtype},
+        "text_config": text_to_hf(text) | special | {"torch_dtype": dtype},
         "vision_config": {
             "model_type": "internvl_vision",
             "torch_dtype": dtype,

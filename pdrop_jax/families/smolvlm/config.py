@@ -7,13 +7,10 @@ from pdrop_jax.text_config import TextConfig
 
 Size = Literal["256m", "500m", "2.2b"]
 
-# Of the LlavaConfig of a released model.
-FIELDS: dict[str, Any] = {
-    "projector_layers": 1,
-    "image_token_id": 49190,
-    "bos_token_id": 1,
-    "eos_token_ids": (49279,),
-}
+
+def released_fields(size: Size) -> dict[str, Any]:
+    """Of the ``LlavaConfig``."""
+    return {"projector_layers": 1, "image_token_id": 49190, "bos_token_id": 1, "eos_token_ids": (49279,)}
 
 
 def released_tower(size: Size) -> TiledVisionConfig:
