@@ -44,12 +44,15 @@ class ImagePlaces:
       writes_marks: whether the template writes them. Otherwise it writes the placeholder alone, in whose place the
         processor puts the marks with the image's tokens between them.
       reserved: further tokens that stand for an image's tokens once the processor has written them.
+      video_template: the chat template that transformers' processor takes in place of the model's own in a conversation
+        with a video; None is the model's own.
     """
 
     placeholders: Mapping[Kind, str]
     marks: tuple[str, str] = ("", "")
     writes_marks: bool = True
     reserved: tuple[str, ...] = ()
+    video_template: str | None = None
 
 
 LLAVA_PLACES = ImagePlaces({"image": "<image>", "video": "<video>"})
@@ -249,10 +252,13 @@ def as_sentencepiece(tokenizer: Any, chunk: str) -> str:
 
 
 def surplus_bos(tokenizer: Any, chunks: Sequence[list[int]]) -> list[int]:
-    """How many BOS tokens to remove from the start of each chunk so that the text starts with exactly one."""
+    """How many BOS tokens to remove from the start of each chunk so that the text starts with exactly one.
+
+    Where a template writes the first one and the tokenizer adds none, other chunks have none.
+    """
     bos = [tokenizer.bos_token_id]
     first = chunks[0][:1] == bos
-    return [int(first and chunks[0][1:2] == bos), *[int(first)] * (len(chunks) - 1)]
+    return [int(first and chunks[0][1:2] == bos), *[int(first and chunk[:1] == bos) for chunk in chunks[1:]]]
 
 
 def join_chunks(chunks: Sequence[list[int]], surplus: Sequence[int], between: int) -> list[int]:

@@ -10,7 +10,8 @@ from pdrop_jax.inputs.family import HostFamily
 FAMILIES: dict[str, HostFamily] = {  # by LlavaConfig.family
     "gemma3": gemma3.FAMILY,
     "internvl": internvl.FAMILY,
-    **dict.fromkeys(("smolvlm", "idefics3"), smolvlm.FAMILY),
+    "smolvlm": smolvlm.WITH_VIDEOS,
+    "idefics3": smolvlm.FAMILY,
     "qwen2_vl": qwen2_vl.FAMILY,
     "qwen2_5_vl": qwen2_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,

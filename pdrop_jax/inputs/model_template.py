@@ -171,6 +171,9 @@ class ModelTemplate:
         return Example(np.where(is_place, IMAGE_PLACEHOLDER, ids).astype(np.int32), labels.astype(np.int32))
 
     def _render(self, messages: Sequence[Message], asks: bool) -> str:
+        kinds = {medium.kind for message in messages for medium in message.media}
+        if "video" in kinds and self.places.video_template is not None:
+            return self._of_videos._render(messages, asks)
         given = [{"role": message.role, "content": self._content(message)} for message in messages]
         text = self._apply(given, asks)
         media, places = sum(len(message.media) for message in messages), len(self._places.findall(text))
@@ -184,6 +187,13 @@ class ModelTemplate:
             before, after = self.places.marks
             text = self._places.sub(f"{before}{IMAGE_TAG}{after}", text)
         return text
+
+    @functools.cached_property
+    def _of_videos(self) -> "ModelTemplate":
+        """What renders conversations with a video, where that is another template."""
+        assert self.places.video_template is not None
+        places = dataclasses.replace(self.places, video_template=None)
+        return dataclasses.replace(self, source=self.places.video_template, places=places)
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
         shape = self._shapes[message.role]

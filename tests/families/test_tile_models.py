@@ -115,15 +115,30 @@ def test_drops_are_those_of_a_torch_model_whose_tokens_are_deleted(kind, layers,
     check_slots(model, ROWS, generate(model, questions, images, SAMPLING))
 
 
-def test_the_frames_of_a_video_are_one_image_between_captions(tiles):
-    model = load(tiles["internvl"][1], schedule=DropSchedule((1,), (0.5,)))
-    batch = model.processor(["So?"], [[PHOTOS[0], Video(FRAMES)]])
-    inputs, crops = torch_inputs("internvl", "So?", PHOTOS[:1], FRAMES)
-    check_inputs("internvl", batch, 0, inputs)
-    assert crops == [1, 3]
-    answer = generate(model, ["So?"], [[PHOTOS[0], Video(FRAMES)]], Sampling(max_new_tokens=1))
+@pytest.mark.parametrize("kind", ["internvl", "smolvlm"])
+def test_the_frames_of_a_video_are_one_image_between_captions(kind, tiles):
+    model = load(tiles[kind][1], schedule=DropSchedule((1,), (0.5,)))
+    video = Video(FRAMES, fps=1.0)
+    batch = model.processor(["So?"], [[PHOTOS[0], video]])
+    inputs, crops = torch_inputs(kind, "So?", PHOTOS[:1], FRAMES)
+    check_inputs(kind, batch, 0, inputs)
+    assert crops == [CROPS[kind][0][0], 3]
+    answer = generate(model, ["So?"], [[PHOTOS[0], video]], Sampling(max_new_tokens=1))
     with torch.no_grad():
-        logits, kept = drop_run("internvl", torch_model("internvl"), inputs, crops, [1], [0.5])
+        logits, kept = drop_run(kind, torch_model(kind), inputs, crops, [1], [0.5])
     assert answer.kept[0] == kept
     assert answer.token_ids[0] == [int(logits[-1].argmax())]
-    assert [len(image) for image in kept[0]] == [2, 6]
+    assert [len(image) for image in kept[0]] == [2 * crops[0], 6]
+
+
+def test_a_video_alone_is_asked_as_by_transformers(tiles):
+    """Between text in a conversation, at two frames a second."""
+    processor = load(tiles["smolvlm"][1]).processor
+    content = [{"type": "text", "text": "See "}, {"type": "video"}, {"type": "text", "text": "there?"}]
+    batch = processor([[{"role": "user", "content": content}]], [[Video(FRAMES * 41, fps=2.0)]])
+    text = processor.tokenizer.decode(batch.token_ids[0, : batch.length[0]][batch.image_id[0, : batch.length[0]] == 0])
+    assert text.startswith(
+        "<|im_start|>User: See You are provided the following series of one hundred and twenty-three"
+    )
+    assert "frames from a 0:01:01 [H:MM:SS] video.\n\nFrame from 00:00:<fake_token_around_image><global-img>" in text
+    assert "\nFrame from 01:01:<fake_token_around_image><global-img><fake_token_around_image>\n\nthere?" in text

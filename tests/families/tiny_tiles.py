@@ -15,7 +15,9 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE as SMOL_VIDEO_TEMPLATE
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+from transformers.video_utils import VideoMetadata
 
 __all__ = ["image_processor", "photo", "save", "tokenizer", "torch_inputs", "torch_model"]
 
@@ -24,6 +26,7 @@ __all__ = ["image_processor", "photo", "save", "tokenizer", "torch_inputs", "tor
 KINDS = ("internvl", "internvl-6b", "smolvlm", "idefics3")
 DECODERS = {"internvl": "qwen2", "internvl-6b": "qwen3", "smolvlm": "llama", "idefics3": "llama"}
 PLACES = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+# As of SmolVLM2, "<video>" is no token.
 SMOL = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *PLACES]
 MARKS = {
     "internvl": ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
@@ -163,17 +166,22 @@ def torch_inputs(kind, question, images, frames=()):
 
 def torch_inputs_of(kind, messages, images, frames=()):
     """The same of a whole conversation that the model continues, and the "crops" of each picture or video."""
-    text = tokenizer(kind).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    template = SMOL_VIDEO_TEMPLATE if frames and family(kind) == "smolvlm" else None
+    text = tokenizer(kind).apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
     place, found, crops = PLACE[family(kind)], {}, []
     if images:
         written, found, crops = (intern_pictures if family(kind) == "internvl" else smol_pictures)(kind, images)
         first, *rest = text.split(place)
         text = first + "".join(shown + more for shown, more in zip(written, rest, strict=True))
     if frames:
-        processor = intern_processor()
-        clip = image_processor(kind)(frames, crop_to_patches=False, return_tensors="pt")["pixel_values"]
-        text = text.replace("<video>", processor.replace_video_token({"pixel_values_videos": clip[None]}, 0))
-        found["pixel_values"] = torch.cat([found["pixel_values"], clip])
+        written, clip = (intern_video if family(kind) == "internvl" else smol_video)(kind, frames)
+        text = text.replace("<video>", written)
+        pixels = [found["pixel_values"].flatten(0, -4)] * bool(images)
+        found = {"pixel_values": torch.cat([*pixels, clip])}
+        if family(kind) != "internvl":
+            found["pixel_values"] = found["pixel_values"][None]
         crops.append(len(frames))
     ids = tokenizer(kind)(text, return_tensors="pt")["input_ids"]
     return {"input_ids": ids, **found}, crops
@@ -186,6 +194,22 @@ def intern_processor():
     return processor
 
 
+def intern_video(kind, frames):
+    """What the processor writes for a video, and its frames."""
+    clip = image_processor(kind)(frames, crop_to_patches=False, return_tensors="pt")["pixel_values"]
+    return intern_processor().replace_video_token({"pixel_values_videos": clip[None]}, 0), clip
+
+
+def smol_video(kind, frames):
+    """The same at one frame a second. The video processor resizes in torchvision, whose pixels differ."""
+    processor = smol_processor(kind)
+    edge = {"longest_edge": SIDE + 4}
+    alone = SmolVLMImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    clip = alone([frames], return_tensors="pt")["pixel_values"][0]
+    data = VideoMetadata(len(frames), fps=1.0, duration=float(len(frames)), frames_indices=list(range(len(frames))))
+    return processor.replace_video_token({"pixel_values": clip[None], "video_metadata": [data]}, 0), clip
+
+
 def intern_pictures(kind, images):
     """What the processor writes for each picture, the model's inputs, and the number of crops of each."""
     found = dict(image_processor(kind)(images, crop_to_patches=True, return_tensors="pt"))
@@ -194,10 +218,15 @@ def intern_pictures(kind, images):
     return written, found, crops
 
 
-def smol_pictures(kind, images):
+def smol_processor(kind):
     processor = object.__new__(SmolVLMProcessor if kind == "smolvlm" else Idefics3Processor)
     processor.image_seq_len, processor.fake_image_token, processor.image_token = TOKENS[kind], *SMOL[2:4]
     processor.global_image_token = processor.global_image_tag = SMOL[4]
+    return processor
+
+
+def smol_pictures(kind, images):
+    processor = smol_processor(kind)
     found = dict(image_processor(kind)([images], return_row_col_info=True, return_tensors="pt"))
     written = [processor.replace_image_token(found, n) for n in range(len(images))]
     sizes = zip(found.pop("rows")[0], found.pop("cols")[0], strict=True)

@@ -1,4 +1,4 @@
-"""Pictures for SmolVLM, on the host: tiles with texts between them, and the whole picture behind them.
+"""Pictures and videos for SmolVLM, on the host: tiles with texts between them, and the whole picture behind them.
 
 A picture is resized to whole tiles (transformers' own processor). Each tile has its place in the grid in front of it::
 
@@ -7,13 +7,16 @@ A picture is resized to whole tiles (transformers' own processor). Each tile has
 
     <fake_token_around_image><global-img> the whole <fake_token_around_image>
 
-To a drop all of them are one image, as the steps of a video are.
+To a drop all of them are one image. A video, which SmolVLM2 takes and Idefics3 does not, is one image too; each of its
+frames is one crop behind its time.
 """
 
 import copy
 import dataclasses
+import datetime
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,6 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers.models.smolvlm.image_processing_pil_smolvlm import (
     SmolVLMImageProcessorPil,
     get_resize_output_image_size,
+)
+from transformers.models.smolvlm.processing_smolvlm import (
+    DEFAULT_CHAT_TEMPLATE,
+    DEFAULT_MEDIA_OUTTRO,
+    DEFAULT_VIDEO_INTRO,
+    FRAME_TIMESTAMP_MESSAGE,
 )
 
 from pdrop_jax.config import LlavaConfig
@@ -44,12 +53,21 @@ class LongestEdge(BaseModel):
     longest_edge: Annotated[int, Field(ge=1, le=4096)]
 
 
+class VideoSampling(BaseModel):
+    """What preprocessor_config.json says about videos; frames are chosen by the caller."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    video_size: LongestEdge | None = None
+
+
 class SmolSettings(Settings):
     """The keys of preprocessor_config.json that affect pixels and tiles."""
 
     size: LongestEdge | None = None  # type: ignore[assignment]
     max_image_size: LongestEdge | None = None
     do_image_splitting: bool | None = None
+    video_sampling: VideoSampling | None = None
 
 
 def load_processor(folder: pathlib.Path, config: LlavaConfig) -> SmolVLMImageProcessorPil:
@@ -61,8 +79,10 @@ def load_processor(folder: pathlib.Path, config: LlavaConfig) -> SmolVLMImagePro
     side = config.crop_tower.image_size
     defaults = {"size": {"longest_edge": min(4 * side, 4096)}, "max_image_size": {"longest_edge": side}}
     settings = defaults | read_settings(folder, SmolSettings)
+    frame_size = settings.pop("video_sampling", {}).get("video_size", settings["max_image_size"])
     with making_processor(folder):
         processor = SmolVLMImageProcessorPil(**settings)
+    processor.frame_edge = frame_size["longest_edge"]  # ours, for ``video_tokens``
     if not processor.do_resize or processor.do_center_crop or settings["max_image_size"]["longest_edge"] != side:
         raise UserError(
             f"the image processor in {folder} does not resize pictures to tiles of the vision tower's {side}x{side} "
@@ -125,10 +145,49 @@ def coarser(processor: Any, config: LlavaConfig) -> list[Any]:
     return found
 
 
+def video_tokens(frames: Sequence[Image.Image], fps: float, processor: Any, config: LlavaConfig) -> ImageTokens:
+    """The model's input for RGB frames, of which there are ``fps`` a second: one crop each, behind its time.
+
+    Raises:
+      UserError: num2words is not installed.
+    """
+    alone = copy.copy(processor)
+    alone.size = dataclasses.replace(processor.size, longest_edge=processor.frame_edge)
+    alone.do_image_splitting = False
+    pixels = np.concatenate([alone(frame, do_pad=True, return_tensors="np")["pixel_values"][0] for frame in frames])
+    captions = captions_of_frames(len(frames), fps)
+    return dataclasses.replace(
+        crops_as_tokens(pixels, config), video=True, captions=captions, ending=MARK + DEFAULT_MEDIA_OUTTRO
+    )
+
+
+def captions_of_frames(count: int, fps: float) -> tuple[str, ...]:
+    """The texts in front of each frame, the first of which tells the number of frames and how long they take."""
+    try:
+        from num2words import num2words
+    except ImportError:
+        raise UserError(
+            "videos of SmolVLM need num2words, which is not installed: pip install 'pdrop-jax[smolvlm]'"
+        ) from None
+    duration = str(datetime.timedelta(seconds=int(count / fps)))
+    intro, found = DEFAULT_VIDEO_INTRO.format(frame_count=num2words(count), video_duration=duration), []
+    for frame in range(count):
+        minutes, seconds = divmod(int(frame / fps), 60)
+        time = FRAME_TIMESTAMP_MESSAGE.format(timestamp=f"{minutes:02d}:{seconds:02d}")
+        found.append((MARK if frame else intro) + time + WHOLE)
+    return tuple(found)
+
+
 FAMILY = HostFamily(
     places=ImagePlaces({"image": "<image>"}),
     load_processor=load_processor,
     picture_tokens=picture_tokens,
     measure=measure,
     coarser=coarser,
+)
+# SmolVLM2's own template knows no videos.
+WITH_VIDEOS = dataclasses.replace(
+    FAMILY,
+    places=ImagePlaces({"image": "<image>", "video": "<video>"}, video_template=DEFAULT_CHAT_TEMPLATE),
+    video_tokens=video_tokens,
 )
