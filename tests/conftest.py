@@ -4,12 +4,16 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
+import operator
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+
+# Looking for garbage took 5 % of the tests' time, most of it among what has been imported and stays.
+gc.set_threshold(100_000)
 
 # Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. Most of the recorded
 # vectors are replayed by programs as shipped (tests/parity/test_replay.py).
@@ -63,9 +67,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What has been imported stays. Looking for garbage among it took 5 % of the tests' time."""
     gc.freeze()
-    gc.set_threshold(10_000)
 
 
 def pytest_unconfigure():
@@ -97,6 +99,24 @@ def llama(request, tmp_path_factory):
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **tokens}))
     return load_tokenizer(folder), request.param
+
+
+@pytest.fixture(scope="session")
+def short_demo(tmp_path_factory):
+    """The first three layers of the demo model: trained, so that scores differ among tokens, and soon compiled."""
+    import jax
+
+    from pdrop_jax import DEMO, checkpoint
+    from pdrop_jax.schedule import DropSchedule
+
+    config, params = checkpoint.load(DEMO, schedule=DropSchedule.none())
+    (layers,) = params["stages"].values()
+    stages = {str(n): jax.tree.map(operator.itemgetter(slice(n, n + 1)), layers) for n in range(3)}
+    text = dataclasses.replace(config.text, num_layers=3)
+    config = dataclasses.replace(config, text=text, schedule=DropSchedule((1, 2), (0.5, 0.25)))
+    folder = tmp_path_factory.mktemp("demo") / "short"
+    checkpoint.save(folder, config, {**params, "stages": stages}, companions=DEMO, single_file=True)
+    return folder
 
 
 @dataclasses.dataclass

@@ -452,7 +452,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
     On each of them a shape compiles once: a step leaves its state where it found it.
     """
-    write_data(tmp_path / "data")
+    write_data(tmp_path / "data", text_every=100)  # nearly all with pictures: one shape
     write_start(tmp_path / "start")
     recipe = recipe_in(tmp_path, run_batch_size=8, optimizer_eps=1e-2, data_text_buckets=(64,))
 

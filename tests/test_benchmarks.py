@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import operator
 import os
 import pathlib
 import re
@@ -10,7 +9,6 @@ import runpy
 import subprocess
 import sys
 
-import jax
 import pytest
 import torch
 from tiny_run import CONFIG as TINY
@@ -18,7 +16,6 @@ from tiny_run import write_start
 from tiny_server import CONFIG, write_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from pdrop_jax import DEMO, checkpoint
 from pdrop_jax.convert.importer import read
 from pdrop_jax.schedule import DropSchedule
 
@@ -39,19 +36,6 @@ def run(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
-
-
-@pytest.fixture(scope="module")
-def short_demo(tmp_path_factory):
-    """The first three layers of the demo model: trained, so that scores differ among tokens, and soon compiled."""
-    config, params = checkpoint.load(DEMO, schedule=DropSchedule.none())
-    (layers,) = params["stages"].values()
-    stages = {str(n): jax.tree.map(operator.itemgetter(slice(n, n + 1)), layers) for n in range(3)}
-    text = dataclasses.replace(config.text, num_layers=3)
-    config = dataclasses.replace(config, text=text, schedule=DropSchedule((1, 2), (0.5, 0.25)))
-    folder = tmp_path_factory.mktemp("demo") / "short"
-    checkpoint.save(folder, config, {**params, "stages": stages}, companions=DEMO, single_file=True)
-    return folder
 
 
 def run_as_shipped(name, *options):
@@ -127,15 +111,12 @@ def test_quantized(run, short_demo):
     assert rows[-1].startswith("| the same image tokens in the last stage | 100.0% |")
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_quota(run, tmp_path, own):
+def test_quota(run, tmp_path):
     config = dataclasses.replace(
         CONFIG, text=dataclasses.replace(CONFIG.text, num_layers=5), schedule=DropSchedule.none()
     )
     model = write_model(tmp_path / "tiny", config)
-    asked = ["--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--calibration-pictures", 8] if own else []
-    asked = asked or ["--pictures", 1, "--calibration-pictures", 1]
-    out = run("quota", "--model", model, *asked).splitlines()
+    out = run("quota", "--model", model, "--pictures", 1, "--calibration-pictures", 1).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("|")]
     names = [row[0] for row in rows[2:]]
     assert names[:4] == ["dense, float", "dense, quantized", "pyramiddrop, in float", "quota, in float"]
@@ -147,6 +128,18 @@ def test_quota(run, tmp_path, own):
     interval = rf"{number} \({number} to {number}\)"
     assert all(re.fullmatch(interval, cell) for row in rows[6:] for cell in row[1:])
     assert out[-1].startswith("Allocated joint: ")
+
+
+def test_quota_of_questions_of_ones_own():
+    quota = runpy.run_module("benchmarks.quota")
+    cases_of, Flags = quota["cases_of"], quota["Flags"]
+    first, cases = cases_of(Flags(questions=GRIDS / "questions.jsonl", images=GRIDS, calibration_pictures=8))
+    asked = [json.loads(line) for line in (GRIDS / "questions.jsonl").read_text().splitlines()]
+    assert [case.turns for case in first + cases] == [[(question["text"], None)] for question in asked]
+    assert [case.answer for case in cases] == [question["answer"] for question in asked[8:]]
+    assert len(first) == 8
+    with pytest.raises(SystemExit, match=f"has {len(asked)} questions, of which {len(asked)} calibrate"):
+        cases_of(Flags(questions=GRIDS / "questions.jsonl", images=GRIDS, calibration_pictures=len(asked)))
 
 
 def test_convert_7b(run, tmp_path):

@@ -10,10 +10,10 @@ GRIDS = pathlib.Path(__file__).parents[2] / "examples" / "grids"
 DEMO = pathlib.Path(__file__).parents[2] / "pdrop_jax" / "demo"
 
 
-def test_the_command(pdrop, tmp_path):
+def test_the_command(pdrop, tmp_path, short_demo):
     files = [tmp_path / name for name in ("study.json", "study.png", "study.html")]
     result = pdrop(
-        *("study", "--model", DEMO, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--limit", 5),
+        *("study", "--model", short_demo, "--questions", GRIDS / "questions.jsonl", "--images", GRIDS, "--limit", 5),
         *("--layers", 1, "--ratios", 0.0, 1.0, "--scores", "pyramiddrop", "--batch-size", 5),
         *("--edit-sizes", 25, "--out", files[0], "--plot", files[1], "--html", files[2]),
     )

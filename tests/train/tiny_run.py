@@ -27,14 +27,14 @@ CONFIG = LlavaConfig(
 )
 
 
-def write_data(folder, rows=24):
-    """Conversations about pictures of one colour, one row in three without."""
+def write_data(folder, rows=24, text_every=3):
+    """Conversations about pictures of one colour, one row in ``text_every`` without."""
     (folder / "images").mkdir(parents=True)
     for number in range(5):
         Image.new("RGB", (30, 20), (50 * number, 0, 90)).save(folder / f"images/{number}.png")
     records = []
     for number in range(rows):
-        image = {"image": f"{number % 5}.png"} if number % 3 else {}
+        image = {"image": f"{number % 5}.png"} if number % text_every else {}
         question = "<image>\nWhat?" if image else "What?"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"n{number % 7}"}]
         records.append({"id": number, "conversations": turns, **image})
