@@ -12,9 +12,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-# Looking for garbage took 5 % of the tests' time, most of it among what has been imported and stays.
-gc.set_threshold(100_000)
-
 # Most of the tests' time was compiling tiny programs: unoptimised they compile ten times as fast. Most of the recorded
 # vectors are replayed by programs as shipped (tests/parity/test_replay.py).
 # jaxlib after 0.10 does not know the second flag, and aborts.
@@ -51,6 +48,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import hub_server  # noqa: F401  before transformers, because it decides where the Hub is
 import hypothesis
 import pytest
+
+# Looking for garbage took 5 % of the tests' time, most of it among what has been imported and stays.
+gc.set_threshold(100_000)
 
 MOST_MAPS = 30_000  # of 65,530 that Linux gives a process
 
