@@ -157,11 +157,17 @@ def decode(
 ) -> State:
     """Decodes until every row is done or has ``until`` () or (B,) int32 new tokens. Consumes ``state``.
 
-    A row that is done, or has its tokens, waits for the others: it repeats its last token in the same slots.
+    A row that is done, or has its tokens, waits for the others: it repeats its last token in the same slots. A row of
+    which no token is wanted (``until`` 0) is free and forgets its cache, or the others would read as far as it reached.
 
     Args:
       allowed: see ``next_token.only``; the same for all steps of the call. With it the state's ``logprobs`` are filled.
     """
+
+    free = until <= 0
+    lengths = tuple(jnp.where(free, 0, length) for length in state.model.lengths)
+    model = dataclasses.replace(state.model, lengths=lengths)
+    state = dataclasses.replace(state, step=jnp.where(free, 1, state.step), model=model)
 
     def active(state: State) -> jax.Array:
         return ~state.done & (state.step < until)

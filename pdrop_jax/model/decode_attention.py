@@ -53,7 +53,7 @@ def attend_token(
     Args:
       q: (B, 1, N, H).
       slot: (B,) int32, the slot of a row's token, at most C. What is read goes by the largest, also of a row that is
-        done.
+        done while others go on.
       seen: (B, C) bool, which slots of the cache the token sees, its own included.
       own: key and value (B, 1, K, H) of the token if the cache does not hold them yet: see
         ``cache.write_in_all_layers``.

@@ -106,6 +106,15 @@ def test_a_sampled_row_is_drawn_as_alone_whatever_shares_the_batch(engine):
         assert ids == generate(model(), [prompt], [images], sampling).token_ids[0]
 
 
+def test_free_slots_forget_their_caches(engine):
+    """Or the others would read as far as those had reached, see ``decode_attention.read_sizes``."""
+    for handle in [engine.submit(*row, Sampling(3)) for row in QUESTIONS[8:12]]:
+        handle.result()
+    engine.submit(*QUESTIONS[0], Sampling(LONGEST)).result()
+    for lengths in jax.device_get(engine._batch._state.model.lengths):
+        assert (lengths > 0).sum() == 1, lengths
+
+
 def test_pieces_come_while_the_answer_grows(engine):
     pieces, ended = [], threading.Event()
     handle = engine.submit("What is 2?", sampling=Sampling(LONGEST), stream=pieces.append)
