@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) --no-compile --editable
 
-.PHONY: demo test test-newest lint types docs format clean
+.PHONY: demo install test test-newest lint types docs format clean
 
 demo: .venv/installed
 	$(BIN)/pdrop generate --image examples/grid.png --prompt "What is in row 3, column 2?" --picture demo.png --overwrite
@@ -40,16 +40,24 @@ format: .venv/installed-test
 clean:
 	rm -rf .venv demo.png build *.egg-info
 
-.venv/installed: pyproject.toml
+.venv/pip:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip  # older ones take minutes to choose versions
+	touch $@
+
+.venv/installed: pyproject.toml | .venv/pip
 	$(INSTALL) .
 	touch $@
 
-.venv/installed-test: .venv/installed
+.venv/installed-test: pyproject.toml | .venv/pip
 	$(INSTALL) '.[test]'
 	touch $@
 
-.venv/installed-docs: .venv/installed
+.venv/installed-docs: pyproject.toml | .venv/pip
 	$(INSTALL) '.[docs]'
 	touch $@
+
+# All at once, as CI does: pip builds the package and chooses versions once.
+install: pyproject.toml | .venv/pip
+	$(INSTALL) '.[test,docs]'
+	touch .venv/installed .venv/installed-test .venv/installed-docs
