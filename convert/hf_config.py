@@ -56,7 +56,8 @@ def llava_from_hf(
 
     Args:
       data: ``llava_llama``, ``llava_mistral``, ``llava_qwen`` (the original LLaVA code's, also of LLaVA-NeXT),
-        ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging Face's), or one of ``FAMILIES``.
+        ``llava_qwen3`` (of its forks), ``llava``, ``llava_next``, ``llava_next_video`` or ``llava_onevision`` (Hugging
+        Face's), or one of ``FAMILIES``.
       vision: the tower of an original model, whose own config only has its name; optional for LLaVA-1.5's tower.
       generation: generation_config.json, whose end tokens take precedence.
       preprocessor: preprocessor_config.json, the only place where a Hugging Face model says whether images are padded.

@@ -153,10 +153,11 @@ def text_to_hf(config: TextConfig) -> dict[str, Any]:
     """Raises UserError if transformers' class of the family cannot express it."""
     biases = {"llama": config.qkv_bias == config.output_bias, "mistral": not (config.qkv_bias or config.output_bias)}
     biases |= {"qwen2": config.qkv_bias and not config.output_bias, "qwen3": biases["llama"]}
-    if not biases[config.family] or (config.family == "llama" and config.sliding_window):
+    own_norm = config.qk_norm == (config.family == "qwen3")
+    if not biases[config.family] or not own_norm or (config.family == "llama" and config.sliding_window):
         raise UserError(
-            f"a {config.family} model with q/k/v bias {config.qkv_bias}, output bias {config.output_bias} and sliding "
-            f"window {config.sliding_window} cannot be exported: transformers has none"
+            f"a {config.family} model with q/k/v bias {config.qkv_bias}, output bias {config.output_bias}, q/k norm "
+            f"{config.qk_norm} and sliding window {config.sliding_window} cannot be exported: transformers has none"
         )
     own: dict[str, Any] = {"attention_bias": config.qkv_bias} if config.family in ("llama", "qwen3") else {}
     if config.family != "llama":

@@ -43,7 +43,7 @@ def run(
       source: Checkpoint folder with config.json and safetensors or .bin weights, or its id on the Hub (omit it with
         --llm).
       out: Output folder; it must not exist.
-      llm: A LLaMA, Mistral or Qwen2 language model; a new LLaVA is built from it and --vision.
+      llm: A LLaMA, Mistral, Qwen2 or Qwen3 language model; a new LLaVA is built from it and --vision.
       vision: The vision tower, for --llm or for an original checkpoint without one (default: the one that the
         checkpoint names).
       projector: Pretrained projector (mm_projector.bin or .safetensors) that replaces the checkpoint's or the newly
@@ -51,7 +51,7 @@ def run(
       projector_type: Projector architecture with --llm (default: that of --projector, else mlp2x_gelu).
       seed: RNG seed for initializing a new projector or new standby tokens.
       template: Prompt template (default: "own", the checkpoint's own chat template; without one vicuna_v1 for LLaMA,
-        llama_3 for Llama 3, mistral_instruct for Mistral, qwen for Qwen2).
+        llama_3 for Llama 3, mistral_instruct for Mistral, qwen for Qwen2 and Qwen3).
       tokenizer: Where the tokenizer files are (default: the checkpoint's or the language model's).
       dtype: Dtype of the stored arrays (default: float32 if the checkpoint is float32, otherwise bfloat16).
       layers: Numbers of layers after which image tokens are dropped (default: 8 16 24 if the decoder has more than 24

@@ -63,7 +63,8 @@ def run(
         Face, ending with the question; or a list of such lists, as a batch. Images are URLs or paths.
       image: Images of the question. With several questions: one image for all of them, or one for each. "-" is an image
         on stdin; data:, http:// and https:// URLs are read too.
-      video: Frames of a video, in order. They count as one image and come after the images of each question.
+      video: Frames of a video, in order, two a second. They count as one image and come after the images of each
+        question.
       picture: Write a figure of the image patches kept at each stage (one question only).
       heatmap: Write a figure of the token scores behind each drop (one question only).
       overwrite: Overwrite existing --picture and --heatmap files.

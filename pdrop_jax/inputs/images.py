@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import threading
@@ -40,8 +41,8 @@ class Video:
     To drop tokens of each frame separately, pass the frames as images, with one tag each.
 
     Attributes:
-      fps: frames a second, for models whose positions (Qwen2.5-VL) or prompts (Qwen3-VL) tell the time; they sample two
-        a second themselves.
+      fps: frames a second, for models whose positions (Qwen2.5-VL) or prompts (Qwen3-VL, SmolVLM2) tell the time. Their
+        own processors sample two a second, SmolVLM2's one.
     """
 
     frames: Sequence[Picture]
@@ -51,6 +52,7 @@ class Video:
 Tiler: TypeAlias = LlavaNextImageProcessorPil | LlavaOnevisionImageProcessorPil
 ImageProcessor: TypeAlias = Any  # one of these, or what a family's ``load_processor`` returns
 
+SLOWEST = 1e-4  # frames a second of a video: one in nearly three hours
 MAX_EDGE = 20_000  # pixels; padding makes a square of the long edge, so time grows with its square
 
 
@@ -306,10 +308,13 @@ def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfi
     """The model's input for a video: its frames are never tiled, and their features are downsampled.
 
     Raises:
-      UserError: the video has no frame, a frame cannot be read, or what their processor takes only of one size differs.
+      UserError: the video has no frame, its frames a second are out of range, a frame cannot be read, or what their
+        processor takes only of one size differs.
     """
     if not video.frames:
         raise UserError("a video needs at least one frame, got none")
+    if not SLOWEST <= video.fps < math.inf:
+        raise UserError(f"a video has {video.fps} frames a second: it must be {SLOWEST} or more")
     if family := FAMILIES.get(config.family):
         if family.video_tokens is None:
             raise UserError(f"a {config.family} model takes no videos: pass the frames as pictures")

@@ -129,7 +129,8 @@ class ModelTemplate:
                 "the model's own chat template ends its answers with no special token, so their end could not be "
                 "learned: choose another template"
             )
-        lead, end = len(before) - len(asked), behind[: behind.index(self.end_token) + len(self.end_token)]
+        begins = before[len(asked) :]
+        end = behind[: behind.index(self.end_token) + len(self.end_token)]
         messages = [
             dataclasses.replace(message, parts=(message.text.strip(),)) if message.role == "assistant" else message
             for message in messages
@@ -142,9 +143,14 @@ class ModelTemplate:
         for n, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before, _, rest = rest.partition(f"{PROBE}{n}.")
-            text += before
-            start = len(text) - lead
+            until_answer, _, rest = rest.partition(f"{PROBE}{n}.")
+            text += until_answer
+            if not text.endswith(begins):
+                raise UserError(
+                    "the model's chat template begins an answer differently once other messages follow: choose another "
+                    "template"
+                )
+            start = len(text) - len(begins)
             text += message.text
             if not rest.startswith(end):
                 raise UserError("the model's chat template ends an answer differently once other messages follow")

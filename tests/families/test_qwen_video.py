@@ -90,7 +90,8 @@ def test_logits_and_answers(kind, layers, ratios, folders):
     [
         (Video([]), "a video needs at least one frame"),
         (Video([photo(60, 50), photo(50, 60)]), "frames of a video have 50x60 and 60x50 pixels"),
-        (Video([photo(60, 50)], fps=0.0), "has 0.0 frames a second"),
+        (Video([photo(60, 50)], fps=0.0), "has 0.0 frames a second: it must be 0.0001 or more"),
+        (Video([photo(60, 50)], fps=float("nan")), "has nan frames a second"),
     ],
 )
 def test_videos_that_are_refused(video, message, folders):

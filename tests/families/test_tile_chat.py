@@ -1,17 +1,14 @@
 """Conversations about pictures that are tiles, batches of one shape, and pictures that are too many tiles."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import sys
 
-import numpy as np
 import pytest
 from checks import check_conversation
 from test_tile_models import check_inputs
 from tiny_tiles import SIDE, photo, torch_inputs_of
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from pdrop_jax.analysis.asking import ask
 from pdrop_jax.analysis.figures import answer_picture
@@ -22,7 +19,7 @@ from pdrop_jax.eval.questions import Question
 from pdrop_jax.generation.engine import generate, start
 from pdrop_jax.generation.pretrained import load
 from pdrop_jax.generation.sampling import Sampling
-from pdrop_jax.inputs.images import Video, as_tokens, blank, frames_as_tokens, load_image_processor, measure
+from pdrop_jax.inputs.images import Video, as_tokens, blank, measure
 from pdrop_jax.inputs.processor import Processor
 from pdrop_jax.schedule import DropSchedule
 
@@ -87,19 +84,6 @@ def test_a_picture_of_more_tiles_than_the_model_has_positions(kind, crops, bound
         small(["?"], [photo(70, 700)])
     with pytest.raises(UserError, match=bound):
         measure(photo(70, 700), small.image_processor, small.config, alone=True)
-
-
-def test_frames_are_resized_by_the_size_of_videos(tiles, tmp_path):
-    config = load(tiles["smolvlm"][1]).config
-    settings = json.loads((tiles["smolvlm"][1] / "preprocessor_config.json").read_text())
-    settings["video_sampling"] = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 40}}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    found = frames_as_tokens(Video(PICTURES[:1]), load_image_processor(tmp_path, config), config)
-    own = SmolVLMImageProcessorPil(
-        size={"longest_edge": 40}, max_image_size={"longest_edge": SIDE + 4}, do_image_splitting=False
-    )
-    expected = own(PICTURES[0], return_tensors="np")["pixel_values"][0].transpose(0, 2, 3, 1)
-    assert np.array_equal(found.crops, expected)
 
 
 def test_videos_of_smolvlm_need_num2words(tiles, monkeypatch):

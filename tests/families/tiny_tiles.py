@@ -4,6 +4,7 @@ The processors' constructors want torchvision for videos, so what they do with a
 own texts in place of a picture.
 """
 
+import copy
 import functools
 import json
 
@@ -200,13 +201,12 @@ def intern_video(kind, frames):
     return intern_processor().replace_video_token({"pixel_values_videos": clip[None]}, 0), clip
 
 
-def smol_video(kind, frames):
-    """The same at one frame a second. The video processor resizes in torchvision, whose pixels differ."""
-    processor = smol_processor(kind)
-    edge = {"longest_edge": SIDE + 4}
-    alone = SmolVLMImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+def smol_video(kind, frames, fps=1.0):
+    """The same. The video processor takes the sizes of pictures too, and resizes in torchvision: its pixels differ."""
+    processor, alone = smol_processor(kind), copy.copy(image_processor(kind))
+    alone.do_image_splitting = False
     clip = alone([frames], return_tensors="pt")["pixel_values"][0]
-    data = VideoMetadata(len(frames), fps=1.0, duration=float(len(frames)), frames_indices=list(range(len(frames))))
+    data = VideoMetadata(len(frames), fps=fps, duration=len(frames) / fps, frames_indices=list(range(len(frames))))
     return processor.replace_video_token({"pixel_values": clip[None], "video_metadata": [data]}, 0), clip
 
 

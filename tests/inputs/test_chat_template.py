@@ -21,6 +21,7 @@ from pdrop_jax.inputs.chat_template import (
 )
 from pdrop_jax.inputs.messages import read_conversation
 from pdrop_jax.inputs.prompts import turns_of_messages
+from pdrop_jax.inputs.targets import TrainingText, tokenize_chunks
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -194,6 +195,14 @@ def test_tokenizer_without_bos(tiny_tokenizer):
     a, b = (tiny_tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab")
     assert token_ids(tokenizer, "a<image>b") == [*a, IMAGE_PLACEHOLDER, *b]
     assert token_ids(tokenizer, "<image>") == [IMAGE_PLACEHOLDER]
+    # A template may write BOS itself.
+    tokenizer.bos_token = "<s>"
+    expected = [*tokenizer("<s>a")["input_ids"], IMAGE_PLACEHOLDER, *b]
+    assert expected[0] == 1
+    assert token_ids(tokenizer, "<s>a<image>b") == expected
+    (example,) = tokenize_chunks(tokenizer, [TrainingText("<s>a<image>b", [(11, 12)])])
+    assert example.ids.tolist() == expected
+    assert example.labels[-1] == b[-1]
 
 
 def test_image_token_of_the_vocabulary_is_never_produced():

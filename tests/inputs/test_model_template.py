@@ -299,6 +299,11 @@ def test_templates_that_cannot_be_learned():
     ends_once = SMOL.replace("+ '<|im_end|>\n' }}{% endfor", f"+ {mark} }}}}{{% endfor")
     with pytest.raises(UserError, match="ends an answer differently once other messages follow"):
         ModelTemplate(tokenizer_of(SMOL), ends_once, LLAVA_PLACES).check_trainable()
+    # As Qwen3's: an empty thought stands before the last answer alone.
+    thought = "('<think></think>' if loop.last and message['role'] == 'assistant' else '')"
+    thinks_last = SMOL.replace("message['content']", f"{thought} + message['content']")
+    with pytest.raises(UserError, match="begins an answer differently once other messages follow"):
+        ModelTemplate(tokenizer_of(SMOL), thinks_last, LLAVA_PLACES).check_trainable()
     forgets = SMOL.replace("message['content']", "(message['content'] if loop.last or loop.first else '')")
     with pytest.raises(UserError, match="takes no assistant message"):
         ModelTemplate(tokenizer_of(SMOL), forgets, LLAVA_PLACES).check_trainable()

@@ -7,7 +7,6 @@ token. Patches are stored window by window, in windows of one size whose cells a
                         3 4 5                                 3 4 | 5 .
 """
 
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -108,7 +107,7 @@ def video_tokens(
     Frames are resized within the bounds of pictures.
 
     Raises:
-      UserError: the frames differ in size, ``fps`` is not positive, or a frame does not fit, see ``picture_tokens``.
+      UserError: the frames differ in size, or a frame does not fit, see ``picture_tokens``.
     """
     vision = config.vision
     assert isinstance(vision, QwenVisionConfig)
@@ -116,8 +115,6 @@ def video_tokens(
     if len(sizes) > 1:
         shown = " and ".join(f"{width}x{height}" for width, height in sizes[:2])
         raise UserError(f"the frames of a video have {shown} pixels: resize them to one size")
-    if not 0 < fps < math.inf:
-        raise UserError(f"a video has {fps} frames a second: it must be more than 0")
     rows, columns = grid_of(sizes[0][::-1], processor, config)
     depth = vision.temporal_patch_size
     frames = [*frames, *[frames[-1]] * (-len(frames) % depth)]

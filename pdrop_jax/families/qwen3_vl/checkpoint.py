@@ -70,15 +70,15 @@ def parts_from_hf(data: dict[str, Any], where: str) -> tuple[TextConfig, Text, d
 
 
 def _text_from_hf(data: dict[str, Any], tied: bool, where: str) -> tuple[TextConfig, Text]:
-    """LLaMA's decoder with q/k norm and interleaved M-RoPE; transformers interleaves whatever the config says."""
+    """Qwen3's decoder with interleaved M-RoPE; transformers interleaves whatever the config says."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     sections = validated(MropeRope, rope, where, "text_config.rope_scaling.").mrope_section
     plain = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
     given = {key: value for key, value in data.items() if key not in ("rope_parameters", "rope_scaling")}
     tied = tied or bool(data.get("tie_word_embeddings"))
-    whole = {**TEXT_DEFAULTS, **given, "rope_parameters": plain, "model_type": "llama", "tie_word_embeddings": tied}
+    whole = {**TEXT_DEFAULTS, **given, "rope_parameters": plain, "model_type": "qwen3", "tie_word_embeddings": tied}
     text, special = read_text(whole, where, "text_config.")
-    own: dict[str, Any] = {"mrope_sections": sections, "mrope_interleaved": True, "qk_norm": True}
+    own: dict[str, Any] = {"mrope_sections": sections, "mrope_interleaved": True}
     return dataclasses.replace(text, family="qwen3_vl", **own), special
 
 
@@ -118,7 +118,7 @@ def config_to_hf(config: LlavaConfig, special: dict[str, Any], dtype: str) -> di
     """config.json for transformers; ``special`` are the ids of BOS and EOS."""
     vision = config.vision
     assert isinstance(vision, QwenVisionConfig)
-    text = text_to_hf(dataclasses.replace(config.text, family="llama"))
+    text = text_to_hf(dataclasses.replace(config.text, family="qwen3"))
     sections = list(config.text.mrope_sections or ())
     rope = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True}
     tower = vision_to_hf(vision, config.text.hidden_size)

@@ -53,21 +53,12 @@ class LongestEdge(BaseModel):
     longest_edge: Annotated[int, Field(ge=1, le=4096)]
 
 
-class VideoSampling(BaseModel):
-    """What preprocessor_config.json says about videos; frames are chosen by the caller."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    video_size: LongestEdge | None = None
-
-
 class SmolSettings(Settings):
     """The keys of preprocessor_config.json that affect pixels and tiles."""
 
     size: LongestEdge | None = None  # type: ignore[assignment]
     max_image_size: LongestEdge | None = None
     do_image_splitting: bool | None = None
-    video_sampling: VideoSampling | None = None
 
 
 def load_processor(folder: pathlib.Path, config: LlavaConfig) -> SmolVLMImageProcessorPil:
@@ -79,10 +70,8 @@ def load_processor(folder: pathlib.Path, config: LlavaConfig) -> SmolVLMImagePro
     side = config.crop_tower.image_size
     defaults = {"size": {"longest_edge": min(4 * side, 4096)}, "max_image_size": {"longest_edge": side}}
     settings = defaults | read_settings(folder, SmolSettings)
-    frame_size = settings.pop("video_sampling", {}).get("video_size", settings["max_image_size"])
     with making_processor(folder):
         processor = SmolVLMImageProcessorPil(**settings)
-    processor.frame_edge = frame_size["longest_edge"]  # ours, for ``video_tokens``
     if not processor.do_resize or processor.do_center_crop or settings["max_image_size"]["longest_edge"] != side:
         raise UserError(
             f"the image processor in {folder} does not resize pictures to tiles of the vision tower's {side}x{side} "
@@ -151,10 +140,8 @@ def video_tokens(frames: Sequence[Image.Image], fps: float, processor: Any, conf
     Raises:
       UserError: num2words is not installed.
     """
-    alone = copy.copy(processor)
-    alone.size = dataclasses.replace(processor.size, longest_edge=processor.frame_edge)
-    alone.do_image_splitting = False
-    pixels = np.concatenate([alone(frame, do_pad=True, return_tensors="np")["pixel_values"][0] for frame in frames])
+    settings: dict[str, Any] = {"do_image_splitting": False, "do_pad": True, "return_tensors": "np"}
+    pixels = np.concatenate([processor(frame, **settings)["pixel_values"][0] for frame in frames])
     captions = captions_of_frames(len(frames), fps)
     return dataclasses.replace(
         crops_as_tokens(pixels, config), video=True, captions=captions, ending=MARK + DEFAULT_MEDIA_OUTTRO
