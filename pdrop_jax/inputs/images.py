@@ -239,7 +239,6 @@ def measure(picture: Picture, processor: ImageProcessor, config: LlavaConfig, *,
     Raises:
       UserError: the image cannot be read or is too narrow to be tiled, or pan-and-scan is on, which needs the pixels.
     """
-
     return measure_size(lambda: picture_size(picture), processor, config, alone=alone)
 
 
@@ -308,8 +307,7 @@ def frames_as_tokens(video: Video, processor: ImageProcessor, config: LlavaConfi
     """The model's input for a video: its frames are never tiled, and their features are downsampled.
 
     Raises:
-      UserError: the video has no frame, its frames a second are out of range, a frame cannot be read, or what their
-        processor takes only of one size differs.
+      UserError: there is no frame, ``fps`` is out of range, or a frame cannot be read or has another size.
     """
     if not video.frames:
         raise UserError("a video needs at least one frame, got none")
